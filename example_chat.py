@@ -1,0 +1,128 @@
+"""Chat on the terminal, or answer one message a line from stdin: `python example_chat.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama import Llama, cli
+from llama.chat import UNSAFE_ERROR, Message
+from llama.parallel import from_first_rank
+
+
+def main(
+    *,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    chat_format: str | None = None,
+    max_seq_len: int = 2048,
+    max_gen_len: int | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Talk with a LLaMA model: /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.
+
+    When stdin or stdout is no terminal, every line of stdin is a message of one conversation.
+
+    Args:
+        ckpt_dir: folder of Meta shards (consolidated.*.pth, params.json) or a .gguf file; default: the demo model.
+        tokenizer_path: tokenizer.model; default: the one beside or inside the weights.
+        chat_format: llama2, llama3 or chatml; default: told by the tokenizer.
+        max_seq_len: most tokens of the whole conversation.
+        max_gen_len: most tokens of an answer; default: as many as max_seq_len leaves room for.
+        temperature: 0 is greedy; higher is more varied.
+        top_p: probability mass of the nucleus that tokens are drawn from, in (0, 1].
+        seed: the same seed gives the same answers to the same messages.
+        device: cuda, mps or cpu; default: the first of these that is there.
+        dtype: float32, bfloat16 or float16; default: what the device computes well.
+    """
+    llm = Llama.build(
+        ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent),
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size=1,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        chat_format=chat_format,
+    )
+    dialog: list[Message] = []
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    for line in messages(interactive):
+        if line == "/exit":
+            break
+        if line == "/reset":
+            dialog.clear()
+            continue
+        dialog.append(Message(role="user", content=line))
+        try:
+            text = answer(llm, dialog, temperature, top_p, max_gen_len)
+        except ValueError as error:
+            if not interactive:
+                raise
+            print(f"error: {error} (or /reset)", file=sys.stderr)
+            text = ""
+        if text:
+            dialog.append(Message(role="assistant", content=text))
+        else:
+            dialog.pop()
+    if cli.is_first_rank():
+        cli.report(llm)
+
+
+def messages(interactive: bool) -> Iterator[str]:
+    """What the user types or pipes in, without blank lines: the first rank reads it and tells the others."""
+    if interactive and cli.is_first_rank():
+        import readline  # noqa: F401  # gives input() a history and an editable line
+
+        print("Type a message; /reset forgets, /exit ends, Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        line = from_first_rank(read_line(interactive) if cli.is_first_rank() else None)
+        if line is None:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def read_line(interactive: bool) -> str | None:
+    """One line, None at the end of the input; Ctrl-C gives an empty one."""
+    if not interactive:
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
+def answer(llm: Llama, dialog: list[Message], temperature: float, top_p: float, max_gen_len: int | None) -> str:
+    """Print the answer as it comes, and return as much of it as came before Ctrl-C."""
+    text = ""
+    if llm.chat_format.is_unsafe(dialog):
+        say(UNSAFE_ERROR + "\n")
+        return text
+    try:
+        prompt = llm.chat_format.encode(dialog)
+        for step in llm.stream([prompt], max_gen_len, temperature, top_p, at_start=True):
+            text += step.text
+            say(step.text)
+    except KeyboardInterrupt:
+        print(" (stopped)", end="", file=sys.stderr, flush=True)
+    say("\n")
+    return text
+
+
+def say(text: str) -> None:
+    if cli.is_first_rank():
+        print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

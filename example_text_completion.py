@@ -1,0 +1,79 @@
+"""Complete prompts: `python example_text_completion.py`, or on N ranks `torchrun --nproc_per_node N ...`."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+
+from llama import Llama, cli
+
+PROMPTS = [
+    "The capital of France is",
+    "I believe the meaning of life is",
+    "Simply put, the theory of relativity states that",
+    "def fibonacci(n):\n",
+]
+
+
+def main(
+    *,
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    prompt: list[str] | None = None,
+    max_seq_len: int = 2048,
+    max_batch_size: int = 32,
+    max_gen_len: int | None = 64,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
+    logprobs: bool = False,
+    echo: bool = False,
+    json: bool = False,
+) -> None:
+    """Complete prompts with a LLaMA model.
+
+    Args:
+        ckpt_dir: folder of Meta shards (consolidated.*.pth, params.json) or a .gguf file; default: the demo model.
+        tokenizer_path: tokenizer.model; default: the one beside or inside the weights.
+        prompt: text to complete, verbatim; repeat the flag, or give a JSON list of texts, for several.
+        max_seq_len: most tokens of a prompt and its completion together.
+        max_batch_size: most prompts to run at once; more are run in turn.
+        max_gen_len: most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
+        temperature: 0 is greedy; higher is more varied.
+        top_p: probability mass of the nucleus that tokens are drawn from, in (0, 1].
+        seed: the same seed gives the same completions.
+        device: cuda, mps or cpu; default: the first of these that is there.
+        dtype: float32, bfloat16 or float16; default: what the device computes well.
+        logprobs: also give the log-probability of every token.
+        echo: repeat the prompt in the completion.
+        json: print one JSON object a line.
+    """
+    llm = Llama.build(
+        ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent),
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    prompts = PROMPTS if prompt is None else prompt
+    results = llm.text_completion(prompts, temperature, top_p, max_gen_len, logprobs, echo)
+    if not cli.is_first_rank():
+        return
+    for text, result in zip(prompts, results, strict=True):
+        if json:
+            print(json_format.dumps({"prompt": text, **result}, ensure_ascii=False))
+            continue
+        print(f"{text}\n> {result['generation']}")
+        if logprobs:
+            for token, logprob in zip(result["tokens"], result["logprobs"], strict=True):
+                print(f"{logprob:10.4f}  {token!r}")
+        print("\n==================================\n", flush=True)
+    cli.report(llm)
+
+
+if __name__ == "__main__":
+    cli.run(main)

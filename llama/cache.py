@@ -1,0 +1,56 @@
+"""The key/value cache: preallocated storage that the model writes and reads, row by row.
+
+Knows nothing of the model; which positions of a row are valid is the caller's business.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer for up to `bsz` rows of up to `max_seq_len` positions.
+
+    keys, values: (n_layers, bsz, max_seq_len, n_kv_heads, head_dim). Rows have lengths of their own: a position that
+    was not written holds anything finite, and attention masks it. Untouched memory is not committed on a CPU.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        bsz: int,
+        max_seq_len: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (n_layers, bsz, max_seq_len, n_kv_heads, head_dim)
+        # Zeros, because a masked position still meets a zero weight, and 0 * NaN is NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Where positions (bsz, seqlen) of rows 0 to bsz - 1 are stored, counted over all rows: (bsz * seqlen,)."""
+        rows = torch.arange(positions.shape[0], device=positions.device)
+        return (rows[:, None] * self.keys.shape[2] + positions).flatten()
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys, values (bsz, seqlen, n_kv_heads, head_dim) in a layer's slots."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys.flatten(0, 1))
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values.flatten(0, 1))
+
+    def read(self, layer: int, bsz: int, kv_len: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first kv_len positions of the first bsz rows, as views."""
+        return self.keys[layer, :bsz, :kv_len], self.values[layer, :bsz, :kv_len]
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of row `source` over row `target`."""
+        self.keys[:, target, :length] = self.keys[:, source, :length]
+        self.values[:, target, :length] = self.values[:, source, :length]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes

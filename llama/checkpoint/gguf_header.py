@@ -1,0 +1,150 @@
+"""Read a GGUF file's header: metadata and where its tensors lie, every length checked before it is believed.
+
+The `gguf` library needs seconds for a vocabulary's arrays, as it makes several objects a string; this needs tenths.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4
+
+# Type codes of metadata values: struct format of the numbers, and the two that have a length of their own.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: shape as in torch (rows first), ggml type code, offset in bytes from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+
+def is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_header(path: Path) -> Header:
+    """Metadata and tensor places of a GGUF file; ValueError when it is no GGUF file, damaged or truncated."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: download it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _Reader(data).header()
+        except _Damaged as error:
+            raise ValueError(f"{path} is not a usable GGUF file: {error}") from None
+
+
+class _Damaged(Exception):
+    pass
+
+
+class _Reader:
+    """A position in the mapped file that never passes its end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.position = 0
+
+    def header(self) -> Header:
+        if self.take(len(MAGIC)) != MAGIC:
+            raise _Damaged("it does not start with GGUF")
+        version = self.number("I")
+        if version not in VERSIONS:
+            raise _Damaged(f"version {version} is not supported, only {VERSIONS} in little-endian order")
+        n_tensors, n_values = self.number("Q"), self.number("Q")
+        metadata: dict[str, Any] = {}
+        for _ in range(n_values):
+            key = self.string()
+            metadata[key] = self.value(self.number("I"), key)
+        infos = [self.tensor_info() for _ in range(n_tensors)]
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or alignment <= 0 or alignment % 8:
+            raise _Damaged(f"general.alignment must be a multiple of 8, got {alignment!r}")
+        start = math.ceil(self.position / alignment) * alignment
+        tensors = {info.name: TensorInfo(info.name, info.shape, info.ggml_type, start + info.offset) for info in infos}
+        if len(tensors) != len(infos):
+            raise _Damaged("two tensors have the same name")
+        return Header(metadata, tensors)
+
+    def tensor_info(self) -> TensorInfo:
+        name = self.string()
+        n_dims = self.number("I")
+        if not 1 <= n_dims <= MAX_DIMS:
+            raise _Damaged(f"tensor {name!r} has {n_dims} dimensions")
+        shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
+        ggml_type, offset = self.number("I"), self.number("Q")
+        return TensorInfo(name, shape, ggml_type, offset)
+
+    def value(self, code: int, key: str) -> Any:
+        if code in NUMBERS:
+            return self.number(NUMBERS[code])
+        if code == STRING:
+            return self.string()
+        if code != ARRAY:
+            raise _Damaged(f"{key!r} has unknown value type {code}")
+        item, length = self.number("I"), self.number("Q")
+        if item in NUMBERS:
+            return self.numbers(NUMBERS[item], length)
+        if item == STRING:
+            return self.strings(length)
+        raise _Damaged(f"{key!r} is an array of unknown type {item}")
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def numbers(self, code: str, length: int) -> list[Any]:
+        size = struct.calcsize("<" + code)
+        self.need(size * length)
+        return list(struct.unpack(f"<{length}{code}", self.take(size * length)))
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, length: int) -> list[str]:
+        """`length` strings, each a 64-bit byte count and UTF-8; the loop is what a vocabulary costs."""
+        self.need(8 * length)
+        data, position, end = self.data, self.position, len(self.data)
+        size_at = struct.Struct("<Q").unpack_from
+        strings = []
+        for _ in range(length):
+            if position + 8 > end:
+                raise _Damaged("it ends within a string")
+            start = position + 8
+            position = start + size_at(data, position)[0]
+            if position > end:
+                raise _Damaged(f"a string of {position - start} bytes passes the end of the file")
+            strings.append(data[start:position])
+        self.position = position
+        # Some vocabularies hold broken UTF-8; a replacement character is a token that text never matches.
+        return [string.decode("utf-8", errors="replace") for string in strings]
+
+    def take(self, size: int) -> bytes:
+        self.need(size)
+        self.position += size
+        return self.data[self.position - size : self.position]
+
+    def need(self, size: int) -> None:
+        if size > len(self.data) - self.position:
+            raise _Damaged(f"it is truncated: {len(self.data)} bytes, {self.position + size} or more needed")

@@ -1,0 +1,137 @@
+"""Meta's format: params.json and consolidated.00.pth to consolidated.NN.pth, each a pickled slice of every tensor."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.format import SHARD_DIM, kind
+from llama.config import read_params
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+
+
+class MetaCheckpoint:
+    """A folder of Meta shards. Files are mapped, not read; pickles that would run code are refused."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        params = folder / "params.json"
+        if not params.is_file():
+            raise FileNotFoundError(f"{folder} has consolidated.*.pth but no params.json: copy it there as well")
+        self.args = read_params(params)
+        self._shards = [_map_shard(file) for file in _shard_files(folder)]
+        self._check_shards()
+        self.dtype = self._shards[0]["norm.weight"].dtype if "norm.weight" in self._shards[0] else torch.bfloat16
+
+    def names(self) -> Collection[str]:
+        return self._shards[0].keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        pieces = self._pieces(name)
+        shape = list(pieces[0].shape)
+        if len(pieces) > 1:
+            shape[self._split_dim(name)] *= len(pieces)
+        return tuple(shape)
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        pieces = self._pieces(name)
+        stop = self.shape(name)[dim] if stop is None else stop
+        split_dim = self._split_dim(name)
+        if len(pieces) > 1 and dim == split_dim:
+            return _read_across(pieces, dim, start, stop)
+        slices = [piece.narrow(dim, start, stop - start) for piece in pieces]
+        return slices[0] if len(slices) == 1 else torch.cat(slices, split_dim)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(find_tokenizer(self.path))
+
+    def _pieces(self, name: str) -> list[Tensor]:
+        """The shards' slices of a tensor, each once: the first of them alone where all hold the whole."""
+        pieces = [shard[name] for shard in self._shards]
+        if kind(name) not in SHARD_DIM or pieces[0].dim() < 2:
+            return pieces[:1]
+        if kind(name) in ("wk", "wv"):
+            # With more shards than KV heads, consecutive shards repeat a head.
+            repeats = len(pieces) * pieces[0].shape[0] // (self.args.n_kv_heads * self.args.head_dim)
+            return pieces[:: max(1, repeats)]
+        return pieces
+
+    def _split_dim(self, name: str) -> int:
+        """Where the shards split a tensor. Llama 1 and 2 split the embeddings by feature, Llama 3 by token."""
+        if kind(name) == "tok_embeddings" and self._shards[0][name].shape[1] != self.args.dim:
+            return 1
+        return SHARD_DIM.get(kind(name), 0)
+
+    def _check_shards(self) -> None:
+        first = self._shards[0]
+        for number, shard in enumerate(self._shards):
+            for name in first.keys() ^ shard.keys():
+                raise ValueError(f"{self.path}: shards 00 and {number:02d} do not belong together: one lacks {name}")
+            for name, tensor in shard.items():
+                if tensor.shape != first[name].shape:
+                    raise ValueError(
+                        f"{self.path}: shards 00 and {number:02d} do not belong together: {name} has shapes "
+                        f"{tuple(first[name].shape)} and {tuple(tensor.shape)}"
+                    )
+                if tensor.dtype not in FLOATS:
+                    raise ValueError(f"{self.path}: {name} has dtype {tensor.dtype}, which is not supported")
+
+
+def _read_across(pieces: list[Tensor], dim: int, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of the pieces laid end to end; a view when one piece holds them all."""
+    size = pieces[0].shape[dim]
+    found = []
+    for i, piece in enumerate(pieces):
+        low, high = max(start - i * size, 0), min(stop - i * size, size)
+        if low < high:
+            found.append(piece.narrow(dim, low, high - low))
+    if not found:
+        return pieces[0].narrow(dim, 0, 0)
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("consolidated.*.pth"))
+    numbers = [file.name.split(".")[1] for file in files]
+    expected = [f"{i:02d}" for i in range(len(files))]
+    if numbers != expected:
+        raise ValueError(
+            f"{folder} must hold consolidated.00.pth to consolidated.{len(files) - 1:02d}.pth without a gap, "
+            f"found {', '.join(numbers)}"
+        )
+    return files
+
+
+def _map_shard(file: Path) -> dict[str, Tensor]:
+    """Map a pickled state dict without running any code in it."""
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty: download it again")
+    zipped = zipfile.is_zipfile(file)  # False for the format before torch 1.6, which cannot be mapped
+    if not zipped and _starts_with(file, b"PK"):
+        raise ValueError(f"{file} is truncated ({file.stat().st_size} bytes): download it again")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(f"{file} is refused: it would run code when loaded ({code[1]})") from None
+        raise ValueError(f"{file} is not a checkpoint, or is damaged: download it again") from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, IndexError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} is damaged ({reason}): download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} must hold a dictionary of tensors, as Meta's shards do")
+    return state
+
+
+def _starts_with(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(magic)) == magic

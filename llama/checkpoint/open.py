@@ -1,0 +1,51 @@
+"""Tell by content what a path holds, and open it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llama.checkpoint.format import Checkpoint
+from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf
+from llama.checkpoint.meta import MetaCheckpoint
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a folder of Meta shards, a GGUF file, or a folder that holds one GGUF file.
+
+    FileNotFoundError or ValueError say what was looked for and what was found.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        parent = path.parent
+        beside = f"{parent} has {listing(parent)}" if parent.is_dir() else f"neither does {parent}"
+        raise FileNotFoundError(f"ckpt_dir {path} does not exist; {beside}")
+    if is_gguf(path):
+        return GGUFCheckpoint(path)
+    if path.suffix == ".pth":
+        raise ValueError(f"ckpt_dir {path} is a single file: give its folder {path.parent}")
+    raise ValueError(f"ckpt_dir {path} is neither a folder nor a GGUF file")
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if any(folder.glob("consolidated.*.pth")):
+        return MetaCheckpoint(folder)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return GGUFCheckpoint(ggufs[0])
+    if ggufs:
+        names = ", ".join(file.name for file in ggufs)
+        raise ValueError(f"ckpt_dir {folder} has several GGUF files: give one of {names} itself")
+    raise FileNotFoundError(
+        f"ckpt_dir {folder} has no checkpoint: looked for consolidated.*.pth with params.json and for *.gguf, "
+        f"found {listing(folder)}"
+    )
+
+
+def listing(folder: Path, most: int = 8) -> str:
+    """The first names in a folder, for an error message."""
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "nothing"

@@ -1,0 +1,153 @@
+"""What the examples share on a command line: flags verbatim through fire, reports on stderr, errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import os
+import sys
+import time
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.generation import Llama
+from llama.parallel import local_rank
+from llama.statistics import peak_memory_mib
+
+DEMO_MODEL = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+# Ranks that are not to speak wait this long for torchrun to end them, so that it does not end the one that speaks.
+SECONDS_TO_SPEAK = 30
+
+
+def is_first_rank() -> bool:
+    """Whether this is the one process of the job that prints results; before any process group exists, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def demo_model(folder: Path) -> Path:
+    """The demo model below `folder`; FileNotFoundError says how to get it."""
+    if not (folder / DEMO_MODEL).is_file():
+        raise FileNotFoundError(
+            f"no --ckpt_dir given, and the demo model {folder / DEMO_MODEL} is not there: get it with "
+            "python scripts/get_model.py, or give the folder of your weights"
+        )
+    return folder / DEMO_MODEL
+
+
+def report(llm: Llama) -> None:
+    """Log what the run cost: speeds, bandwidth and peak memory of this rank."""
+    statistics = llm.statistics
+    logging.getLogger("llama").info(
+        "prefill %d tokens at %.1f tok/s; decode %d tokens at %.1f tok/s, %.2f GB/s of weights; peak memory %.0f MiB",
+        statistics.prompt_tokens,
+        statistics.prefill_tok_s,
+        statistics.decoded_tokens,
+        statistics.decode_tok_s,
+        statistics.bandwidth_gb_s(llm.model.weight_bytes),
+        peak_memory_mib(llm.model.device),
+    )
+
+
+def run(main: Callable[..., None]) -> None:
+    """Call main with the flags in sys.argv. A user's error is one line on stderr, from one rank, and exit code 1."""
+    import fire
+    from fire.decorators import SetParseFns
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
+    )
+    try:
+        hints = typing.get_type_hints(main)
+        parsers = {name: functools.partial(_parse, name, hints[name]) for name in hints if name != "return"}
+        fire.Fire(SetParseFns(**parsers)(main), command=_normalized(sys.argv[1:], hints))
+    except BrokenPipeError:
+        # The reader of stdout has seen enough, as `head` does; nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        _fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _fail(message: str) -> typing.NoReturn:
+    if local_rank() == 0:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
+    sys.exit(1)
+
+
+def _normalized(argv: list[str], hints: dict[str, Any]) -> list[str]:
+    """Flags as --name=value, with all values of --prompt in one JSON list.
+
+    fire by itself takes a value that begins with a dash for a flag, keeps the last of repeated flags, and runs a
+    whole job before it says that a flag is unknown.
+    """
+    if "--help" in argv or "-h" in argv:
+        return ["--help"]
+    values: dict[str, str] = {}
+    lists: dict[str, list[str]] = {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected argument {word!r}: every value follows its flag, as in --prompt {word!r}")
+        flag, given, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in hints or name == "return":
+            close = difflib.get_close_matches(name, hints, 1)
+            raise ValueError(f"unknown flag --{flag}" + (f": did you mean --{close[0]}?" if close else ": see --help"))
+        if hints[name] is bool:
+            value = value or "True"
+        elif not given:
+            try:
+                value = next(words)
+            except StopIteration:
+                raise ValueError(f"--{flag} needs a value") from None
+        if typing.get_origin(hints[name]) is not None and list[str] in typing.get_args(hints[name]):
+            lists.setdefault(name, []).extend(_texts(value))
+        else:
+            values[name] = value
+    values |= {name: json.dumps(texts) for name, texts in lists.items()}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def _texts(value: str) -> list[str]:
+    """One text, verbatim, unless it is a JSON list of texts."""
+    if value.startswith("["):
+        try:
+            texts = json.loads(value)
+        except json.JSONDecodeError:
+            return [value]
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return texts
+    return [value]
+
+
+def _parse(name: str, hint: Any, text: str) -> Any:
+    """The value of a flag from its text, by the type of main's parameter."""
+    types = typing.get_args(hint) or (hint,)
+    if list[str] in types:
+        return json.loads(text)
+    if str in types:
+        return text
+    if type(None) in types and text == "None":
+        return None
+    if bool in types:
+        if text not in ("True", "False", "true", "false"):
+            raise ValueError(f"--{name} is on or off: give it alone, got {text!r}")
+        return text.lower() == "true"
+    number = float if float in types else int
+    try:
+        return number(text)
+    except ValueError:
+        what = "a number" if number is float else "an integer"
+        raise ValueError(f"--{name} must be {what}, got {text!r}") from None

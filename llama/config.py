@@ -1,0 +1,150 @@
+"""The architecture of a LLaMA model as one frozen dataclass, and the reader of Meta's `params.json`.
+
+Knows nothing of files that hold weights, of devices or of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Keys of released params.json files that say nothing about the computation.
+HARMLESS_KEYS = {"max_seq_len", "max_batch_size", "model_parallel_size", "dtype", "name", "_name_or_path"}
+
+_QUANTIZED = "a quantized Llama 3.2 release, whose packed linears are not supported: use the bf16 release"
+_VISION = "a vision model: only text models are supported"
+# Keys that mean another architecture or another kind of weights: refused, in words of their own.
+REFUSED_KEYS = {
+    "quantization_args": _QUANTIZED,
+    "lora_args": _QUANTIZED,
+    "vision_args": _VISION,
+    "vision_chunk_size": _VISION,
+    "vision_max_num_chunks": _VISION,
+    "vision_num_cross_attention_layers": _VISION,
+    "moe_args": "a mixture-of-experts model (Llama 4): only dense LLaMA models are supported",
+}
+
+# (dim, n_layers) of the models whose scaled RoPE has factor 32; their params.json says only `use_scaled_rope`.
+SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary wavelengths.
+
+    Wavelengths above old_context_len / low_freq_factor are multiplied by `factor`, those below
+    old_context_len / high_freq_factor are kept, and those between are blended.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "old_context_len"):
+            _check_number(name, getattr(self, name))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {self}")
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The architecture, under the names of Meta's params.json; wrong values raise ValueError.
+
+    n_kv_heads, head_dim and hidden_dim (rows of w1 and w3) follow from the other fields when left out. vocab_size
+    -1 means "ask the tokenizer". max_seq_len and max_batch_size bound a run and shape no weight.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = None  # type: ignore[assignment]  # resolved below, as are all that start as None
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    use_scaled_rope: bool = False
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+    head_dim: int = None  # type: ignore[assignment]
+    hidden_dim: int = None  # type: ignore[assignment]
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False  # the output projection is the embedding table
+
+    def __post_init__(self) -> None:
+        def resolve(name: str, value: Any) -> None:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
+            _check_int(name, getattr(self, name))
+        for name in ("norm_eps", "rope_theta"):
+            _check_number(name, getattr(self, name))
+        if self.vocab_size != -1:
+            _check_int("vocab_size", self.vocab_size)
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        resolve("n_kv_heads", self.n_heads)
+        resolve("head_dim", self.dim // self.n_heads)
+        resolve("hidden_dim", _ffn_hidden_dim(self.dim, self.ffn_dim_multiplier, self.multiple_of))
+        if self.use_scaled_rope:
+            resolve("rope_scaling", RopeScaling(32.0 if (self.dim, self.n_layers) in SCALED_BY_32 else 8.0))
+        for name in ("n_kv_heads", "head_dim", "hidden_dim"):
+            _check_int(name, getattr(self, name))
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings rotate pairs")
+
+
+def read_params(path: Path) -> ModelArgs:
+    """ModelArgs from Meta's params.json; every key is used, known to be harmless, or an error that names it."""
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(params).__name__}")
+    for key in params.keys() & REFUSED_KEYS:
+        raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
+    fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS}
+    factor = fields.pop("rope_scaling_factor", None)
+    high_freq_factor = fields.pop("rope_high_freq_factor", 4.0)
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(ModelArgs)})
+    if unknown:
+        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: this architecture is not supported")
+    try:
+        if factor is not None and fields.get("use_scaled_rope"):
+            fields["rope_scaling"] = RopeScaling(factor, high_freq_factor=high_freq_factor)
+        return ModelArgs(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
+    """Two thirds of 4 * dim, times the multiplier, rounded up to multiple_of (the rule of Meta's FeedForward)."""
+    hidden_dim = 2 * (4 * dim) // 3
+    if multiplier is not None:
+        _check_number("ffn_dim_multiplier", multiplier)
+        hidden_dim = int(multiplier * hidden_dim)
+    return multiple_of * math.ceil(hidden_dim / multiple_of)
+
+
+# Above any LLaMA there is; keeps a corrupt file from asking for terabytes.
+_MAX_INT = 1 << 24
+
+
+def _check_int(name: str, value: Any) -> None:
+    if type(value) is not int or not 0 < value <= _MAX_INT:
+        raise ValueError(f"{name} must be an integer from 1 to {_MAX_INT}, got {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")

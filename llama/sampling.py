@@ -1,0 +1,92 @@
+"""From logits to tokens: pure functions whose randomness is an argument."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What `sample` returns for a row whose logits are NaN or infinite; no tokenizer has it.
+INVALID = -1
+
+# A nucleus of 0.9 rarely holds more tokens than this; a full sort of a vocabulary takes far longer than a top-k.
+TOP_K_PREFIX = 512
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose each next token; wrong values raise ValueError."""
+
+    temperature: float = 0.6  # 0 is greedy
+    top_p: float = 0.9  # nucleus mass, in (0, 1]
+    max_gen_len: int | None = None  # None: as many as max_seq_len leaves room for
+    seed: int | None = None  # None: continue the model's own sequence of seeds
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number of at least 0, got {self.temperature!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if self.max_gen_len is not None and (type(self.max_gen_len) is not int or self.max_gen_len < 0):
+            raise ValueError(f"max_gen_len must be an integer of at least 0, got {self.max_gen_len!r}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
+
+def uniforms(seed: int, row: int, count: int) -> Tensor:
+    """The `count` random numbers in [0, 1) of one row: (count,), fp32 on the CPU, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(count, generator=generator)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """One token a row, (bsz,): the greatest logit at temperature 0, else drawn from the nucleus.
+
+    logits: (bsz, vocab_size), fp32; uniform: (bsz,), in [0, 1). Rows without a finite maximum get INVALID.
+    """
+    highest, greedy = logits.max(dim=-1)  # NaN wins a maximum
+    tokens = greedy if temperature == 0 else draw(nucleus(logits, temperature, top_p), uniform)
+    return tokens.where(highest.isfinite(), INVALID)
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """The tokens of the nucleus and their probabilities, both (bsz, n), not renormalised (arXiv:1904.09751).
+
+    A token stays while the mass before it, in descending order, is <= top_p, so one always stays; those that go have
+    probability 0. With top_p 1 all stay, in the order of the vocabulary.
+    """
+    # The maximum is subtracted before the division, which could overflow at a small temperature.
+    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+    vocab_size = probs.shape[-1]
+    if top_p == 1:
+        return torch.arange(vocab_size, device=probs.device).expand_as(probs), probs
+    kept, tokens = probs.topk(min(TOP_K_PREFIX, vocab_size))
+    if kept.shape[-1] < vocab_size and bool((kept.sum(-1) <= top_p).any()):
+        kept, tokens = probs.sort(dim=-1, descending=True)
+    before = kept.cumsum(-1) - kept
+    return tokens, kept.where(before <= top_p, 0)
+
+
+def draw(candidates: tuple[Tensor, Tensor], uniform: Tensor) -> Tensor:
+    """Invert the cumulative distribution of (tokens, probs), both (bsz, n), at uniform (bsz,)."""
+    tokens, probs = candidates
+    mass = probs.cumsum(-1)
+    target = uniform.to(mass)[:, None] * mass[:, -1:]
+    index = (mass <= target).sum(-1, keepdim=True)
+    # Rounding can put the target on the whole mass: then the last token that adds to it. NaN has no mass at all.
+    index = index.minimum((mass < mass[:, -1:]).sum(-1, keepdim=True))
+    return tokens.gather(-1, index)[:, 0]
+
+
+def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each token under its logits, before any temperature: fp32, shaped like tokens."""
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return chosen - logits.logsumexp(-1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,86 @@
+"""The tokenizer keys that both kinds of GGUF tokenizer share, checked. Knows metadata, not files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+PREFIX = "tokenizer.ggml."
+MODELS = ("gpt2", "llama")
+NONE_ID = 0xFFFFFFFF  # -1 as some converters wrote it
+
+
+class TokenType(IntEnum):
+    """tokenizer.ggml.token_type, the same numbers as SentencePiece's piece types."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class GGUFTokens:
+    """The vocabulary of a GGUF file. An id is -1 when there is none; texts are unique and never empty."""
+
+    model: str
+    texts: list[str]
+    types: list[int]
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    unk_id: int
+    stops: tuple[int, ...]  # end of turn, end of message
+    add_bos: bool | None  # None: the file does not say
+    chat_template: str | None
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "GGUFTokens":
+        model = metadata.get(PREFIX + "model")
+        if model not in MODELS:
+            raise ValueError(f"{PREFIX}model is {model!r}: supported are {', '.join(MODELS)}")
+        # llama.cpp numbers an empty text; SentencePiece takes none.
+        texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(array(metadata, "tokens", (str,)))]
+        types = array(metadata, "token_type", (int,), len(texts))
+        first: dict[str, int] = {}
+        for i, text in enumerate(texts):
+            if first.setdefault(text, i) != i:
+                raise ValueError(f"{PREFIX}tokens has {text!r} twice, as ids {first[text]} and {i}")
+
+        def special(name: str, default: int = -1) -> int:
+            token = metadata.get(f"{PREFIX}{name}_token_id", default)
+            if not isinstance(token, int) or not (-1 <= token < len(texts) or token == NONE_ID):
+                raise ValueError(f"{PREFIX}{name}_token_id is {token!r}: there are {len(texts)} tokens")
+            return -1 if token == NONE_ID else token
+
+        # llama.cpp's defaults for SentencePiece; its default of 11 for gpt2 fits Falcon alone.
+        bos, eos, unk = (1, 2, 0) if model == "llama" else (-1, -1, -1)
+        add_bos = metadata.get(PREFIX + "add_bos_token")
+        template = metadata.get("tokenizer.chat_template")
+        return cls(
+            model=model,
+            texts=texts,
+            types=types,
+            bos_id=special("bos", bos),
+            eos_id=special("eos", eos),
+            pad_id=special("padding"),
+            unk_id=special("unknown", unk),
+            stops=(special("eot"), special("eom")),
+            add_bos=None if add_bos is None else bool(add_bos),
+            chat_template=template if isinstance(template, str) else None,
+        )
+
+
+def array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any]:
+    """An array of the metadata; a missing, mistyped or short one is an error that names it."""
+    values = metadata.get(PREFIX + name)
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{PREFIX}{name} is missing or empty: the file has no whole tokenizer")
+    wrong = [value for value in values if not isinstance(value, kinds)]
+    if wrong:
+        raise ValueError(f"{PREFIX}{name} holds {wrong[0]!r}: expected {' or '.join(kind.__name__ for kind in kinds)}")
+    if length is not None and len(values) != length:
+        raise ValueError(f"{PREFIX}{name} has {len(values)} entries, {PREFIX}tokens has {length}")
+    return values

@@ -1,0 +1,160 @@
+"""`Tokenizer`: finds out what kind a tokenizer is, by content, and gives every kind the same interface."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama.tokenizer.gguf import GGUFTokens
+from llama.tokenizer.gguf_bpe import GGUFBytePairVocab
+from llama.tokenizer.ranks import RanksVocab
+from llama.tokenizer.spm import SentencePieceVocab, proto_from_gguf
+from llama.tokenizer.stream import StreamDecoder
+from llama.tokenizer.vocab import END_TOKENS, Vocab
+
+EXPECTED = "expected a SentencePiece model (Llama 1 and 2) or tiktoken ranks, lines of 'base64 rank' (Llama 3)"
+MAX_BYTES = 64 << 20  # the largest known tokenizer.model has 7 MB; weights given by mistake are not read
+RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s")
+NOT_TOKENIZERS = (  # first bytes, what they mean
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself (git lfs pull fetches it)"),
+    (b"GGUF", "a GGUF file, which holds its own tokenizer: give it as the checkpoint"),
+    (b"PK\x03\x04", "a zip archive, perhaps weights"),
+    (b"\x80", "a pickle, perhaps weights"),
+    (b"<", "HTML or XML, perhaps a web page saved in place of the file"),
+    (b"{", "JSON"),
+    (b"[", "JSON"),
+)
+
+
+class Tokenizer:
+    """Meta's interface: `encode(s, bos, eos)`, `decode`, `n_words`, `bos_id`, `eos_id`, `pad_id`, for every kind.
+
+    special_tokens: ids of the control tokens by text. Code Llama's are "▁<PRE>", "▁<SUF>", "▁<MID>" and "▁<EOT>".
+    stop_tokens: every id that ends a generation.
+    add_bos: whether a plain completion prompt begins with BOS.
+    chat_template: jinja source stored with the tokenizer.
+    """
+
+    n_words: int
+    bos_id: int  # -1 when the tokenizer has none, as for eos_id and pad_id
+    eos_id: int
+    pad_id: int
+    add_bos: bool
+    special_tokens: dict[str, int]
+    stop_tokens: frozenset[int]
+    chat_template: str | None
+
+    def __init__(self, model_path: str | os.PathLike[str]) -> None:
+        """Open a `tokenizer.model`: SentencePiece or tiktoken ranks, told apart by content.
+
+        Raises FileNotFoundError with what lies beside the path, ValueError for any other content.
+        """
+        self._adopt(_open(Path(model_path)), stops=(), chat_template=None)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+        """The tokenizer inside a GGUF file.
+
+        metadata: the file's keys to plain values (arrays as lists).
+        Raises ValueError naming the key, its value and what is supported.
+        """
+        tokens = GGUFTokens.from_metadata(metadata)
+        vocab: Vocab
+        if tokens.model == "llama":
+            vocab = SentencePieceVocab(proto_from_gguf(tokens, metadata), "the tokenizer inside the GGUF file")
+            vocab.bos_id, vocab.eos_id, vocab.pad_id = tokens.bos_id, tokens.eos_id, tokens.pad_id
+            vocab.add_bos = True if tokens.add_bos is None else tokens.add_bos
+        else:
+            vocab = GGUFBytePairVocab(tokens, metadata)
+        if vocab.add_bos and vocab.bos_id < 0:
+            raise ValueError("tokenizer.ggml.add_bos_token asks for a BOS, tokenizer.ggml.bos_token_id is missing")
+        self = cls.__new__(cls)
+        self._adopt(vocab, stops=tokens.stops, chat_template=tokens.chat_template)
+        return self
+
+    def _adopt(self, vocab: Vocab, stops: Iterable[int], chat_template: str | None) -> None:
+        self._vocab = vocab
+        self.n_words, self.add_bos = vocab.n_words, vocab.add_bos
+        self.bos_id, self.eos_id, self.pad_id = vocab.bos_id, vocab.eos_id, vocab.pad_id
+        self.special_tokens = vocab.special_tokens
+        named = (token for text, token in vocab.special_tokens.items() if text in END_TOKENS)
+        self.stop_tokens = frozenset(token for token in (vocab.eos_id, *stops, *named) if token >= 0)
+        self.chat_template = chat_template
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        """Ids of s as plain text: a special token spelled in s is never a control id.
+
+        A lone surrogate is encoded as U+FFFD. Bytes that a GGUF's BPE vocabulary lacks are dropped, as by the
+        `tokenizers` library (the demo model lacks some control characters).
+        """
+        for wanted, token, name in ((bos, self.bos_id, "BOS"), (eos, self.eos_id, "EOS")):
+            if wanted and token < 0:
+                raise ValueError(f"this tokenizer has no {name} token")
+        ids = self._vocab.encode(_valid_unicode(s))
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, t: Sequence[int]) -> str:
+        """Text of all tokens, invalid UTF-8 as U+FFFD.
+
+        Control tokens are nothing for SentencePiece, and their own text for the other kinds, as in Meta's Llama 2 and
+        Llama 3. SentencePiece's space before the first word is dropped. (Where bytes are no valid UTF-8, the
+        sentencepiece library writes one U+FFFD a byte; here it is one per broken character, as everywhere else.)
+        """
+        stream = StreamDecoder(self)
+        return "".join([stream.push(token) for token in t]) + stream.flush()
+
+    def token_bytes(self, token: int, at_start: bool = False) -> bytes:
+        """The bytes a token adds to a text; at_start: as its first token (see `StreamDecoder`)."""
+        if not 0 <= token < self.n_words:
+            raise ValueError(f"token id {token} is out of range: the tokenizer's n_words is {self.n_words}")
+        return self._vocab.token_bytes(int(token), at_start)
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """`tokenizer.model` in the folder with the weights, or in its parent, as Meta laid out Llama 1."""
+    for candidate in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"no tokenizer.model in {folder} or its parent: {_listing(folder)}")
+
+
+def _open(path: Path) -> Vocab:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the tokenizer.model in it")
+    if not path.exists():
+        raise FileNotFoundError(f"no tokenizer file {path}: {_listing(path.parent)}")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) <= MAX_BYTES and RANKS_LINE.match(data):
+        return RanksVocab(data, path)
+    if (
+        len(data) <= MAX_BYTES and data.startswith(b"\n") and data.strip()
+    ):  # field 1 of a protobuf message: the first piece
+        return SentencePieceVocab(data, str(path))
+    raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
+
+
+def _describe(data: bytes) -> str:
+    if not data.strip():
+        return "empty"
+    if len(data) > MAX_BYTES:
+        return f"larger than {MAX_BYTES >> 20} MiB, perhaps weights"
+    return next((what for start, what in NOT_TOKENIZERS if data.lstrip().startswith(start)), "no tokenizer")
+
+
+def _listing(folder: Path, limit: int = 12) -> str:
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(entry.name for entry in folder.iterdir())
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{folder} holds " + (", ".join(names[:limit]) + more or "nothing")
+
+
+def _valid_unicode(s: str) -> str:
+    """s with surrogate pairs joined and lone surrogates as U+FFFD: none of the libraries takes them."""
+    try:
+        s.encode()
+    except UnicodeEncodeError:
+        return s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return s
