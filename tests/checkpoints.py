@@ -1,0 +1,97 @@
+"""Random checkpoints in Meta's format, written by rules of their own: nothing of llama's loading is used here."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.config import ModelArgs
+
+# 256 single bytes and Llama 3's 256 special tokens.
+BYTE_VOCAB_SIZE = 512
+
+# 16 heads for up to 16 ranks, 4 KV heads, and sizes that 3, 8 or 16 do not all divide.
+TINY = ModelArgs(dim=64, n_layers=2, n_heads=16, n_kv_heads=4, vocab_size=BYTE_VOCAB_SIZE, multiple_of=20)
+
+
+def write_byte_tokenizer(folder: Path) -> Path:
+    """Llama 3's kind of tokenizer.model, whose ranks are the 256 bytes."""
+    path = folder / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    return path
+
+
+def random_state(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Whole tensors under Meta's names, scaled so that activations keep a size near 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+
+    def norm() -> Tensor:
+        return (1 + 0.1 * torch.randn(args.dim, generator=generator)).to(dtype)
+
+    q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    state = {"tok_embeddings.weight": matrix(args.vocab_size, args.dim) * args.dim**0.5, "norm.weight": norm()}
+    for i in range(args.n_layers):
+        state |= {
+            f"layers.{i}.attention.wq.weight": matrix(q_dim, args.dim),
+            f"layers.{i}.attention.wk.weight": matrix(kv_dim, args.dim),
+            f"layers.{i}.attention.wv.weight": matrix(kv_dim, args.dim),
+            f"layers.{i}.attention.wo.weight": matrix(args.dim, q_dim),
+            f"layers.{i}.feed_forward.w1.weight": matrix(args.hidden_dim, args.dim),
+            f"layers.{i}.feed_forward.w2.weight": matrix(args.dim, args.hidden_dim),
+            f"layers.{i}.feed_forward.w3.weight": matrix(args.hidden_dim, args.dim),
+            f"layers.{i}.attention_norm.weight": norm(),
+            f"layers.{i}.ffn_norm.weight": norm(),
+        }
+    if not args.tied_embeddings:
+        state["output.weight"] = matrix(args.vocab_size, args.dim)
+    return state
+
+
+def split_state(
+    state: dict[str, Tensor], args: ModelArgs, shards: int, embedding_dim: int = 0
+) -> list[dict[str, Tensor]]:
+    """The state as Meta's shards hold it; embedding_dim 1 is the layout of Llama 1 and 2."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
+    for name, tensor in state.items():
+        if "norm" in name:
+            pieces = [tensor] * shards
+        elif name.endswith(("wk.weight", "wv.weight")) and shards > args.n_kv_heads:
+            heads = tensor.chunk(args.n_kv_heads)
+            pieces = [heads[i * args.n_kv_heads // shards] for i in range(shards)]
+        else:
+            columns = name.endswith(("wo.weight", "w2.weight")) or (embedding_dim == 1 and "tok_emb" in name)
+            pieces = list(tensor.chunk(shards, dim=1 if columns else 0))
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece.clone()
+    return parts
+
+
+def write_meta(
+    folder: Path,
+    args: ModelArgs = TINY,
+    shards: int = 1,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    embedding_dim: int = 0,
+) -> dict[str, Tensor]:
+    """Write params.json, tokenizer.model and the shards; returns the whole tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = random_state(args, seed, dtype)
+    for i, part in enumerate(split_state(state, args, shards, embedding_dim)):
+        torch.save(part, folder / f"consolidated.{i:02d}.pth")
+    kept = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps", "rope_theta"}
+    params = {key: value for key, value in dataclasses.asdict(args).items() if key in kept}
+    if args.use_scaled_rope:
+        params["use_scaled_rope"] = True
+    (folder / "params.json").write_text(json.dumps(params))
+    write_byte_tokenizer(folder)
+    return state
