@@ -15,8 +15,8 @@ from llama.config import ModelArgs
 # 256 single bytes and Llama 3's 256 special tokens.
 BYTE_VOCAB_SIZE = 512
 
-# 16 heads for up to 16 ranks, 4 KV heads, and sizes that 3, 8 or 16 do not all divide.
-TINY = ModelArgs(dim=64, n_layers=2, n_heads=16, n_kv_heads=4, vocab_size=BYTE_VOCAB_SIZE, multiple_of=20)
+# 16 heads for up to 16 ranks, 4 KV heads, 176 hidden features (not a multiple of 3 or 32).
+TINY = ModelArgs(dim=64, n_layers=2, n_heads=16, n_kv_heads=4, vocab_size=BYTE_VOCAB_SIZE, multiple_of=16)
 
 
 def write_byte_tokenizer(folder: Path) -> Path:

@@ -44,6 +44,10 @@ class GGUFTokens:
         # llama.cpp numbers an empty text; SentencePiece takes none.
         texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(array(metadata, "tokens", (str,)))]
         types = array(metadata, "token_type", (int,), len(texts))
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{PREFIX}tokens is no valid Unicode: {error}") from None
         first: dict[str, int] = {}
         for i, text in enumerate(texts):
             if first.setdefault(text, i) != i:

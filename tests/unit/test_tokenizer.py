@@ -2,8 +2,11 @@
 
 import base64
 import io
+import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +94,7 @@ def raw_bytes(spelling: str) -> bytes:
     """GPT-2's spelling of bytes undone, by a table built another way than the package's."""
     table = {pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]: b for b in range(128)}
     for b in range(128, 256):
-        lead, tail = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0]
+        lead, tail = list(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(chr(b))[0][0])
         table[tail] = chr(b).encode()[1]
         table[lead] = chr(b).encode()[0]
     # Bytes no UTF-8 text of two has: GPT-2 leaves printable Latin-1 as it is.
@@ -117,8 +120,6 @@ def ranks_path(ranks: dict[bytes, int], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def gguf_bpe(bpe: tokenizers.Tokenizer) -> dict[str, Any]:
     """GGUF metadata of the trained BPE, with Llama 3's first special tokens after it."""
-    import json
-
     model = json.loads(bpe.to_str())["model"]
     texts = sorted(model["vocab"], key=model["vocab"].__getitem__)
     controls = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<|odd|>"]
@@ -585,6 +586,7 @@ def test_tokenizer_is_found_beside_the_weights_or_one_folder_up(tmp_path: Path) 
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "'a' twice"),
         ({"tokens": ["a", 3], "token_type": [1, 1]}, "tokens holds 3"),
+        ({"tokens": ["a", "\udcff"], "token_type": [1, 1]}, "no valid Unicode"),
         ({"tokens": ["a", "b"], "token_type": [1, 1], "bos_token_id": 0, "eos_token_id": 0}, "merges has"),
         ({"token_type": None}, "token_type is missing"),
         ({"token_type": [1, 1]}, "token_type has 2 entries"),
@@ -627,9 +629,6 @@ def test_a_missing_bos_is_an_error_when_asked_for(gguf_bpe: dict[str, Any]) -> N
 
 def test_importing_the_tokenizer_imports_no_tokenizer_library() -> None:
     """And opening one kind imports only that kind's library."""
-    import subprocess
-    import sys
-
     code = (
         "import sys, types; package = types.ModuleType('llama'); package.__path__ = ['llama']\n"
         "sys.modules['llama'] = package; import llama.tokenizer\n"
