@@ -97,7 +97,7 @@ def _prepare(proto: bytes) -> tuple[bytes, dict[int, int]]:
     for number, begin, start, end in _fields(proto, 0, len(proto)):
         if number == PIECES and proto.startswith(markers, start, end):
             # The last value of a field counts, so that appending the type sets it.
-            parts += [proto[copied:begin], _field(PIECES, proto[start:end])]
+            parts += [proto[copied:begin], _field(PIECES, proto[start:end] + as_control)]
             copied = end
         elif number in (TRAINER_SPEC, NORMALIZER_SPEC):
             specs[number] = {field: proto[at] for field, _, at, stop in _fields(proto, start, end) if stop - at == 1}
