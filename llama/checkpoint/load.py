@@ -26,7 +26,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, device: torch.devic
     for name, shape in expected.items():
         if checkpoint.shape(name) != shape:
             raise ValueError(
-                f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, but its configuration asks for {shape}: "
+                f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, its configuration asks for {shape}: "
                 "weights and configuration do not belong together, or some files are missing"
             )
     for name in expected:
