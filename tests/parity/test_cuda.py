@@ -1,0 +1,86 @@
+"""A CUDA device computes what the CPU does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.parallel import choose_dtype
+from tests.checkpoints import TINY, write_meta
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+PROMPTS = [[7, 8, 9, 10, 11], [300], [5] * 17]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cuda")
+    write_meta(folder, TINY, shards=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> tuple[Llama, Llama]:
+    return tuple(Llama.build(folder, device=device, dtype="float32") for device in ("cpu", "cuda"))  # type: ignore[return-value]
+
+
+def test_logits_on_cuda_equal_those_on_the_cpu(both: tuple[Llama, Llama]) -> None:
+    logits = []
+    for llm in both:
+        tokens = torch.arange(3 * 7, device=llm.model.device).view(3, 7)
+        start_pos = torch.zeros(3, dtype=torch.long, device=llm.model.device)
+        with torch.inference_mode():
+            logits.append(llm.model(tokens, start_pos, llm.model.new_cache(3, 7)).cpu())
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_tokens_and_logprobs_on_cuda_equal_those_on_the_cpu(both: tuple[Llama, Llama], temperature: float) -> None:
+    """Random numbers were once drawn on the device, whose generator is another."""
+    (cpu_tokens, cpu_scores), (cuda_tokens, cuda_scores) = (
+        llm.generate(PROMPTS, 24, temperature, logprobs=True, echo=True, seed=3) for llm in both
+    )
+    assert cuda_tokens == cpu_tokens
+    for cuda_row, cpu_row in zip(cuda_scores or [], cpu_scores or [], strict=True):
+        assert cuda_row == pytest.approx(cpu_row, abs=1e-4)
+
+
+def test_cuda_is_chosen_and_computes_in_bfloat16(folder: Path) -> None:
+    llm = Llama.build(folder)
+    assert llm.model.device.type == "cuda"
+    assert llm.model.norm.weight.dtype == choose_dtype(None, llm.model.device, torch.float32)
+    assert all(tensor.device == llm.model.device for tensor in [*llm.model.parameters(), *llm.model.buffers()])
+
+
+def test_one_rank_of_torchrun_gets_nccl(folder: Path) -> None:
+    code = (
+        "import sys; from llama import Llama; import torch.distributed as dist;"
+        "llm = Llama.build(sys.argv[1]); print(dist.get_backend(llm.model.parallel.group), dist.get_backend());"
+        "dist.destroy_process_group()"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--no-python", sys.executable]
+    done = subprocess.run(
+        [*command, "-c", code, str(folder)], capture_output=True, text=True, env=os.environ, check=True
+    )
+    assert done.stdout.split() == ["nccl", "gloo"]
+
+
+def test_more_ranks_than_cuda_devices_end_in_one_line(folder: Path) -> None:
+    ranks = torch.cuda.device_count() + 1
+    example = str(Path(__file__).parents[2] / "example_text_completion.py")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", example]
+    done = subprocess.run([*command, "--ckpt_dir", str(folder), "--device=cuda"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {ranks} ranks on this host, but {ranks - 1} CUDA devices: start {ranks - 1}, or use --device cpu"
+    ]
