@@ -207,8 +207,11 @@ class Llama:
         """Token ids of texts to continue; an empty text is the begin token, as nothing cannot be continued."""
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of texts, got a single text: put it in a list")
-        tokens = [self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos, eos=False) for prompt in prompts]
-        return [ids or [self.tokenizer.bos_id] for ids in tokens]
+        tokenizer = self.tokenizer
+        return [
+            tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False) or tokenizer.encode("", bos=True, eos=False)
+            for prompt in prompts
+        ]
 
     def _check_prompts(self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams) -> None:
         args = self.model.args

@@ -7,10 +7,10 @@ suits the device. Knows nothing of the model's architecture or of checkpoints.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -235,7 +235,7 @@ def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel
         raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     initialize.destroy_model_parallel()
-    with contextlib.redirect_stdout(sys.stderr):  # fairscale prints three lines
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines that help nobody
         initialize.initialize_model_parallel(
             size, model_parallel_backend=backend, pipeline_backend=backend, ddp_backend=backend
         )
