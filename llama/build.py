@@ -42,7 +42,6 @@ def build_model(
         args = dataclasses.replace(
             checkpoint.args,
             vocab_size=tokenizer.n_words,
-            tied_embeddings="output.weight" not in checkpoint.names(),
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
         )

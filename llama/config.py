@@ -5,7 +5,6 @@ Knows nothing of files that hold weights, of devices or of ranks.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -14,6 +13,12 @@ from typing import Any
 
 # Keys of released params.json files that say nothing about the computation.
 HARMLESS_KEYS = {"max_seq_len", "max_batch_size", "model_parallel_size", "dtype", "name", "_name_or_path"}
+
+# Those that do; the rest of ModelArgs comes from other formats.
+USED_KEYS = {
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
+    "rope_theta", "use_scaled_rope", "head_dim", "hidden_dim",
+}  # fmt: skip
 
 _QUANTIZED = "a quantized Llama 3.2 release, whose packed linears are not supported: use the bf16 release"
 _VISION = "a vision model: only text models are supported"
@@ -33,8 +38,30 @@ SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths.
+class LinearScaling:
+    """Every rotary wavelength times `factor`."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_number("factor", self.factor)
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """NTK-aware stretching that begins where a row is longer than old_context_len, and grows with it."""
+
+    factor: float
+    old_context_len: int
+
+    def __post_init__(self) -> None:
+        _check_number("factor", self.factor)
+        _check_int("old_context_len", self.old_context_len)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of the long rotary wavelengths.
 
     Wavelengths above old_context_len / low_freq_factor are multiplied by `factor`, those below
     old_context_len / high_freq_factor are kept, and those between are blended.
@@ -46,10 +73,52 @@ class RopeScaling:
     old_context_len: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "old_context_len"):
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
             _check_number(name, getattr(self, name))
+        _check_int("old_context_len", self.old_context_len)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(f"low_freq_factor must be below high_freq_factor, got {self}")
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv:2309.00071): pairs that turn more than beta_fast times in the old context are kept, those that turn
+    less than beta_slow times are stretched by `factor`; attention is sharpened by `magnitude`, on queries and keys.
+    """
+
+    factor: float
+    old_context_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+    truncate: bool = True  # whether the range of pairs is rounded outwards to whole pairs
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "beta_fast", "beta_slow"):
+            _check_number(name, getattr(self, name))
+        _check_int("old_context_len", self.old_context_len)
+        if self.attention_factor is not None:
+            _check_number("attention_factor", self.attention_factor)
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class FactorScaling:
+    """A wavelength factor of its own for each pair, as GGUF files store Llama 3.1's scaling."""
+
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            _check_number("rope factor", factor)
+
+
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | FactorScaling
 
 
 @dataclass(frozen=True)
@@ -76,6 +145,9 @@ class ModelArgs:
     hidden_dim: int = None  # type: ignore[assignment]
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False  # the output projection is the embedding table
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None  # a token sees this many tokens, itself among them; None: all
 
     def __post_init__(self) -> None:
         def resolve(name: str, value: Any) -> None:
@@ -94,9 +166,13 @@ class ModelArgs:
         resolve("head_dim", self.dim // self.n_heads)
         resolve("hidden_dim", _ffn_hidden_dim(self.dim, self.ffn_dim_multiplier, self.multiple_of))
         if self.use_scaled_rope:
-            resolve("rope_scaling", RopeScaling(32.0 if (self.dim, self.n_layers) in SCALED_BY_32 else 8.0))
+            resolve("rope_scaling", Llama3Scaling(32.0 if (self.dim, self.n_layers) in SCALED_BY_32 else 8.0))
         for name in ("n_kv_heads", "head_dim", "hidden_dim"):
             _check_int(name, getattr(self, name))
+        if self.sliding_window is not None:
+            _check_int("sliding_window", self.sliding_window)
+        if isinstance(self.rope_scaling, FactorScaling) and len(self.rope_scaling.factors) != self.head_dim // 2:
+            raise ValueError(f"{len(self.rope_scaling.factors)} rope factors do not fit head_dim {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -105,26 +181,32 @@ class ModelArgs:
 
 def read_params(path: Path) -> ModelArgs:
     """ModelArgs from Meta's params.json; every key is used, known to be harmless, or an error that names it."""
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(params).__name__}")
+    params = read_json_object(path)
     for key in params.keys() & REFUSED_KEYS:
         raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
     fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS}
     factor = fields.pop("rope_scaling_factor", None)
     high_freq_factor = fields.pop("rope_high_freq_factor", 4.0)
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(ModelArgs)})
+    unknown = sorted(fields.keys() - USED_KEYS)
     if unknown:
         raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: this architecture is not supported")
     try:
         if factor is not None and fields.get("use_scaled_rope"):
-            fields["rope_scaling"] = RopeScaling(factor, high_freq_factor=high_freq_factor)
+            fields["rope_scaling"] = Llama3Scaling(factor, high_freq_factor=high_freq_factor)
         return ModelArgs(**fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ValueError names the file and where it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:

@@ -5,15 +5,14 @@ Knows nothing of text, of sampling or of where weights come from.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.cache import KVCache
-from llama.config import ModelArgs, RopeScaling
+from llama.config import ModelArgs
 from llama.parallel import ColumnParallelLinear, ModelParallel, RowParallelLinear, VocabParallelEmbedding
+from llama.rope import Rotary, rotate
 
 __all__ = ["ModelArgs", "Transformer"]
 
@@ -28,30 +27,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each rotated pair: (head_dim / 2,), fp32 (arXiv:2104.09864)."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
-    if scaling is not None:
-        turns = scaling.old_context_len * frequencies / (2 * math.pi)  # full turns within the old context
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        blend = blend.clamp(0, 1)
-        frequencies = frequencies * (blend + (1 - blend) / scaling.factor)
-    return frequencies.float()
-
-
-def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Unit complex numbers that rotate each pair to its position: (bsz, seqlen, 1, head_dim / 2)."""
-    # fp32: bf16 represents every integer only up to 256.
-    angles = positions.float()[..., None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)[:, :, None]
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the adjacent pairs of x (bsz, seqlen, heads, head_dim), as in Meta's order of dimensions."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -82,10 +57,11 @@ class Attention(nn.Module):
         self.head_dim = args.head_dim
         self.n_local_heads = parallel.heads(args.n_heads)
         self.n_local_kv_heads = len(parallel.kv_heads(args.n_heads, args.n_kv_heads))
-        self.wq = ColumnParallelLinear(args.dim, self.n_local_heads * args.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, self.n_local_kv_heads * args.head_dim)
-        self.wv = ColumnParallelLinear(args.dim, self.n_local_kv_heads * args.head_dim)
-        self.wo = RowParallelLinear(self.n_local_heads * args.head_dim, args.dim, parallel)
+        q_dim, kv_dim = self.n_local_heads * args.head_dim, self.n_local_kv_heads * args.head_dim
+        self.wq = ColumnParallelLinear(args.dim, q_dim, args.attention_bias)
+        self.wk = ColumnParallelLinear(args.dim, kv_dim, args.attention_bias)
+        self.wv = ColumnParallelLinear(args.dim, kv_dim, args.attention_bias)
+        self.wo = RowParallelLinear(q_dim, args.dim, parallel, args.attention_bias)
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache, slots: Tensor) -> Tensor:
         bsz, seqlen, _ = x.shape
@@ -103,9 +79,9 @@ class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
         hidden_dim = parallel.part(args.hidden_dim)
-        self.w1 = ColumnParallelLinear(args.dim, hidden_dim)
-        self.w2 = RowParallelLinear(hidden_dim, args.dim, parallel)
-        self.w3 = ColumnParallelLinear(args.dim, hidden_dim)
+        self.w1 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
+        self.w2 = RowParallelLinear(hidden_dim, args.dim, parallel, args.mlp_bias)
+        self.w3 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -127,8 +103,6 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """This rank's share of a LLaMA. Parameters have Meta's names; ValueError when the heads cannot be split."""
 
-    rope: Tensor
-
     def __init__(self, args: ModelArgs, parallel: ModelParallel | None = None) -> None:
         super().__init__()
         assert args.vocab_size > 0, "vocab_size must be known here"
@@ -140,9 +114,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(args.dim, parallel.part(args.vocab_size))
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.register_buffer(
-            "rope", rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling), persistent=False
-        )
+        self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling)
 
     def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
         """Logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden` and then `logits`."""
@@ -159,15 +131,23 @@ class Transformer(nn.Module):
         if kv_len is None:
             kv_len = int(start_pos.max()) + seqlen
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
-        mask = None
-        if kv_len > seqlen:  # else all rows start at 0, and attention is plainly causal
-            mask = torch.arange(kv_len, device=tokens.device) <= positions[:, None, :, None]
-        rotation = rotations(positions, self.rope)
+        mask = self._mask(positions, kv_len)
+        rotation = self.rope(positions)
         slots = cache.slots(positions)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache, slots)
         return self.norm(x)
+
+    def _mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
+        """Which keys the queries at positions (bsz, seqlen) see: (bsz, 1, seqlen, kv_len); None is plainly causal."""
+        window = self.args.sliding_window or kv_len
+        if kv_len == positions.shape[1] <= window:  # all rows start at 0
+            return None
+        queries = positions[:, None, :, None]
+        keys = torch.arange(kv_len, device=positions.device)
+        mask = keys <= queries
+        return mask & (keys > queries - window) if window < kv_len else mask
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""

@@ -25,10 +25,19 @@ SHARD_DIM = {
     "w3": 0,
 }
 
+# What weights may be stored in, where they are not blocks.
+FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+
 
 def kind(name: str) -> str:
     """What a tensor is, whatever its layer: "layers.3.attention.wq.weight" -> "wq"."""
-    return name.removesuffix(".weight").rpartition(".")[2]
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def shard_dim(name: str) -> int | None:
+    """Along which dimension ranks split a tensor; None: whole everywhere, as are norms and biases of split inputs."""
+    dim = SHARD_DIM.get(kind(name))
+    return None if dim == 1 and name.endswith(".bias") else dim
 
 
 class Checkpoint(Protocol):
@@ -45,6 +54,11 @@ class Checkpoint(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are stored in; bfloat16 for quantized blocks, which stand for no dtype."""
+        ...
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end a generation by the model's own configuration, beside those that the tokenizer knows."""
         ...
 
     def names(self) -> Collection[str]: ...

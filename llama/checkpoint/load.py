@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.format import SHARD_DIM, Checkpoint, kind
+from llama.checkpoint.format import Checkpoint, kind, shard_dim
 from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.parallel import ModelParallel
@@ -31,9 +31,11 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, device: torch.devic
             )
     for name in expected:
         part = read_part(checkpoint, name, model.args, model.parallel)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        assert part.shape == parent.weight.shape, (name, part.shape, parent.weight.shape)
-        parent.weight = torch.nn.Parameter(part.to(device, dtype).contiguous(), requires_grad=False)
+        parent, _, attribute = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        assert part.shape == parameter.shape, (name, part.shape, parameter.shape)
+        part = torch.nn.Parameter(part.to(device, dtype).contiguous(), requires_grad=False)
+        setattr(model.get_submodule(parent), attribute, part)
     if model.args.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
     model.to(device)  # what is computed and not loaded: the rotary frequencies
@@ -41,7 +43,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, device: torch.devic
 
 def read_part(checkpoint: Checkpoint, name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
     """This rank's part of a tensor, padded with zeros where the ranks do not divide it."""
-    dim = SHARD_DIM.get(kind(name))
+    dim = shard_dim(name)
     if dim is None or parallel.size == 1:
         return checkpoint.read(name)
     if kind(name) in ("wk", "wv"):
@@ -49,7 +51,7 @@ def read_part(checkpoint: Checkpoint, name: str, args: ModelArgs, parallel: Mode
     total = checkpoint.shape(name)[dim]
     part = checkpoint.read(name, dim, *parallel.span(total))
     padding = parallel.part(total) - part.shape[dim]
-    return F.pad(part, (0, padding) if dim == 1 else (0, 0, 0, padding)) if padding else part
+    return F.pad(part, (0, 0) * (part.dim() - 1 - dim) + (0, padding)) if padding else part
 
 
 def _read_kv_heads(checkpoint: Checkpoint, name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
@@ -83,12 +85,15 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
         "feed_forward.w1": (args.hidden_dim, args.dim),
         "feed_forward.w2": (args.dim, args.hidden_dim),
         "feed_forward.w3": (args.hidden_dim, args.dim),
-        "attention_norm": (args.dim,),
-        "ffn_norm": (args.dim,),
     }
+    biased = {"attention": args.attention_bias, "feed_forward": args.mlp_bias}
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
     for i in range(args.n_layers):
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        for name, shape in layer.items():
+            shapes[f"layers.{i}.{name}.weight"] = shape
+            if biased[name.partition(".")[0]]:
+                shapes[f"layers.{i}.{name}.bias"] = shape[:1]
+        shapes |= {f"layers.{i}.{name}.weight": (args.dim,) for name in ("attention_norm", "ffn_norm")}
     shapes["norm.weight"] = (args.dim,)
     if not args.tied_embeddings:
         shapes["output.weight"] = (args.vocab_size, args.dim)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import zipfile
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import SHARD_DIM, kind
+from llama.checkpoint.format import FLOATS, SHARD_DIM, kind
+from llama.checkpoint.pickles import map_pickle
 from llama.config import read_params
 from llama.tokenizer import Tokenizer, find_tokenizer
-
-FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 
 
 class MetaCheckpoint:
@@ -26,9 +23,11 @@ class MetaCheckpoint:
         params = folder / "params.json"
         if not params.is_file():
             raise FileNotFoundError(f"{folder} has consolidated.*.pth but no params.json: copy it there as well")
-        self.args = read_params(params)
-        self._shards = [_map_shard(file) for file in _shard_files(folder)]
+        args = read_params(params)
+        self._shards = [map_pickle(file) for file in _shard_files(folder)]
         self._check_shards()
+        self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self._shards[0])
+        self.stop_tokens: frozenset[int] = frozenset()
         self.dtype = self._shards[0]["norm.weight"].dtype if "norm.weight" in self._shards[0] else torch.bfloat16
 
     def names(self) -> Collection[str]:
@@ -108,30 +107,3 @@ def _shard_files(folder: Path) -> list[Path]:
             f"found {', '.join(numbers)}"
         )
     return files
-
-
-def _map_shard(file: Path) -> dict[str, Tensor]:
-    """Map a pickled state dict without running any code in it."""
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty: download it again")
-    zipped = zipfile.is_zipfile(file)  # False for the format before torch 1.6, which cannot be mapped
-    if not zipped and _starts_with(file, b"PK"):
-        raise ValueError(f"{file} is truncated ({file.stat().st_size} bytes): download it again")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise ValueError(f"{file} is refused: it would run code when loaded ({code[1]})") from None
-        raise ValueError(f"{file} is not a checkpoint, or is damaged: download it again") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, IndexError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} is damaged ({reason}): download it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{file} must hold a dictionary of tensors, as Meta's shards do")
-    return state
-
-
-def _starts_with(file: Path, magic: bytes) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(len(magic)) == magic

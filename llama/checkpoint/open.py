@@ -7,11 +7,12 @@ from pathlib import Path
 
 from llama.checkpoint.format import Checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf
+from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a folder of Meta shards, a GGUF file, or a folder that holds one GGUF file.
+    """Open a folder of Meta shards, a Hugging Face folder, a GGUF file, or a folder with one GGUF model.
 
     FileNotFoundError or ValueError say what was looked for and what was found.
     """
@@ -24,7 +25,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileNotFoundError(f"ckpt_dir {path} does not exist; {beside}")
     if is_gguf(path):
         return GGUFCheckpoint(path)
-    if path.suffix == ".pth":
+    if path.suffix in (".pth", ".safetensors", ".bin", ".json"):
         raise ValueError(f"ckpt_dir {path} is a single file: give its folder {path.parent}")
     raise ValueError(f"ckpt_dir {path} is neither a folder nor a GGUF file")
 
@@ -32,6 +33,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     if any(folder.glob("consolidated.*.pth")):
         return MetaCheckpoint(folder)
+    if (folder / "config.json").is_file():
+        return HuggingFaceCheckpoint(folder)
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:
         return GGUFCheckpoint(ggufs[0])
@@ -39,8 +42,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         names = ", ".join(file.name for file in ggufs)
         raise ValueError(f"ckpt_dir {folder} has several GGUF files: give one of {names} itself")
     raise FileNotFoundError(
-        f"ckpt_dir {folder} has no checkpoint: looked for consolidated.*.pth with params.json and for *.gguf, "
-        f"found {listing(folder)}"
+        f"ckpt_dir {folder} has no checkpoint: looked for consolidated.*.pth with params.json, for config.json "
+        f"with safetensors or .bin files, and for *.gguf; found {listing(folder)}"
     )
 
 

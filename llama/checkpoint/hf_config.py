@@ -1,0 +1,170 @@
+"""The architecture from a Hugging Face `config.json`, in the older and the newer spelling of its RoPE settings."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    ModelArgs,
+    RopeScaling,
+    YarnScaling,
+    read_json_object,
+)
+
+log = logging.getLogger("llama")
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+
+USED_KEYS = {
+    "architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "head_dim", "intermediate_size",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "max_position_embeddings",
+    "original_max_position_embeddings", "hidden_act", "partial_rotary_factor", "quantization_config", "eos_token_id",
+}  # fmt: skip
+# Keys that say nothing about the computation of inference.
+HARMLESS_KEYS = {
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attention_dropout", "auto_map",
+    "bos_token_id", "dtype", "initializer_range", "max_sequence_length", "max_window_layers", "pad_token_id",
+    "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache",
+    "is_llama_config", "rope_interleaved", "neftune_noise_alpha", "id2label", "label2id", "return_dict",
+    "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type",
+}  # fmt: skip
+
+
+def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
+    """ModelArgs, and the ids that end a generation, from config.json.
+
+    ValueError names what is not supported, before any weight is looked at; keys that are not known are ignored, as
+    transformers does, and logged.
+    """
+    config = read_json_object(path)
+    found = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
+    if not (isinstance(found, list) and found and (found[0] in ARCHITECTURES or _is_plain_llama(config))):
+        raise ValueError(f"{path} describes {_words(found)}: only {' and '.join(ARCHITECTURES)} are supported")
+    if "quantization_config" in config:
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise ValueError(
+            f"{path} describes {method!r} quantized weights, which are not supported: use unquantized ones"
+        )
+    for key, expected in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
+        if config.get(key, expected) != expected:
+            raise ValueError(f"{path} has {key} {config[key]!r}: only {expected!r} is supported")
+    unknown = sorted(config.keys() - USED_KEYS - HARMLESS_KEYS)
+    if unknown:
+        log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
+    mistral = config.get("model_type") == "mistral"
+    try:
+        rope = _rope_parameters(config)
+        args = ModelArgs(
+            dim=_required(config, "hidden_size"),
+            n_layers=_required(config, "num_hidden_layers"),
+            n_heads=_required(config, "num_attention_heads"),
+            n_kv_heads=config.get("num_key_value_heads"),  # type: ignore[arg-type]
+            vocab_size=_required(config, "vocab_size"),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", 10000.0),
+            head_dim=config.get("head_dim"),  # type: ignore[arg-type]
+            hidden_dim=_required(config, "intermediate_size"),
+            rope_scaling=_scaling(rope, config),
+            tied_embeddings=_flag(config, "tie_word_embeddings"),
+            attention_bias=_flag(config, "attention_bias"),
+            mlp_bias=_flag(config, "mlp_bias"),
+            # Llama's own code has no window, whatever the key says.
+            sliding_window=config.get("sliding_window") if mistral else None,
+        )
+        return args, token_ids(config.get("eos_token_id"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def token_ids(value: Any) -> frozenset[int]:
+    """eos_token_id as it is written: an id, a list of ids, or nothing."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+    return frozenset(ids)
+
+
+def _is_plain_llama(config: Mapping[str, Any]) -> bool:
+    """Old conversions leave `architectures` out, or name it LLaMAForCausalLM."""
+    return config.get("model_type") == "llama" and config.get("architectures") in (None, [], ["LLaMAForCausalLM"])
+
+
+def _words(found: Any) -> str:
+    return ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
+
+
+def _required(config: Mapping[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise ValueError(f"{key} is missing")
+    return config[key]
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key, False)
+    if type(value) is not bool:
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
+def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The RoPE settings of either spelling as one dictionary, with rope_theta and rope_type."""
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"rope_scaling must be an object, got {settings!r}")
+    settings = dict(settings)
+    if settings.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor {settings['partial_rotary_factor']!r} is not supported")
+    if settings.get("rope_theta") is None:
+        settings["rope_theta"] = config.get("rope_theta") or 10000.0
+    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
+    return settings
+
+
+def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope["rope_type"]
+    context_len = config.get("max_position_embeddings", 2048)
+    old_context_len = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    old_context_len = old_context_len or context_len
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(_required(rope, "factor"))
+    if kind == "dynamic":
+        return DynamicScaling(_required(rope, "factor"), context_len)
+    if kind == "llama3":
+        return Llama3Scaling(
+            _required(rope, "factor"),
+            _required(rope, "low_freq_factor"),
+            _required(rope, "high_freq_factor"),
+            old_context_len,
+        )
+    if kind == "yarn":
+        factor = rope.get("factor") or context_len / old_context_len
+        return YarnScaling(
+            factor,
+            old_context_len,
+            beta_fast=rope.get("beta_fast") or 32.0,
+            beta_slow=rope.get("beta_slow") or 1.0,
+            attention_factor=_yarn_attention_factor(rope, factor),
+            truncate=rope.get("truncate", True),
+        )
+    raise ValueError(f"RoPE scaling {kind!r} is not supported: only linear, dynamic, llama3 and yarn are")
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
+    """attention_factor as given, else from mscale and mscale_all_dim where both are set, else None."""
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if rope.get("attention_factor") is not None or not (mscale and all_dim):
+        return rope.get("attention_factor")
+    if not all(isinstance(value, int | float) for value in (factor, mscale, all_dim)) or factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)

@@ -1,0 +1,153 @@
+"""Hugging Face folders: config.json with safetensors or pytorch_model.bin files, whole or split with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.format import FLOATS
+from llama.checkpoint.hf_config import read_config, token_ids
+from llama.checkpoint.pickles import map_pickle
+from llama.config import read_json_object
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+# Hugging Face's names of modules, in Meta's.
+NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+# Stored by old conversions, computed here.
+DERIVED = ".rotary_emb.inv_freq"
+
+# What a folder holds its weights in, the preferred first: the whole file, the index of a split one.
+LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+# safetensors' names of the dtypes that weights may have.
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def meta_name(name: str) -> str:
+    """model.layers.3.self_attn.q_proj.weight -> layers.3.attention.wq.weight; an unknown name stays as it is."""
+    module, _, attribute = name.rpartition(".")
+    layer = ""
+    if module.startswith("model.layers."):
+        number, _, module = module.removeprefix("model.layers.").partition(".")
+        layer = f"layers.{number}."
+    return f"{layer}{NAMES[module]}.{attribute}" if module in NAMES else name
+
+
+class HuggingFaceCheckpoint:
+    """A folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.args, stop_tokens = read_config(folder / "config.json")
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            # Its end tokens, and nothing else: sampling is the caller's choice.
+            stop_tokens |= token_ids(read_json_object(generation).get("eos_token_id"))
+        self.stop_tokens = stop_tokens
+        tensors: dict[str, Tensor] = {}
+        for file in weight_files(folder):
+            for name, tensor in map_weights(file).items():
+                if name in tensors:
+                    raise ValueError(f"{folder}: tensor {name} is in two files, one of them {file.name}")
+                tensors[name] = tensor
+        self._tensors = {meta_name(name): tensor for name, tensor in tensors.items() if not name.endswith(DERIVED)}
+        if self.args.tied_embeddings:
+            self._tensors.pop("output.weight", None)  # some files repeat the embedding under its name
+        for name, tensor in self._tensors.items():
+            if tensor.dtype not in FLOATS:
+                raise ValueError(
+                    f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(SAFETENSORS_DTYPES)} work"
+                )
+        self.dtype = next(iter(self._tensors.values())).dtype if self._tensors else torch.bfloat16
+
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        stop = tensor.shape[dim] if stop is None else stop
+        if ".attention.wq." not in name and ".attention.wk." not in name:
+            return tensor.narrow(dim, start, stop - start)
+        if dim != 0:
+            return pair_neighbours(tensor.narrow(dim, start, stop - start), self.args.head_dim)
+        # The order changes within heads, so the heads around the rows are read.
+        first = start - start % self.args.head_dim
+        last = min(-(-stop // self.args.head_dim) * self.args.head_dim, tensor.shape[0])
+        return pair_neighbours(tensor[first:last], self.args.head_dim).narrow(0, start - first, stop - start)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(find_tokenizer(self.path))
+
+
+def pair_neighbours(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of whole heads from Hugging Face's order, which rotates half against half, to Meta's, which rotates pairs."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights; ValueError when an index names one that is missing."""
+    for whole, index in LAYOUTS:
+        if (folder / index).is_file():
+            return _indexed_files(folder / index)
+        if (folder / whole).is_file():
+            return [folder / whole]
+    looked_for = ", ".join(name for layout in LAYOUTS for name in layout)
+    raise FileNotFoundError(f"{folder} has config.json but no weights: looked for {looked_for}")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} must have a weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}: only files beside it are read")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{index} names {missing[0]}{more}, which is not in the folder: download it")
+    return [index.parent / name for name in names]
+
+
+def map_weights(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors or .bin file under its own name, as views of the mapped file."""
+    return _map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
+
+
+def _map_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty: download it again")
+    try:
+        with safe_open(file, "pt") as mapped:
+            dtypes = {name: mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # noqa: SIM118
+            for name, dtype in dtypes.items():
+                if dtype not in SAFETENSORS_DTYPES and not name.endswith(DERIVED):
+                    raise ValueError(f"{file}: {name} has dtype {dtype}, only {', '.join(SAFETENSORS_DTYPES)} work")
+            return {name: mapped.get_tensor(name) for name in dtypes}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a usable safetensors file ({error}): download it again") from None

@@ -1,0 +1,38 @@
+"""Map a pickled state dict, as torch.save writes it, without reading it into memory and without running its code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def map_pickle(file: Path) -> dict[str, Tensor]:
+    """Tensors of a state dict by name, as views of the mapped file; ValueError when it is refused or damaged."""
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty: download it again")
+    zipped = zipfile.is_zipfile(file)  # False for the format before torch 1.6, which cannot be mapped
+    if not zipped and _starts_with(file, b"PK"):
+        raise ValueError(f"{file} is truncated ({file.stat().st_size} bytes): download it again")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(f"{file} is refused: it would run code when loaded ({code[1]})") from None
+        raise ValueError(f"{file} is not a checkpoint, or is damaged: download it again") from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, IndexError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} is damaged ({reason}): download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file} must hold a dictionary of tensors and nothing else")
+    return state
+
+
+def _starts_with(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(magic)) == magic

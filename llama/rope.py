@@ -1,0 +1,98 @@
+"""Rotary position embeddings and the ways of stretching them beyond the context that a model was trained on.
+
+Knows nothing of attention: it makes rotations of positions, and rotates.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llama.config import (
+    DynamicScaling,
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+)
+
+
+class Rotary(nn.Module):
+    """Positions to rotations (arXiv:2104.09864), stretched as `scaling` says.
+
+    frequencies: (head_dim / 2,), radians per position of each rotated pair, fp32.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.magnitude = scaling.magnitude if isinstance(scaling, YarnScaling) else 1.0
+        self.register_buffer("frequencies", scaled_frequencies(head_dim, theta, scaling), persistent=False)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Complex numbers that rotate each pair to its position: positions (bsz, seqlen) to (bsz, seqlen, 1, pairs).
+
+        Their magnitude is 1, but for YaRN, which also sharpens attention.
+        """
+        frequencies = self.frequencies
+        if isinstance(self.scaling, DynamicScaling):
+            frequencies = self._dynamic(self.scaling, positions.amax(-1) + 1)
+        # fp32: bf16 represents every integer only up to 256.
+        angles = positions.float()[..., None] * frequencies
+        return torch.polar(torch.full_like(angles, self.magnitude), angles)[:, :, None]
+
+    def _dynamic(self, scaling: DynamicScaling, lengths: Tensor) -> Tensor:
+        """Frequencies for rows as long as `lengths` (bsz,): (bsz, 1, pairs). Keys cached earlier keep theirs."""
+        excess = (lengths / scaling.old_context_len).clamp(min=1) - 1
+        stretch = (1 + scaling.factor * excess) ** (self.head_dim / (self.head_dim - 2))
+        exponents = torch.arange(0, self.head_dim, 2, device=lengths.device) / self.head_dim
+        return ((self.theta * stretch)[:, None] ** -exponents)[:, None]
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate the adjacent pairs of x (bsz, seqlen, heads, head_dim), as in Meta's order of dimensions."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+def scaled_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Radians per position of each rotated pair: (head_dim / 2,), fp32; those of a short row for dynamic scaling."""
+    # On the CPU also where the model is built on the meta device.
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    if isinstance(scaling, LinearScaling):
+        frequencies = frequencies / scaling.factor
+    elif isinstance(scaling, Llama3Scaling):
+        turns = scaling.old_context_len * frequencies / (2 * math.pi)  # full turns within the old context
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        frequencies = _blend(frequencies, frequencies / scaling.factor, kept)
+    elif isinstance(scaling, YarnScaling):
+        low, high = _yarn_range(head_dim, theta, scaling)
+        ramp = (torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - low) / (high - low)
+        frequencies = _blend(frequencies, frequencies / scaling.factor, 1 - ramp)
+    elif isinstance(scaling, FactorScaling):
+        frequencies = frequencies / torch.tensor(scaling.factors, dtype=torch.float64, device="cpu")
+    return frequencies.float()
+
+
+def _blend(kept: Tensor, stretched: Tensor, share: Tensor) -> Tensor:
+    """`share` of the kept frequencies, clamped to [0, 1], and the rest of the stretched ones."""
+    share = share.clamp(0, 1)
+    return kept * share + stretched * (1 - share)
+
+
+def _yarn_range(head_dim: int, theta: float, scaling: YarnScaling) -> tuple[float, float]:
+    """Between which pairs YaRN goes over from keeping to stretching (arXiv:2309.00071, section 3.2)."""
+
+    def pair_of(turns: float) -> float:
+        return head_dim * math.log(scaling.old_context_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high if high != low else high + 0.001  # as in transformers
