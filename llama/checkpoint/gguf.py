@@ -1,10 +1,12 @@
-"""GGUF: one file with the architecture, the tokenizer and blocks of quantized weights, here turned into dense ones."""
+"""GGUF: architecture, tokenizer and weights in one file or a split one; quantized blocks become dense weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.gguf_header import TensorInfo, is_gguf, read_header
-from llama.config import ModelArgs
+from llama.checkpoint.gguf_config import read_metadata
+from llama.checkpoint.gguf_header import Header, TensorInfo, is_gguf, read_header
 from llama.tokenizer import Tokenizer
 
 __all__ = ["GGUFCheckpoint", "is_gguf"]
 
-# llama.cpp's names of tensors, in Meta's.
+# llama.cpp's names of modules, in Meta's.
 NAMES = {
     "token_embd": "tok_embeddings",
     "output_norm": "norm",
@@ -33,31 +35,55 @@ NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
+ROPE_FACTORS = "rope_freqs.weight"
 # ggml types that are torch dtypes; all others are blocks.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Values decoded at once by a thread: their temporaries stay in its cache (4 times faster than by rows of 576).
 DECODED_AT_ONCE = 1 << 18
 
+SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor's values as they lie in a mapped file: rows of whole blocks of `elements` values in `size` bytes."""
+
+    raw: np.ndarray  # bytes
+    shape: tuple[int, ...]
+    type_name: str
+    elements: int
+    size: int
+
 
 class GGUFCheckpoint:
-    """A GGUF file of architecture "llama". The file is mapped; a tensor's blocks are decoded when it is read."""
+    """GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.path = path
-        header = read_header(path)
-        self._metadata = header.metadata
-        self._tensors = {_meta_name(name): info for name, info in header.tensors.items()}
-        self._types = {int(code): code.name for code in gguf.GGMLQuantizationType}
-        self._block_sizes = {code.name: sizes for code, sizes in gguf.GGML_QUANT_SIZES.items()}
-        # Copy-on-write, because torch wants memory that it may write to.
-        self._data = np.memmap(path, mode="c", dtype=np.uint8).view(np.ndarray)
-        for info in self._tensors.values():
-            self._check_place(info)
-        self.args = self._read_args()
-        kinds = {self._types[info.ggml_type] for info in self._tensors.values() if len(info.shape) > 1}
+        self._tensors: dict[str, _Stored] = {}
+        self._metadata: Mapping[str, Any] = {}
+        files = split_files(path)
+        for number, file in enumerate(files):
+            header = read_header(file)
+            if number == 0:
+                self._metadata = header.metadata
+            _check_split(file, header, number, len(files))
+            for name, stored in _map_tensors(file, header).items():
+                if name in self._tensors:
+                    raise ValueError(f"{file}: tensor {name} is in an earlier file of the split, too")
+                self._tensors[name] = stored
+        factors = self._tensors.pop(ROPE_FACTORS, None)
+        try:
+            self.args = read_metadata(
+                self._metadata,
+                tied="output.weight" not in self._tensors,
+                rope_factors=None if factors is None else tuple(_decode(factors, 0, factors.shape[0]).tolist()),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        self.stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
+        kinds = {stored.type_name for stored in self._tensors.values() if len(stored.shape) > 1}
         self.dtype = DTYPES[kinds.pop()] if len(kinds) == 1 and kinds <= DTYPES.keys() else torch.bfloat16
 
     def names(self) -> Collection[str]:
@@ -67,83 +93,84 @@ class GGUFCheckpoint:
         return self._tensors[name].shape
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        info = self._tensors[name]
-        stop = info.shape[dim] if stop is None else stop
-        rows = (start, stop) if dim == 0 else (0, info.shape[0])
-        part = self._decode(info, *rows)
-        return part if dim == 0 else part.narrow(dim, start, stop - start)
+        stored = self._tensors[name]
+        stop = stored.shape[dim] if stop is None else stop
+        if dim == 0:
+            return _decode(stored, start, stop)
+        return _decode(stored, 0, stored.shape[0]).narrow(dim, start, stop - start)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._metadata)
 
-    def _decode(self, info: TensorInfo, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, dense: in its own dtype, or fp32 where it is blocks."""
-        row_bytes = self._nbytes(info) // info.shape[0]
-        raw = self._data[info.offset + start * row_bytes : info.offset + stop * row_bytes]
-        shape = (stop - start, *info.shape[1:])
-        kind = self._types[info.ggml_type]
-        if kind in DTYPES:
-            return torch.from_numpy(raw).view(DTYPES[kind]).view(shape)
-        return _decode_blocks(raw, info.ggml_type, *self._block_sizes[kind]).view(shape)
 
-    def _nbytes(self, info: TensorInfo) -> int:
-        elements, size = self._block_sizes[self._types[info.ggml_type]]
-        return math.prod(info.shape) // elements * size
+def split_files(path: Path) -> list[Path]:
+    """All files of the model that `path` is, or is a part of: name-00001-of-0000N.gguf and so on."""
+    split = SPLIT_NAME.fullmatch(path.name)
+    if split is None:
+        return [path]
+    count = int(split[3])
+    files = [path.with_name(f"{split[1]}-{i:05d}-of-{split[3]}.gguf") for i in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise FileNotFoundError(f"{path} is one of {count} files, but not beside it are {', '.join(missing[:3])}")
+    return files
 
-    def _check_place(self, info: TensorInfo) -> None:
-        """ValueError unless the tensor's type is known, its rows are whole blocks and its bytes are in the file."""
-        if info.ggml_type not in self._types:
-            raise ValueError(f"{self.path}: tensor {info.name} has unknown type {info.ggml_type}")
-        kind = self._types[info.ggml_type]
-        if 0 in info.shape or info.shape[-1] % self._block_sizes[kind][0]:
-            raise ValueError(f"{self.path}: tensor {info.name} of type {kind} has impossible shape {info.shape}")
-        stop = info.offset + self._nbytes(info)
-        if stop > len(self._data):
+
+def _check_split(file: Path, header: Header, number: int, count: int) -> None:
+    """ValueError unless the file's own metadata agrees with its name."""
+    said = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
+    if said != (number, count):
+        raise ValueError(
+            f"{file} says that it is file {said[0]} of {said[1]}, counted from 0, but stands as {number} of {count}: "
+            "files of a split keep their names name-00001-of-0000N.gguf"
+        )
+
+
+def _map_tensors(file: Path, header: Header) -> dict[str, _Stored]:
+    """Tensors by Meta's names. ValueError unless types are known, rows whole blocks and all bytes in the file."""
+    import gguf
+
+    # Copy-on-write, because torch wants memory that it may write to.
+    data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
+    sizes = {int(code): (code.name, *size) for code, size in gguf.GGML_QUANT_SIZES.items()}
+    tensors = {}
+    for info in header.tensors.values():
+        if info.ggml_type not in sizes:
+            raise ValueError(f"{file}: tensor {info.name} has unknown type {info.ggml_type}")
+        kind, elements, size = sizes[info.ggml_type]
+        if 0 in info.shape or info.shape[-1] % elements:
+            raise ValueError(f"{file}: tensor {info.name} of type {kind} has impossible shape {info.shape}")
+        stop = info.offset + math.prod(info.shape) // elements * size
+        if stop > len(data):
             raise ValueError(
-                f"{self.path} is truncated: tensor {info.name} ends at byte {stop}, the file has {len(self._data)}: "
+                f"{file} is truncated: tensor {info.name} ends at byte {stop}, the file has {len(data)}: "
                 "download it again"
             )
-
-    def _read_args(self) -> ModelArgs:
-        architecture = self._get("general.architecture", str)
-        if architecture != "llama":
-            raise ValueError(f"{self.path} holds architecture {architecture!r}: only 'llama' is supported")
-        if self._metadata.get("llama.expert_count", 0):
-            raise ValueError(f"{self.path} holds a mixture of experts: only dense LLaMA models are supported")
-        scaling = self._metadata.get("llama.rope.scaling.type", "none")
-        if scaling != "none":
-            raise ValueError(f"{self.path} uses RoPE scaling {scaling!r}, which is not supported in GGUF files")
-        dim, n_heads = self._get("llama.embedding_length", int), self._get("llama.attention.head_count", int)
-        head_dim = self._metadata.get("llama.attention.key_length")
-        rotated = self._metadata.get("llama.rope.dimension_count")
-        try:
-            args = ModelArgs(
-                dim=dim,
-                n_layers=self._get("llama.block_count", int),
-                n_heads=n_heads,
-                n_kv_heads=self._metadata.get("llama.attention.head_count_kv"),  # type: ignore[arg-type]
-                vocab_size=len(self._metadata.get("tokenizer.ggml.tokens", ())) or -1,
-                norm_eps=self._get("llama.attention.layer_norm_rms_epsilon", float),
-                rope_theta=self._metadata.get("llama.rope.freq_base", 10000.0),
-                head_dim=head_dim,  # type: ignore[arg-type]
-                hidden_dim=self._get("llama.feed_forward_length", int),
-                tied_embeddings="output.weight" not in self._tensors,
-            )
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
-        if rotated not in (None, args.head_dim):
-            raise ValueError(f"{self.path} rotates {rotated} of {args.head_dim} dimensions of a head: not supported")
-        return args
-
-    def _get(self, key: str, type_: type) -> Any:
-        value = self._metadata.get(key)
-        if type(value) is not type_:
-            found = "nothing" if value is None else repr(value)
-            raise ValueError(f"{self.path}: {key} must be of type {type_.__name__}, found {found}")
-        return value
+        _check_decodable(file, info, kind, size)
+        tensors[_meta_name(info.name)] = _Stored(data[info.offset : stop], info.shape, kind, elements, size)
+    return tensors
 
 
-def _decode_blocks(raw: np.ndarray, ggml_type: int, elements: int, size: int) -> Tensor:
+def _check_decodable(file: Path, info: TensorInfo, kind: str, size: int) -> None:
+    import gguf
+
+    try:
+        gguf.dequantize(np.zeros((1, size), np.uint8), gguf.GGMLQuantizationType[kind])
+    except NotImplementedError:
+        raise ValueError(f"{file}: tensor {info.name} has type {kind}, which cannot be decoded") from None
+
+
+def _decode(stored: _Stored, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a tensor, dense: in its own dtype, or fp32 where it is blocks."""
+    row_bytes = len(stored.raw) // stored.shape[0]
+    raw = stored.raw[start * row_bytes : stop * row_bytes]
+    shape = (stop - start, *stored.shape[1:])
+    if stored.type_name in DTYPES:
+        return torch.from_numpy(raw).view(DTYPES[stored.type_name]).view(shape)
+    return _decode_blocks(raw, stored.type_name, stored.elements, stored.size).view(shape)
+
+
+def _decode_blocks(raw: np.ndarray, type_name: str, elements: int, size: int) -> Tensor:
     """fp32 values of consecutive blocks, each of `size` bytes for `elements` values."""
     from gguf import GGMLQuantizationType, dequantize
 
@@ -155,7 +182,7 @@ def _decode_blocks(raw: np.ndarray, ggml_type: int, elements: int, size: int) ->
         blocks = raw[first * size : (first + step) * size][None]
         values[first : first + step] = torch.from_numpy(dequantize(blocks, qtype)).view(-1, elements)
 
-    qtype, step = GGMLQuantizationType(ggml_type), DECODED_AT_ONCE // elements
+    qtype, step = GGMLQuantizationType[type_name], DECODED_AT_ONCE // elements
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(decode, range(0, n_blocks, step)))
     return values
@@ -163,8 +190,8 @@ def _decode_blocks(raw: np.ndarray, ggml_type: int, elements: int, size: int) ->
 
 def _meta_name(name: str) -> str:
     """blk.3.attn_q.weight -> layers.3.attention.wq.weight; a name that is not known stays as it is."""
-    parts = name.split(".")
-    layer = f"layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
-    base = parts[-2] if len(parts) > 1 else ""
-    known = base in NAMES and parts[-1] == "weight" and (layer or len(parts) == 2)
-    return f"{layer}{NAMES[base]}.weight" if known else name
+    layer = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if layer is None or layer[2] not in NAMES:
+        return name
+    prefix = f"layers.{layer[1]}." if layer[1] else ""
+    return f"{prefix}{NAMES[layer[2]]}.{layer[3]}"

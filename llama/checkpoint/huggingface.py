@@ -102,8 +102,12 @@ class HuggingFaceCheckpoint:
 
 
 def pair_neighbours(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads from Hugging Face's order, which rotates half against half, to Meta's, which rotates pairs."""
+    """Rows of whole heads from Hugging Face's order, whose RoPE rotates halves, to Meta's, which rotates neighbours."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _unsupported_dtype(path: Path, name: str, dtype: object) -> ValueError:
+    return ValueError(f"{path}: {name} has dtype {dtype}, only {', '.join(SAFETENSORS_DTYPES)} are supported")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -147,7 +151,7 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
             dtypes = {name: mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # noqa: SIM118
             for name, dtype in dtypes.items():
                 if dtype not in SAFETENSORS_DTYPES and not name.endswith(DERIVED):
-                    raise ValueError(f"{file}: {name} has dtype {dtype}, only {', '.join(SAFETENSORS_DTYPES)} work")
+                    raise _unsupported_dtype(file, name, dtype)
             return {name: mapped.get_tensor(name) for name in dtypes}
     except SafetensorError as error:
         raise ValueError(f"{file} is not a usable safetensors file ({error}): download it again") from None

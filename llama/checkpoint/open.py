@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from llama.checkpoint.format import Checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
+
+# All but the first file of a split GGUF.
+LATER_SPLIT = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -35,7 +39,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         return MetaCheckpoint(folder)
     if (folder / "config.json").is_file():
         return HuggingFaceCheckpoint(folder)
-    ggufs = sorted(folder.glob("*.gguf"))
+    ggufs = sorted(file for file in folder.glob("*.gguf") if not LATER_SPLIT.search(file.name))
     if len(ggufs) == 1:
         return GGUFCheckpoint(ggufs[0])
     if ggufs:

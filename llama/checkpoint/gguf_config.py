@@ -1,0 +1,70 @@
+"""The architecture from a GGUF file's metadata, under llama.cpp's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama.config import FactorScaling, LinearScaling, ModelArgs, RopeScaling, YarnScaling
+
+
+def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tuple[float, ...] | None) -> ModelArgs:
+    """ModelArgs of an architecture "llama"; ValueError names the key that is missing, wrong or not supported.
+
+    tied: whether the file has no output projection. rope_factors: its tensor rope_freqs, if it has one.
+    """
+    architecture = _get(metadata, "general.architecture", str)
+    if architecture != "llama":
+        raise ValueError(f"architecture {architecture!r} is not supported, only 'llama'")
+    if metadata.get("llama.expert_count", 0):
+        raise ValueError("a mixture of experts is not supported, only dense LLaMA models are")
+    args = ModelArgs(
+        dim=_get(metadata, "llama.embedding_length", int),
+        n_layers=_get(metadata, "llama.block_count", int),
+        n_heads=_get(metadata, "llama.attention.head_count", int),
+        n_kv_heads=metadata.get("llama.attention.head_count_kv"),  # type: ignore[arg-type]
+        vocab_size=len(metadata.get("tokenizer.ggml.tokens", ())) or -1,
+        norm_eps=_get(metadata, "llama.attention.layer_norm_rms_epsilon", float),
+        rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
+        head_dim=metadata.get("llama.attention.key_length"),  # type: ignore[arg-type]
+        hidden_dim=_get(metadata, "llama.feed_forward_length", int),
+        rope_scaling=_scaling(metadata, rope_factors),
+        tied_embeddings=tied,
+        sliding_window=metadata.get("llama.attention.sliding_window") or None,
+    )
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if metadata.get(key, args.head_dim) != args.head_dim:
+            raise ValueError(f"{key} {metadata[key]!r} differs from the {args.head_dim} dimensions of a head")
+    return args
+
+
+def _scaling(metadata: Mapping[str, Any], factors: tuple[float, ...] | None) -> RopeScaling | None:
+    kind = metadata.get("llama.rope.scaling.type")
+    if kind is None:  # before GGUF had the type, the linear factor had a key of its own
+        factor = metadata.get("llama.rope.scale_linear", 1.0)
+    else:
+        factor = metadata.get("llama.rope.scaling.factor", 1.0)
+    if kind == "yarn":
+        log_multiplier = metadata.get("llama.rope.scaling.yarn_log_multiplier", 0.0)
+        if log_multiplier or factors is not None:
+            raise ValueError("RoPE scaling 'yarn' with yarn_log_multiplier or rope_freqs is not supported")
+        return YarnScaling(
+            factor,
+            metadata.get("llama.rope.scaling.original_context_length") or _get(metadata, "llama.context_length", int),
+            beta_fast=metadata.get("llama.rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=metadata.get("llama.rope.scaling.yarn_beta_slow", 1.0),
+        )
+    if kind not in (None, "none", "linear"):
+        raise ValueError(f"llama.rope.scaling.type {kind!r} is not supported, only linear and yarn are")
+    if factors is not None:
+        if factor != 1.0 and kind != "none":
+            raise ValueError(f"a RoPE scaling factor {factor!r} beside rope_freqs is not supported")
+        return FactorScaling(factors)
+    return LinearScaling(factor) if factor != 1.0 and kind != "none" else None
+
+
+def _get(metadata: Mapping[str, Any], key: str, type_: type) -> Any:
+    value = metadata.get(key)
+    if type(value) is not type_:
+        raise ValueError(f"{key} must be of type {type_.__name__}, found {'nothing' if value is None else repr(value)}")
+    return value
