@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama import Llama, cli
+from llama.infilling import FILL_MARK, can_infill
+from llama.predictions import CompletionPrediction, InfillingPrediction
 
 PROMPTS = [
     "The capital of France is",
@@ -37,7 +40,7 @@ def main(
     Args:
         ckpt_dir: folder of Meta shards (consolidated.*.pth, params.json) or a .gguf file; default: the demo model.
         tokenizer_path: tokenizer.model; default: the one beside or inside the weights.
-        prompt: text to complete, verbatim; repeat the flag, or give a JSON list of texts, for several.
+        prompt: text to complete, verbatim; repeat the flag or give a JSON list for several; Code Llama fills <FILL>.
         max_seq_len: most tokens of a prompt and its completion together.
         max_batch_size: most prompts to run at once; more are run in turn.
         max_gen_len: most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
@@ -60,7 +63,10 @@ def main(
         dtype=dtype,
     )
     prompts = PROMPTS if prompt is None else prompt
-    results = llm.text_completion(prompts, temperature, top_p, max_gen_len, logprobs, echo)
+    if can_infill(llm.tokenizer) and any(FILL_MARK in text for text in prompts):
+        results = infill(llm, prompts, temperature, top_p, max_gen_len, logprobs)
+    else:
+        results = llm.text_completion(prompts, temperature, top_p, max_gen_len, logprobs, echo)
     if not cli.is_first_rank():
         return
     for text, result in zip(prompts, results, strict=True):
@@ -73,6 +79,17 @@ def main(
                 print(f"{logprob:10.4f}  {token!r}")
         print("\n==================================\n", flush=True)
     cli.report(llm)
+
+
+def infill(
+    llm: Llama, prompts: list[str], temperature: float, top_p: float, max_gen_len: int | None, logprobs: bool
+) -> Sequence[CompletionPrediction | InfillingPrediction]:
+    """Fill the <FILL> mark of each prompt. ValueError unless every prompt has exactly one."""
+    for text in prompts:
+        if text.count(FILL_MARK) != 1:
+            raise ValueError(f"prompt {text!r} has {text.count(FILL_MARK)} marks {FILL_MARK}: each needs exactly one")
+    prefixes, suffixes = zip(*(text.split(FILL_MARK) for text in prompts), strict=True)
+    return llm.text_infilling(prefixes, suffixes, temperature, top_p, max_gen_len, logprobs)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def build_model(
         place = parallel.choose_device(device)
         checkpoint = open_checkpoint(ckpt_dir)
         tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
+        tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
         if checkpoint.args.vocab_size not in (-1, tokenizer.n_words):
             raise ValueError(
                 f"the tokenizer has {tokenizer.n_words} tokens, but the weights in {checkpoint.path} have "

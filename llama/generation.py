@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,31 +16,17 @@ from torch import Tensor
 from llama.build import build_model
 from llama.cache import KVCache
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, choose_chat_format
+from llama.infilling import infilling_tokens
 from llama.model import Transformer
+from llama.predictions import ChatPrediction, CompletionPrediction, FinishReason, InfillingPrediction
 from llama.sampling import INVALID, SamplingParams, log_probs, sample, uniforms
 from llama.statistics import Statistics
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "Step"]
 
-FinishReason = Literal["stop", "length"]
-
 # Positions whose logits are held at once while scoring a prompt: 128 MiB for a vocabulary of 128k.
 SCORED_AT_ONCE = 256
-
-
-class CompletionPrediction(TypedDict, total=False):
-    generation: str
-    tokens: list[str]
-    logprobs: list[float]
-    finish_reason: FinishReason
-
-
-class ChatPrediction(TypedDict, total=False):
-    generation: Message
-    tokens: list[str]
-    logprobs: list[float]
-    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
@@ -202,6 +187,30 @@ class Llama:
             message = Message(role="assistant", content=answer["generation"])
             predictions.append(ChatPrediction(**{**answer, "generation": message}))
         return predictions
+
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        *,
+        seed: int | None = None,
+    ) -> list[InfillingPrediction]:
+        """Fill the gap between each prefix and its suffix; `full_text` is all three together (Code Llama)."""
+        if len(prefixes) != len(suffixes):
+            raise ValueError(f"every prefix needs a suffix, got {len(prefixes)} and {len(suffixes)}")
+        pairs = list(zip(prefixes, suffixes, strict=True))
+        prompts = [infilling_tokens(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in pairs]
+        steps = self.stream(prompts, max_gen_len, temperature, top_p, logprobs, seed=seed)
+        filled = [self._prediction(steps, logprobs) for steps in _by_row(steps, len(prompts))]
+        return [
+            InfillingPrediction(**fill, full_text=prefix + fill["generation"] + suffix)
+            for fill, (prefix, suffix) in zip(filled, pairs, strict=True)
+        ]
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts to continue; an empty text is the begin token, as nothing cannot be continued."""

@@ -1,0 +1,30 @@
+"""Code Llama's prompts for filling a gap between two texts (arXiv:2308.12950, section 2.3)."""
+
+from __future__ import annotations
+
+from llama.tokenizer import Tokenizer
+
+PREFIX, SUFFIX, MIDDLE = "▁<PRE>", "▁<SUF>", "▁<MID>"
+
+# Where a prompt on the command line has its gap.
+FILL_MARK = "<FILL>"
+
+
+def can_infill(tokenizer: Tokenizer) -> bool:
+    return all(token in tokenizer.special_tokens for token in (PREFIX, SUFFIX, MIDDLE))
+
+
+def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
+    """Ids that ask for the text between prefix and suffix; ValueError when the tokenizer has no tokens for it.
+
+    suffix_first puts the suffix before the prefix: <PRE> <SUF> suffix <MID> prefix.
+    """
+    if not can_infill(tokenizer):
+        raise ValueError(f"infilling needs the tokens {PREFIX}, {SUFFIX} and {MIDDLE}, which this tokenizer lacks")
+    pre, suf, mid = (tokenizer.special_tokens[token] for token in (PREFIX, SUFFIX, MIDDLE))
+    # The suffix continues a text: it gets no space before its first word.
+    before = tokenizer.encode(prefix, bos=False, eos=False)
+    after = tokenizer.encode(suffix, bos=False, eos=False, continues=True)
+    if suffix_first:
+        return [tokenizer.bos_id, pre, suf, *after, mid, *before]
+    return [tokenizer.bos_id, pre, *before, suf, *after, mid]
