@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama import Llama, cli
-from llama.chat import UNSAFE_ERROR, Message
+from llama.build import plan_run
+from llama.chat import UNSAFE_ERROR, Message, check_system
 from llama.parallel import from_first_rank
 
 
@@ -16,6 +17,7 @@ def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     chat_format: str | None = None,
+    system: str | None = None,
     max_seq_len: int = 2048,
     max_gen_len: int | None = None,
     temperature: float = 0.6,
@@ -23,6 +25,8 @@ def main(
     seed: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    model_parallel_size: int | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Talk with a LLaMA model: /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.
 
@@ -31,7 +35,9 @@ def main(
     Args:
         ckpt_dir: folder of Meta shards (consolidated.*.pth, params.json) or a .gguf file; default: the demo model.
         tokenizer_path: tokenizer.model; default: the one beside or inside the weights.
-        chat_format: llama2, llama3 or chatml; default: told by the tokenizer.
+        chat_format: template (the model's own), llama2, llama3, chatml or codellama70b; default: the template if there
+            is one, else told by the tokenizer.
+        system: how the model is to behave, said before the conversation; default: what the template says by itself.
         max_seq_len: most tokens of the whole conversation.
         max_gen_len: most tokens of an answer; default: as many as max_seq_len leaves room for.
         temperature: 0 is greedy; higher is more varied.
@@ -39,24 +45,24 @@ def main(
         seed: the same seed gives the same answers to the same messages.
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
+        model_parallel_size: ranks that share one copy of the model; default: all.
+        dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """
-    llm = Llama.build(
-        ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent),
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size=1,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        chat_format=chat_format,
-    )
-    dialog: list[Message] = []
+    weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
+    build = (weights, tokenizer_path, max_seq_len, 1, model_parallel_size)
+    if dry_run:
+        cli.end_with(plan_run(*build, device=device, dtype=dtype))
+    llm = Llama.build(*build, seed, device=device, dtype=dtype, chat_format=chat_format)
+    opening = [Message(role="system", content=system)] if system is not None else []
+    if system is not None:
+        check_system(llm.chat_format, system)
+    dialog = list(opening)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for line in messages(interactive):
         if line == "/exit":
             break
         if line == "/reset":
-            dialog.clear()
+            dialog = list(opening)
             continue
         dialog.append(Message(role="user", content=line))
         try:

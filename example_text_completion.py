@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama import Llama, cli
+from llama.build import plan_run
 from llama.infilling import FILL_MARK, can_infill
 from llama.predictions import CompletionPrediction, InfillingPrediction
 
@@ -34,6 +35,8 @@ def main(
     logprobs: bool = False,
     echo: bool = False,
     json: bool = False,
+    model_parallel_size: int | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Complete prompts with a LLaMA model.
 
@@ -52,17 +55,18 @@ def main(
         logprobs: also give the log-probability of every token.
         echo: repeat the prompt in the completion.
         json: print one JSON object a line.
+        model_parallel_size: ranks that share one copy of the model; default: all.
+        dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """
-    llm = Llama.build(
-        ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent),
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
     prompts = PROMPTS if prompt is None else prompt
+    weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
+    build = (weights, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size)
+    if dry_run:
+        scored = echo and logprobs
+        cli.end_with(
+            plan_run(*build, device=device, dtype=dtype, prompts=prompts, max_gen_len=max_gen_len, scored=scored)
+        )
+    llm = Llama.build(*build, seed, device=device, dtype=dtype)
     if can_infill(llm.tokenizer) and any(FILL_MARK in text for text in prompts):
         results = infill(llm, prompts, temperature, top_p, max_gen_len, logprobs)
     else:

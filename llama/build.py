@@ -6,12 +6,20 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from llama import parallel
-from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
+from llama.config import ModelArgs
+from llama.footprint import Job
+from llama.memory import free_bytes
 from llama.model import Transformer
+from llama.parallel import ModelParallel, local_world_size
+from llama.plan import Planner, check_job, table
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
@@ -31,36 +39,114 @@ def build_model(
     start = time.perf_counter()
     parallel.join_job()
     with parallel.agree():
-        place = parallel.choose_device(device)
-        checkpoint = open_checkpoint(ckpt_dir)
-        tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
-        tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
-        if checkpoint.args.vocab_size not in (-1, tokenizer.n_words):
-            raise ValueError(
-                f"the tokenizer has {tokenizer.n_words} tokens, but the weights in {checkpoint.path} have "
-                f"{checkpoint.args.vocab_size}: give the model's own with --tokenizer_path"
-            )
-        args = dataclasses.replace(
-            checkpoint.args,
-            vocab_size=tokenizer.n_words,
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-        )
-        chosen = parallel.choose_dtype(dtype, place, checkpoint.dtype)
-    ranks = parallel.join_model_parallel(model_parallel_size, place)
+        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype)
+    ranks = parallel.join_model_parallel(model_parallel_size, source.device)
+    # In a block of its own: no rank loads before all have seen what is free.
+    with parallel.agree():
+        source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
     with parallel.agree():
         with torch.device("meta"):
-            model = Transformer(args, ranks)
-        load_weights(model, checkpoint, place, chosen)
+            model = Transformer(source.args, ranks)
+        load_weights(model, source.checkpoint, source.device, source.dtype)
     log.info(
         "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, %d threads",
-        checkpoint.path,
+        source.checkpoint.path,
         time.perf_counter() - start,
         ranks.size,
         "s" * (ranks.size > 1),
         model.weight_bytes / 1e9,
-        place,
-        str(chosen).removeprefix("torch."),
+        source.device,
+        str(source.dtype).removeprefix("torch."),
         torch.get_num_threads(),
     )
-    return model, tokenizer
+    return model, source.tokenizer
+
+
+def plan_run(
+    ckpt_dir: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None,
+    max_seq_len: int,
+    max_batch_size: int,
+    model_parallel_size: int | None,
+    *,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    prompts: Sequence[str] = (),
+    max_gen_len: int | None = None,
+    scored: bool = False,
+) -> tuple[str, bool]:
+    """A table of the memory that each rank would need, and whether it has it; no weight is read.
+
+    A process alone plans for any model_parallel_size: for so many CUDA devices like its own, or for so many ranks on
+    this host's CPU. With prompts there is a plan of completing them, too; scored: with log-probabilities of prompts.
+    """
+    parallel.join_job()
+    world_size = dist.get_world_size()
+    with parallel.agree():
+        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype)
+        size = world_size if model_parallel_size is None else model_parallel_size
+        if type(size) is not int or size < 1 or (world_size > 1 and world_size % size):
+            raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
+        free = free_bytes(source.device, size if world_size == 1 else local_world_size(), local_world_size())
+    # The last rank is the one whose share may be padded.
+    planner = source.planner(ModelParallel(size - 1, size), min(parallel.from_all_ranks(free)))
+    with parallel.agree():
+        jobs = {"at most": planner.limits()}
+        if prompts:
+            jobs = {"these prompts": source.job(prompts, max_gen_len, scored), **jobs}
+        return table(planner, jobs), planner.plan(planner.limits()).fits
+
+
+def check_room(model: Transformer, job: Job) -> None:
+    """ValueError, on every rank if on one, when the memory left by a loaded model is too small for a batch."""
+    with parallel.agree():
+        check_job(model, job, free_bytes(model.device, local_world_size()))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known before ranks join and weights are read."""
+
+    checkpoint: StoredCheckpoint
+    tokenizer: Tokenizer
+    args: ModelArgs
+    device: torch.device
+    dtype: torch.dtype
+
+    def planner(self, ranks: ModelParallel, free: int) -> Planner:
+        return Planner(self.checkpoint, self.args, ranks, self.dtype, self.device, free)
+
+    def job(self, prompts: Sequence[str], max_gen_len: int | None, scored: bool) -> Job:
+        """The largest batch of completing prompts."""
+        most = self.args.max_seq_len
+        longest = max(1, *(len(self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)) for text in prompts))
+        if longest > most:
+            raise ValueError(f"a prompt has {longest} tokens, max_seq_len is {most}: raise it or shorten the prompt")
+        length = most if max_gen_len is None else min(most, longest + max_gen_len)
+        return Job(min(len(prompts), self.args.max_batch_size), longest, length, scored)
+
+
+def open_source(
+    ckpt_dir: str | os.PathLike[str],
+    tokenizer_path: str | os.PathLike[str] | None,
+    max_seq_len: int,
+    max_batch_size: int,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+) -> Source:
+    place = parallel.choose_device(device)
+    checkpoint = open_checkpoint(ckpt_dir)
+    tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
+    tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
+    if checkpoint.args.vocab_size not in (-1, tokenizer.n_words):
+        raise ValueError(
+            f"the tokenizer has {tokenizer.n_words} tokens, but the weights in {checkpoint.path} have "
+            f"{checkpoint.args.vocab_size}: give the model's own with --tokenizer_path"
+        )
+    args = dataclasses.replace(
+        checkpoint.args,
+        vocab_size=tokenizer.n_words,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    )
+    return Source(checkpoint, tokenizer, args, place, parallel.choose_dtype(dtype, place, checkpoint.dtype))

@@ -5,11 +5,14 @@ Control tokens are placed by id; what people typed is encoded as plain text, wha
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypedDict
 
+from llama.chat_template import TEXT_TAGS, TemplateChat
 from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
 
 Role = Literal["system", "user", "assistant"]
 
@@ -38,8 +41,6 @@ class ChatFormat(Protocol):
 class Llama2Chat:
     """[INST] user [/INST] answer, with the system prompt inside the first turn; its tags are plain text."""
 
-    TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
@@ -59,7 +60,22 @@ class Llama2Chat:
         return ids
 
     def is_unsafe(self, dialog: Dialog) -> bool:
-        return any(tag in message["content"] for message in dialog for tag in self.TAGS)
+        return any(tag in message["content"] for message in dialog for tag in TEXT_TAGS)
+
+
+class GuessedChat(Llama2Chat):
+    """Llama 2's format for a tokenizer that tells nothing about chats; says so when it is first used."""
+
+    warned = False
+
+    def encode(self, dialog: Dialog) -> list[int]:
+        if not self.warned:
+            self.warned = True
+            log.warning(
+                "this model brings no chat template and no chat tokens: if it is a base model, its answers will make "
+                "no sense; assuming Llama 2's format, which chat_format llama2 confirms"
+            )
+        return super().encode(dialog)
 
 
 class Llama3Chat:
@@ -87,17 +103,13 @@ class Llama3Chat:
 
 
 class ChatML:
-    """<|im_start|>role, the message, <|im_end|>; with the system message of the model's own template, if it has one."""
+    """<|im_start|>role, the message, <|im_end|>."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        default = re.search(r"<\|im_start\|>system\n([^{}<]*)<\|im_end\|>", tokenizer.chat_template or "")
-        self.default_system = default[1] if default else None
 
     def encode(self, dialog: Dialog) -> list[int]:
         check_roles(dialog)
-        if self.default_system is not None and dialog[0]["role"] != "system":
-            dialog = [Message(role="system", content=self.default_system), *dialog]
         start, end = (self.tokenizer.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
         newline = self._text("\n")
         ids: list[int] = []
@@ -112,29 +124,75 @@ class ChatML:
         return self.tokenizer.encode(text, bos=False, eos=False)
 
 
+class CodeLlama70BChat:
+    """Code Llama 70B Instruct: "Source: role", the message, <step>; a system message always, if only its header."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, dialog: Dialog) -> list[int]:
+        check_roles(dialog)
+        if dialog[0]["role"] != "system":
+            dialog = [Message(role="system", content=""), *dialog]
+        ids = [self.tokenizer.bos_id]
+        for message in dialog:
+            ids += self._header(message["role"])
+            if message["content"]:
+                ids += self._text("\n\n " + message["content"].strip())
+            ids.append(self.tokenizer.special_tokens["<step>"])
+        return [*ids, *self._header("assistant"), *self._text("\n\n ")]
+
+    def is_unsafe(self, dialog: Dialog) -> bool:
+        return False
+
+    def _header(self, role: str) -> list[int]:
+        return self._text(f" Source: {role}" + ("\nDestination: user" if role == "assistant" else ""))
+
+    def _text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False, eos=False)
+
+
 CHAT_FORMATS: dict[str, Callable[[Tokenizer], ChatFormat]] = {
+    "template": TemplateChat,
     "llama2": Llama2Chat,
     "llama3": Llama3Chat,
     "chatml": ChatML,
+    "codellama70b": CodeLlama70BChat,
 }
-# The control tokens that a format writes; Llama 2 needs none, so it is what remains.
+# The control tokens that a built-in format writes, and by which it is told; Llama 2's are plain text.
 MARKS = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama2": (),
+    "codellama70b": ("<step>",),
 }
 
 
 def choose_chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
-    """The format named, else the first whose control tokens the tokenizer has. ValueError when it lacks them."""
+    """The format named, else the model's own template, else the built-in one whose control tokens the tokenizer has.
+
+    With none of these it is a GuessedChat. ValueError when the tokenizer lacks what the format named needs.
+    """
+    if name is None and tokenizer.chat_template:
+        name = "template"
     if name is None:
-        name = next(name for name, marks in MARKS.items() if all(mark in tokenizer.special_tokens for mark in marks))
+        told = (name for name, marks in MARKS.items() if all(mark in tokenizer.special_tokens for mark in marks))
+        name = next(told, None)
+    if name is None:
+        return GuessedChat(tokenizer)
     if name not in CHAT_FORMATS:
         raise ValueError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}, got {name!r}")
-    missing = [mark for mark in MARKS[name] if mark not in tokenizer.special_tokens]
+    missing = [mark for mark in MARKS.get(name, ()) if mark not in tokenizer.special_tokens]
     if missing:
         raise ValueError(f"chat_format {name} needs the tokens {', '.join(missing)}, which this tokenizer lacks")
     return CHAT_FORMATS[name](tokenizer)
+
+
+def check_system(chat_format: ChatFormat, system: str) -> None:
+    """ValueError when the format refuses a system prompt, or leaves it out without a word."""
+    question = Message(role="user", content="Hello")
+    prompts = [[Message(role="system", content=text), question] for text in (system, system + "!")]
+    if chat_format.encode(prompts[0]) == chat_format.encode(prompts[1]):
+        raise ValueError("this model's chat format has no place for a system prompt: leave it out")
 
 
 def check_roles(dialog: Dialog) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from llama.generation import Llama
-from llama.parallel import local_rank
+from llama.parallel import agree, local_rank
 from llama.statistics import peak_memory_mib
 
 DEMO_MODEL = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -55,8 +56,20 @@ def report(llm: Llama) -> None:
     )
 
 
+def end_with(plan: tuple[str, bool]) -> typing.NoReturn:
+    """Print the table of a plan and exit, with code 1 when it does not fit."""
+    table, fits = plan
+    with agree():  # all ranks wait: torchrun ends them when the first exits with 1
+        if is_first_rank():
+            print(table, flush=True)
+    sys.exit(0 if fits else 1)
+
+
 def run(main: Callable[..., None]) -> None:
-    """Call main with the flags in sys.argv. A user's error is one line on stderr, from one rank, and exit code 1."""
+    """Call main with the flags in sys.argv. A user's error is one line on stderr, from one rank, and exit code 1.
+
+    Parameters of main that are not keyword-only may come as plain words, in their order.
+    """
     import fire
     from fire.decorators import SetParseFns
 
@@ -66,7 +79,7 @@ def run(main: Callable[..., None]) -> None:
     try:
         hints = typing.get_type_hints(main)
         parsers = {name: functools.partial(_parse, name, hints[name]) for name in hints if name != "return"}
-        fire.Fire(SetParseFns(**parsers)(main), command=_normalized(sys.argv[1:], hints))
+        fire.Fire(SetParseFns(**parsers)(main), command=_normalized(sys.argv[1:], main, hints))
     except BrokenPipeError:
         # The reader of stdout has seen enough, as `head` does; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,18 +99,24 @@ def _fail(message: str) -> typing.NoReturn:
     sys.exit(1)
 
 
-def _normalized(argv: list[str], hints: dict[str, Any]) -> list[str]:
-    """Flags as --name=value, with all values of --prompt in one JSON list.
+def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any]) -> list[str]:
+    """Flags and words as --name=value, with all values of --prompt in one JSON list.
 
     fire by itself takes a value that begins with a dash for a flag, keeps the last of repeated flags, and runs a
     whole job before it says that a flag is unknown.
     """
+    parameters = inspect.signature(main).parameters.values()
+    places = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
     if "--help" in argv or "-h" in argv:
         return ["--help"]
     values: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     words = iter(argv)
     for word in words:
+        place = next((name for name in places if name not in values), None)
+        if not word.startswith("--") and place is not None:
+            values[place] = word
+            continue
         if not word.startswith("--"):
             raise ValueError(f"unexpected argument {word!r}: every value follows its flag, as in --prompt {word!r}")
         flag, given, value = word[2:].partition("=")
@@ -116,6 +135,10 @@ def _normalized(argv: list[str], hints: dict[str, Any]) -> list[str]:
             lists.setdefault(name, []).extend(_texts(value))
         else:
             values[name] = value
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    missing = [name.upper() if name in places else f"--{name}" for name in hints if name in required - values.keys()]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be given: see --help")
     values |= {name: json.dumps(texts) for name, texts in lists.items()}
     return [f"--{name}={value}" for name, value in values.items()]
 

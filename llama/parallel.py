@@ -80,6 +80,14 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in rank order: small objects, sent through the control group."""
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def _share_cores() -> None:
     """Give each of a host's ranks its share of the cores, unless the user chose OMP_NUM_THREADS."""
     ranks = local_world_size()

@@ -74,3 +74,11 @@ class Checkpoint(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer inside or beside the weights; FileNotFoundError when there is none."""
         ...
+
+
+class StoredCheckpoint(Checkpoint, Protocol):
+    """A checkpoint that lies in files."""
+
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
+        """The dtype that `read` gives, and whether it gives a view of a mapped file; nothing is read."""
+        ...

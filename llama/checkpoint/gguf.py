@@ -84,6 +84,7 @@ class GGUFCheckpoint:
             raise ValueError(f"{path}: {error}") from None
         self.stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
         kinds = {stored.type_name for stored in self._tensors.values() if len(stored.shape) > 1}
+        self.is_quantized = not kinds <= DTYPES.keys()
         self.dtype = DTYPES[kinds.pop()] if len(kinds) == 1 and kinds <= DTYPES.keys() else torch.bfloat16
 
     def names(self) -> Collection[str]:
@@ -98,6 +99,10 @@ class GGUFCheckpoint:
         if dim == 0:
             return _decode(stored, start, stop)
         return _decode(stored, 0, stored.shape[0]).narrow(dim, start, stop - start)
+
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
+        type_name = self._tensors[name].type_name
+        return DTYPES.get(type_name, torch.float32), type_name in DTYPES
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._metadata)

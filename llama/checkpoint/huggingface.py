@@ -88,7 +88,7 @@ class HuggingFaceCheckpoint:
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         tensor = self._tensors[name]
         stop = tensor.shape[dim] if stop is None else stop
-        if ".attention.wq." not in name and ".attention.wk." not in name:
+        if not _has_pairs(name):
             return tensor.narrow(dim, start, stop - start)
         if dim != 0:
             return pair_neighbours(tensor.narrow(dim, start, stop - start), self.args.head_dim)
@@ -97,8 +97,16 @@ class HuggingFaceCheckpoint:
         last = min(-(-stop // self.args.head_dim) * self.args.head_dim, tensor.shape[0])
         return pair_neighbours(tensor[first:last], self.args.head_dim).narrow(0, start - first, stop - start)
 
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
+        return self._tensors[name].dtype, not _has_pairs(name)
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(find_tokenizer(self.path))
+
+
+def _has_pairs(name: str) -> bool:
+    """Whether RoPE rotates what a tensor makes, so that the order of its rows is the format's."""
+    return ".attention.wq." in name or ".attention.wk." in name
 
 
 def pair_neighbours(rows: Tensor, head_dim: int) -> Tensor:
@@ -155,3 +163,5 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
             return {name: mapped.get_tensor(name) for name in dtypes}
     except SafetensorError as error:
         raise ValueError(f"{file} is not a usable safetensors file ({error}): download it again") from None
+    except RuntimeError as error:  # Linux maps no file that is larger than its memory, unless told to
+        raise ValueError(f"{file} cannot be mapped: {error}") from None

@@ -21,14 +21,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, device: torch.devic
     Host memory peaks at this rank's part plus one tensor; a part that is a view of the mapped file, in the dtype
     asked for, is used where it lies.
     """
-    expected = global_shapes(model.args)
-    check_names(checkpoint, set(expected))
-    for name, shape in expected.items():
-        if checkpoint.shape(name) != shape:
-            raise ValueError(
-                f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, its configuration asks for {shape}: "
-                "weights and configuration do not belong together, or some files are missing"
-            )
+    expected = check_weights(checkpoint, model.args)
     for name in expected:
         part = read_part(checkpoint, name, model.args, model.parallel)
         parent, _, attribute = name.rpartition(".")
@@ -39,6 +32,19 @@ def load_weights(model: Transformer, checkpoint: Checkpoint, device: torch.devic
     if model.args.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
     model.to(device)  # what is computed and not loaded: the rotary frequencies
+
+
+def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the whole tensors; ValueError unless they are those that the configuration asks for."""
+    expected = global_shapes(args)
+    check_names(checkpoint, set(expected))
+    for name, shape in expected.items():
+        if checkpoint.shape(name) != shape:
+            raise ValueError(
+                f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, its configuration asks for {shape}: "
+                "weights and configuration do not belong together, or some files are missing"
+            )
+    return expected
 
 
 def read_part(checkpoint: Checkpoint, name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:

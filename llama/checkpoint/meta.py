@@ -49,6 +49,13 @@ class MetaCheckpoint:
         slices = [piece.narrow(dim, start, stop - start) for piece in pieces]
         return slices[0] if len(slices) == 1 else torch.cat(slices, split_dim)
 
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
+        pieces, split_dim = self._pieces(name), self._split_dim(name)
+        stop = self.shape(name)[dim] if stop is None else stop
+        size = pieces[0].shape[dim]
+        in_one_piece = len(pieces) == 1 or (dim == split_dim and start // size >= (stop - 1) // size)
+        return pieces[0].dtype, in_one_piece
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(find_tokenizer(self.path))
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from llama.checkpoint.format import Checkpoint
+from llama.checkpoint.format import StoredCheckpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
@@ -15,7 +15,7 @@ from llama.checkpoint.meta import MetaCheckpoint
 LATER_SPLIT = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str]) -> StoredCheckpoint:
     """Open a folder of Meta shards, a Hugging Face folder, a GGUF file, or a folder with one GGUF model.
 
     FileNotFoundError or ValueError say what was looked for and what was found.
@@ -34,7 +34,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     raise ValueError(f"ckpt_dir {path} is neither a folder nor a GGUF file")
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path) -> StoredCheckpoint:
     if any(folder.glob("consolidated.*.pth")):
         return MetaCheckpoint(folder)
     if (folder / "config.json").is_file():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.tokenizer.gguf import PREFIX, GGUFTokens, TokenType, array
-from llama.tokenizer.vocab import MARKERS
+from llama.tokenizer.vocab import MARKERS, byte_alphabet
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,13 @@ class GGUFBytePairVocab:
 
         self.n_words = len(tokens.texts)
         self.bos_id, self.eos_id, self.pad_id = tokens.bos_id, tokens.eos_id, tokens.pad_id
+        self.restarts = False
         self.add_bos = rule.add_bos if tokens.add_bos is None else tokens.add_bos
         self.special_tokens = {tokens.texts[i]: i for i, kind in enumerate(kinds) if kind == TokenType.CONTROL}
         self._texts, self._kinds = tokens.texts, kinds
-        self._byte_of = _byte_alphabet()
+        self._byte_of = byte_alphabet()
 
-    def encode(self, s: str) -> list[int]:
+    def encode(self, s: str, continues: bool) -> list[int]:
         return self._bpe.encode(s, add_special_tokens=False).ids
 
     def token_bytes(self, token: int, at_start: bool) -> bytes:
@@ -109,10 +110,3 @@ class GGUFBytePairVocab:
         if self._kinds[token] == TokenType.NORMAL and all(char in self._byte_of for char in text):
             return bytes(self._byte_of[char] for char in text)
         return text.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters to bytes: printable ones stand for themselves, the n-th other byte is chr(256 + n)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

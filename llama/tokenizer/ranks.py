@@ -44,9 +44,9 @@ class RanksVocab:
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.pad_id = -1
-        self.add_bos = True
+        self.add_bos, self.restarts = True, False
 
-    def encode(self, s: str) -> list[int]:
+    def encode(self, s: str, continues: bool) -> list[int]:
         return [token for part in _parts(s) for token in self._bpe.encode_ordinary(part)]
 
     def token_bytes(self, token: int, at_start: bool) -> bytes:

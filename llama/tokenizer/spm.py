@@ -5,13 +5,14 @@ cannot be imported in a process that has imported transformers' copy of it (the 
 """
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from llama.tokenizer.gguf import PREFIX, GGUFTokens, TokenType, array
 from llama.tokenizer.vocab import MARKERS
 
 SPACE = "▁"
+BEFORE = "☺"
 # Field numbers of sentencepiece_model.proto.
 PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3  # in ModelProto
 PIECE, SCORE, TYPE = 1, 2, 3  # in ModelProto.SentencePiece
@@ -22,12 +23,12 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 class SentencePieceVocab:
-    def __init__(self, proto: bytes, name: str) -> None:
-        """name: where the proto comes from, for errors."""
+    def __init__(self, proto: bytes, name: str, control: Collection[int] = ()) -> None:
+        """name: where the proto comes from, for errors. control: ids to keep out of text, as control pieces."""
         import sentencepiece
 
         try:
-            proto, spec = _prepare(proto)
+            proto, spec = _prepare(proto, control)
             self._sp = sentencepiece.SentencePieceProcessor()
             self._sp.LoadFromSerializedProto(proto)
         except (ValueError, RuntimeError) as error:
@@ -35,15 +36,23 @@ class SentencePieceVocab:
             raise ValueError(f"{name} is no whole SentencePiece model: {why}") from None
         self.n_words = self._sp.vocab_size()
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
-        self.add_bos = True
+        self.add_bos = self.restarts = True
         ids = list(range(self.n_words))
         self.special_tokens = {self._sp.id_to_piece(i): i for i in ids if self._sp.is_control(i)}
-        self._unk = {self._sp.unk_id(): self._sp.decode([self._sp.unk_id()]).encode()}
+        self.unk_id = self._sp.unk_id()
+        self._unk = {self.unk_id: self._sp.decode([self.unk_id]).encode()}
         # Both default to true.
         self._drops_space = bool(spec.get(ADD_DUMMY_PREFIX, 1) or spec.get(REMOVE_EXTRA_WHITESPACES, 1))
 
-    def encode(self, s: str) -> list[int]:
-        return self._sp.encode(s)
+    def encode(self, s: str, continues: bool) -> list[int]:
+        """A continuation as Meta's Code Llama encodes it: after a character that joins no other, taken away again."""
+        if not continues:
+            return self._sp.encode(s)
+        return self._sp.encode(BEFORE + s)[len(self._sp.encode(BEFORE)) :]
+
+    def ids(self) -> dict[str, int]:
+        """Every piece's id by its text."""
+        return {self._sp.id_to_piece(i): i for i in range(self.n_words)}
 
     def token_bytes(self, token: int, at_start: bool) -> bytes:
         if self._sp.is_control(token):
@@ -83,8 +92,8 @@ def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
     return body + _field(TRAINER_SPEC, trainer) + _field(NORMALIZER_SPEC, normalizer)
 
 
-def _prepare(proto: bytes) -> tuple[bytes, dict[int, int]]:
-    """The model with its `MARKERS` made control pieces, and the numbers of its normalizer spec by field.
+def _prepare(proto: bytes, control: Collection[int]) -> tuple[bytes, dict[int, int]]:
+    """The model with its `MARKERS` and the ids of control made control pieces, and the numbers of its normalizer spec.
 
     Code Llama's markers are ordinary pieces with merges that lead to them: typed text would become control ids.
     Raises ValueError when the message is cut off or lacks its specs (without them SentencePiece takes the defaults,
@@ -92,10 +101,11 @@ def _prepare(proto: bytes) -> tuple[bytes, dict[int, int]]:
     """
     markers = tuple(_field(PIECE, text.encode()) for text in MARKERS)
     as_control = _field(TYPE, TokenType.CONTROL)
-    parts, copied = [], 0
+    parts, copied, piece = [], 0, -1
     specs: dict[int, dict[int, int]] = {}
     for number, begin, start, end in _fields(proto, 0, len(proto)):
-        if number == PIECES and proto.startswith(markers, start, end):
+        piece += number == PIECES
+        if number == PIECES and (proto.startswith(markers, start, end) or piece in control):
             # The last value of a field counts, so that appending the type sets it.
             parts += [proto[copied:begin], _field(PIECES, proto[start:end] + as_control)]
             copied = end

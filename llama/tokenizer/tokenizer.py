@@ -1,5 +1,6 @@
 """`Tokenizer`: finds out what kind a tokenizer is, by content, and gives every kind the same interface."""
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,13 +9,19 @@ from typing import Any
 
 from llama.tokenizer.gguf import GGUFTokens
 from llama.tokenizer.gguf_bpe import GGUFBytePairVocab
+from llama.tokenizer.hf import HuggingFaceVocab
+from llama.tokenizer.hf_config import TokenizerConfig
+from llama.tokenizer.hf_spm import AddedTokensVocab
 from llama.tokenizer.ranks import RanksVocab
 from llama.tokenizer.spm import SentencePieceVocab, proto_from_gguf
 from llama.tokenizer.stream import StreamDecoder
 from llama.tokenizer.vocab import END_TOKENS, Vocab
 
-EXPECTED = "expected a SentencePiece model (Llama 1 and 2) or tiktoken ranks, lines of 'base64 rank' (Llama 3)"
-MAX_BYTES = 64 << 20  # the largest known tokenizer.model has 7 MB; weights given by mistake are not read
+EXPECTED = (
+    "expected a SentencePiece model (Llama 1 and 2), tiktoken ranks, lines of 'base64 rank' (Llama 3), or Hugging "
+    "Face's tokenizer.json"
+)
+MAX_BYTES = 64 << 20  # the largest known tokenizer file has 33 MB; weights given by mistake are not read
 RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s")
 NOT_TOKENIZERS = (  # first bytes, what they mean
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself (git lfs pull fetches it)"),
@@ -22,7 +29,6 @@ NOT_TOKENIZERS = (  # first bytes, what they mean
     (b"PK\x03\x04", "a zip archive, perhaps weights"),
     (b"\x80", "a pickle, perhaps weights"),
     (b"<", "HTML or XML, perhaps a web page saved in place of the file"),
-    (b"{", "JSON"),
     (b"[", "JSON"),
 )
 
@@ -30,9 +36,12 @@ NOT_TOKENIZERS = (  # first bytes, what they mean
 class Tokenizer:
     """Meta's interface: `encode(s, bos, eos)`, `decode`, `n_words`, `bos_id`, `eos_id`, `pad_id`, for every kind.
 
+    n_words: the largest id + 1, added tokens included.
     special_tokens: ids of the control tokens by text. Code Llama's are "▁<PRE>", "▁<SUF>", "▁<MID>" and "▁<EOT>".
-    stop_tokens: every id that ends a generation.
+    stop_tokens: every id that ends a generation (`with_stop_tokens` adds to them).
     add_bos: whether a plain completion prompt begins with BOS.
+    restarts: whether text after a control token begins like a text of its own, with SentencePiece's implicit space;
+        False: it is encoded with continues=True.
     chat_template: jinja source stored with the tokenizer.
     """
 
@@ -41,16 +50,22 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     add_bos: bool
+    restarts: bool
     special_tokens: dict[str, int]
     stop_tokens: frozenset[int]
     chat_template: str | None
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        """Open a `tokenizer.model`: SentencePiece or tiktoken ranks, told apart by content.
+        """Open a SentencePiece model, tiktoken ranks or a `tokenizer.json`, told apart by content, or a folder of one.
 
+        Hugging Face's smaller files beside it (tokenizer_config.json and the like) are read as well.
         Raises FileNotFoundError with what lies beside the path, ValueError for any other content.
         """
-        self._adopt(_open(Path(model_path)), stops=(), chat_template=None)
+        path = Path(model_path)
+        if path.is_dir():
+            path = find_tokenizer(path)
+        vocab, chat_template = _open(path)
+        self._adopt(vocab, stops=(), chat_template=chat_template)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
@@ -75,23 +90,35 @@ class Tokenizer:
 
     def _adopt(self, vocab: Vocab, stops: Iterable[int], chat_template: str | None) -> None:
         self._vocab = vocab
-        self.n_words, self.add_bos = vocab.n_words, vocab.add_bos
+        self.n_words, self.add_bos, self.restarts = vocab.n_words, vocab.add_bos, vocab.restarts
         self.bos_id, self.eos_id, self.pad_id = vocab.bos_id, vocab.eos_id, vocab.pad_id
         self.special_tokens = vocab.special_tokens
         named = (token for text, token in vocab.special_tokens.items() if text in END_TOKENS)
         self.stop_tokens = frozenset(token for token in (vocab.eos_id, *stops, *named) if token >= 0)
         self.chat_template = chat_template
 
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+    def with_stop_tokens(self, tokens: Iterable[int]) -> "Tokenizer":
+        """The same tokenizer with more ids that end a generation, such as those of generation_config.json."""
+        tokens = list(tokens)
+        wrong = [token for token in tokens if not 0 <= token < self.n_words]
+        if wrong:
+            raise ValueError(f"end token {wrong[0]} is out of range: the tokenizer's n_words is {self.n_words}")
+        other = copy.copy(self)
+        other.stop_tokens = self.stop_tokens | set(tokens)
+        return other
+
+    def encode(self, s: str, bos: bool, eos: bool, continues: bool = False) -> list[int]:
         """Ids of s as plain text: a special token spelled in s is never a control id.
 
-        A lone surrogate is encoded as U+FFFD. Bytes that a GGUF's BPE vocabulary lacks are dropped, as by the
+        continues: s is the middle of a text and gets no implicit space before its first word. Code Llama's infilling
+        needs it; it makes a difference for the kinds that put such a space, SentencePiece and what came from it.
+        A lone surrogate is encoded as U+FFFD. Bytes that a byte-level BPE vocabulary lacks are dropped, as by the
         `tokenizers` library (the demo model lacks some control characters).
         """
         for wanted, token, name in ((bos, self.bos_id, "BOS"), (eos, self.eos_id, "EOS")):
             if wanted and token < 0:
                 raise ValueError(f"this tokenizer has no {name} token")
-        ids = self._vocab.encode(_valid_unicode(s))
+        ids = self._vocab.encode(_valid_unicode(s), continues)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:
@@ -112,27 +139,44 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """`tokenizer.model` in the folder with the weights, or in its parent, as Meta laid out Llama 1."""
-    for candidate in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
+    """`tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model` in the folder or
+    in its parent, as Meta laid out Llama 1; else a `tokenizer.json` alone.
+    """
+    whole, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    hugging_face = [whole] if (folder / "config.json").is_file() else []
+    for candidate in (*hugging_face, model, folder.parent / "tokenizer.model", whole):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"no tokenizer.model in {folder} or its parent: {_listing(folder)}")
+    raise FileNotFoundError(
+        f"no tokenizer.json or tokenizer.model in {folder}, no tokenizer.model in its parent: {_listing(folder)}"
+    )
 
 
-def _open(path: Path) -> Vocab:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the tokenizer.model in it")
+def _open(path: Path) -> tuple[Vocab, str | None]:
+    """The vocabulary in a file, and the chat template beside it."""
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer file {path}: {_listing(path.parent)}")
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
-    if len(data) <= MAX_BYTES and RANKS_LINE.match(data):
-        return RanksVocab(data, path)
-    if (
-        len(data) <= MAX_BYTES and data.startswith(b"\n") and data.strip()
-    ):  # field 1 of a protobuf message: the first piece
-        return SentencePieceVocab(data, str(path))
-    raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
+    vocab: Vocab
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
+    if RANKS_LINE.match(data):
+        config = TokenizerConfig.read(path.parent)
+        vocab = RanksVocab(data, path)
+    elif data.startswith(b"\n") and data.strip():  # field 1 of a protobuf message: the first piece
+        config = TokenizerConfig.read(path.parent)
+        vocab = (
+            SentencePieceVocab(data, str(path))
+            if config == TokenizerConfig()
+            else AddedTokensVocab(data, str(path), config)
+        )
+    elif data.lstrip().startswith(b"{"):
+        config = TokenizerConfig.read(path.parent)
+        vocab = HuggingFaceVocab(data, str(path), config)
+    else:
+        raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
+    return vocab, config.chat_template
 
 
 def _describe(data: bytes) -> str:

@@ -559,7 +559,7 @@ def test_an_absent_file_is_told_with_what_lies_beside_it(tmp_path: Path, spm_pat
         Tokenizer(tmp_path / "tokenizer.model")
     with pytest.raises(FileNotFoundError, match="no folder"):
         Tokenizer(tmp_path / "absent" / "tokenizer.model")
-    with pytest.raises(ValueError, match="folder"):
+    with pytest.raises(FileNotFoundError, match=r"params\.json"):
         Tokenizer(tmp_path)
 
 

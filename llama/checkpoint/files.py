@@ -1,0 +1,174 @@
+"""Write tensors one after another into files, and a path that appears only when everything in it is there.
+
+Nothing larger than a tensor is held in memory. Knows file formats, no architecture.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Told the bytes of each tensor that has been written.
+Progress = Callable[[int], object]
+
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+ALIGNMENT = 64  # of torch.save's storages
+LOCAL_HEADER = 30  # bytes before a zip member's name
+ZIP64_EXTRA = 20  # bytes that a member of 2 GiB or more adds to its local header
+ARCHIVE = "archive"
+
+
+class Entry(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its name when the block ends well and is removed otherwise.
+
+    A process that is killed leaves it as NAME.partial-PID. FileExistsError when there is something at `path`.
+    """
+    check_new(path)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        check_new(path)
+        if path.is_dir():
+            path.rmdir()
+        os.rename(partial, path)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def check_new(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise FileExistsError(f"{path} exists already: name another, or remove it")
+
+
+class SafetensorsFile:
+    """A safetensors file; `add` takes the tensors of `entries` in their order."""
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, entry in entries.items():
+            place = [offset, offset + entry.nbytes]
+            header[name] = {"dtype": SAFETENSORS_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": place}
+            offset += entry.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("xb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def add(self, tensor: Tensor) -> None:
+        self._file.write(_bytes(tensor))
+
+    def close(self) -> None:
+        _close(self._file)
+
+
+class PickleFile:
+    """A state dict as torch.save writes it; `add` takes the tensors of `entries` in their order.
+
+    torch.save itself wants all tensors in memory at once.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self._file = path.open("xb")
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
+        self._count = 0
+        self._member("data.pkl", _pickle(entries))
+        self._member("byteorder", sys.byteorder.encode())
+
+    def add(self, tensor: Tensor) -> None:
+        self._member(f"data/{self._count}", _bytes(tensor))
+        self._count += 1
+
+    def close(self) -> None:
+        self._member("version", b"3\n")
+        self._zip.close()
+        _close(self._file)
+
+    def _member(self, name: str, data: bytes | memoryview) -> None:
+        info = zipfile.ZipInfo(f"{ARCHIVE}/{name}")
+        large = len(data) > zipfile.ZIP64_LIMIT // 2
+        start = self._file.tell() + LOCAL_HEADER + len(info.filename) + ZIP64_EXTRA * large
+        # An extra field of its own, tagged as torch tags it, fills up to where the mapped storage is aligned.
+        padding = -(start + 4) % ALIGNMENT
+        info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        with self._zip.open(info, "w", force_zip64=large) as member:
+            member.write(data)
+
+
+class _Storage(NamedTuple):
+    key: int
+    entry: Entry
+
+
+class _Weight:
+    """What unpickles as a tensor on the storage `key`."""
+
+    def __init__(self, storage: _Storage) -> None:
+        self.storage = storage
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shape = self.storage.entry.shape
+        strides = torch.empty(shape, device="meta").stride()
+        hooks: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, tuple(shape), strides, False, hooks)
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
+        if not isinstance(obj, _Storage):
+            return None
+        dtype, size = obj.entry.dtype, torch.Size(obj.entry.shape).numel()
+        return "storage", STORAGES[dtype], str(obj.key), "cpu", size
+
+
+def _pickle(entries: Mapping[str, Entry]) -> bytes:
+    stream = io.BytesIO()
+    state = {name: _Weight(_Storage(i, entry)) for i, (name, entry) in enumerate(entries.items())}
+    _Pickler(stream, protocol=2).dump(state)
+    return stream.getvalue()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _close(file: BinaryIO) -> None:
+    """Close a file that is on the disk before a rename can say that it is whole."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

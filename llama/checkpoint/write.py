@@ -1,0 +1,104 @@
+"""Write a checkpoint in another format, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llama.checkpoint.files import Progress, new_path
+from llama.checkpoint.format import Checkpoint
+from llama.checkpoint.gguf import GGUFCheckpoint, split_files
+from llama.checkpoint.gguf_header import read_header
+from llama.checkpoint.load import check_weights
+from llama.checkpoint.write_gguf import TYPES, GGUFFileWriter
+from llama.checkpoint.write_hf import HuggingFaceWriter
+from llama.checkpoint.write_meta import MetaWriter
+from llama.checkpoint.write_plan import Plan, usual_context_len
+from llama.checkpoint.write_tokenizer import TokenizerSource
+from llama.config import ModelArgs
+from llama.parallel import DTYPES
+
+FORMATS = ("meta", "hf", "gguf")
+
+
+class Writer(Protocol):
+    @property
+    def nbytes(self) -> int:
+        """Of the weights that it will write."""
+        ...
+
+    def write(self, path: Path, progress: Progress) -> None: ...
+
+
+def writer(
+    checkpoint: Checkpoint,
+    tokenizer: TokenizerSource,
+    format: str,
+    *,
+    shards: int = 1,
+    dtype: str | None = None,
+    context_len: int | None = None,
+    reopen: Callable[[], Checkpoint] | None = None,
+) -> Writer:
+    """What writes the checkpoint in that format; ValueError when the format cannot express it, or weights are wrong.
+
+    dtype: None is what the weights are stored in. context_len: None is what the checkpoint says, or its kind implies.
+    reopen: opens the same checkpoint, where that releases memory.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {format!r}")
+    dtypes = TYPES if format == "gguf" else DTYPES
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"--dtype must be one of {', '.join(dtypes)} for --format {format}, got {dtype!r}")
+    if shards != 1 and format != "meta":
+        raise ValueError(f"--shards {shards} is for --format meta alone")
+    name = dtype or str(checkpoint.dtype).removeprefix("torch.")
+    plan = Plan(
+        checkpoint=checkpoint,
+        reopen=reopen or (lambda: checkpoint),
+        args=_args(checkpoint, tokenizer.tokenizer.n_words),
+        tokenizer=tokenizer,
+        dtype=DTYPES.get(name, torch.float32),
+        context_len=context_len or _context_len(checkpoint),
+    )
+    if format == "meta":
+        return MetaWriter(plan, shards)
+    return HuggingFaceWriter(plan) if format == "hf" else GGUFFileWriter(plan, name)
+
+
+def write_checkpoint(writer: Writer, path: Path, progress: Progress) -> None:
+    """Write to a path that does not exist; it appears when all is there. FileExistsError when something is there."""
+    with new_path(path) as partial:
+        writer.write(partial, progress)
+
+
+def _args(checkpoint: Checkpoint, n_words: int) -> ModelArgs:
+    """The architecture, with ties that the file does not tell: Meta's releases repeat the table as the output."""
+    args = checkpoint.args
+    if args.vocab_size == -1:
+        args = dataclasses.replace(args, vocab_size=n_words)
+    check_weights(checkpoint, args)
+    if not args.tied_embeddings and _equal(checkpoint, "tok_embeddings.weight", "output.weight"):
+        args = dataclasses.replace(args, tied_embeddings=True)
+    return args
+
+
+def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    if not torch.equal(checkpoint.read(a, 0, 0, 1), checkpoint.read(b, 0, 0, 1)):
+        return False  # without reading them whole
+    return torch.equal(checkpoint.read(a), checkpoint.read(b))
+
+
+def _context_len(checkpoint: Checkpoint) -> int:
+    stored = None
+    if isinstance(checkpoint, GGUFCheckpoint):
+        stored = read_header(split_files(checkpoint.path)[0]).metadata.get("llama.context_length")
+    elif (checkpoint.path / "config.json").is_file():
+        config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+        stored = config.get("max_position_embeddings")
+    return stored if isinstance(stored, int) and stored > 0 else usual_context_len(checkpoint.args)

@@ -1,0 +1,68 @@
+"""What a job takes of each rank's memory beside the weights: the cache, and the most that computing holds at once.
+
+All figures are bytes of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llama.config import ModelArgs
+from llama.parallel import ModelParallel
+
+# Positions whose logits are held at once while scoring a prompt: 128 MiB for a vocabulary of 128k.
+SCORED_AT_ONCE = 256
+
+# The constants below, and the sums in `activation_bytes`, were measured with torch's memory profiler on a CPU.
+SAMPLED = 29  # bytes of each logit while a token is sampled: its fp32 value, and 6.25 times that for a full sort
+SCORED = 8  # bytes of each logit of a scored prompt
+PLAIN = 10  # bytes of each attention score where no fused kernel serves
+HEAP = 64 << 20  # freed memory that glibc keeps, once it has freed blocks of 32 MiB
+
+
+@dataclass(frozen=True)
+class Job:
+    """The largest batch of a run: bsz prompts of up to prompt_len tokens, up to `length` with what follows them."""
+
+    bsz: int
+    prompt_len: int
+    length: int
+    scored: bool = False  # log-probabilities of prompts are asked for
+
+
+def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, job: Job) -> int:
+    n_local_kv_heads = len(parallel.kv_heads(args.n_heads, args.n_kv_heads))
+    return 2 * args.n_layers * job.bsz * job.length * n_local_kv_heads * args.head_dim * dtype.itemsize
+
+
+def activation_bytes(
+    args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, device: torch.device, job: Job
+) -> int:
+    """The most that the forward passes and the sampling of a job hold at once, beside weights and cache.
+
+    Counted per position of the prefill, which is where it peaks: a layer's input, the sum after attention and the
+    normalised sum, and what is computed from them.
+    """
+    half = dtype != torch.float32
+    x = args.dim * dtype.itemsize
+    q = parallel.heads(args.n_heads) * args.head_dim
+    kv = len(parallel.kv_heads(args.n_heads, args.n_kv_heads)) * args.head_dim
+    kept = 4 * args.head_dim + 32  # rotation, positions, slots, ids
+    scores = 2 * kv * dtype.itemsize * half  # K and V, packed
+    masked = args.sliding_window is not None and args.sliding_window < job.prompt_len
+    if masked:
+        kept += job.prompt_len
+        scores += job.prompt_len * dtype.itemsize
+    if device.type == "cuda" and (masked or not half) and args.n_heads != args.n_kv_heads:
+        scores = PLAIN * parallel.heads(args.n_heads) * job.prompt_len
+    norm = 2 * x + (12 if half else 8) * args.dim  # fp32 copies, which CUDA's kernel does without
+    rotate = 2 * x + 2 * q * dtype.itemsize + 8 * q * half
+    attend = 2 * x + 3 * q * dtype.itemsize + scores
+    feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize
+    n_tokens = job.bsz * job.prompt_len
+    prefill = n_tokens * (kept + max(norm, rotate, attend, feed_forward))
+    logits = args.vocab_size * max(job.bsz * SAMPLED, min(job.prompt_len, SCORED_AT_ONCE) * SCORED if job.scored else 0)
+    peak = max(prefill, n_tokens * x + logits)
+    return peak + min(peak, HEAP) if device.type == "cpu" else peak

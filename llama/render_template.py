@@ -1,0 +1,142 @@
+"""A process of its own that renders chat templates, started and ended by `TemplateChat`; it knows jinja2 alone.
+
+Files come with templates from strangers. Jinja's sandbox keeps a template from Python's internals, not from taking all
+memory or never ending; a process can be limited in the one and killed for the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_BYTES = 512 << 20  # of address space
+MAX_CHARS = 4 << 20  # of a prompt: about a million tokens
+MAX_CONSTANTS = 300  # told of a template
+MAX_CONSTANT_CHARS = 100
+MAX_ERROR_CHARS = 300
+
+
+class Refusal(TemplateError):
+    """What a template raises by itself, such as that roles must alternate."""
+
+
+class Generation(Extension):
+    """{% generation %} marks what an assistant says, for training: its body is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Extension declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def raise_exception(message: str) -> NoReturn:
+    raise Refusal(message)
+
+
+def tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON without jinja's escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def new_environment() -> Environment:
+    """As transformers sets it up."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    return environment
+
+
+@functools.lru_cache(maxsize=1)
+def compile_template(source: str) -> tuple[Template, list[str]]:
+    """The template, and the texts it spells as constants: those it may look for in a message."""
+    environment = new_environment()
+    constants = {node.value for node in environment.parse(source).find_all(nodes.Const)}
+    texts = [text for text in constants if isinstance(text, str) and 0 < len(text) <= MAX_CONSTANT_CHARS]
+    return environment.from_string(source), sorted(texts)[:MAX_CONSTANTS]
+
+
+def render(template: Template, messages: list[dict[str, str]], now: datetime, variables: dict[str, str]) -> str:
+    text = template.render(
+        messages=messages,
+        tools=None,
+        documents=None,
+        add_generation_prompt=True,
+        strftime_now=now.strftime,
+        **variables,
+    )
+    if len(text) > MAX_CHARS:
+        raise OverflowError(f"the prompt has {len(text)} characters, the most is {MAX_CHARS}")
+    return text
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Prompts of all dialogs, None for one that fails, or why the first one fails."""
+    now = datetime.now()  # one for all
+    prompts: list[str | None] = []
+    constants: list[str] = []
+    try:
+        template, constants = compile_template(request["source"])
+        for messages in request["dialogs"]:
+            try:
+                prompts.append(render(template, messages, now, request["variables"]))
+            except Exception:
+                if not prompts:
+                    raise
+                prompts.append(None)
+    except Refusal as error:
+        return {"error": one_line(f"the chat template says: {error}")}
+    except TemplateSyntaxError as error:
+        return {"error": one_line(f"the chat template is no valid jinja: {error.message} (line {error.lineno})")}
+    except Exception as error:
+        return {"error": one_line(f"the chat template fails with {type(error).__name__}: {error}")}
+    return {"prompts": prompts, "constants": constants}
+
+
+def one_line(message: str) -> str:
+    message = " ".join(message[: 10 * MAX_ERROR_CHARS].split()).rstrip(": ")
+    return message if len(message) <= MAX_ERROR_CHARS else message[:MAX_ERROR_CHARS] + "..."
+
+
+def limit_process() -> None:
+    """Bound memory, and open no file any more. macOS does not hold a process to the first, Windows to neither."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+
+
+def main() -> None:
+    """A JSON object a line from stdin, its answer a line to stdout; the first line says that all is ready."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
+    # What Python and jinja2 read from files when first needed; this template ends in an error, too.
+    first = "{{ lipsum() | wordwrap | striptags | pprint }}{{ strftime_now('%c') }}{{ undefined.name }}"
+    answer({"source": first, "variables": {}, "dialogs": [[]]})
+    limit_process()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Convert a checkpoint of any format to Meta's shards or to a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llama import cli
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.files import check_new
+from llama.checkpoint.gguf import GGUFCheckpoint
+from llama.checkpoint.write import write_checkpoint, writer
+from llama.checkpoint.write_tokenizer import tokenizer_source
+
+log = logging.getLogger("llama")
+
+
+def main(
+    src: str,
+    dst: str,
+    *,
+    format: str,
+    shards: int = 1,
+    dtype: str | None = None,
+    tokenizer_path: str | None = None,
+) -> None:
+    """Convert the checkpoint SRC to a new folder DST, which appears when it is complete.
+
+    Args:
+        src: a folder of Meta's or Hugging Face's format, or a GGUF file.
+        dst: the folder to make; one that exists must be empty.
+        format: meta (consolidated.XX.pth and params.json) or hf (safetensors and config.json).
+        shards: number of Meta's files, each an equal part of every weight.
+        dtype: float32, bfloat16 or float16; default: as stored, and bfloat16 for quantized weights.
+        tokenizer_path: default: the tokenizer inside or beside the weights.
+    """
+    if format not in ("meta", "hf"):
+        raise ValueError(f"--format must be meta or hf, got {format!r}")
+    path = Path(dst)
+    check_new(path)
+    checkpoint = open_checkpoint(src)
+    tokenizer = tokenizer_source(checkpoint, Path(tokenizer_path) if tokenizer_path else None)
+    made = writer(
+        checkpoint, tokenizer, format, shards=shards, dtype=dtype, reopen=lambda: open_checkpoint(checkpoint.path)
+    )
+    if dtype is None and isinstance(checkpoint, GGUFCheckpoint) and checkpoint.is_quantized:
+        log.info("the weights are quantized: they are written in bfloat16, unless --dtype says otherwise")
+    for left in sorted(path.parent.glob(f"{path.name}.partial-*")):
+        log.info("%s is what a conversion that was killed has left, unless one is running: it can be removed", left)
+    # An exception, so that what is incomplete is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with tqdm(total=made.nbytes, unit="B", unit_scale=True, desc=path.name, file=sys.stderr, disable=None) as bar:
+        write_checkpoint(made, path, bar.update)
+    log.info("%s: %.1f MB of weights", path, made.nbytes / 1e6)
+
+
+if __name__ == "__main__":
+    cli.run(main)

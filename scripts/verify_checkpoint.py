@@ -1,0 +1,59 @@
+"""Check a checkpoint before it is used: files whole and what their names say, and all of them belonging together."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llama import cli
+from llama.checkpoint.checksums import Finding, write_list
+from llama.checkpoint.verify import bytes_to_read, checked_files, verify
+
+
+def main(path: str, *, deep: bool = False, write: bool = False) -> None:
+    """Check the checkpoint PATH; the exit code is 1 when something is wrong, and all that is wrong is listed.
+
+    Args:
+        path: a folder of Meta's or Hugging Face's format, or a GGUF file.
+        deep: also read all weights, and count NaN and infinite values.
+        write: when nothing is wrong, write the files' sha256 to checksums.sha256, which later runs check; sha256sum -c
+            checks it, too. For a GGUF file it is FILE.gguf.sha256.
+    """
+    place = Path(path).expanduser()
+    findings = []
+    total = bytes_to_read(place, deep) if place.exists() else 0
+    with _bar(total, "checking") as bar:
+        for finding in verify(place, deep, bar.update):
+            findings.append(finding)
+            bar.set_postfix_str(finding.file, refresh=False)
+    print_table(findings)
+    wrong = sum(finding.problem is not None for finding in findings)
+    if wrong:
+        print(f"{wrong} problem{'s' * (wrong > 1)}")
+        sys.exit(1)
+    print("all is well" + ("" if deep else ", as far as can be told without reading the weights: --deep does"))
+    if write:
+        files = checked_files(place)
+        with _bar(sum(file.stat().st_size for file in files), "sha256") as bar:
+            print(f"wrote {write_list(place, files, bar.update)}")
+
+
+def _bar(total: int, what: str) -> tqdm:
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, file=sys.stderr, disable=None, leave=False)
+
+
+def print_table(findings: list[Finding]) -> None:
+    rows = [("file", "bytes", "what", "result")]
+    for finding in findings:
+        size = "" if finding.size is None else f"{finding.size:,}"
+        result = "ok" if finding.problem is None else f"WRONG: {finding.problem}"
+        rows.append((finding.file, size, finding.what, result))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for file, size, what, result in rows:
+        print(f"{file:{widths[0]}}  {size:>{widths[1]}}  {what:{widths[2]}}  {result}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,74 @@
+"""Completes random prompts on each rank, and prints the rank's peak memory beside what was planned, as JSON.
+
+usage: memory_worker.py CKPT_DIR DTYPE BSZ PROMPT_LEN MAX_GEN_LEN
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from llama import Llama
+from llama.build import open_source
+from llama.footprint import Job
+from llama.parallel import from_all_ranks, join_job
+
+
+def status() -> dict[str, int]:
+    """This process's memory in bytes: RssAnon is private, RssFile pages of files, VmHWM the peak of both."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+
+
+class Peak(threading.Thread):
+    """The highest RssAnon and RssFile, looked at every millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_at, self.highest, self.done = status(), status(), threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.wait(0.001):
+            self.highest = {name: max(value, self.highest[name]) for name, value in status().items()}
+
+    def above_start(self) -> dict[str, int]:
+        return {name: self.highest[name] - self.start_at[name] for name in ("RssAnon", "RssFile", "VmHWM")}
+
+
+def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int) -> None:
+    join_job()
+    job = Job(bsz, prompt_len, prompt_len + max_gen_len)
+    loading = Peak()
+    llm = Llama.build(ckpt_dir, max_seq_len=job.length, max_batch_size=bsz, device="cpu", dtype=dtype)
+    loading.done.set()
+    running = Peak()
+    if max_gen_len:
+        prompts = torch.randint(0, llm.tokenizer.n_words, (bsz, prompt_len)).tolist()
+        llm.generate(prompts, max_gen_len, temperature=0.7)
+    running.done.set()
+    source = open_source(ckpt_dir, None, job.length, bsz, "cpu", dtype)
+    plan = source.planner(llm.model.parallel, 0).plan(job)
+    weights = sum(weight.nbytes for weight in llm.model.parameters())
+    running.start_at = loading.start_at
+    result = {
+        "planned": {
+            "needed": plan.needed, "loading": plan.weights.loading, "mapped": plan.weights.mapped,
+            "weights": plan.weights.total, "tensor": plan.weights.tensor, "activations": plan.activations,
+            "cache": plan.cache,
+        },
+        "weights": weights,
+        "loading": loading.above_start(),
+        "running": running.above_start(),
+    }  # fmt: skip
+    results = from_all_ranks(result)
+    if llm.model.parallel.rank == 0:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

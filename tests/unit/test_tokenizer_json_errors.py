@@ -1,0 +1,191 @@
+"""Hugging Face's tokenizer files that are damaged, unsupported or hostile: one line that names what is wrong."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama.tokenizer import Tokenizer
+from tests.unit.hf_folders import SPACE, folders
+from tests.unit.test_tokenizer import bpe, spm_path, train_spm
+
+__all__ = ["bpe", "folders", "spm_path", "train_spm"]  # fixtures
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+TOKEN = {"id": 3, "content": "<x>", "special": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "model"),
+        ({"model": 5}, "model is 5"),
+        ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, "'WordPiece': supported are BPE and Unigram"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "'WordLevel'"),
+        ({"model": {"type": ["BPE"], "vocab": {"a": 0}}}, "type"),
+        ({"model": {"type": "BPE", "vocab": {}}}, "vocab"),
+        ({"model": BPE | {"vocab": {"a": -1}}}, "id of 'a'"),
+        ({"model": BPE | {"vocab": {"a": 2**31}}}, "id of 'a'"),
+        ({"model": BPE | {"vocab": {"a": True}}}, "id of 'a'"),
+        ({"model": BPE | {"vocab": {"a": 0, "b": 0}}}, "an id twice"),
+        ({"model": BPE | {"vocab": {"\ud800": 0}, "merges": []}}, "Unicode"),
+        ({"model": BPE | {"merges": [["a", "c"]]}}, "merges"),
+        ({"model": BPE | {"merges": ["a"]}}, "merges"),
+        ({"model": BPE | {"merges": [[]]}}, "merges"),
+        ({"model": BPE | {"merges": None}}, "merges"),
+        ({"model": BPE | {"unk_token": "zz"}}, "'zz'"),
+        ({"model": BPE | {"byte_fallback": "yes"}}, "byte_fallback"),
+        ({"model": BPE | {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0], ["a", 0.0]], "unk_id": 0}}, "a text twice"),
+        ({"model": {"type": "Unigram", "vocab": [["a", "b"]], "unk_id": 0}}, "score"),
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 1}}, "unk_id is 1"),
+        ({"model": BPE, "added_tokens": 5}, "added_tokens"),
+        ({"model": BPE, "added_tokens": [TOKEN | {"id": 7}]}, "'<x>' has the id 7: expected 3"),
+        ({"model": BPE, "added_tokens": [TOKEN | {"id": None}]}, "id of an added token"),
+        ({"model": BPE, "added_tokens": [TOKEN | {"content": ""}]}, "added token"),
+        ({"model": BPE, "added_tokens": [TOKEN | {"special": 1}]}, "special 1"),
+        ({"model": BPE, "normalizer": {"type": "Nonesuch"}}, "JSON"),
+        ({"model": BPE, "normalizer": ["NFC"]}, "NFC"),
+        ({"model": BPE, "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}}, "JSON"),
+        ({"model": BPE, "pre_tokenizer": {"type": "Sequence", "pretokenizers": 5}}, "pretokenizers"),
+        ({"model": BPE, "decoder": {"type": "WordPiece", "prefix": "##"}}, "'WordPiece': supported are ByteLevel"),
+        ({"model": BPE, "decoder": {"type": "Strip", "content": " ", "start": 9, "stop": 9}}, "one character"),
+        ({"model": BPE, "decoder": {"type": "Replace", "pattern": {"Regex": "a"}, "content": ""}}, "decoder"),
+        ({"model": BPE, "post_processor": {"type": "BertProcessing", "sep": ["a", 0]}}, "'BertProcessing'"),
+        (
+            {"model": BPE, "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "q"}}]}},
+            "'q', which is no token",
+        ),
+    ],
+)
+def test_what_does_not_work_ends_in_one_line_that_names_it(tmp_path: Path, content: Any, said: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said) as error:
+        Tokenizer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b'{"model": ', "no valid JSON"),
+        (b'{"model": \xff}', "no valid JSON"),
+        (b'{"model": NaN}', "NaN"),
+        (b'{"model": ' + b"9" * 5000 + b"}", "no valid JSON"),
+        (b'{"model": ' + b"[" * 100_000, "no valid JSON"),
+        (b'{"model": [' + b"[]," * (1 << 22) + b"[]]}", "lists and objects"),
+        (b'{"normalizer": ' + b'{"type":"Sequence","normalizers":[' * 300 + b"]}" * 300 + b', "model": 1}', "JSON"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_or_hostile_json_is_refused(tmp_path: Path, data: bytes, said: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=said) as error:
+        Tokenizer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer_config.json", b"[]", "no object"),
+        ("tokenizer_config.json", b"{", "no valid JSON"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "bos_token"),
+        ("tokenizer_config.json", b'{"bos_token": {"content": 5}}', "bos_token"),
+        ("tokenizer_config.json", b'{"add_bos_token": "no"}', "add_bos_token"),
+        ("tokenizer_config.json", b'{"legacy": 1}', "legacy"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"99999999999": {"content": "a"}}}',
+            "added_tokens_decoder",
+        ),
+        ("tokenizer_config.json", b'{"additional_special_tokens": "a"}', "additional_special_tokens"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template"),
+        ("tokenizer_config.json", b'{"chat_template": [5]}', "chat_template"),
+        ("special_tokens_map.json", b'{"eos_token": []}', "eos_token"),
+        ("added_tokens.json", b'{"<pad>": "x"}', "<pad>"),
+        ("chat_template.jinja", b"\xff\xfe", "no text"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["json", "spm"])
+def test_a_damaged_file_beside_it_is_named(
+    tmp_path: Path, folders: dict[str, Path], spm_path: Path, kind: str, name: str, content: bytes, said: str
+) -> None:
+    source = spm_path if kind == "spm" else folders["llama2"] / "tokenizer.json"
+    (tmp_path / source.name).write_bytes(source.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as error:
+        Tokenizer(tmp_path)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)*b", "(?:x(?:a*)y?)+", "((ab?)*c)*", r"(\s+\S)+", "(a+){2,}b"])
+def test_a_regex_that_could_explode_is_refused(tmp_path: Path, pattern: str) -> None:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": BPE, "pre_tokenizer": split}))
+    with pytest.raises(ValueError, match="exponential"):
+        Tokenizer(path)
+
+
+def test_the_patterns_of_known_models_are_not_refused() -> None:
+    from llama.tokenizer.gguf_bpe import PRE_RULES
+    from llama.tokenizer.hf_pipeline import check_patterns
+
+    others = [r"(?=(\d{3})+(?!\d))", r"[(\s|.)+]+", r"\(a+\)+", r"(?i:'s|'t)?\p{L}+", r"(?:ab)+"]
+    for pattern in [pattern for rule in PRE_RULES.values() for pattern in rule.splits] + others:
+        check_patterns({"type": "Split", "pattern": {"Regex": pattern}})
+
+
+def mutate(rng: random.Random, value: Any) -> Any:
+    """value with one random place changed."""
+    odd = [None, True, -1, 0, 3, 2**40, 1e400, "", "a", "<s>", SPACE, "\ud800", [], {}, [[]], {"type": "Sequence"}]
+    odd += [{"type": kind} for kind in ("Prepend", "Metaspace", "ByteLevel", "Replace", "Strip", "Precompiled", "NFC")]
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        if rng.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: mutate(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        i = rng.randrange(len(value))
+        return value[:i] + [mutate(rng, value[i])] * rng.choice([0, 1, 1, 2]) + value[i + 1 :]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str) and rng.random() < 0.5:
+        return value[: len(value) // 2] + rng.choice(["", "x", "(", "\x00"]) + value[len(value) // 2 :]
+    return rng.choice(odd)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2", "llama2_new", "unigram"])
+def test_a_mutated_file_loads_or_ends_in_our_own_error(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
+    """The library raises plain exceptions, and panics, which no `except Exception` catches."""
+    rng, loaded = random.Random(kind), 0
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    contents = {name: json.loads((folders[kind] / name).read_text()) for name in names}
+    for i in range(150):
+        for name in names:
+            (tmp_path / name).write_text(json.dumps(contents[name]))
+        name = names[i % 3 == 2]
+        changed = contents[name]
+        for _ in range(rng.choice([1, 1, 3])):
+            changed = mutate(rng, changed)
+        data = json.dumps(changed).encode()
+        if i % 10 == 9:
+            data = data[: rng.randrange(len(data))]
+        (tmp_path / name).write_bytes(data)
+        try:
+            tokenizer = Tokenizer(tmp_path)
+            ids = tokenizer.encode("Hello é 😀 <s>", bos=False, eos=False)
+            ids += tokenizer.encode("Hello é", bos=False, eos=False, continues=True)
+            assert not set(ids) & set(tokenizer.special_tokens.values())
+            tokenizer.decode(ids)
+            loaded += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+    assert 20 < loaded < 140
