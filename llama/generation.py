@@ -218,6 +218,8 @@ class Llama:
         if not prompt_tokens:
             raise ValueError("the list of prompts is empty: give at least one")
         for place, prompt in enumerate(prompt_tokens):
+            if isinstance(prompt, str | int):
+                raise ValueError(f"prompt {place} must be a list of token ids, got {prompt!r}")
             if not prompt:
                 raise ValueError(f"prompt {place} has no tokens: begin it with the tokenizer's bos_id")
             bad = next((token for token in prompt if not 0 <= token < args.vocab_size), None)

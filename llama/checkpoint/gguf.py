@@ -56,6 +56,7 @@ class GGUFCheckpoint:
         self._data = np.memmap(path, mode="c", dtype=np.uint8).view(np.ndarray)
         for info in self._tensors.values():
             self._check_place(info)
+        self._check_types()
         self.args = self._read_args()
         kinds = {self._types[info.ggml_type] for info in self._tensors.values() if len(info.shape) > 1}
         self.dtype = DTYPES[kinds.pop()] if len(kinds) == 1 and kinds <= DTYPES.keys() else torch.bfloat16
@@ -104,6 +105,15 @@ class GGUFCheckpoint:
                 "download it again"
             )
 
+    def _check_types(self) -> None:
+        """ValueError unless every tensor is of a type that can be turned into dense weights."""
+        for info in {info.ggml_type: info for info in self._tensors.values()}.values():
+            kind = self._types[info.ggml_type]
+            try:
+                _decode_blocks(np.zeros(self._block_sizes[kind][1], np.uint8), info.ggml_type, *self._block_sizes[kind])
+            except NotImplementedError:
+                raise ValueError(f"{self.path}: tensor {info.name} has type {kind}, which is not supported") from None
+
     def _read_args(self) -> ModelArgs:
         architecture = self._get("general.architecture", str)
         if architecture != "llama":
@@ -114,6 +124,7 @@ class GGUFCheckpoint:
         if scaling != "none":
             raise ValueError(f"{self.path} uses RoPE scaling {scaling!r}, which is not supported in GGUF files")
         dim, n_heads = self._get("llama.embedding_length", int), self._get("llama.attention.head_count", int)
+        vocab = self._metadata.get("tokenizer.ggml.tokens")
         head_dim = self._metadata.get("llama.attention.key_length")
         rotated = self._metadata.get("llama.rope.dimension_count")
         try:
@@ -122,7 +133,7 @@ class GGUFCheckpoint:
                 n_layers=self._get("llama.block_count", int),
                 n_heads=n_heads,
                 n_kv_heads=self._metadata.get("llama.attention.head_count_kv"),  # type: ignore[arg-type]
-                vocab_size=len(self._metadata.get("tokenizer.ggml.tokens", ())) or -1,
+                vocab_size=len(vocab) if isinstance(vocab, list) and vocab else -1,
                 norm_eps=self._get("llama.attention.layer_norm_rms_epsilon", float),
                 rope_theta=self._metadata.get("llama.rope.freq_base", 10000.0),
                 head_dim=head_dim,  # type: ignore[arg-type]
@@ -148,17 +159,17 @@ def _decode_blocks(raw: np.ndarray, ggml_type: int, elements: int, size: int) ->
     from gguf import GGMLQuantizationType, dequantize
 
     n_blocks = len(raw) // size
-    values = torch.empty(n_blocks, elements)
+    values = np.empty((n_blocks, elements), np.float32)  # not torch's: threads are outside a caller's inference mode
 
     def decode(first: int) -> None:
         # As one long row: the library works through a few rows at a time, which for short rows is slow.
         blocks = raw[first * size : (first + step) * size][None]
-        values[first : first + step] = torch.from_numpy(dequantize(blocks, qtype)).view(-1, elements)
+        values[first : first + step] = dequantize(blocks, qtype).reshape(-1, elements)
 
     qtype, step = GGMLQuantizationType(ggml_type), DECODED_AT_ONCE // elements
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(decode, range(0, n_blocks, step)))
-    return values
+    return torch.from_numpy(values)
 
 
 def _meta_name(name: str) -> str:
