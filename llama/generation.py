@@ -187,6 +187,7 @@ class Llama:
         seed: int | None = None,
     ) -> list[ChatPrediction]:
         """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked."""
+        SamplingParams(temperature, top_p, max_gen_len, seed)  # checks them, also where every dialog is unsafe
         safe = [dialog for dialog in dialogs if not self.chat_format.is_unsafe(dialog)]
         answers: Iterator[CompletionPrediction] = iter(())
         if safe or not dialogs:
@@ -265,6 +266,7 @@ class Llama:
         prompt_scores = [self._score(row, hidden[i]) for i, row in enumerate(rows)] if echo and logprobs else []
         ends = torch.tensor([len(row.prompt) - 1 for row in rows], device=hidden.device)
         last = hidden[torch.arange(len(rows), device=hidden.device), ends]  # (bsz, dim)
+        del hidden  # gigabytes for a large batch of long prompts
         running = rows if params.max_gen_len != 0 else []
         tokens, scores = self._choose(running, last, params, logprobs) if running else ([], [])
         self.statistics.prefill_seconds += time.perf_counter() - start

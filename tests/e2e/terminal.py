@@ -22,21 +22,25 @@ class Terminal:
     def __init__(self, descriptor: int, process: subprocess.Popen[str]) -> None:
         self.descriptor = descriptor
         self.process = process
-        self.screen = ""  # everything ever shown
+        self.screen = ""  # everything that was waited for
+        self._pending = ""
 
     def type(self, keys: str) -> None:
         os.write(self.descriptor, keys.encode())
 
+    def press(self, key: str) -> None:
+        """Type a key after a human's pause: CPython loses a Ctrl-C that comes just before readline waits for keys."""
+        time.sleep(1)
+        self.type(key)
+
     def wait_for(self, text: str) -> str:
-        """What is newly shown, up to and with `text`; AssertionError when the program ends or hangs without it."""
-        start = len(self.screen)
+        """What is newly shown, up to and with `text`; AssertionError or EOFError when it never comes."""
         shown = ""
         while text not in shown:
             shown += self._read()
-        # The rest belongs to the next wait.
         stop = shown.index(text) + len(text)
-        self._pending = shown[stop:]
-        self.screen = self.screen[:start] + shown[:stop]
+        self._pending = shown[stop:]  # the rest belongs to the next wait
+        self.screen += shown[:stop]
         return shown[:stop]
 
     def wait_for_end(self) -> str:
@@ -54,14 +58,11 @@ class Terminal:
         """Whether what is typed is shown, as a shell expects."""
         return bool(termios.tcgetattr(self.descriptor)[3] & termios.ECHO)
 
-    _pending = ""
-
     def _read(self) -> str:
         if self._pending:
             pending, self._pending = self._pending, ""
             return pending
-        deadline = time.monotonic() + TIMEOUT
-        ready, _, _ = select.select([self.descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        ready, _, _ = select.select([self.descriptor], [], [], TIMEOUT)
         assert ready, f"nothing new after:\n{self.screen}"
         try:
             data = os.read(self.descriptor, 65536)

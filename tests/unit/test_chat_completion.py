@@ -76,7 +76,7 @@ def test_wrong_roles_are_told_before_anything_runs(llama: Llama) -> None:
 
 
 def test_a_dialog_longer_than_max_seq_len_is_told(llama: Llama) -> None:
-    with pytest.raises(ValueError, match="prompt 1 has .* max_seq_len is 64"):
+    with pytest.raises(ValueError, match=r"prompt 1 has .* max_seq_len is 64"):
         llama.chat_completion([ask("hi"), ask("x" * 60)])
 
 

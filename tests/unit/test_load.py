@@ -82,6 +82,17 @@ def test_the_file_on_disk_is_never_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 16])
+def test_a_ranks_columns_lie_in_one_piece(tmp_path: Path, size: int) -> None:
+    """A slice of columns, used where it lies, is read with gaps at every token."""
+    write_meta(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args, ModelParallel(size - 1, size))
+    load_weights(model, checkpoint, torch.device("cpu"), torch.float32)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
 def test_a_rank_holds_no_more_than_its_part(tmp_path: Path, size: int) -> None:
     """A slice of the whole tensor once kept the whole tensor alive."""
     state = write_meta(tmp_path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
+from llama.sampling import uniforms
+from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import build
 
 PROMPT = [256, 72, 105]
@@ -25,10 +28,22 @@ def test_two_calls_differ_and_a_new_model_repeats_them(tiny_folder: Path) -> Non
 
 def test_one_call_with_two_prompts_is_two_calls_with_one(tiny_folder: Path) -> None:
     """The running count counts rows, so a service may batch as it likes."""
-    together = build(tiny_folder).generate([PROMPT, PROMPT], 12, **HOT)[0]
-    llm = build(tiny_folder)
-    assert [llm.generate([PROMPT], 12, **HOT)[0][0] for _ in range(2)] == together
-    assert together[0] != together[1]
+    one, other = build(tiny_folder), build(tiny_folder)
+    together = one.generate([PROMPT] * 5, 12, **HOT)[0] + one.generate([PROMPT] * 2, 12, **HOT)[0]
+    assert [other.generate([PROMPT], 12, **HOT)[0][0] for _ in range(7)] == together
+    assert len({tuple(row) for row in together}) == 7
+
+
+def test_every_token_is_drawn_with_a_random_number_of_its_own(tmp_path: Path) -> None:
+    """Where all tokens are as likely, a uniform is a token."""
+    state = random_state(TINY)
+    state["output.weight"].zero_()
+    write_meta(tmp_path, state=state)
+    tokens, _ = build(tmp_path, max_seq_len=32).generate([[5]] * 6, 20, temperature=1.0, top_p=1.0, seed=11)
+    for place, row in enumerate(tokens):
+        drawn = [int(512 * uniform) for uniform in uniforms(11, place, 20).tolist()]
+        assert row == list(itertools.takewhile(lambda token: token not in (257, 264, 265), drawn))
+    assert sum(len(row) == 20 for row in tokens) >= 3
 
 
 def test_a_call_with_a_seed_is_reproducible_by_itself(tiny_folder: Path) -> None:
