@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from llama import Llama, cli
 from llama.build import plan_run
 from llama.chat import UNSAFE_ERROR, Message, check_system
-from llama.parallel import from_first_rank
+from llama.parallel import agree, from_first_rank
 
 
 def main(
@@ -30,7 +31,8 @@ def main(
 ) -> None:
     """Talk with a LLaMA model: /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.
 
-    When stdin or stdout is no terminal, every line of stdin is a message of one conversation.
+    When stdin or stdout is no terminal, every line of stdin is a message of one conversation. torchrun ends all ranks
+    at a Ctrl-C.
 
     Args:
         ckpt_dir: folder of Meta shards (consolidated.*.pth, params.json) or a .gguf file; default: the demo model.
@@ -57,7 +59,7 @@ def main(
     if system is not None:
         check_system(llm.chat_format, system)
     dialog = list(opening)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    interactive = from_first_rank(sys.stdin.isatty() and sys.stdout.isatty())
     for line in messages(interactive):
         if line == "/exit":
             break
@@ -70,7 +72,8 @@ def main(
         except ValueError as error:
             if not interactive:
                 raise
-            print(f"error: {error} (or /reset)", file=sys.stderr)
+            if cli.is_first_rank():
+                print(f"error: {error} (or /reset)", file=sys.stderr)
             text = ""
         if text:
             dialog.append(Message(role="assistant", content=text))
@@ -85,9 +88,12 @@ def messages(interactive: bool) -> Iterator[str]:
     if interactive and cli.is_first_rank():
         import readline  # noqa: F401  # gives input() a history and an editable line
 
-        print("Type a message; /reset forgets, /exit ends, Ctrl-C stops an answer.", file=sys.stderr)
+        ctrl_c = "ends, too" if launched() else "stops an answer"
+        print(f"Type a message; /reset forgets, /exit ends, Ctrl-C {ctrl_c}.", file=sys.stderr)
     while True:
-        line = from_first_rank(read_line(interactive) if cli.is_first_rank() else None)
+        with agree():
+            line = read_line(interactive) if cli.is_first_rank() else None
+        line = from_first_rank(line)
         if line is None:
             return
         if line.strip():
@@ -104,6 +110,8 @@ def read_line(interactive: bool) -> str | None:
         print()
         return None
     except KeyboardInterrupt:
+        if launched():
+            raise
         print()
         return ""
 
@@ -111,23 +119,41 @@ def read_line(interactive: bool) -> str | None:
 def answer(llm: Llama, dialog: list[Message], temperature: float, top_p: float, max_gen_len: int | None) -> str:
     """Print the answer as it comes, and return as much of it as came before Ctrl-C."""
     text = ""
+    failure = None
     if llm.chat_format.is_unsafe(dialog):
-        say(UNSAFE_ERROR + "\n")
-        return text
-    try:
+        failure = say(UNSAFE_ERROR)
+    else:
         prompt = llm.chat_format.encode(dialog)
-        for step in llm.stream([prompt], max_gen_len, temperature, top_p, at_start=True):
-            text += step.text
-            say(step.text)
-    except KeyboardInterrupt:
-        print(" (stopped)", end="", file=sys.stderr, flush=True)
-    say("\n")
+        try:
+            for step in llm.stream([prompt], max_gen_len, temperature, top_p, at_start=True):
+                text += step.text
+                failure = failure or say(step.text)
+                if failure and not launched():
+                    break
+        except KeyboardInterrupt:
+            if launched():
+                raise
+            print(" (stopped)", end="", file=sys.stderr, flush=True)
+    failure = failure or say("\n")
+    with agree():
+        if failure:
+            raise failure
     return text
 
 
-def say(text: str) -> None:
-    if cli.is_first_rank():
-        print(text, end="", flush=True)
+def say(text: str) -> OSError | UnicodeError | None:
+    """Print on the first rank. What goes wrong is returned: the other ranks are in the middle of an answer."""
+    try:
+        if cli.is_first_rank():
+            print(text, end="", flush=True)
+    except (OSError, UnicodeError) as error:
+        return error
+    return None
+
+
+def launched() -> bool:
+    """Whether other ranks may be there: they would not stop at the same token, and torchrun ends them all anyway."""
+    return "RANK" in os.environ
 
 
 if __name__ == "__main__":

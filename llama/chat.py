@@ -197,6 +197,9 @@ def check_system(chat_format: ChatFormat, system: str) -> None:
 
 def check_roles(dialog: Dialog) -> None:
     """ValueError unless an optional system message is followed by user and assistant in turn, ending with the user."""
+    for message in dialog:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"a message is a dictionary with texts as 'role' and 'content', got {message!r}")
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:

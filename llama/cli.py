@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import typing
@@ -76,6 +77,12 @@ def run(main: Callable[..., None]) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
     )
+    if not is_first_rank():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a job of several ranks, and one is enough to say so
+    if "--help" in sys.argv or "-h" in sys.argv:
+        if is_first_rank():
+            print(_help(main))
+        return
     try:
         hints = typing.get_type_hints(main)
         parsers = {name: functools.partial(_parse, name, hints[name]) for name in hints if name != "return"}
@@ -99,6 +106,17 @@ def _fail(message: str) -> typing.NoReturn:
     sys.exit(1)
 
 
+def _help(main: Callable[..., None]) -> str:
+    """main's docstring with its arguments, one a line there, as flags; fire's own help names flags that are none."""
+    summary, _, arguments = (inspect.getdoc(main) or "").partition("\n\nArgs:\n")
+    lines = [f"usage: {Path(sys.argv[0]).name} [--flag value]...", "", summary, ""]
+    for line in arguments.splitlines():
+        name, _, meaning = line.strip().partition(": ")
+        default = inspect.signature(main).parameters[name].default
+        lines.append(f"  --{name:<15} {meaning}" + ("" if default in (None, False) else f" (default: {default})"))
+    return "\n".join(lines)
+
+
 def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any]) -> list[str]:
     """Flags and words as --name=value, with all values of --prompt in one JSON list.
 
@@ -107,8 +125,6 @@ def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any
     """
     parameters = inspect.signature(main).parameters.values()
     places = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    if "--help" in argv or "-h" in argv:
-        return ["--help"]
     values: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     words = iter(argv)
@@ -118,7 +134,8 @@ def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any
             values[place] = word
             continue
         if not word.startswith("--"):
-            raise ValueError(f"unexpected argument {word!r}: every value follows its flag, as in --prompt {word!r}")
+            example = f", as in --prompt {word!r}" if "prompt" in hints and not word.startswith("-") else ": see --help"
+            raise ValueError(f"unexpected argument {word!r}: every value follows its flag{example}")
         flag, given, value = word[2:].partition("=")
         name = flag.replace("-", "_")
         if name not in hints or name == "return":

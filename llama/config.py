@@ -5,6 +5,7 @@ Knows nothing of files that hold weights, of devices or of ranks.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ REFUSED_KEYS = {
     "moe_args": "a mixture-of-experts model (Llama 4): only dense LLaMA models are supported",
 }
 
+# What a params.json may say of the scaled RoPE, and the fields of Llama3Scaling that it means.
+ROPE_KEYS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_freq_factor"}
 # (dim, n_layers) of the models whose scaled RoPE has factor 32; their params.json says only `use_scaled_rope`.
 SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
 
@@ -154,10 +157,16 @@ class ModelArgs:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
+        _check_int("n_layers", self.n_layers, most=_MAX_LAYERS)
+        for name in ("dim", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
             _check_int(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta"):
             _check_number(name, getattr(self, name))
+        for name in ("use_scaled_rope", "tied_embeddings", "attention_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise ValueError(f"rope_scaling must be one of the scaling classes, got {self.rope_scaling!r}")
         if self.vocab_size != -1:
             _check_int("vocab_size", self.vocab_size)
         if self.head_dim is None and self.dim % self.n_heads:
@@ -185,15 +194,16 @@ def read_params(path: Path) -> ModelArgs:
     for key in params.keys() & REFUSED_KEYS:
         raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
     fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS}
-    factor = fields.pop("rope_scaling_factor", None)
-    high_freq_factor = fields.pop("rope_high_freq_factor", 4.0)
+    given = {name: fields.pop(key, None) for key, name in ROPE_KEYS.items()}
     unknown = sorted(fields.keys() - USED_KEYS)
     if unknown:
         raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: this architecture is not supported")
     try:
-        if factor is not None and fields.get("use_scaled_rope"):
-            fields["rope_scaling"] = Llama3Scaling(factor, high_freq_factor=high_freq_factor)
-        return ModelArgs(**fields)
+        args = ModelArgs(**fields)
+        if args.rope_scaling is None:
+            return args
+        factors = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(args, rope_scaling=dataclasses.replace(args.rope_scaling, **factors))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -218,15 +228,17 @@ def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int
     return multiple_of * math.ceil(hidden_dim / multiple_of)
 
 
-# Above any LLaMA there is; keeps a corrupt file from asking for terabytes.
+# Above any LLaMA there is; they keep a corrupt file from asking for terabytes.
 _MAX_INT = 1 << 24
+_MAX_LAYERS = 1 << 12
+_MAX_NUMBER = 1e15
 
 
-def _check_int(name: str, value: Any) -> None:
-    if type(value) is not int or not 0 < value <= _MAX_INT:
-        raise ValueError(f"{name} must be an integer from 1 to {_MAX_INT}, got {value!r}")
+def _check_int(name: str, value: Any, most: int = _MAX_INT) -> None:
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
+        raise ValueError(f"{name} must be a positive number of at most {_MAX_NUMBER:g}, got {value!r}")

@@ -57,7 +57,7 @@ def activation_bytes(
         scores += job.prompt_len * dtype.itemsize
     if device.type == "cuda" and (masked or not half) and args.n_heads != args.n_kv_heads:
         scores = PLAIN * parallel.heads(args.n_heads) * job.prompt_len
-    norm = 2 * x + (12 if half else 8) * args.dim  # fp32 copies, which CUDA's kernel does without
+    norm = 2 * x + (12 if half else 8) * args.dim * (device.type != "cuda")  # fp32 copies; CUDA's kernel has none
     rotate = 2 * x + 2 * q * dtype.itemsize + 8 * q * half
     attend = 2 * x + 3 * q * dtype.itemsize + scores
     feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize

@@ -172,6 +172,7 @@ class Llama:
         seed: int | None = None,
     ) -> list[ChatPrediction]:
         """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked."""
+        SamplingParams(temperature, top_p, max_gen_len, seed)  # checks them, also where every dialog is unsafe
         safe = [dialog for dialog in dialogs if not self.chat_format.is_unsafe(dialog)]
         answers: Iterator[CompletionPrediction] = iter(())
         if safe or not dialogs:
@@ -227,6 +228,8 @@ class Llama:
         if not prompt_tokens:
             raise ValueError("the list of prompts is empty: give at least one")
         for place, prompt in enumerate(prompt_tokens):
+            if isinstance(prompt, str | int):
+                raise ValueError(f"prompt {place} must be a list of token ids, got {prompt!r}")
             if not prompt:
                 raise ValueError(f"prompt {place} has no tokens: begin it with the tokenizer's bos_id")
             bad = next((token for token in prompt if not 0 <= token < args.vocab_size), None)
@@ -272,6 +275,7 @@ class Llama:
         prompt_scores = [self._score(row, hidden[i]) for i, row in enumerate(rows)] if echo and logprobs else []
         ends = torch.tensor([len(row.prompt) - 1 for row in rows], device=hidden.device)
         last = hidden[torch.arange(len(rows), device=hidden.device), ends]  # (bsz, dim)
+        del hidden  # gigabytes for a large batch of long prompts
         running = rows if params.max_gen_len != 0 else []
         tokens, scores = self._choose(running, last, params, logprobs) if running else ([], [])
         self.statistics.prefill_seconds += time.perf_counter() - start

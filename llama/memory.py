@@ -26,7 +26,8 @@ CGROUP_FILES = (
 def readable(n_bytes: int) -> str:
     if n_bytes >= UNKNOWN:
         return "unknown"
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+    unit, size = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6) if n_bytes >= 1e6 else ("KB", 1e3)
+    return f"{n_bytes / size:.2f} {unit}"
 
 
 def free_bytes(device: torch.device, ranks: int, started: int | None = None) -> int:

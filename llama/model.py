@@ -130,6 +130,8 @@ class Transformer(nn.Module):
         bsz, seqlen = tokens.shape
         if kv_len is None:
             kv_len = int(start_pos.max()) + seqlen
+        # One place further would be the next row's first.
+        assert seqlen <= kv_len <= cache.keys.shape[2], (seqlen, kv_len, cache.keys.shape)
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
         mask = self._mask(positions, kv_len)
         rotation = self.rope(positions)

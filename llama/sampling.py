@@ -59,7 +59,9 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, T
     A token stays while the mass before it, in descending order, is <= top_p, so one always stays; those that go have
     probability 0. With top_p 1 all stay, in the order of the vocabulary.
     """
-    # The maximum is subtracted before the division, which could overflow at a small temperature.
+    # The maximum is subtracted before the division, which could overflow at a small temperature; one that is 0 in
+    # fp32 would divide 0 by 0.
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     vocab_size = probs.shape[-1]
     if top_p == 1:

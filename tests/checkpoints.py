@@ -27,7 +27,7 @@ def write_byte_tokenizer(folder: Path) -> Path:
 
 
 def random_state(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Whole tensors under Meta's names, scaled so that activations keep a size near 1."""
+    """Whole tensors under Meta's names, scaled so that activations and logits keep a size near 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> Tensor:
@@ -37,7 +37,8 @@ def random_state(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.floa
         return (1 + 0.1 * torch.randn(args.dim, generator=generator)).to(dtype)
 
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    state = {"tok_embeddings.weight": matrix(args.vocab_size, args.dim) * args.dim**0.5, "norm.weight": norm()}
+    table = matrix(args.vocab_size, args.dim) * (1 if args.tied_embeddings else args.dim**0.5)
+    state = {"tok_embeddings.weight": table, "norm.weight": norm()}
     for i in range(args.n_layers):
         state |= {
             f"layers.{i}.attention.wq.weight": matrix(q_dim, args.dim),
@@ -53,6 +54,21 @@ def random_state(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.floa
     if not args.tied_embeddings:
         state["output.weight"] = matrix(args.vocab_size, args.dim)
     return state
+
+
+def chain_state(args: ModelArgs, successors: dict[int, int]) -> dict[str, Tensor]:
+    """Weights that make successors[token] follow token, whatever came before, with all but certainty."""
+    state = random_state(args)
+    for name in state:
+        if name.endswith(("wo.weight", "w2.weight")):
+            state[name] = torch.zeros_like(state[name])  # the final state is the last token's embedding
+        if "norm" in name:
+            state[name] = torch.ones_like(state[name])
+    table = torch.nn.functional.normalize(state["tok_embeddings.weight"])
+    output = torch.zeros_like(table)
+    for token, successor in successors.items():
+        output[successor] += 8 * table[token]  # a logit of 8 * sqrt(dim)
+    return state | {"tok_embeddings.weight": table, "output.weight": output}
 
 
 def split_state(
@@ -82,16 +98,19 @@ def write_meta(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     embedding_dim: int = 0,
+    state: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Write params.json, tokenizer.model and the shards; returns the whole tensors."""
+    """Write params.json, tokenizer.model and the shards of `state`, else of a random one; returns the whole tensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = random_state(args, seed, dtype)
+    state = random_state(args, seed, dtype) if state is None else state
     for i, part in enumerate(split_state(state, args, shards, embedding_dim)):
         torch.save(part, folder / f"consolidated.{i:02d}.pth")
     kept = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps", "rope_theta"}
     params = {key: value for key, value in dataclasses.asdict(args).items() if key in kept}
     if args.use_scaled_rope:
         params["use_scaled_rope"] = True
+    if args.head_dim != args.dim // args.n_heads:
+        params["head_dim"] = args.head_dim
     (folder / "params.json").write_text(json.dumps(params))
     write_byte_tokenizer(folder)
     return state

@@ -152,6 +152,8 @@ def _map_tensors(file: Path, header: Header) -> dict[str, _Stored]:
                 "download it again"
             )
         _check_decodable(file, info, kind, size)
+        if _meta_name(info.name) in tensors:
+            raise ValueError(f"{file}: tensor {info.name} is there under two names")
         tensors[_meta_name(info.name)] = _Stored(data[info.offset : stop], info.shape, kind, elements, size)
     return tensors
 
@@ -180,17 +182,17 @@ def _decode_blocks(raw: np.ndarray, type_name: str, elements: int, size: int) ->
     from gguf import GGMLQuantizationType, dequantize
 
     n_blocks = len(raw) // size
-    values = torch.empty(n_blocks, elements)
+    values = np.empty((n_blocks, elements), np.float32)  # not torch's: threads are outside a caller's inference mode
 
     def decode(first: int) -> None:
         # As one long row: the library works through a few rows at a time, which for short rows is slow.
         blocks = raw[first * size : (first + step) * size][None]
-        values[first : first + step] = torch.from_numpy(dequantize(blocks, qtype)).view(-1, elements)
+        values[first : first + step] = dequantize(blocks, qtype).reshape(-1, elements)
 
     qtype, step = GGMLQuantizationType[type_name], DECODED_AT_ONCE // elements
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(decode, range(0, n_blocks, step)))
-    return values
+    return torch.from_numpy(values)
 
 
 def _meta_name(name: str) -> str:

@@ -18,12 +18,13 @@ def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tupl
         raise ValueError(f"architecture {architecture!r} is not supported, only 'llama'")
     if metadata.get("llama.expert_count", 0):
         raise ValueError("a mixture of experts is not supported, only dense LLaMA models are")
+    tokens = metadata.get("tokenizer.ggml.tokens")
     args = ModelArgs(
         dim=_get(metadata, "llama.embedding_length", int),
         n_layers=_get(metadata, "llama.block_count", int),
         n_heads=_get(metadata, "llama.attention.head_count", int),
         n_kv_heads=metadata.get("llama.attention.head_count_kv"),  # type: ignore[arg-type]
-        vocab_size=len(metadata.get("tokenizer.ggml.tokens", ())) or -1,
+        vocab_size=len(tokens) if isinstance(tokens, list) and tokens else -1,
         norm_eps=_get(metadata, "llama.attention.layer_norm_rms_epsilon", float),
         rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
         head_dim=metadata.get("llama.attention.key_length"),  # type: ignore[arg-type]

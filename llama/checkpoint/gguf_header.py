@@ -18,6 +18,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+MAX_ITEMS = 1 << 24  # of an array, above any vocabulary; each costs far more as an object than in the file
 
 # Type codes of metadata values: struct format of the numbers, and the two that have a length of their own.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -77,6 +78,8 @@ class _Reader:
         metadata: dict[str, Any] = {}
         for _ in range(n_values):
             key = self.string()
+            if key in metadata:
+                raise _Damaged(f"it has the key {key!r} twice")
             metadata[key] = self.value(self.number("I"), key)
         infos = [self.tensor_info() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -105,6 +108,8 @@ class _Reader:
         if code != ARRAY:
             raise _Damaged(f"{key!r} has unknown value type {code}")
         item, length = self.number("I"), self.number("Q")
+        if length > MAX_ITEMS:
+            raise _Damaged(f"{key!r} is an array of {length} items")
         if item in NUMBERS:
             return self.numbers(NUMBERS[item], length)
         if item == STRING:
@@ -147,4 +152,5 @@ class _Reader:
 
     def need(self, size: int) -> None:
         if size > len(self.data) - self.position:
-            raise _Damaged(f"it is truncated: {len(self.data)} bytes, {self.position + size} or more needed")
+            needed = self.position + size
+            raise _Damaged(f"it is truncated: {len(self.data)} bytes, {needed} or more needed: download it again")

@@ -66,8 +66,7 @@ class MetaCheckpoint:
             return pieces[:1]
         if kind(name) in ("wk", "wv"):
             # With more shards than KV heads, consecutive shards repeat a head.
-            repeats = len(pieces) * pieces[0].shape[0] // (self.args.n_kv_heads * self.args.head_dim)
-            return pieces[:: max(1, repeats)]
+            return pieces[:: max(1, len(pieces) // self.args.n_kv_heads)]
         return pieces
 
     def _split_dim(self, name: str) -> int:

@@ -25,10 +25,14 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
         if code:
             raise ValueError(f"{file} is refused: it would run code when loaded ({code[1]})") from None
         raise ValueError(f"{file} is not a checkpoint, or is damaged: download it again") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, IndexError, UnicodeDecodeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of any type: torch.load takes what it unpickles for what it wrote
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} is damaged ({reason}): download it again") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(f"{file} must hold a dictionary of tensors and nothing else")
     return state
 

@@ -22,7 +22,7 @@ log = logging.getLogger("llama")
 MAX_SHARDS = 100  # their numbers have two digits
 
 # Multipliers and rounding of released models, so that a params.json reads like theirs.
-FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256))
+FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256), (None, 64), (None, 16))
 
 
 class MetaWriter:

@@ -1,0 +1,100 @@
+"""Run the examples, scripts and torchrun as a user does: in processes of their own, which end with the test."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+COMPLETION = ROOT / "example_text_completion.py"
+CHAT = ROOT / "example_chat.py"
+WORKER = Path(__file__).parent / "worker.py"
+
+# Only so that a hang ends: no test measures time.
+TIMEOUT = 240
+# torchrun gives its ranks 30 s to end before it kills them.
+SECONDS_TO_END = 40
+
+# What a launcher, or the shell that runs the tests, may have set and a user's shell has not.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "PYTHONIOENCODING")
+
+
+@dataclass(frozen=True)
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json_lines(self) -> list[dict[str, Any]]:
+        """stdout, which must hold one JSON object a line and nothing else."""
+        assert self.returncode == 0, self.stderr
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if "error:" in line]
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A user's environment on a machine without CUDA devices, with `changes`."""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return env | {"CUDA_VISIBLE_DEVICES": ""} | dict(changes or {})
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[object], *, env: Mapping[str, str] | None = None, cwd: Path = ROOT, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own, with pipes unless told otherwise; it has ended when the block is left."""
+    options = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")} | options
+    words = [str(word) for word in command]
+    with subprocess.Popen(
+        words, env=environment(env), cwd=cwd, text=True, errors="surrogateescape", start_new_session=True, **options
+    ) as process:
+        try:
+            yield process
+        finally:
+            end(process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Ask a process to end, so that torchrun ends its ranks, and kill what does not."""
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(command: Sequence[object], *, stdin: str = "", **options: Any) -> Finished:
+    with started(command, **options) as process:
+        stdout, stderr = process.communicate(stdin, TIMEOUT)
+        return Finished(process.returncode, stdout, stderr)
+
+
+def python(script: Path, *arguments: object, **options: Any) -> Finished:
+    return run([sys.executable, script, *arguments], **options)
+
+
+def torchrun_command(ranks: int, script: Path, *arguments: object, launcher: Sequence[object] = ()) -> list[object]:
+    return [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", ranks, *launcher, script, *arguments]
+
+
+def torchrun(ranks: int, script: Path, *arguments: object, **options: Any) -> Finished:
+    return run(torchrun_command(ranks, script, *arguments), **options)
+
+
+def prompts(texts: Sequence[str]) -> list[str]:
+    """The flags that give these prompts, one each."""
+    return [word for text in texts for word in ("--prompt", text)]

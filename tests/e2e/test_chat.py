@@ -1,0 +1,155 @@
+"""example_chat.py from a pipe and on a terminal, on one process and on several ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import TINY, chain_state, write_meta
+from tests.e2e.processes import CHAT, python, started, torchrun, torchrun_command
+from tests.e2e.terminal import CTRL_C, CTRL_D, terminal
+
+GREEDY = ["--temperature", "0", "--max_gen_len", "40"]
+CITIES = ["Paris", "Madrid", "Paris"]
+CAPITAL = "What is the capital of France?"
+# The second question makes sense after the first alone; blank lines are no messages.
+CONVERSATION = f"{CAPITAL}\n\nAnd of Spain?\n/reset\nAnd of Spain?\n/exit\n{CAPITAL}\n"
+
+
+@pytest.fixture(scope="module")
+def piped(demo_model: Path) -> str:
+    done = python(CHAT, *GREEDY, stdin=CONVERSATION)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_model_knows_the_capital_of_france(demo_model: Path) -> None:
+    done = python(CHAT, "--temperature", "0", stdin=CAPITAL + "\n")
+    assert done.returncode == 0
+    assert "Paris" in done.stdout
+    loaded, report = done.stderr.splitlines()
+    assert loaded.startswith("loaded ") and report.startswith("prefill ")
+
+
+def test_lines_from_a_pipe_are_one_conversation_until_reset(piped: str) -> None:
+    """Answers alone on stdout, one after another; /exit ends before the last message."""
+    paris, madrid, rest = piped.split("\n", 2)
+    assert "Paris" in paris
+    assert "Madrid" in madrid
+    assert rest.strip() and "Madrid" not in rest  # "And of Spain?" alone asks for nothing
+
+
+def test_three_ranks_hold_the_same_conversation(demo_model: Path) -> None:
+    flags = [*GREEDY, "--dtype", "float32"]
+    conversation = f"{CAPITAL}\nAnd of Spain?\n/reset\n{CAPITAL}"  # a last line need not end
+    three = torchrun(3, CHAT, *flags, stdin=conversation)
+    assert three.returncode == 0, three.stderr
+    assert three.stdout == python(CHAT, *flags, stdin=conversation).stdout
+    assert [name in line for name, line in zip(CITIES, three.stdout.splitlines(), strict=True)] == [True] * 3
+    assert three.stderr.count("loaded /") == three.stderr.count("prefill ") == 1
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Flags of a model that answers every message with "abababab...", and never ends by itself."""
+    folder = tmp_path_factory.mktemp("endless")
+    a, b, newline = b"ab\n"
+    write_meta(folder, TINY, state=chain_state(TINY, {newline: a, a: b, b: a}))
+    return ["--ckpt_dir", folder, "--temperature", "0", "--max_seq_len", "100000"]
+
+
+def test_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(endless: list[object]) -> None:
+    with terminal([sys.executable, CHAT, *endless]) as chat:
+        chat.wait_for("Ctrl-C stops an answer.\n> ")
+        chat.type("hello\n")
+        # The answer has no end: what is shown is shown while it is being made.
+        assert chat.wait_for("ababab").startswith("hello\n")
+        chat.press(CTRL_C)
+        assert "error" not in chat.wait_for(" (stopped)\n> ")
+        chat.type("once more\n")
+        chat.wait_for("ababab")
+        chat.press(CTRL_C)
+        chat.wait_for(" (stopped)\n> ")
+        chat.type("never sent")
+        chat.wait_for("never sent")
+        chat.press(CTRL_C)
+        chat.wait_for("\n> ")
+        chat.type("/reset\n")
+        chat.wait_for("\n> ")
+        chat.press(CTRL_D)
+        last = chat.wait_for_end()
+        assert chat.echoes
+    assert chat.process.returncode == 0
+    assert last.startswith("\nprefill ")
+    assert "Traceback" not in chat.screen
+
+
+def test_a_terminal_shows_one_conversation_and_exit_ends_it(demo_model: Path) -> None:
+    with terminal([sys.executable, CHAT, *GREEDY, "--max_seq_len", "80"]) as chat:
+        chat.wait_for("> ")
+        chat.type(f"{CAPITAL}\n")
+        assert "Paris" in chat.wait_for("\n> ")
+        chat.type("And of Spain?\n")
+        assert "Madrid" in chat.wait_for("\n> ")
+        chat.type("And what can you tell me about the history of all of these cities?\n")
+        assert "max_seq_len is 80: raise it or shorten the prompt (or /reset)\n" in chat.wait_for("\n> ")
+        chat.type("/reset\n")
+        chat.wait_for("\n> ")
+        chat.type(f"{CAPITAL}\n")
+        assert "Paris" in chat.wait_for("\n> ")
+        chat.type("/exit\n")
+        assert chat.wait_for_end().splitlines()[1].startswith("prefill ")
+    assert chat.process.returncode == 0
+
+
+@pytest.mark.parametrize("where", ["answer", "prompt"])
+def test_ctrl_c_ends_all_ranks_and_leaves_the_terminal_in_order(where: str, endless: list[object]) -> None:
+    """Ranks once stopped at different tokens, and waited for each other until torchrun killed them."""
+    with terminal(torchrun_command(2, CHAT, *endless)) as chat:
+        chat.wait_for("Ctrl-C ends, too.\n> ")
+        if where == "answer":
+            chat.type("hello\n")
+            chat.wait_for("ababab")
+        chat.press(CTRL_C)
+        last = chat.wait_for_end()
+        assert chat.echoes
+    assert "forcefully" not in last
+    assert "[rank" not in last
+
+
+def test_two_ranks_chat_on_a_terminal(endless: list[object]) -> None:
+    with terminal(torchrun_command(2, CHAT, *endless, "--max_gen_len", "6")) as chat:
+        chat.wait_for("> ")
+        chat.type("hello\n")
+        assert chat.wait_for("\n> ") == "hello\nababab\n> "
+        chat.press(CTRL_D)
+        last = chat.wait_for_end()
+    assert chat.process.returncode == 0
+    assert last.startswith("\nprefill ")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_closed_pipe_ends_a_chat_quietly(ranks: int, endless: list[object]) -> None:
+    """The other ranks, in the middle of an answer, once ended in tracebacks."""
+    flags = [*endless, "--max_gen_len", "50"]
+    command = torchrun_command(ranks, CHAT, *flags) if ranks else [sys.executable, CHAT, *flags]
+    with started(command) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write("hello\n" * 3)
+        process.stdin.flush()
+        assert process.stdout.read(1) == "a"
+        process.stdout.close()
+        process.stdin.close()
+        stderr = process.stderr.read()
+        assert process.wait() == 0
+    lines = [line for line in stderr.splitlines() if not line.startswith("W")]
+    assert len(lines) == 1 and lines[0].startswith("loaded "), stderr
+
+
+def test_an_unreadable_message_ends_all_ranks_with_one_line(endless: list[object]) -> None:
+    done = torchrun(2, CHAT, *endless, stdin="caf\udce9\n", env={"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 1
+    assert done.errors == ["error: 'utf-8' codec can't decode byte 0xe9 in position 3: invalid continuation byte"]
+    assert "[rank" not in done.stderr

@@ -1,0 +1,73 @@
+"""The same weights as a transformers model: an oracle for logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama.config import ModelArgs
+
+NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+
+
+def half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of a Q or K projection for transformers, which rotates i with i + head_dim / 2, not adjacent pairs."""
+    rows = []
+    for head in weight.split(head_dim):
+        rows += [head[i] for i in range(0, head_dim, 2)] + [head[i] for i in range(1, head_dim, 2)]
+    return weight.new_tensor([row.tolist() for row in rows])
+
+
+def hugging_face_state(state: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in state.items():
+        parts = name.removesuffix(".weight").split(".")
+        prefix = f"model.layers.{parts[1]}." if parts[0] == "layers" else ""
+        base = ".".join(parts[2:]) if prefix else parts[0]
+        permuted = base in ("attention.wq", "attention.wk")
+        renamed[f"{prefix}{NAMES[base]}.weight"] = half_split(tensor, head_dim) if permuted else tensor
+    return renamed
+
+
+def hugging_face_model(args: ModelArgs, state: dict[str, Tensor]) -> LlamaForCausalLM:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
+    if args.rope_scaling is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling.factor,
+            "low_freq_factor": args.rope_scaling.low_freq_factor,
+            "high_freq_factor": args.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": args.rope_scaling.old_context_len,
+        }
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=state["layers.0.feed_forward.w1.weight"].shape[0],
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=args.tied_embeddings,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    missing, unexpected = model.load_state_dict(hugging_face_state(state, args.head_dim), strict=False)
+    assert not unexpected and set(missing) <= ({"lm_head.weight"} if args.tied_embeddings else set())
+    return model

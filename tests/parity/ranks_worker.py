@@ -1,0 +1,63 @@
+"""Run jobs of several ranks on this machine: `python -m tests.parity.ranks_worker JOBS.json`.
+
+Ranks are forked after the imports, which take longer than all that they do; nothing may be computed before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import fairscale.nn.model_parallel  # noqa: F401  (imported here so that the ranks need not)
+import torch
+
+from llama import Llama
+
+
+def run_rank(job: dict[str, Any], rank: int) -> None:
+    """Save what this rank computes, or what it raises, to OUT.RANK."""
+    result: dict[str, Any] = {}
+    try:
+        llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32")
+        with torch.inference_mode():
+            tokens = torch.tensor(job["tokens"])
+            start_pos = torch.zeros(len(tokens), dtype=torch.long)
+            result["logits"] = llm.model(tokens, start_pos, llm.model.new_cache(*tokens.shape))
+        result["greedy"] = llm.generate(job["prompts"], 6, temperature=0, logprobs=True)
+        result["sampled"] = llm.generate(job["prompts"], 6, temperature=1.0, top_p=0.95)
+    except ValueError as error:
+        result["error"] = str(error)
+    torch.save(result, f"{job['out']}.{rank}")
+
+
+def run_job(job: dict[str, Any]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    size = job["size"]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
+        try:
+            run_rank(job, rank)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    failed = [child for child in children if os.waitpid(child, 0)[1] != 0]
+    assert not failed, f"{len(failed)} of {size} ranks failed on {job['folder']}"
+
+
+if __name__ == "__main__":
+    for each in json.loads(Path(sys.argv[1]).read_text()):
+        run_job(each)

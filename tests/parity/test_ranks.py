@@ -1,0 +1,82 @@
+"""A model split over any number of ranks computes what one rank does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama.config import ModelArgs
+from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, write_meta
+from tests.models import random_tokens
+
+ROOT = Path(__file__).parents[2]
+TOKENS = random_tokens(3, 7, vocab_size=BYTE_VOCAB_SIZE).tolist()
+PROMPTS = [TOKENS[0][:2], TOKENS[1], TOKENS[2][:4]]
+
+# No rank count but 1 divides all of heads, hidden size and vocabulary: parts are padded, and KV heads repeat.
+MODELS = {
+    "sixteen_heads": (TINY, {"shards": 8}),
+    "nine_heads": (
+        ModelArgs(dim=72, n_layers=2, n_heads=9, n_kv_heads=3, vocab_size=BYTE_VOCAB_SIZE, multiple_of=10),
+        {"shards": 1},
+    ),
+    "twelve_heads": (
+        ModelArgs(dim=96, n_layers=2, n_heads=12, n_kv_heads=4, vocab_size=BYTE_VOCAB_SIZE, tied_embeddings=True),
+        {"shards": 2, "embedding_dim": 1},
+    ),
+}
+# 5 ranks cannot share 16 heads, and must all say so.
+SIZES = {"sixteen_heads": (1, 2, 4, 16, 5), "nine_heads": (1, 3, 9), "twelve_heads": (1, 2, 3, 6)}
+CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Any]]:
+    """What every rank of every job computed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = []
+    for name, (args, options) in MODELS.items():
+        write_meta(folder / name, args, **options)
+        for size in SIZES[name]:
+            out = str(folder / f"{name}.{size}")
+            jobs.append({"folder": str(folder / name), "size": size, "out": out, "tokens": TOKENS, "prompts": PROMPTS})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
+    done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {
+        (name, size): [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)]
+        for name, sizes in SIZES.items()
+        for size in sizes
+    }
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_logits_equal_those_of_one_rank(results: dict[tuple[str, int], list[Any]], name: str, size: int) -> None:
+    alone = results[name, 1][0]["logits"]
+    for rank in results[name, size]:
+        torch.testing.assert_close(rank["logits"], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_tokens_equal_those_of_one_rank(results: dict[tuple[str, int], list[Any]], name: str, size: int) -> None:
+    """Rows' random numbers once hung on the rank, and KV heads were once assigned by rank order."""
+    alone = results[name, 1][0]
+    for rank in results[name, size]:
+        assert rank["greedy"][0] == alone["greedy"][0]
+        assert rank["sampled"] == alone["sampled"]
+        for scores, expected in zip(rank["greedy"][1], alone["greedy"][1], strict=True):
+            assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_heads_that_cannot_be_split_end_every_rank_with_the_sizes_that_work(
+    results: dict[tuple[str, int], list[Any]],
+) -> None:
+    for rank in results["sixteen_heads", 5]:
+        assert rank == {"error": "16 heads cannot be split over 5 ranks: use one of 1, 2, 4, 8, 16"}

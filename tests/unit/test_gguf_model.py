@@ -1,0 +1,113 @@
+"""A GGUF file is the model that its tensors and metadata say, on any number of ranks, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint.load import read_part
+from llama.config import ModelArgs
+from llama.model import Transformer
+from llama.parallel import ModelParallel
+from tests.architectures import ARCHITECTURES
+from tests.checkpoints import random_state
+from tests.gguf_files import metadata_of, write_gguf, write_gguf_model
+from tests.models import one_pass, random_tokens, transformer
+
+# Rows of whole blocks of 32.
+ARGS = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=101, multiple_of=32, rope_theta=5e5)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_1", "Q8_0"])
+@torch.inference_mode()
+def test_logits_are_those_of_the_decoded_tensors(tmp_path: Path, kind: str) -> None:
+    stored = write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS), GGMLQuantizationType[kind])
+    checkpoint = open_checkpoint(tmp_path)  # the only GGUF file of a folder
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args)
+    load_weights(model, checkpoint, torch.device("cpu"), torch.float32)
+    tokens = random_tokens(3, 7, vocab_size=101)
+    torch.testing.assert_close(one_pass(model, tokens), one_pass(transformer(ARGS, stored), tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, args in ARCHITECTURES.items() if args.rope_scaling is None])
+def test_the_architecture_is_read_from_the_metadata(tmp_path: Path, name: str) -> None:
+    args = ARCHITECTURES[name]
+    write_gguf_model(tmp_path / "m.gguf", args, random_state(args))
+    found = open_checkpoint(tmp_path / "m.gguf").args
+    for field in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "rope_theta"):
+        assert getattr(found, field) == getattr(args, field), field
+    assert found.norm_eps == pytest.approx(args.norm_eps)
+    assert found.tied_embeddings == args.tied_embeddings
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_every_rank_gets_its_slice(tmp_path: Path, size: int) -> None:
+    """Column slices of blocks need not begin where a block does."""
+    stored = write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS), GGMLQuantizationType.Q4_1)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    for name in ("layers.1.feed_forward.w2.weight", "layers.0.attention.wo.weight", "output.weight"):
+        dim = 0 if name == "output.weight" else 1
+        parts = [read_part(checkpoint, name, ARGS, ModelParallel(rank, size)) for rank in range(size)]
+        joined = torch.cat(parts, dim).narrow(dim, 0, stored[name].shape[dim])
+        assert torch.equal(joined, stored[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"general__architecture": "qwen2"}, "architecture 'qwen2': only 'llama' is supported"),
+        ({"general__architecture": "gemma"}, "architecture 'gemma'"),
+        ({"llama__expert_count": 8}, "mixture of experts"),
+        ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling 'yarn'"),
+        ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
+        ({"llama__embedding_length": None}, r"llama\.embedding_length must be of type int, found nothing"),
+        ({"llama__block_count": 2.0}, r"llama\.block_count must be of type int, found 2\.0"),
+        ({"llama__block_count": 1 << 20}, "n_layers must be an integer from 1"),
+        ({"llama__attention__head_count_kv": 4}, "not a multiple of n_kv_heads 4"),
+        ({"llama__attention__head_count_kv": [2, 2]}, r"n_kv_heads must be an integer .* got \[2, 2\]"),
+        ({"llama__rope__freq_base": "big"}, "rope_theta must be a positive number"),
+        ({"llama__attention__key_length": -2.0}, "head_dim must be an integer"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS), **changes)
+    with pytest.raises(ValueError, match=said) as caught:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert "m.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [7, "words", [1.5]], ids=str)
+def test_a_vocabulary_of_another_type_is_no_crash(tmp_path: Path, tokens: object) -> None:
+    write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS), tokenizer__ggml__tokens=tokens)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    with pytest.raises(ValueError):
+        checkpoint.tokenizer()
+
+
+def test_rope_factors_are_not_ignored(tmp_path: Path) -> None:
+    """Llama 3.1 in GGUF stores them as a tensor; without them long texts go wrong and short ones do not."""
+    write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS))
+    tensors = {
+        each.name: (np.array(each.data), each.tensor_type) for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    }
+    tensors["rope_freqs.weight"] = np.ones(8, np.float32), GGMLQuantizationType.F32
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "scaled.gguf", metadata_of(ARGS), tensors))
+    with torch.device("meta"):
+        model = Transformer(ARGS)
+    with pytest.raises(ValueError, match=r"has unexpected tensors rope_freqs\.weight"):
+        load_weights(model, checkpoint, torch.device("cpu"), torch.float32)
+
+
+def test_several_gguf_files_in_a_folder_are_listed(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"several GGUF files: give one of a\.gguf, b\.gguf"):
+        open_checkpoint(tmp_path)

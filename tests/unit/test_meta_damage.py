@@ -1,0 +1,155 @@
+"""A damaged or hostile .pth ends in a ValueError that names the file, and never runs anything."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama.checkpoint.meta import MetaCheckpoint
+from llama.config import ModelArgs
+from tests.checkpoints import write_meta
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+
+SMALL = ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=32, multiple_of=8)
+FORMATS = {"zip": True, "legacy": False}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_meta(tmp_path, SMALL)
+    return tmp_path
+
+
+def shard_of(folder: Path) -> Path:
+    return folder / "consolidated.00.pth"
+
+
+def save(folder: Path, content: Any, zipped: bool) -> bytes:
+    torch.save(content, shard_of(folder), _use_new_zipfile_serialization=zipped)
+    return shard_of(folder).read_bytes()
+
+
+def rejected(folder: Path, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        MetaCheckpoint(folder)
+    assert "consolidated.00.pth" in str(caught.value)
+
+
+class RunsCode:
+    """Unpickling it makes a file."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_pickle_that_runs_code_is_refused_and_not_run(folder: Path, form: str) -> None:
+    marker = folder / "ran"
+    attacks = [
+        RunsCode(os.system, f"touch {marker}"),
+        RunsCode(open, str(marker), "w"),
+        RunsCode(eval, f"open({str(marker)!r}, 'w')"),
+        RunsCode(os.mkdir, str(marker)),
+    ]
+    for attack in attacks:
+        for content in (attack, {"norm.weight": attack}, {attack: torch.ones(3)}, [torch.ones(3), attack]):
+            save(folder, content, FORMATS[form])
+            rejected(folder, "is refused: it would run code when loaded")
+            assert not marker.exists()
+
+
+def test_the_refusal_names_the_code(folder: Path) -> None:
+    save(folder, {"norm.weight": RunsCode(os.mkdir, "x")}, zipped=True)
+    rejected(folder, r"refused: it would run code when loaded \(posix\.mkdir\)")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_truncation_is_a_value_error(folder: Path, form: str) -> None:
+    whole = save(folder, torch.load(shard_of(folder)), FORMATS[form])
+    lengths = {0, 1, 2, 3, 4, 5, len(whole) - 1, len(whole) - 22, len(whole) - 23, *range(0, len(whole), 149)}
+    for length in sorted(lengths):
+        shard_of(folder).write_bytes(whole[:length])
+        rejected(folder, "empty|truncated|damaged|not a checkpoint")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_mutated_files_load_or_are_a_value_error(folder: Path, form: str) -> None:
+    """Bytes of weights may change unseen; bytes of structure may not end in a traceback."""
+    whole = save(folder, torch.load(shard_of(folder)), FORMATS[form])
+    structure = [i for i in range(len(whole) - 8) if i < 1500 or i > len(whole) - 2500]
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            data[rng.choice(structure)] = rng.choice((rng.randrange(256), 0, 255, 0x80, ord(".")))
+        shard_of(folder).write_bytes(data)
+        try:
+            checkpoint = MetaCheckpoint(folder)
+        except ValueError as error:
+            assert "consolidated.00.pth" in str(error) or str(folder) in str(error)
+            refused += 1
+        else:
+            for name in checkpoint.names():
+                checkpoint.shape(name)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.ones(3)],
+        torch.ones(3),
+        None,
+        "text",
+        {"model": {"norm.weight": torch.ones(3)}},
+        {"norm.weight": [1.0, 2.0]},
+        {0: torch.ones(3)},
+        {("norm", "weight"): torch.ones(3)},
+    ],
+    ids=["list", "tensor", "none", "text", "nested", "numbers", "int key", "tuple key"],
+)
+def test_what_is_no_dictionary_of_tensors_is_told(folder: Path, content: Any, form: str) -> None:
+    save(folder, content, FORMATS[form])
+    rejected(folder, "must hold a dictionary of tensors")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        b"<!DOCTYPE html><html>Not found</html>",
+        b"GGUF\x03\x00\x00\x00",
+        b"\x00" * 4096,
+        b"PK\x05\x06" + b"\x00" * 18,
+        pickle.dumps({"a": 1}),
+    ],
+    ids=["git-lfs", "html", "gguf", "zeros", "empty zip", "pickle"],
+)
+def test_other_files_under_the_name_are_told(folder: Path, content: bytes) -> None:
+    shard_of(folder).write_bytes(content)
+    rejected(folder, "damaged|not a checkpoint|truncated|dictionary")
+
+
+def test_a_zip_of_something_else_is_told(folder: Path) -> None:
+    with zipfile.ZipFile(shard_of(folder), "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    rejected(folder, "damaged")
+
+
+def test_an_empty_dictionary_lacks_everything(folder: Path) -> None:
+    save(folder, {}, zipped=True)
+    checkpoint = MetaCheckpoint(folder)
+    assert list(checkpoint.names()) == []

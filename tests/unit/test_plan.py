@@ -1,0 +1,306 @@
+"""A plan's figures are those of the code they describe: its parameters, its cache, and what torch's profiler counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from llama import Llama
+from llama.build import check_room, open_source
+from llama.checkpoint import load_weights, open_checkpoint
+from llama.config import ModelArgs
+from llama.footprint import HEAP, Job, activation_bytes, cache_bytes
+from llama.memory import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
+from llama.model import Transformer
+from llama.parallel import ModelParallel
+from llama.plan import Planner
+from llama.sampling import log_probs, sample
+from tests.checkpoints import TINY, write_byte_tokenizer, write_meta
+
+CPU = torch.device("cpu")
+ODD = dataclasses.replace(TINY, vocab_size=515)  # padded on 2 ranks and more
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same kind of model as one Meta shard, as four, in Hugging Face's format, and as quantized GGUF."""
+    top = tmp_path_factory.mktemp("formats")
+    state = write_meta(top / "meta", TINY, dtype=torch.bfloat16)
+    write_meta(top / "meta4", TINY, 4, dtype=torch.bfloat16)
+    write_meta(top / "odd", ODD, dtype=torch.bfloat16)
+    write_hugging_face(top / "hf", TINY, list(range(TINY.n_layers)))
+    write_gguf(top / "model.gguf", state)
+    return {name: top / name for name in ("meta", "meta4", "odd", "hf", "model.gguf")}
+
+
+def write_hugging_face(folder: Path, args: ModelArgs, layers: list[int]) -> None:
+    """A bf16 folder in Hugging Face's format, a file for each layer, whose weights are holes: no bytes on the disk."""
+    folder.mkdir()
+    q_dim, kv_dim, hidden = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim, args.hidden_dim
+    layer = {
+        "self_attn.q_proj": (q_dim, args.dim),
+        "self_attn.k_proj": (kv_dim, args.dim),
+        "self_attn.v_proj": (kv_dim, args.dim),
+        "self_attn.o_proj": (args.dim, q_dim),
+        "mlp.gate_proj": (hidden, args.dim),
+        "mlp.up_proj": (hidden, args.dim),
+        "mlp.down_proj": (args.dim, hidden),
+        "input_layernorm": (args.dim,),
+        "post_attention_layernorm": (args.dim,),
+    }
+    vocab = (args.vocab_size, args.dim)
+    files: list[dict[str, tuple[int, ...]]] = [
+        {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()} for i in layers
+    ]
+    files.append({"model.embed_tokens.weight": vocab, "model.norm.weight": (args.dim,), "lm_head.weight": vocab})
+    weight_map = {}
+    for number, shapes in enumerate(files):
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            start, end = end, end + 2 * torch.Size(shape).numel()
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+            weight_map[name] = f"model-{number}.safetensors"
+        text = json.dumps(header).encode()
+        with (folder / f"model-{number}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "intermediate_size": hidden,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    write_byte_tokenizer(folder)
+
+
+def write_gguf(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """TINY with matrices in Q8_0 where rows are whole blocks, and no tokenizer."""
+    names = {
+        "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output", "attention.wq": "attn_q",
+        "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+        "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+        "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(TINY.n_layers)
+    writer.add_embedding_length(TINY.dim)
+    writer.add_feed_forward_length(TINY.hidden_dim)
+    writer.add_head_count(TINY.n_heads)
+    writer.add_head_count_kv(TINY.n_kv_heads)
+    writer.add_layer_norm_rms_eps(TINY.norm_eps)
+    writer.add_context_length(2048)
+    writer.add_vocab_size(TINY.vocab_size)
+    for name, tensor in state.items():
+        layer, _, rest = name.removeprefix("layers.").rpartition(".weight")[0].partition(".")
+        stored = f"blk.{layer}.{names[rest]}" if name.startswith("layers.") else names[name.removesuffix(".weight")]
+        values = tensor.float().numpy()
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            blocks = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{stored}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(f"{stored}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def planner_of(path: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.bfloat16, **limits: int) -> Planner:
+    checkpoint = open_checkpoint(path)
+    args = dataclasses.replace(checkpoint.args, **limits)
+    return Planner(checkpoint, args, ModelParallel(rank, size), dtype, CPU, free=GB)
+
+
+def file_pages(addresses: dict[str, int]) -> set[str]:
+    """Those of the named addresses that lie in a mapped file."""
+    found = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in span.split("-"))
+        if path.endswith((".pth", ".safetensors", ".gguf")):
+            found |= {name for name, address in addresses.items() if first <= address < last}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["meta", "meta4", "odd", "hf", "model.gguf"])
+def test_planned_weights_are_what_loading_assigns(
+    folders: dict[str, Path], name: str, size: int, dtype: torch.dtype
+) -> None:
+    """Padding, repeated KV heads, norms, and which weights stay in the mapped file, for the first and last rank."""
+    for rank in {0, size - 1}:
+        planner = planner_of(folders[name], rank, size, dtype)
+        with torch.device("meta"):
+            model = Transformer(planner.args, planner.parallel)
+        load_weights(model, planner.checkpoint, CPU, dtype)
+        weights = dict(model.named_parameters())
+        mapped = file_pages({name: weight.data_ptr() for name, weight in weights.items()})
+        assert planner.weights.total == sum(weight.nbytes for weight in weights.values())
+        assert planner.weights.mapped == sum(weights[name].nbytes for name in mapped)
+
+
+def test_planned_weights_count_a_shared_table_once(tmp_path: Path) -> None:
+    write_meta(tmp_path, dataclasses.replace(TINY, tied_embeddings=True))
+    tied = planner_of(tmp_path, dtype=torch.float32).weights.total
+    write_meta(tmp_path, TINY)
+    assert planner_of(tmp_path, dtype=torch.float32).weights.total - tied == 4 * TINY.vocab_size * TINY.dim
+
+
+def test_decoded_blocks_need_one_tensor_beside_the_weights(folders: dict[str, Path]) -> None:
+    """The largest table in fp32; on two ranks half of it, but w2 is split by columns and decoded whole."""
+    table, w2 = 4 * TINY.vocab_size * TINY.dim, 4 * TINY.dim * TINY.hidden_dim
+    assert planner_of(folders["model.gguf"]).weights.tensor == table
+    assert planner_of(folders["model.gguf"], 0, 2).weights.tensor == max(table // 2, w2)
+    assert planner_of(folders["meta"]).weights.tensor == 0
+    assert planner_of(folders["meta"], dtype=torch.float32).weights.tensor == 0  # from the mapped file
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_planned_cache_is_what_the_model_allocates(size: int) -> None:
+    parallel = ModelParallel(size - 1, size)
+    cache = Transformer(TINY, parallel).new_cache(3, 50)
+    assert cache_bytes(TINY, parallel, torch.float32, Job(3, 7, 50)) == cache.nbytes
+
+
+SHAPES = {
+    "wide": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=704),
+    "narrow": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=64),
+    "many heads": ModelArgs(dim=64, n_layers=2, n_heads=32, n_kv_heads=32, vocab_size=512, hidden_dim=64, head_dim=16),
+    "window": ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=512, hidden_dim=64, sliding_window=100),
+    "vocabulary": ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=60_000, hidden_dim=64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_planned_activations_are_what_a_run_allocates(name: str, dtype: torch.dtype) -> None:
+    """Within 10 % of the allocator's own count, whatever part of the computation holds most."""
+    args = SHAPES[name]
+    job = Job(8, 40, 48, scored=True) if name == "vocabulary" else Job(2, 1500, 1508)
+    model = Transformer(args)
+    for weight in model.parameters():
+        weight.data = torch.randn_like(weight).div(weight.shape[-1] ** 0.5).to(dtype)
+    tokens = torch.randint(0, args.vocab_size, (job.bsz, job.prompt_len))
+    with torch.inference_mode():
+        cache = model.new_cache(job.bsz, job.length)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            hidden = model.hidden(tokens, torch.zeros(job.bsz, dtype=torch.long), cache, kv_len=job.prompt_len)
+            if job.scored:
+                log_probs(model.logits(hidden[0]), tokens[0])
+            sample(model.logits(hidden[:, -1]), 0.6, 0.99, torch.rand(job.bsz))
+    allocated = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(allocated, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    planned = activation_bytes(args, ModelParallel(), dtype, CPU, job)
+    planned -= min(HEAP, planned // 2)  # what the allocator keeps; the profiler does not see it
+    assert planned == pytest.approx(peak, rel=0.1)
+
+
+def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:
+    planner = planner_of(folders["meta"], max_seq_len=1_000_000, max_batch_size=100)
+    assert not planner.plan(planner.limits()).fits
+    length, batch = planner.advice().split(" or ")
+    for words, limits in ((length, lambda n: planner.limits(length=n)), (batch, lambda n: planner.limits(bsz=n))):
+        most = int(words.split()[1])
+        assert planner.plan(limits(most)).fits
+        assert not planner.plan(limits(most + 1)).fits
+
+
+def test_what_cannot_run_names_the_fewest_ranks_that_could(folders: dict[str, Path]) -> None:
+    planner = planner_of(folders["meta"], dtype=torch.float32)
+    dataclasses.replace(planner, free=700_000).check_can_run()
+    with pytest.raises(ValueError, match=r"cpu memory per rank, 200\.00 KB are free: use 4 ranks with"):
+        dataclasses.replace(planner, free=200_000).check_can_run()
+    with pytest.raises(ValueError, match="use a smaller model"):
+        dataclasses.replace(planner, free=1000).check_can_run()
+
+
+def test_mapped_weights_larger_than_memory_are_told_and_run(folders: dict[str, Path]) -> None:
+    """A rank reads them from the file again and again, but it can."""
+    planner = dataclasses.replace(planner_of(folders["meta"]), free=100_000)
+    planner.check_can_run()
+    assert not planner.plan(Job(1, 1, 1)).fits
+
+
+def test_a_batch_without_room_is_refused_before_it_is_allocated(tiny_model: Llama) -> None:
+    check_room(tiny_model.model, Job(4, 50, 60))
+    with pytest.raises(ValueError, match=r"need \d.* GB of cache and .* are free: use --max_batch_size \d+$"):
+        check_room(tiny_model.model, Job(1 << 24, 1000, 1000))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(folders: dict[str, Path]) -> Llama:
+    return Llama.build(folders["meta"], device="cpu", dtype="float32")
+
+
+def test_planning_reads_no_weights(tmp_path: Path) -> None:
+    """8B parameters, of whose files only headers come into memory: at most the 64 KiB that Linux reads around them."""
+    args = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=512, hidden_dim=14336)
+    write_hugging_face(tmp_path / "8b", args, list(range(32)))
+    source = open_source(tmp_path / "8b", None, 2048, 1, "cpu", "bfloat16")
+    planner = source.planner(ModelParallel(), GB)
+    assert planner.weights.total == pytest.approx(14e9, rel=0.01)
+    touched, inside = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(".safetensors")
+        if inside and line.startswith("Rss:"):
+            touched.append(int(line.split()[1]))
+    assert len(touched) >= 33
+    assert max(touched) <= 64
+
+
+def test_ranks_share_the_memory_of_their_host() -> None:
+    alone, shared, to_start = free_bytes(CPU, 1), free_bytes(CPU, 4), free_bytes(CPU, 4, started=1)
+    assert shared == pytest.approx(alone / 4, rel=0.05)
+    assert to_start == pytest.approx((alone - 3 * PROCESS) / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_leaves_what_its_limit_and_file_pages_allow(tmp_path: Path, version: int) -> None:
+    """The tightest of a group and its parents counts, and a group that the container does not see does not."""
+    names = [("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), ("memory.max", "memory.current", "")]
+    limit, used, prefix = names[version - 1]
+    mounted = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    line = "7:cpu:/x\n4:memory:/pod/box/unseen\n" if version == 1 else "0::/pod/box/unseen\n"
+    (tmp_path / "proc/self/cgroup").write_text(line)
+    for folder, most in ((mounted, "max"), (mounted / "pod", "5000"), (mounted / "pod/box", "9000")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("3000\n")
+        (folder / "memory.stat").write_text(f"{prefix}inactive_file 500\n{prefix}active_file 100\nanon 7\n")
+    assert min(_cgroups_free(tmp_path)) == 5000 - 3000 + 600
+
+
+def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:
+    assert _cgroups_free(tmp_path) == []
+
+
+def test_macos_counts_free_and_inactive_pages() -> None:
+    text = (
+        "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
+        "Pages free:                               10.\nPages active:                            400.\n"
+        "Pages inactive:                           20.\nPages speculative:                         3.\n"
+    )
+    assert _vm_stat_free(text) == 33 * 16384
+    assert _vm_stat_free("") == UNKNOWN

@@ -1,0 +1,330 @@
+"""Checkpoints written in every format: bit for bit what was read, and what other libraries read in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llama import Llama
+from llama.checkpoint import Checkpoint, open_checkpoint
+from llama.checkpoint.files import ALIGNMENT, Entry, PickleFile, new_path
+from llama.checkpoint.hf_config import read_config
+from llama.checkpoint.load import global_shapes
+from llama.checkpoint.made_up import MadeUpCheckpoint
+from llama.checkpoint.presets import PRESETS, Preset
+from llama.checkpoint.write import write_checkpoint, writer
+from llama.checkpoint.write_hf import HuggingFaceWriter, hf_config
+from llama.checkpoint.write_plan import Plan, recognised
+from llama.checkpoint.write_tokenizer import tokenizer_source
+from llama.config import (
+    DynamicScaling,
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    ModelArgs,
+    YarnScaling,
+    read_params,
+)
+from tests.checkpoints import TINY, random_state, split_state, write_meta
+
+SCALINGS = [
+    LinearScaling(4.0),
+    DynamicScaling(2.0, 512),
+    Llama3Scaling(32.0, old_context_len=64),
+    YarnScaling(8.0, 64, beta_fast=16.0, truncate=False, attention_factor=1.5),
+]
+
+
+def convert(source: Path | Checkpoint, target: Path, format: str, **options: Any) -> Path:
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
+    made_up = isinstance(checkpoint, MadeUpCheckpoint)
+    tokenizer = checkpoint.tokenizer_source() if made_up else tokenizer_source(checkpoint)
+    write_checkpoint(writer(checkpoint, tokenizer, format, **options), target, lambda n_bytes: None)
+    return target
+
+
+def shards(folder: Path) -> list[dict[str, Tensor]]:
+    return [torch.load(file, weights_only=True) for file in sorted(folder.glob("*.pth"))]
+
+
+def assert_same_shards(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    assert len(found) == len(expected)
+    for shard, other in zip(found, expected, strict=True):
+        assert shard.keys() == other.keys()
+        for name in shard:
+            assert shard[name].dtype == other[name].dtype and torch.equal(shard[name], other[name]), name
+
+
+def made_up(seed: int = 1, preset: str = "tiny", **changes: Any) -> MadeUpCheckpoint:
+    return MadeUpCheckpoint(preset, PRESETS[preset]._replace(args=dataclasses.replace(PRESETS[preset].args, **changes)), seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_meta_to_hugging_face_and_back_is_bit_exact(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_meta(tmp_path / "meta", shards=8, dtype=dtype)
+    convert(tmp_path / "meta", tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "back", "meta", shards=8)
+    assert_same_shards(shards(tmp_path / "back"), shards(tmp_path / "meta"))
+    assert read_params(tmp_path / "back" / "params.json") == read_params(tmp_path / "meta" / "params.json")
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == (tmp_path / "meta" / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied_embeddings": True}, {"head_dim": 16}], ids=str)
+def test_hugging_face_to_meta_and_back_is_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Meta's releases of tied models hold the table twice: the tie must be found again."""
+    convert(made_up(**changes), tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "meta", "meta", shards=4)
+    convert(tmp_path / "meta", tmp_path / "back", "hf")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 16])
+def test_shards_are_cut_as_meta_cuts_them(tmp_path: Path, count: int) -> None:
+    """With more shards than KV heads, neighbours repeat a head."""
+    write_meta(tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "many", "meta", shards=count)
+    expected = split_state(random_state(TINY), TINY, count)
+    assert_same_shards(shards(tmp_path / "many"), expected)
+
+
+def test_llama_2s_embeddings_are_split_by_feature(tmp_path: Path) -> None:
+    """As Meta's code for SentencePiece models expects them; Llama 3's splits them by token."""
+    whole, halves = made_up(), shards(convert(made_up(), tmp_path / "meta", "meta", shards=2, dtype="float32"))
+    table = whole.read("tok_embeddings.weight")
+    assert_same_shards(
+        [{"t": half["tok_embeddings.weight"]} for half in halves], [{"t": part} for part in table.chunk(2, 1)]
+    )
+
+
+def test_shards_are_whole_zip_files_with_aligned_storages(tmp_path: Path) -> None:
+    entries = {"a.weight": Entry((3, 5), torch.bfloat16), "b.weight": Entry((7,), torch.float32)}
+    tensors = [torch.randn(3, 5).bfloat16(), torch.randn(7)]
+    file = PickleFile(tmp_path / "a.pth", entries)
+    for tensor in tensors:
+        file.add(tensor)
+    file.close()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        assert archive.testzip() is None  # checksums are right
+    for mmap in (False, True):
+        loaded = torch.load(tmp_path / "a.pth", weights_only=True, mmap=mmap)
+        assert_same_shards([loaded], [dict(zip(entries, tensors, strict=True))])
+    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in loaded.values())
+
+
+def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Ours and transformers' for one row, in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    llm = Llama.build(folder, max_seq_len=512, max_batch_size=1, dtype="float32", device="cpu")
+    ours = llm.generate([tokens.tolist()], 0, logprobs=True, echo=True)[1]
+    assert ours is not None
+    with torch.no_grad():
+        theirs = model(tokens[None]).logits[0].log_softmax(-1)
+    return torch.tensor(ours[0][1:]), theirs[:-1].gather(1, tokens[1:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied_embeddings": True, "head_dim": 16},
+        {"attention_bias": True, "mlp_bias": True},
+        {"sliding_window": 16},
+        *({"rope_scaling": scaling} for scaling in SCALINGS),
+    ],
+    ids=str,
+)
+def test_transformers_gives_the_same_log_probabilities(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = convert(made_up(**changes), tmp_path / "hf", "hf", dtype="float32", context_len=512)
+    tokens = torch.randint(3, 512, (200,), generator=torch.Generator().manual_seed(0))
+    ours, theirs = logits(folder, tokens)
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("scaling", [None, *SCALINGS, Llama3Scaling()], ids=str)
+def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> None:
+    checkpoint = made_up(rope_scaling=scaling, norm_eps=1e-6, attention_bias=True, tied_embeddings=True)
+    source = checkpoint.tokenizer_source()
+    plan = Plan(checkpoint, lambda: checkpoint, checkpoint.args, source, torch.float16, 512)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(plan)))
+    found, stops = read_config(tmp_path / "config.json")
+    for field in dataclasses.fields(ModelArgs):
+        if field.name not in ("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"):
+            assert getattr(found, field.name) == getattr(checkpoint.args, field.name), field.name
+    assert stops == source.tokenizer.stop_tokens
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_architecture_of_every_preset_survives_params_json(tmp_path: Path, name: str) -> None:
+    args = dataclasses.replace(PRESETS[name].args, n_layers=1, sliding_window=None)
+    one_layer = Preset(args, PRESETS[name].tokenizer, 4096)
+    made = writer(_Shapes(one_layer), made_up().tokenizer_source(), "meta")
+    (tmp_path / "params.json").write_text(json.dumps(made.params))  # type: ignore[attr-defined]
+    found = read_params(tmp_path / "params.json")
+    for field in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "rope_theta", "vocab_size"):
+        assert getattr(found, field) == getattr(args, field), field
+    assert found.rope_scaling == args.rope_scaling
+
+
+class _Shapes:
+    """Names and shapes alone, for what reads nothing."""
+
+    path, dtype, stop_tokens = Path("shapes"), torch.bfloat16, frozenset[int]()
+
+    def __init__(self, preset: Preset) -> None:
+        self.args = preset.args
+        self.shapes = global_shapes(preset.args)
+
+    def names(self) -> Any:
+        return self.shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        return torch.randn(1)
+
+    def tokenizer(self) -> Any:
+        raise AssertionError
+
+
+def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> None:
+    made = writer(made_up(), made_up().tokenizer_source(), "hf", dtype="float32")
+    assert isinstance(made, HuggingFaceWriter)
+    write_checkpoint(HuggingFaceWriter(made.plan, max_file_bytes=100_000), tmp_path / "many", lambda n_bytes: None)
+    convert(made_up(), tmp_path / "one", "hf", dtype="float32")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
+    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert_same_shards([many], [one])
+    assert open_checkpoint(tmp_path / "many").names() == open_checkpoint(tmp_path / "one").names()
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "changes", "words"),
+    [
+        ("meta", {"shards": 3}, {}, "use one of 1, 2, 4, 8"),
+        ("meta", {"shards": 0}, {}, "use one of"),
+        ("meta", {}, {"attention_bias": True}, "attention_bias"),
+        ("meta", {}, {"sliding_window": 8}, "sliding_window"),
+        ("meta", {}, {"rope_scaling": LinearScaling(2.0)}, "RoPE scaling"),
+        ("hf", {"shards": 2}, {}, "--shards 2"),
+        ("hf", {"dtype": "q8_0"}, {}, "q8_0"),
+        ("hf", {}, {"sliding_window": 8, "mlp_bias": True}, "biases"),
+        ("gguf", {}, {"rope_scaling": DynamicScaling(2.0, 512)}, "DynamicScaling"),
+        ("gguf", {}, {"mlp_bias": True}, "biases"),
+        ("gguf", {"dtype": "q4_0"}, {"hidden_dim": 200}, "multiple of 32"),
+        ("onnx", {}, {}, "meta, hf, gguf"),
+    ],
+)
+def test_what_a_format_cannot_express_is_an_error_before_anything_is_written(
+    tmp_path: Path, format: str, options: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        convert(made_up(**changes), tmp_path / "out", format, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_float16_cannot_hold_are_an_error(tmp_path: Path) -> None:
+    """They would become infinite."""
+    state = write_meta(tmp_path / "meta")
+    state["layers.1.feed_forward.w2.weight"][3, 4] = -70000.0
+    torch.save(state, tmp_path / "meta" / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.w2\.weight, whose largest value is 70000"):
+        convert(tmp_path / "meta", tmp_path / "hf", "hf", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["meta"]
+
+
+def test_a_path_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileExistsError, match="full exists already"):
+        convert(made_up(), tmp_path / "full", "hf")
+    convert(made_up(), tmp_path / "empty", "hf")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+    with pytest.raises(KeyboardInterrupt), new_path(tmp_path / "new") as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_a_seed_gives_the_same_weights_in_every_format(tmp_path: Path) -> None:
+    convert(made_up(7), tmp_path / "meta", "meta", shards=8)
+    convert(made_up(7), tmp_path / "hf", "hf")
+    convert(made_up(7), tmp_path / "a.gguf", "gguf", dtype="bfloat16")
+    opened = [open_checkpoint(tmp_path / name) for name in ("meta", "hf", "a.gguf")]
+    for name in opened[0].names():
+        first, *others = (checkpoint.read(name) for checkpoint in opened)
+        assert first.std() > 0.01
+        assert all(torch.equal(first, other.bfloat16()) for other in others), name
+    other = made_up(8).read("output.weight").bfloat16()
+    assert (other == opened[0].read("output.weight")).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) -> None:
+    path = convert(made_up(), tmp_path / "a.gguf", "gguf", dtype=dtype)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    found = tensors["blk.1.ffn_down.weight"]
+    expected = made_up().read("layers.1.feed_forward.w2.weight")
+    values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
+    step = {"float32": 0.0, "float16": 1e-3}.get(dtype, 2.0 / 2 ** int(dtype[1]))
+    assert (values - expected).abs().max() <= step * expected.abs().max()
+    assert tensors["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+    assert open_checkpoint(path).tokenizer().n_words == 512
+
+
+@pytest.mark.parametrize("scaling", [None, LinearScaling(4.0), Llama3Scaling(8.0), YarnScaling(8.0, 64)], ids=str)
+def test_rope_scaling_survives_gguf(tmp_path: Path, scaling: Any) -> None:
+    path = convert(made_up(rope_scaling=scaling), tmp_path / "a.gguf", "gguf")
+    args = open_checkpoint(path).args
+    assert isinstance(args.rope_scaling, FactorScaling) == isinstance(scaling, Llama3Scaling)
+    assert recognised(args) == scaling
+
+
+# From the published sizes of the releases.
+PARAMETERS = {
+    "llama-2-7b": 6738415616,
+    "llama-2-13b": 13015864320,
+    "llama-2-70b": 68976648192,
+    "llama-3-8b": 8030261248,
+    "llama-3.1-70b": 70553706496,
+    "llama-3.1-405b": 405853388800,
+    "llama-3.2-1b": 1235814400,
+    "llama-3.2-3b": 3212749824,
+    "codellama-7b": 6738546688,
+    "mistral-7b": 7241732096,
+    "tinyllama-1.1b": 1100048384,
+    "smollm2-135m": 134515008,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_presets_have_the_released_models_sizes(name: str) -> None:
+    shapes = global_shapes(PRESETS[name].args).values()
+    assert sum(torch.Size(shape).numel() for shape in shapes) == PARAMETERS[name]
+
+
+def test_made_up_models_keep_activations_near_one() -> None:
+    """Logits that overflow fp16, or that are all alike, would try out nothing."""
+    deep = made_up(n_layers=64, dim=256, hidden_dim=512, n_kv_heads=2)
+    for name in deep.names():
+        weight = deep.read(name)
+        assert 0.005 < weight.std() < 1.5 and bool((weight != 0).all()), name
+
+
+def test_made_up_models_run_in_float16(tmp_path: Path) -> None:
+    deep = made_up(n_layers=64, dim=256, hidden_dim=512)
+    llm = Llama.build(convert(deep, tmp_path / "hf", "hf", dtype="float16"), dtype="float16", device="cpu")
+    tokens = [list(range(3, 60))]
+    logprobs = llm.generate(tokens, 8, temperature=0, logprobs=True, echo=True)[1]
+    assert logprobs is not None and all(-20 < value < 0 for value in logprobs[0][1:])
