@@ -58,11 +58,12 @@ def activation_bytes(
     if device.type == "cuda" and (masked or not half) and args.n_heads != args.n_kv_heads:
         scores = PLAIN * parallel.heads(args.n_heads) * job.prompt_len
     norm = 2 * x + (12 if half else 8) * args.dim * (device.type != "cuda")  # fp32 copies; CUDA's kernel has none
-    rotate = 2 * x + 2 * q * dtype.itemsize + 8 * q * half
+    rotate_k = 2 * x + (q + 3 * kv) * dtype.itemsize + 8 * kv * half
+    rotate_q = 2 * x + 2 * q * dtype.itemsize + 8 * q * half
     attend = 2 * x + 3 * q * dtype.itemsize + scores
     feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize
     n_tokens = job.bsz * job.prompt_len
-    prefill = n_tokens * (kept + max(norm, rotate, attend, feed_forward))
+    prefill = n_tokens * (kept + max(norm, rotate_k, rotate_q, attend, feed_forward))
     logits = args.vocab_size * max(job.bsz * SAMPLED, min(job.prompt_len, SCORED_AT_ONCE) * SCORED if job.scored else 0)
     peak = max(prefill, n_tokens * x + logits)
     return peak + min(peak, HEAP) if device.type == "cpu" else peak

@@ -58,7 +58,7 @@ def recognised(args: ModelArgs) -> RopeScaling | None:
     if not isinstance(args.rope_scaling, FactorScaling):
         return args.rope_scaling
     found = scaled_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
-    scaling = Llama3Scaling(factor=float(max(args.rope_scaling.factors)))
+    scaling = Llama3Scaling(factor=float(max(args.rope_scaling.factors)))  # that of the longest wavelengths
     # GGUF has the factors in fp32.
     if torch.allclose(found, scaled_frequencies(args.head_dim, args.rope_theta, scaling), rtol=1e-6, atol=0):
         return scaling

@@ -38,6 +38,7 @@ END_TOKENS = frozenset(
         "<|EOT|>",
         "<EOT>",
         "▁<EOT>",  # Code Llama
+        "<step>",  # Code Llama 70B Instruct
         "<｜end▁of▁sentence｜>",
     }
 )

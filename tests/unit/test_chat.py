@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import sentencepiece
 
-from llama.chat import ChatML, Llama2Chat, Llama3Chat, check_roles, choose_chat_format
+from llama.chat import ChatML, GuessedChat, Llama2Chat, Llama3Chat, check_roles, choose_chat_format
+from llama.chat_template import TemplateChat
 from llama.checkpoint import open_checkpoint
 from llama.tokenizer import Tokenizer
 
@@ -128,36 +127,6 @@ def test_only_llama2_has_unsafe_tags(llama3: Tokenizer, demo: Tokenizer) -> None
 # ChatML
 
 
-def rendered_ids(tokenizer: Tokenizer, dialog: list[Any]) -> list[int]:
-    """The model's own template by jinja, and its special tokens where it spells them."""
-    assert tokenizer.chat_template is not None
-    text = jinja2.Template(tokenizer.chat_template).render(messages=dialog, add_generation_prompt=True)
-    ids: list[int] = []
-    for part in re.split(r"(<\|im_start\|>|<\|im_end\|>)", text):
-        if part in tokenizer.special_tokens:
-            ids.append(tokenizer.special_tokens[part])
-        else:
-            ids += tokenizer.encode(part, bos=False, eos=False)
-    return ids
-
-
-@pytest.mark.parametrize(
-    "dialog",
-    [
-        [USER],
-        [SYSTEM, USER],
-        [USER, ANSWER, AGAIN],
-        [SYSTEM, USER, ANSWER, AGAIN],
-        [message("user", "")],
-        [message("system", ""), message("user", "\n\nZürich, 日本語 🦙 {{ x }} {% if %}\n")],
-    ],
-    ids=["user", "system", "turns", "all", "empty", "odd"],
-)
-def test_chatml_dialogs_are_what_the_models_template_says(demo: Tokenizer, dialog: list[Any]) -> None:
-    """The template begins with a system message of its own where there is none."""
-    assert ChatML(demo).encode(dialog) == rendered_ids(demo, dialog)
-
-
 def test_chatml_by_hand(demo: Tokenizer) -> None:
     """<|im_start|> and <|im_end|> are ids 1 and 2 of the demo model, the newline is 198."""
 
@@ -176,20 +145,20 @@ def test_chatml_specials_typed_by_a_user_stay_text(demo: Tokenizer) -> None:
     assert (ids.count(1), ids.count(2)) == (3, 2)
 
 
-def test_a_chatml_template_without_a_system_message_gets_none(demo: Tokenizer) -> None:
-    bare = copy.copy(demo)
-    bare.chat_template = None
-    ids = ChatML(bare).encode([AGAIN])
-    assert demo.decode(ids) == "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+def test_plain_chatml_adds_no_system_message(demo: Tokenizer) -> None:
+    assert demo.decode(ChatML(demo).encode([AGAIN])) == "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
 
 
 # Choice, and roles
 
 
 def test_the_format_is_chosen_by_the_tokenizer(llama2: Tokenizer, llama3: Tokenizer, demo: Tokenizer) -> None:
-    assert isinstance(choose_chat_format(llama2), Llama2Chat)
+    bare = copy.copy(demo)
+    bare.chat_template = None
+    assert isinstance(choose_chat_format(llama2), GuessedChat)
     assert isinstance(choose_chat_format(llama3), Llama3Chat)
-    assert isinstance(choose_chat_format(demo), ChatML)
+    assert isinstance(choose_chat_format(demo), TemplateChat)
+    assert isinstance(choose_chat_format(bare), ChatML)
 
 
 def test_the_format_can_be_named(llama3: Tokenizer, demo: Tokenizer) -> None:
@@ -206,7 +175,9 @@ def test_a_format_whose_tokens_the_tokenizer_lacks_is_refused(llama2: Tokenizer,
 
 @pytest.mark.parametrize("name", ["mistral", "", "Llama2"])
 def test_an_unknown_format_is_told_with_those_there_are(llama3: Tokenizer, name: str) -> None:
-    with pytest.raises(ValueError, match=f"chat_format must be one of llama2, llama3, chatml, got '{name}'"):
+    with pytest.raises(
+        ValueError, match=f"chat_format must be one of template, llama2, llama3, chatml, codellama70b, got '{name}'"
+    ):
         choose_chat_format(llama3, name)
 
 

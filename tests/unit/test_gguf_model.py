@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -12,9 +13,10 @@ from gguf import GGMLQuantizationType
 
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import read_part
-from llama.config import ModelArgs
+from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
 from llama.model import Transformer
 from llama.parallel import ModelParallel
+from llama.rope import scaled_frequencies
 from tests.architectures import ARCHITECTURES
 from tests.checkpoints import random_state
 from tests.gguf_files import metadata_of, write_gguf, write_gguf_model
@@ -62,11 +64,11 @@ def test_every_rank_gets_its_slice(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"general__architecture": "qwen2"}, "architecture 'qwen2': only 'llama' is supported"),
+        ({"general__architecture": "qwen2"}, "architecture 'qwen2' is not supported, only 'llama'"),
         ({"general__architecture": "gemma"}, "architecture 'gemma'"),
         ({"llama__expert_count": 8}, "mixture of experts"),
-        ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling 'yarn'"),
-        ({"llama__rope__dimension_count": 8}, "rotates 8 of 16"),
+        ({"llama__rope__scaling__type": "longrope"}, "scaling.type 'longrope' is not supported, only linear and yarn"),
+        ({"llama__rope__dimension_count": 8}, "dimension_count 8 differs from the 16 dimensions of a head"),
         ({"llama__embedding_length": None}, r"llama\.embedding_length must be of type int, found nothing"),
         ({"llama__block_count": 2.0}, r"llama\.block_count must be of type int, found 2\.0"),
         ({"llama__block_count": 1 << 20}, "n_layers must be an integer from 1"),
@@ -92,18 +94,50 @@ def test_a_vocabulary_of_another_type_is_no_crash(tmp_path: Path, tokens: object
         checkpoint.tokenizer()
 
 
-def test_rope_factors_are_not_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}, LinearScaling(4.0)),
+        ({"llama__rope__scale_linear": 2.0}, LinearScaling(2.0)),
+        ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, None),
+        (
+            {
+                "llama__rope__scaling__type": "yarn",
+                "llama__rope__scaling__factor": 8.0,
+                "llama__rope__scaling__original_context_length": 4096,
+            },
+            YarnScaling(8.0, 4096),
+        ),
+    ],
+    ids=str,
+)
+def test_rope_scaling_is_read_from_the_metadata(tmp_path: Path, metadata: dict[str, object], scaling: object) -> None:
+    write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS), **metadata)
+    assert open_checkpoint(tmp_path / "m.gguf").args.rope_scaling == scaling
+
+
+@torch.inference_mode()
+def test_rope_factors_stretch_as_llama3_scaling_does(tmp_path: Path) -> None:
     """Llama 3.1 in GGUF stores them as a tensor; without them long texts go wrong and short ones do not."""
-    write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS))
+    scaled = dataclasses.replace(ARGS, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64))
+    factors = (
+        scaled_frequencies(ARGS.head_dim, ARGS.rope_theta, None).double()
+        / scaled_frequencies(ARGS.head_dim, ARGS.rope_theta, scaled.rope_scaling).double()
+    )
+    stored = write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS))
     tensors = {
         each.name: (np.array(each.data), each.tensor_type) for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors
     }
-    tensors["rope_freqs.weight"] = np.ones(8, np.float32), GGMLQuantizationType.F32
+    tensors["rope_freqs.weight"] = factors.float().numpy(), GGMLQuantizationType.F32
     checkpoint = open_checkpoint(write_gguf(tmp_path / "scaled.gguf", metadata_of(ARGS), tensors))
+    assert checkpoint.args.rope_scaling == FactorScaling(tuple(factors.float().tolist()))
     with torch.device("meta"):
-        model = Transformer(ARGS)
-    with pytest.raises(ValueError, match=r"has unexpected tensors rope_freqs\.weight"):
-        load_weights(model, checkpoint, torch.device("cpu"), torch.float32)
+        model = Transformer(checkpoint.args)
+    load_weights(model, checkpoint, torch.device("cpu"), torch.float32)
+    tokens = random_tokens(2, 200, vocab_size=101)
+    expected = one_pass(transformer(scaled, stored), tokens)
+    torch.testing.assert_close(one_pass(model, tokens), expected, rtol=0, atol=1e-4)
+    assert (one_pass(transformer(ARGS, stored), tokens) - expected).abs().max() > 0.1
 
 
 def test_several_gguf_files_in_a_folder_are_listed(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_all_weights_have_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype
     write_meta(tmp_path, dtype=torch.bfloat16)
     model = build(tmp_path, dtype=dtype).model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert model.rope.dtype == torch.float32
+    assert model.rope.frequencies.dtype == torch.float32
 
 
 def test_the_file_on_disk_is_never_written_to(tmp_path: Path) -> None:

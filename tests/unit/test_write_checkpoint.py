@@ -65,7 +65,9 @@ def assert_same_shards(found: list[dict[str, Tensor]], expected: list[dict[str, 
 
 
 def made_up(seed: int = 1, preset: str = "tiny", **changes: Any) -> MadeUpCheckpoint:
-    return MadeUpCheckpoint(preset, PRESETS[preset]._replace(args=dataclasses.replace(PRESETS[preset].args, **changes)), seed)
+    return MadeUpCheckpoint(
+        preset, PRESETS[preset]._replace(args=dataclasses.replace(PRESETS[preset].args, **changes)), seed
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -277,7 +279,7 @@ def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) 
     found = tensors["blk.1.ffn_down.weight"]
     expected = made_up().read("layers.1.feed_forward.w2.weight")
     values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
-    step = {"float32": 0.0, "float16": 1e-3}.get(dtype, 2.0 / 2 ** int(dtype[1]))
+    step = {"float32": 0.0, "float16": 2**-11, "q8_0": 2**-7, "q5_1": 2**-4, "q5_0": 2**-4}.get(dtype, 2**-3)
     assert (values - expected).abs().max() <= step * expected.abs().max()
     assert tensors["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     assert open_checkpoint(path).tokenizer().n_words == 512
@@ -285,7 +287,7 @@ def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) 
 
 @pytest.mark.parametrize("scaling", [None, LinearScaling(4.0), Llama3Scaling(8.0), YarnScaling(8.0, 64)], ids=str)
 def test_rope_scaling_survives_gguf(tmp_path: Path, scaling: Any) -> None:
-    path = convert(made_up(rope_scaling=scaling), tmp_path / "a.gguf", "gguf")
+    path = convert(made_up(rope_scaling=scaling, rope_theta=500000.0), tmp_path / "a.gguf", "gguf")
     args = open_checkpoint(path).args
     assert isinstance(args.rope_scaling, FactorScaling) == isinstance(scaling, Llama3Scaling)
     assert recognised(args) == scaling
@@ -314,17 +316,11 @@ def test_presets_have_the_released_models_sizes(name: str) -> None:
     assert sum(torch.Size(shape).numel() for shape in shapes) == PARAMETERS[name]
 
 
-def test_made_up_models_keep_activations_near_one() -> None:
-    """Logits that overflow fp16, or that are all alike, would try out nothing."""
-    deep = made_up(n_layers=64, dim=256, hidden_dim=512, n_kv_heads=2)
-    for name in deep.names():
-        weight = deep.read(name)
-        assert 0.005 < weight.std() < 1.5 and bool((weight != 0).all()), name
-
-
 def test_made_up_models_run_in_float16(tmp_path: Path) -> None:
-    deep = made_up(n_layers=64, dim=256, hidden_dim=512)
+    """Activations that overflow, or logits that are all alike, would try out nothing."""
+    deep = made_up(n_layers=32)
     llm = Llama.build(convert(deep, tmp_path / "hf", "hf", dtype="float16"), dtype="float16", device="cpu")
-    tokens = [list(range(3, 60))]
-    logprobs = llm.generate(tokens, 8, temperature=0, logprobs=True, echo=True)[1]
+    logprobs = llm.generate([list(range(3, 30))], 4, temperature=0, logprobs=True, echo=True)[1]
     assert logprobs is not None and all(-20 < value < 0 for value in logprobs[0][1:])
+    assert len(set(logprobs[0])) > 20
+    assert not any((deep.read(name) == 0).any() for name in deep.names())
