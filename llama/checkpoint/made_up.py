@@ -21,7 +21,7 @@ from torch import Tensor
 from llama.checkpoint.format import kind
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.presets import Preset, TokenizerKind
-from llama.checkpoint.tokenizer_model import SPECIAL_TOKENS
+from llama.checkpoint.tokenizer_model import SPECIAL_TOKENS, merges_of
 from llama.checkpoint.write_tokenizer import TokenizerSource
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf import PREFIX, TokenType
@@ -112,7 +112,7 @@ def made_up_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
 def _sentencepiece(vocab_size: int, last: tuple[str, ...]) -> dict[str, Any]:
     singles = [SPACE, *string.ascii_letters, *string.digits, *string.punctuation]
     n_words = vocab_size - len(STANDARD) - 256 - len(singles) - len(last)
-    words = [word for word, _ in itertools.islice(_words(SPACE), n_words)]
+    words = list(itertools.islice(_words(SPACE), n_words))
     tokens = [*STANDARD, *(f"<0x{byte:02X}>" for byte in range(256)), *words, *singles, *last]
     kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
     kinds += [TokenType.NORMAL] * (len(words) + len(singles)) + [TokenType.CONTROL] * len(last)
@@ -134,23 +134,23 @@ def _byte_level(vocab_size: int, first: tuple[str, ...], last: tuple[str, ...]) 
     alphabet = byte_alphabet()
     space = next(char for char, byte in alphabet.items() if byte == ord(" "))
     n_words = vocab_size - len(first) - len(alphabet) - len(last)
-    words = list(itertools.islice(_words(space), n_words))
-    pieces = [*alphabet, *(word for word, _ in words)]
+    pieces = [*alphabet, *itertools.islice(_words(space), n_words)]
+    ranks = {piece.encode(): rank for rank, piece in enumerate(pieces)}
     control = TokenType.CONTROL
     kinds = [control] * len(first) + [TokenType.NORMAL] * len(pieces) + [control] * len(last)
     return {
         PREFIX + "model": "gpt2",
         PREFIX + "tokens": [*first, *pieces, *last],
         PREFIX + "token_type": [int(kind) for kind in kinds],
-        PREFIX + "merges": [f"{word[:cut]} {word[cut:]}" for word, cut in words],
+        PREFIX + "merges": [f"{a.decode()} {b.decode()}" for a, b in merges_of(ranks)],
     }
 
 
-def _words(space: str) -> Iterator[tuple[str, int]]:
-    """All words of 2 letters, of 3 and so on, with and without a space before, and where the last merge joins them."""
-    yield from ((space + letter, 1) for letter in string.ascii_lowercase)
+def _words(space: str) -> Iterator[str]:
+    """All words of 2 letters, of 3 and so on, with and without a space before: each is one before it and a letter."""
+    yield from (space + letter for letter in string.ascii_lowercase)
     for length in itertools.count(2):
         for letters in itertools.product(string.ascii_lowercase, repeat=length):
             word = "".join(letters)
-            yield word, length - 1
-            yield space + word, length
+            yield word
+            yield space + word

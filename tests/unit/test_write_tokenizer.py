@@ -221,7 +221,7 @@ def test_made_up_tokenizers_have_exactly_the_vocabulary_and_reach_their_words(na
     assert tokenizer.n_words == preset.args.vocab_size and tokenizer.bos_id >= 0 and tokenizer.eos_id >= 0
     for text in SAMPLES:
         assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
-    assert len(tokenizer.encode("some words of letters", bos=False, eos=False)) < 18
+    assert len(tokenizer.encode("some words of letters", bos=False, eos=False)) < 20
     if preset.tokenizer in ("sentencepiece", "code_llama", "llama3"):
         model = ranks_model(metadata) if preset.tokenizer == "llama3" else sentencepiece_model(metadata)
         (tmp_path / "tokenizer.model").write_bytes(model)

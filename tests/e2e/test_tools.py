@@ -1,0 +1,136 @@
+"""The checkpoint scripts, run as a user runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llama import Llama
+from llama.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+TIMEOUT = 240  # only so that a hang ends
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def succeed(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = run(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@contextlib.contextmanager
+def writing(script: str, target: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A script that is in the middle of writing weights."""
+    with subprocess.Popen(command(script, *arguments), stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + TIMEOUT
+        while sum(file.stat().st_size for file in partial_files(target)) < 10_000_000:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        yield process
+        process.kill()
+
+
+def partial_files(target: Path) -> list[Path]:
+    return [
+        file
+        for partial in target.parent.glob(f"{target.name}.partial-*")
+        for file in (partial.rglob("*") if partial.is_dir() else [partial])
+        if file.is_file()
+    ]
+
+
+def answers(path: Path) -> list[object]:
+    """Greedy text and ids for a completion and a chat."""
+    llm = Llama.build(path, max_seq_len=256, max_batch_size=1, dtype="bfloat16", device="cpu")
+    completion = llm.text_completion(["The capital of France"], temperature=0, max_gen_len=12)
+    chat = llm.chat_completion([[{"role": "user", "content": "Say hello."}]], temperature=0, max_gen_len=12)
+    return [completion, chat, llm.tokenizer.stop_tokens, llm.tokenizer.special_tokens]
+
+
+def test_the_demo_model_answers_alike_in_every_format(tmp_path: Path) -> None:
+    if not DEMO_MODEL.is_file():
+        pytest.skip(f"the demo model {DEMO_MODEL} is not there: python scripts/get_model.py gets it")
+    expected = answers(DEMO_MODEL)
+    done = succeed("convert_checkpoint", DEMO_MODEL, tmp_path / "meta", "--format", "meta", "--shards", 3)
+    assert "written in bfloat16" in done.stderr and done.stdout == ""
+    assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == 3
+    assert answers(tmp_path / "meta") == expected
+    succeed("convert_checkpoint", tmp_path / "meta", tmp_path / "hf", "--format=hf", "--dtype=bfloat16")
+    assert answers(tmp_path / "hf") == expected
+    assert open_checkpoint(tmp_path / "hf").args.tied_embeddings
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "meta"]
+
+
+def test_a_made_up_checkpoint_is_well_and_is_checked(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    succeed("make_checkpoint", folder, "--preset", "tiny", "--shards", 4)
+    assert "all is well" in succeed("verify_checkpoint", folder, "--deep", "--write").stdout
+    assert subprocess.run(["sha256sum", "-c", "checksums.sha256"], cwd=folder, capture_output=True).returncode == 0
+    weights = folder / "consolidated.02.pth"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    done = run("verify_checkpoint", folder)
+    assert done.returncode == 1 and "1 problem" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if "WRONG" in line] == ["consolidated.02.pth"]
+
+
+@pytest.mark.parametrize("format", ["meta", "hf", "gguf"])
+def test_a_killed_run_leaves_nothing_that_looks_finished(format: str, tmp_path: Path) -> None:
+    target = tmp_path / ("model.gguf" if format == "gguf" else "model")
+    with writing("make_checkpoint", target, target, "--preset", "smollm2-135m", "--format", format) as process:
+        os.kill(process.pid, signal.SIGKILL)
+    assert not target.exists()
+    (partial,) = tmp_path.iterdir()
+    with pytest.raises((ValueError, OSError)):
+        open_checkpoint(partial)
+    with pytest.raises((ValueError, OSError)):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with writing("make_checkpoint", target, target, "--preset", "smollm2-135m") as process:
+        process.send_signal(number)
+        assert process.wait(TIMEOUT) == code
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("convert_checkpoint", ["{full}", "{full}", "--format", "hf"], "full exists already"),
+        ("convert_checkpoint", ["{full}", "--format", "hf"], "DST must be given"),
+        ("convert_checkpoint", ["{full}", "{new}", "--format", "hf", "more"], "unexpected argument 'more'"),
+        ("make_checkpoint", ["{new}", "--preset", "llama-9"], "--preset must be one of tiny,"),
+        ("make_checkpoint", ["{new}", "--preset", "tiny", "--shards", "5"], "use one of 1, 2, 4, 8"),
+        ("verify_checkpoint", ["{new}"], "does not exist"),
+    ],
+    ids=str,
+)
+def test_a_users_mistake_is_one_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    done = run(script, *(word.format(full=tmp_path / "full", new=tmp_path / "new") for word in arguments))
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
