@@ -53,7 +53,7 @@ def build_model(
             model = Transformer(args, ranks)
         load_weights(model, checkpoint, place, chosen)
     log.info(
-        "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, %d threads",
+        "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, threads: %d",
         checkpoint.path,
         time.perf_counter() - start,
         ranks.size,

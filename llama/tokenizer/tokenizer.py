@@ -116,7 +116,7 @@ def find_tokenizer(folder: Path) -> Path:
     for candidate in (folder / "tokenizer.model", folder.parent / "tokenizer.model"):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"no tokenizer.model in {folder} or its parent: {_listing(folder)}")
+    raise FileNotFoundError(f"no tokenizer.model in {folder} or its parent: {_listing(folder)}; give one with --tokenizer_path")
 
 
 def _open(path: Path) -> Vocab:
@@ -128,9 +128,8 @@ def _open(path: Path) -> Vocab:
         data = file.read(MAX_BYTES + 1)
     if len(data) <= MAX_BYTES and RANKS_LINE.match(data):
         return RanksVocab(data, path)
-    if (
-        len(data) <= MAX_BYTES and data.startswith(b"\n") and data.strip()
-    ):  # field 1 of a protobuf message: the first piece
+    # A newline is how field 1 of a protobuf message begins: the first piece.
+    if len(data) <= MAX_BYTES and data.startswith(b"\n") and data.strip():
         return SentencePieceVocab(data, str(path))
     raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
 
