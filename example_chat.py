@@ -35,10 +35,9 @@ def main(
     at a Ctrl-C.
 
     Args:
-        ckpt_dir: folder of Meta shards (consolidated.*.pth, params.json) or a .gguf file; default: the demo model.
-        tokenizer_path: tokenizer.model; default: the one beside or inside the weights.
-        chat_format: template (the model's own), llama2, llama3, chatml or codellama70b; default: the template if there
-            is one, else told by the tokenizer.
+        ckpt_dir: Meta or Hugging Face folder, or .gguf file; default: the demo model.
+        tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
+        chat_format: template (the model's own), llama2, llama3, chatml or codellama70b; default: told by the model.
         system: how the model is to behave, said before the conversation; default: what the template says by itself.
         max_seq_len: most tokens of the whole conversation.
         max_gen_len: most tokens of an answer; default: as many as max_seq_len leaves room for.
@@ -118,37 +117,26 @@ def read_line(interactive: bool) -> str | None:
 
 def answer(llm: Llama, dialog: list[Message], temperature: float, top_p: float, max_gen_len: int | None) -> str:
     """Print the answer as it comes, and return as much of it as came before Ctrl-C."""
-    text = ""
-    failure = None
     if llm.chat_format.is_unsafe(dialog):
-        failure = say(UNSAFE_ERROR)
-    else:
-        prompt = llm.chat_format.encode(dialog)
-        try:
-            for step in llm.stream([prompt], max_gen_len, temperature, top_p, at_start=True):
-                text += step.text
-                failure = failure or say(step.text)
-                if failure and not launched():
-                    break
-        except KeyboardInterrupt:
-            if launched():
-                raise
-            print(" (stopped)", end="", file=sys.stderr, flush=True)
-    failure = failure or say("\n")
-    with agree():
-        if failure:
-            raise failure
+        say(UNSAFE_ERROR + "\n")
+        return ""
+    text = ""
+    prompt = llm.chat_format.encode(dialog)
+    try:
+        for step in llm.stream([prompt], max_gen_len, temperature, top_p, at_start=True):
+            text += step.text
+            say(step.text)
+    except KeyboardInterrupt:
+        if launched():
+            raise
+        print(" (stopped)", end="", file=sys.stderr, flush=True)
+    say("\n")
     return text
 
 
-def say(text: str) -> OSError | UnicodeError | None:
-    """Print on the first rank. What goes wrong is returned: the other ranks are in the middle of an answer."""
-    try:
-        if cli.is_first_rank():
-            print(text, end="", flush=True)
-    except (OSError, UnicodeError) as error:
-        return error
-    return None
+def say(text: str) -> None:
+    if cli.is_first_rank():
+        print(text, end="", flush=True)
 
 
 def launched() -> bool:

@@ -41,8 +41,8 @@ def main(
     """Complete prompts with a LLaMA model.
 
     Args:
-        ckpt_dir: folder of Meta shards (consolidated.*.pth, params.json) or a .gguf file; default: the demo model.
-        tokenizer_path: tokenizer.model; default: the one beside or inside the weights.
+        ckpt_dir: Meta or Hugging Face folder, or .gguf file; default: the demo model.
+        tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
         prompt: text to complete, verbatim; repeat the flag or give a JSON list for several; Code Llama fills <FILL>.
         max_seq_len: most tokens of a prompt and its completion together.
         max_batch_size: most prompts to run at once; more are run in turn.

@@ -49,7 +49,7 @@ def build_model(
             model = Transformer(source.args, ranks)
         load_weights(model, source.checkpoint, source.device, source.dtype)
     log.info(
-        "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, %d threads",
+        "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, threads: %d",
         source.checkpoint.path,
         time.perf_counter() - start,
         ranks.size,

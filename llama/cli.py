@@ -90,6 +90,8 @@ def run(main: Callable[..., None]) -> None:
     except BrokenPipeError:
         # The reader of stdout has seen enough, as `head` does; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.exit(1)  # or the other ranks would wait for this one
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

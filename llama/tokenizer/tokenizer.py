@@ -148,7 +148,8 @@ def find_tokenizer(folder: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"no tokenizer.json or tokenizer.model in {folder}, no tokenizer.model in its parent: {_listing(folder)}"
+        f"no tokenizer.json or tokenizer.model in {folder}, no tokenizer.model in its parent: {_listing(folder)}; "
+        "give one with --tokenizer_path"
     )
 
 
