@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from llama.checkpoint.format import StoredCheckpoint, kind, shard_dim
+from llama.checkpoint.format import Reading, StoredCheckpoint, kind, shard_dim
 from llama.checkpoint.load import check_weights
 from llama.config import ModelArgs
 from llama.footprint import Job, activation_bytes, cache_bytes
@@ -82,21 +82,22 @@ class Planner:
         total = mapped = tensor = loading = 0
         for name, shape in check_weights(self.checkpoint, self.args).items():
             numel, dim = model.get_parameter(name).numel(), shard_dim(name)
-            read_dtype, is_view = self._reads_as(name, shape)
-            split_columns = dim == 1 and self.parallel.size > 1
+            read_dtype, reading = self._reads_as(name, shape)
             on_the_way = 0
-            if not is_view and (split_columns or read_dtype != self.dtype):
-                on_the_way = (torch.Size(shape).numel() if split_columns else numel) * read_dtype.itemsize
+            if reading == "made" and dim == 1 and self.parallel.size > 1:  # blocks of whole rows
+                on_the_way = torch.Size(shape).numel() * read_dtype.itemsize
+            elif reading == "made" and read_dtype != self.dtype:
+                on_the_way = numel * read_dtype.itemsize
             part = numel * self.dtype.itemsize
             total += part
             if on_cpu:
-                mapped += part if is_view and not split_columns and read_dtype == self.dtype else 0
+                mapped += part if reading == "mapped" and read_dtype == self.dtype else 0
                 loading = max(loading, total + on_the_way)
             tensor = max(tensor, on_the_way if on_cpu else on_the_way + part)
         return Weights(total, mapped, tensor, max(loading, total))
 
-    def _reads_as(self, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, bool]:
-        """In which dtype this rank's part of a tensor is read, and whether it is a view of a mapped file."""
+    def _reads_as(self, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, Reading]:
+        """What this rank reads of a tensor (see `read_part`)."""
         dim, parallel = shard_dim(name), self.parallel
         if dim is None or parallel.size == 1:
             return self.checkpoint.reads_as(name)
@@ -105,8 +106,8 @@ class Planner:
         if kind(name) in ("wk", "wv"):
             heads, head_dim = parallel.kv_heads(self.args.n_heads, self.args.n_kv_heads), self.args.head_dim
             start, stop, whole = heads[0] * head_dim, (heads[-1] + 1) * head_dim, len(heads) == 1 + heads[-1] - heads[0]
-        dtype, is_view = self.checkpoint.reads_as(name, dim, start, stop)
-        return dtype, is_view and whole
+        dtype, reading = self.checkpoint.reads_as(name, dim, start, stop)
+        return dtype, reading if whole else "made"
 
     def advice(self) -> str:
         """What would fit within other limits, or on more ranks with as much memory each; a part of a sentence."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ def shard_dim(name: str) -> int | None:
     """Along which dimension ranks split a tensor; None: whole everywhere, as are norms and biases of split inputs."""
     dim = SHARD_DIM.get(kind(name))
     return None if dim == 1 and name.endswith(".bias") else dim
+
+
+# What a read tensor is: contiguous memory of a mapped file, columns of one, or memory that reading takes.
+Reading = Literal["mapped", "columns", "made"]
 
 
 class Checkpoint(Protocol):
@@ -79,6 +83,6 @@ class Checkpoint(Protocol):
 class StoredCheckpoint(Checkpoint, Protocol):
     """A checkpoint that lies in files."""
 
-    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
-        """The dtype that `read` gives, and whether it gives a view of a mapped file; nothing is read."""
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
+        """The dtype that `read` gives, and where from; nothing is read."""
         ...

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.checkpoint.format import Reading
 from llama.checkpoint.gguf_config import read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, is_gguf, read_header
 from llama.tokenizer import Tokenizer
@@ -100,9 +101,11 @@ class GGUFCheckpoint:
             return _decode(stored, start, stop)
         return _decode(stored, 0, stored.shape[0]).narrow(dim, start, stop - start)
 
-    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         type_name = self._tensors[name].type_name
-        return DTYPES.get(type_name, torch.float32), type_name in DTYPES
+        if type_name not in DTYPES:
+            return torch.float32, "made"
+        return DTYPES[type_name], "columns" if dim else "mapped"
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._metadata)

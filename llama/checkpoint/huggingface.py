@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import FLOATS
+from llama.checkpoint.format import FLOATS, Reading
 from llama.checkpoint.hf_config import read_config, token_ids
 from llama.checkpoint.pickles import map_pickle
 from llama.config import read_json_object
@@ -97,8 +97,8 @@ class HuggingFaceCheckpoint:
         last = min(-(-stop // self.args.head_dim) * self.args.head_dim, tensor.shape[0])
         return pair_neighbours(tensor[first:last], self.args.head_dim).narrow(0, start - first, stop - start)
 
-    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
-        return self._tensors[name].dtype, not _has_pairs(name)
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
+        return self._tensors[name].dtype, "made" if _has_pairs(name) else "columns" if dim else "mapped"
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(find_tokenizer(self.path))

@@ -56,11 +56,8 @@ class MadeUpCheckpoint:
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         shape = self._shapes[name]
-        whole = self._normal(name, math.prod(shape)).view(shape)
-        if len(shape) == 1:
-            whole.mul_(0.1).add_(1)
-        else:
-            whole.mul_(self._std(name))
+        mean, std = (1.0, 0.1) if len(shape) == 1 else (0.0, self._std(name))
+        whole = self._normal(name, math.prod(shape), mean, std).view(shape)
         return whole.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
 
     def tokenizer(self) -> Tokenizer:
@@ -75,15 +72,15 @@ class MadeUpCheckpoint:
         std = self._shapes[name][1] ** -0.5
         return std / math.sqrt(2 * self.args.n_layers) if kind(name) in ("wo", "w2") else std
 
-    def _normal(self, name: str, count: int) -> Tensor:
-        """Standard normal values, block by block, so that several threads make the same as one."""
-        values = torch.empty(count)
-        array = values.numpy()
+    def _normal(self, name: str, count: int, mean: float, std: float) -> Tensor:
+        """Normal values, block by block, so that several threads make the same as one."""
+        values = torch.empty(count, dtype=self.dtype)
 
         def make(first: int) -> None:
             seeds = [self.seed, zlib.crc32(name.encode()), first // BLOCK]
             generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seeds)))
-            generator.standard_normal(dtype=np.float32, out=array[first : first + BLOCK])
+            block = values[first : first + BLOCK]
+            block.copy_(torch.from_numpy(generator.standard_normal(len(block), np.float32)).mul_(std).add_(mean))
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(make, range(0, count, BLOCK)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.format import FLOATS, SHARD_DIM, kind
+from llama.checkpoint.format import FLOATS, SHARD_DIM, Reading, kind
 from llama.checkpoint.pickles import map_pickle
 from llama.config import read_params
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -49,12 +49,13 @@ class MetaCheckpoint:
         slices = [piece.narrow(dim, start, stop - start) for piece in pieces]
         return slices[0] if len(slices) == 1 else torch.cat(slices, split_dim)
 
-    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, bool]:
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         pieces, split_dim = self._pieces(name), self._split_dim(name)
         stop = self.shape(name)[dim] if stop is None else stop
         size = pieces[0].shape[dim]
-        in_one_piece = len(pieces) == 1 or (dim == split_dim and start // size >= (stop - 1) // size)
-        return pieces[0].dtype, in_one_piece
+        if len(pieces) > 1 and (dim != split_dim or start // size < (stop - 1) // size):
+            return pieces[0].dtype, "made"
+        return pieces[0].dtype, "mapped" if dim == 0 or stop - start == size else "columns"
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(find_tokenizer(self.path))

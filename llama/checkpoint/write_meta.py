@@ -16,6 +16,7 @@ from llama.checkpoint.load import global_shapes
 from llama.checkpoint.write_plan import Plan, check_finite, recognised
 from llama.checkpoint.write_tokenizer import write_tokenizer
 from llama.config import Llama3Scaling, ModelArgs
+from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
@@ -45,6 +46,10 @@ class MetaWriter:
     def write(self, folder: Path, progress: Progress) -> None:
         folder.mkdir()
         write_tokenizer(self.plan.tokenizer, folder, "meta")
+        wanted = self.plan.tokenizer.tokenizer.stop_tokens | self.plan.checkpoint.stop_tokens
+        lost = wanted - Tokenizer(folder).stop_tokens
+        if lost:
+            log.warning("Meta's format has no place for the end tokens %s", ", ".join(map(str, sorted(lost))))
         shapes = global_shapes(self.args)
         entries = {name: Entry(self._shard_shape(name, shape), self.plan.dtype) for name, shape in shapes.items()}
         files = [PickleFile(folder / f"consolidated.{i:02d}.pth", entries) for i in range(self.shards)]

@@ -24,7 +24,8 @@ log = logging.getLogger("llama")
 
 Format = Literal["meta", "hf"]
 
-# What a folder may hold beside tokenizer.json and tokenizer.model.
+MAIN_FILES = ("tokenizer.json", "tokenizer.model")
+# What a folder may hold beside them.
 SMALL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -63,9 +64,12 @@ def tokenizer_source(checkpoint: Checkpoint, path: Path | None = None) -> Tokeni
         return TokenizerSource(checkpoint.tokenizer(), None, kept)
     path = find_tokenizer(path or checkpoint.path) if path is None or path.is_dir() else path
     tokenizer = Tokenizer(path)
+    return TokenizerSource(tokenizer, path, None if is_json(path) else metadata_of(path, tokenizer))
+
+
+def is_json(path: Path) -> bool:
     with path.open("rb") as file:
-        is_json = file.read(16).lstrip().startswith(b"{")
-    return TokenizerSource(tokenizer, path, None if is_json else metadata_of(path, tokenizer))
+        return file.read(16).lstrip().startswith(b"{")
 
 
 def write_tokenizer(source: TokenizerSource, folder: Path, format: Format) -> None:
@@ -82,11 +86,14 @@ def write_tokenizer(source: TokenizerSource, folder: Path, format: Format) -> No
 
 def _copy(path: Path, folder: Path, format: Format) -> None:
     """The tokenizer's own file; for Meta's format, tokenizer.model alone where there is one."""
+    if path.name not in MAIN_FILES:
+        shutil.copyfile(path, folder / MAIN_FILES[not is_json(path)])
+        return
     model = path.with_name("tokenizer.model")
-    main = [model] if format == "meta" and model.is_file() else [path.with_name("tokenizer.json"), model, path]
-    for file in (*main, *(path.with_name(name) for name in SMALL_FILES)):
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    main = (model.name,) if format == "meta" and model.is_file() else MAIN_FILES
+    for name in (*main, *SMALL_FILES):
+        if path.with_name(name).is_file():
+            shutil.copyfile(path.with_name(name), folder / name)
 
 
 def _write_hf(source: TokenizerSource, folder: Path) -> None:
@@ -128,7 +135,7 @@ def _write_meta(source: TokenizerSource, folder: Path) -> None:
 
 def _check_same(tokenizer: Tokenizer, path: Path) -> None:
     written = Tokenizer(path)
-    for name in ("n_words", "bos_id", "eos_id", "add_bos", "stop_tokens", "special_tokens"):
+    for name in ("n_words", "bos_id", "eos_id", "add_bos", "special_tokens"):
         if getattr(written, name) != getattr(tokenizer, name):
             raise ValueError(
                 f"a {path.name} of this tokenizer has {name} {getattr(written, name)!r:.80} instead of "

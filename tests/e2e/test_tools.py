@@ -15,36 +15,32 @@ import pytest
 
 from llama import Llama
 from llama.checkpoint import open_checkpoint
+from tests.e2e import processes
+from tests.e2e.processes import ROOT, TIMEOUT, Finished
 
-ROOT = Path(__file__).parents[2]
-DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-TIMEOUT = 240  # only so that a hang ends
-
-
-def command(script: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+SCRIPTS = ROOT / "scripts"
 
 
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=TIMEOUT)
+def run(script: str, *arguments: object) -> Finished:
+    return processes.python(SCRIPTS / f"{script}.py", *arguments)
 
 
-def succeed(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def succeed(script: str, *arguments: object) -> Finished:
     done = run(script, *arguments)
     assert done.returncode == 0, done.stderr
     return done
 
 
 @contextlib.contextmanager
-def writing(script: str, target: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A script that is in the middle of writing weights."""
-    with subprocess.Popen(command(script, *arguments), stderr=subprocess.DEVNULL) as process:
+def making(target: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """scripts/make_checkpoint.py in the middle of writing weights."""
+    command = [sys.executable, SCRIPTS / "make_checkpoint.py", target, "--preset", "smollm2-135m", *arguments]
+    with processes.started(command) as process:
         end = time.monotonic() + TIMEOUT
         while sum(file.stat().st_size for file in partial_files(target)) < 10_000_000:
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
         yield process
-        process.kill()
 
 
 def partial_files(target: Path) -> list[Path]:
@@ -59,16 +55,14 @@ def partial_files(target: Path) -> list[Path]:
 def answers(path: Path) -> list[object]:
     """Greedy text and ids for a completion and a chat."""
     llm = Llama.build(path, max_seq_len=256, max_batch_size=1, dtype="bfloat16", device="cpu")
-    completion = llm.text_completion(["The capital of France"], temperature=0, max_gen_len=12)
-    chat = llm.chat_completion([[{"role": "user", "content": "Say hello."}]], temperature=0, max_gen_len=12)
+    completion = llm.text_completion(["The capital of France"], temperature=0, max_gen_len=6)
+    chat = llm.chat_completion([[{"role": "user", "content": "Say hello."}]], temperature=0, max_gen_len=6)
     return [completion, chat, llm.tokenizer.stop_tokens, llm.tokenizer.special_tokens]
 
 
-def test_the_demo_model_answers_alike_in_every_format(tmp_path: Path) -> None:
-    if not DEMO_MODEL.is_file():
-        pytest.skip(f"the demo model {DEMO_MODEL} is not there: python scripts/get_model.py gets it")
-    expected = answers(DEMO_MODEL)
-    done = succeed("convert_checkpoint", DEMO_MODEL, tmp_path / "meta", "--format", "meta", "--shards", 3)
+def test_the_demo_model_answers_alike_in_every_format(demo_model: Path, tmp_path: Path) -> None:
+    expected = answers(demo_model)
+    done = succeed("convert_checkpoint", demo_model, tmp_path / "meta", "--format", "meta", "--shards", 3)
     assert "written in bfloat16" in done.stderr and done.stdout == ""
     assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == 3
     assert answers(tmp_path / "meta") == expected
@@ -95,8 +89,9 @@ def test_a_made_up_checkpoint_is_well_and_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["meta", "hf", "gguf"])
 def test_a_killed_run_leaves_nothing_that_looks_finished(format: str, tmp_path: Path) -> None:
     target = tmp_path / ("model.gguf" if format == "gguf" else "model")
-    with writing("make_checkpoint", target, target, "--preset", "smollm2-135m", "--format", format) as process:
+    with making(target, "--format", format) as process:
         os.kill(process.pid, signal.SIGKILL)
+        process.wait(TIMEOUT)
     assert not target.exists()
     (partial,) = tmp_path.iterdir()
     with pytest.raises((ValueError, OSError)):
@@ -108,7 +103,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(format: str, tmp_path: 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with writing("make_checkpoint", target, target, "--preset", "smollm2-135m") as process:
+    with making(target) as process:
         process.send_signal(number)
         assert process.wait(TIMEOUT) == code
     assert list(tmp_path.iterdir()) == []

@@ -186,7 +186,7 @@ def test_planned_activations_are_what_a_run_allocates(name: str, dtype: torch.dt
 
 
 def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:
-    planner = planner_of(folders["meta"], max_seq_len=1_000_000, max_batch_size=100)
+    planner = planner_of(folders["meta"], max_seq_len=100_000, max_batch_size=100)
     assert not planner.plan(planner.limits()).fits
     length, batch = planner.advice().split(" or ")
     for words, limits in ((length, lambda n: planner.limits(length=n)), (batch, lambda n: planner.limits(bsz=n))):

@@ -245,6 +245,25 @@ def test_values_that_float16_cannot_hold_are_an_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_converting_holds_a_few_tensors_in_memory(tmp_path: Path) -> None:
+    """torch.save wants a whole shard there."""
+    large = made_up(dim=512, n_layers=16, hidden_dim=1536)
+
+    def held(n_bytes: int = 0) -> None:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        readings.append(int(fields["RssAnon"].split()[0]) * 1024)
+
+    for source, target, format in ((large, "m", "meta"), ("m", "hf", "hf"), ("hf", "back", "meta")):
+        checkpoint = open_checkpoint(tmp_path / source) if isinstance(source, str) else source
+        tokenizer = tokenizer_source(checkpoint) if isinstance(source, str) else large.tokenizer_source()
+        made = writer(checkpoint, tokenizer, format, shards=2 if format == "meta" else 1)
+        readings: list[int] = []
+        held()
+        write_checkpoint(made, tmp_path / target, held)
+        assert made.nbytes > 100e6 and max(readings) - readings[0] < 30e6
+
+
 def test_a_path_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
