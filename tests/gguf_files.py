@@ -87,6 +87,7 @@ def write_gguf_model(
     args: ModelArgs,
     state: dict[str, Tensor],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    rope_factors: Tensor | None = None,
     **changes: Any,
 ) -> dict[str, Tensor]:
     """A whole model, its matrices of type `kind` and its norms in F32; returns the tensors as they are then."""
@@ -96,6 +97,8 @@ def write_gguf_model(
         array = encoded(tensor, own)
         tensors[gguf_name(name)] = array, own
         stored[name] = torch.from_numpy(np.array(gguf.dequantize(array, own))).view(tensor.shape)
+    if rope_factors is not None:  # how llama.cpp stores Llama 3.1's scaling
+        tensors["rope_freqs.weight"] = rope_factors.float().numpy(), gguf.GGMLQuantizationType.F32
     changed = {key.replace("__", "."): value for key, value in changes.items()}
     write_gguf(path, metadata_of(args) | changed, tensors)
     return stored

@@ -23,7 +23,7 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
     """Save what this rank computes, or what it raises, to OUT.RANK."""
     result: dict[str, Any] = {}
     try:
-        llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32")
+        llm = Llama.build(job["folder"], job.get("tokenizer"), max_seq_len=32, device="cpu", dtype="float32")
         with torch.inference_mode():
             tokens = torch.tensor(job["tokens"])
             start_pos = torch.zeros(len(tokens), dtype=torch.long)

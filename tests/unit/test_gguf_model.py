@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -19,7 +17,7 @@ from llama.parallel import ModelParallel
 from llama.rope import scaled_frequencies
 from tests.architectures import ARCHITECTURES
 from tests.checkpoints import random_state
-from tests.gguf_files import metadata_of, write_gguf, write_gguf_model
+from tests.gguf_files import write_gguf_model
 from tests.models import one_pass, random_tokens, transformer
 
 # Rows of whole blocks of 32.
@@ -124,12 +122,8 @@ def test_rope_factors_stretch_as_llama3_scaling_does(tmp_path: Path) -> None:
         scaled_frequencies(ARGS.head_dim, ARGS.rope_theta, None).double()
         / scaled_frequencies(ARGS.head_dim, ARGS.rope_theta, scaled.rope_scaling).double()
     )
-    stored = write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS))
-    tensors = {
-        each.name: (np.array(each.data), each.tensor_type) for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors
-    }
-    tensors["rope_freqs.weight"] = factors.float().numpy(), GGMLQuantizationType.F32
-    checkpoint = open_checkpoint(write_gguf(tmp_path / "scaled.gguf", metadata_of(ARGS), tensors))
+    stored = write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS), rope_factors=factors)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
     assert checkpoint.args.rope_scaling == FactorScaling(tuple(factors.float().tolist()))
     with torch.device("meta"):
         model = Transformer(checkpoint.args)

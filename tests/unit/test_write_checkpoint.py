@@ -101,7 +101,7 @@ def test_shards_are_cut_as_meta_cuts_them(tmp_path: Path, count: int) -> None:
 
 def test_llama_2s_embeddings_are_split_by_feature(tmp_path: Path) -> None:
     """As Meta's code for SentencePiece models expects them; Llama 3's splits them by token."""
-    whole, halves = made_up(), shards(convert(made_up(), tmp_path / "meta", "meta", shards=2, dtype="float32"))
+    whole, halves = made_up(), shards(convert(made_up(), tmp_path / "meta", "meta", shards=2))
     table = whole.read("tok_embeddings.weight")
     assert_same_shards(
         [{"t": half["tok_embeddings.weight"]} for half in halves], [{"t": part} for part in table.chunk(2, 1)]
@@ -248,7 +248,7 @@ def test_values_that_float16_cannot_hold_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_converting_holds_a_few_tensors_in_memory(tmp_path: Path) -> None:
     """torch.save wants a whole shard there."""
-    large = made_up(dim=512, n_layers=16, hidden_dim=1536)
+    large = made_up(dim=512, head_dim=64, n_layers=20, hidden_dim=1536)
 
     def held(n_bytes: int = 0) -> None:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
