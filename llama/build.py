@@ -138,14 +138,16 @@ def open_source(
     checkpoint = open_checkpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
     tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
-    if checkpoint.args.vocab_size not in (-1, tokenizer.n_words):
+    vocab_size = checkpoint.args.vocab_size
+    padded = checkpoint.pads_vocab and vocab_size > tokenizer.n_words
+    if not padded and vocab_size not in (-1, tokenizer.n_words):
         raise ValueError(
-            f"the tokenizer has {tokenizer.n_words} tokens, but the weights in {checkpoint.path} have "
-            f"{checkpoint.args.vocab_size}: give the model's own with --tokenizer_path"
+            f"the tokenizer has {tokenizer.n_words} tokens, but the weights in {checkpoint.path} have {vocab_size}: "
+            "give the model's own with --tokenizer_path"
         )
     args = dataclasses.replace(
         checkpoint.args,
-        vocab_size=tokenizer.n_words,
+        vocab_size=vocab_size if padded else tokenizer.n_words,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )

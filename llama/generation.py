@@ -69,7 +69,10 @@ class Llama:
         self.seed = seed
         self.chat_format: ChatFormat = choose_chat_format(tokenizer, chat_format)
         self.statistics = Statistics()
-        self._control_tokens = frozenset(tokenizer.special_tokens.values())
+        # Control tokens, and the rows of an embedding that only pad it: they add nothing to a text.
+        self._silent_tokens = frozenset(tokenizer.special_tokens.values()).union(
+            range(tokenizer.n_words, model.args.vocab_size)
+        )
         self._rows_seeded = 0
 
     @staticmethod
@@ -357,14 +360,17 @@ class Llama:
         return scores
 
     def _say(self, row: _Row, token: int, logprob: float | None) -> Step:
-        text = "" if token in self._control_tokens else row.decoder.push(token)
+        text = "" if token in self._silent_tokens else row.decoder.push(token)
         return Step(row.place, token, text, logprob)
+
+    def _token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token]) if token < self.tokenizer.n_words else ""
 
     def _prediction(self, steps: list[Step], logprobs: bool) -> CompletionPrediction:
         tokens = [step for step in steps if step.token is not None]
         prediction = CompletionPrediction(
             generation="".join(step.text for step in steps),
-            tokens=[self.tokenizer.decode([step.token]) for step in tokens if step.token is not None],
+            tokens=[self._token_text(step.token) for step in tokens if step.token is not None],
         )
         if logprobs:
             prediction["logprobs"] = [step.logprob or 0.0 for step in tokens]

@@ -83,6 +83,11 @@ class Checkpoint(Protocol):
 class StoredCheckpoint(Checkpoint, Protocol):
     """A checkpoint that lies in files."""
 
+    @property
+    def pads_vocab(self) -> bool:
+        """Whether the embedding may have more rows than the tokenizer has tokens, as folders of this format do."""
+        ...
+
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         """The dtype that `read` gives, and where from; nothing is read."""
         ...

@@ -60,6 +60,8 @@ class _Stored:
 class GGUFCheckpoint:
     """GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
 
+    pads_vocab = False
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tensors: dict[str, _Stored] = {}

@@ -55,6 +55,8 @@ def meta_name(name: str) -> str:
 class HuggingFaceCheckpoint:
     """A folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read."""
 
+    pads_vocab = True
+
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.args, stop_tokens = read_config(folder / "config.json")

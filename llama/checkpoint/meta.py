@@ -18,6 +18,8 @@ from llama.tokenizer import Tokenizer, find_tokenizer
 class MetaCheckpoint:
     """A folder of Meta shards. Files are mapped, not read; pickles that would run code are refused."""
 
+    pads_vocab = False
+
     def __init__(self, folder: Path) -> None:
         self.path = folder
         params = folder / "params.json"
