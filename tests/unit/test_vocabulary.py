@@ -26,7 +26,7 @@ def test_hugging_face_embeddings_may_be_padded(tmp_path: Path) -> None:
     (tokens,), _ = llm.generate([[1, 2, 3]], 200, temperature=5.0, top_p=1.0, seed=0)
     assert any(token >= BYTE_VOCAB_SIZE for token in tokens)
     prediction = llm.text_completion(["a"], 5.0, 1.0, 200, seed=0)[0]
-    assert len(prediction["tokens"]) > 100 and "" in prediction["tokens"]
+    assert "" in prediction["tokens"]
 
 
 def test_hugging_face_embeddings_may_not_lack_tokens(tmp_path: Path) -> None:
