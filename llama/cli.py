@@ -111,12 +111,22 @@ def _fail(message: str) -> typing.NoReturn:
 def _help(main: Callable[..., None]) -> str:
     """main's docstring with its arguments, one a line there, as flags; fire's own help names flags that are none."""
     summary, _, arguments = (inspect.getdoc(main) or "").partition("\n\nArgs:\n")
-    lines = [f"usage: {Path(sys.argv[0]).name} [--flag value]...", "", summary, ""]
+    parameters = inspect.signature(main).parameters
+    places = _places(main)
+    usage = " ".join([Path(sys.argv[0]).name, *(name.upper() for name in places), "[--flag value]..."])
+    lines = [f"usage: {usage}", "", summary, ""]
     for line in arguments.splitlines():
         name, _, meaning = line.strip().partition(": ")
-        default = inspect.signature(main).parameters[name].default
-        lines.append(f"  --{name:<15} {meaning}" + ("" if default in (None, False) else f" (default: {default})"))
+        default = parameters[name].default
+        said = "" if default in (None, False, inspect.Parameter.empty) else f" (default: {default})"
+        lines.append(f"  {name.upper() if name in places else '--' + name:<17} {meaning}{said}")
     return "\n".join(lines)
+
+
+def _places(main: Callable[..., None]) -> list[str]:
+    """The parameters that may come without a flag."""
+    parameters = inspect.signature(main).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
 
 
 def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any]) -> list[str]:
@@ -126,7 +136,7 @@ def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any
     whole job before it says that a flag is unknown.
     """
     parameters = inspect.signature(main).parameters.values()
-    places = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    places = _places(main)
     values: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     words = iter(argv)

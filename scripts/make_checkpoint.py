@@ -34,8 +34,7 @@ def main(
 
     Args:
         dst: what to make; it must not exist.
-        preset: whose shape: tiny, smollm2-135m, tinyllama-1.1b, mistral-7b, llama-2-7b, llama-2-13b, llama-2-70b,
-            codellama-7b, llama-3-8b, llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, llama-3.2-1b or llama-3.2-3b.
+        preset: whose shape: tiny, smollm2-135m, llama-2-7b, llama-3.1-8b and others; any other word lists them all.
         format: meta, hf or gguf.
         shards: number of Meta's files.
         dtype: float32, bfloat16 or float16; for GGUF also q8_0, q5_1, q5_0, q4_1 or q4_0.

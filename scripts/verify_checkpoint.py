@@ -18,8 +18,7 @@ def main(path: str, *, deep: bool = False, write: bool = False) -> None:
     Args:
         path: a folder of Meta's or Hugging Face's format, or a GGUF file.
         deep: also read all weights, and count NaN and infinite values.
-        write: when nothing is wrong, write the files' sha256 to checksums.sha256, which later runs check; sha256sum -c
-            checks it, too. For a GGUF file it is FILE.gguf.sha256.
+        write: if nothing is wrong, write checksums.sha256 (or FILE.gguf.sha256), which later runs and sha256sum -c check.
     """
     place = Path(path).expanduser()
     findings = []

@@ -19,6 +19,8 @@ TRAINER_SPEC = 2
 SPECIAL_PIECES = {"unk_id": 45, "bos_id": 46, "eos_id": 47, "pad_id": 48}
 LENGTH_DELIMITED = 2
 
+# Those that mean something: releases differ in the names of the others.
+USED_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 SPECIAL_TOKENS = (*NAMED_SPECIAL, *(f"<|reserved_special_token_{i}|>" for i in range(2, N_SPECIAL - 10)))
 
 
@@ -90,24 +92,15 @@ def merges_of(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
         )
 
 
-def is_ranks(metadata: Mapping[str, Any]) -> bool:
-    """Whether the vocabulary is one of Llama 3, whose tokenizer.model has ranks alone."""
-    texts, kinds = metadata.get(PREFIX + "tokens", []), metadata.get(PREFIX + "token_type", [])
-    rule = PRE_RULES.get(metadata.get(PREFIX + "pre", ""))
-    return (
-        metadata.get(PREFIX + "model") == "gpt2"
-        and rule is not None
-        and rule.splits == (PATTERN,)
-        and rule.ignore_merges
-        and tuple(texts[-N_SPECIAL:]) == SPECIAL_TOKENS
-        and set(kinds[:-N_SPECIAL]) == {TokenType.NORMAL}
-    )
-
-
-def ranks_model(metadata: Mapping[str, Any]) -> bytes:
-    byte_of = byte_alphabet()
-    tokens = [bytes(byte_of[char] for char in text) for text in metadata[PREFIX + "tokens"][:-N_SPECIAL]]
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+def ranks_model(tokenizer: Tokenizer) -> bytes | None:
+    """A tokenizer of Llama 3's kind as its tokenizer.model has it, ranks alone; None when it is of another kind."""
+    n_ranks = tokenizer.n_words - N_SPECIAL
+    special = tokenizer.special_tokens
+    if set(special.values()) != set(range(n_ranks, tokenizer.n_words)):
+        return None
+    if any(special.get(text) != n_ranks + SPECIAL_TOKENS.index(text) for text in USED_SPECIAL):
+        return None
+    return b"".join(base64.b64encode(tokenizer.token_bytes(i)) + b" %d\n" % i for i in range(n_ranks))
 
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:

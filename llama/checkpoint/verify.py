@@ -176,7 +176,8 @@ def _verify_whole(path: Path, sound: bool) -> Iterator[Finding]:
     try:
         n_words = checkpoint.tokenizer().n_words
         problem = None
-        if vocab_size not in (-1, n_words):
+        padded = checkpoint.pads_vocab and vocab_size > n_words
+        if not padded and vocab_size not in (-1, n_words):
             problem = f"it has {n_words} tokens, the weights have {vocab_size}"
         yield Finding(path.name, None, f"tokenizer of {n_words} tokens", problem)
     except (ValueError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,7 @@ from llama.checkpoint.files import Progress, new_path
 from llama.checkpoint.format import Checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, split_files
 from llama.checkpoint.gguf_header import read_header
+from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.load import check_weights
 from llama.checkpoint.write_gguf import TYPES, GGUFFileWriter
 from llama.checkpoint.write_hf import HuggingFaceWriter
@@ -22,6 +24,8 @@ from llama.checkpoint.write_plan import Plan, usual_context_len
 from llama.checkpoint.write_tokenizer import TokenizerSource
 from llama.config import ModelArgs
 from llama.parallel import DTYPES
+
+log = logging.getLogger("llama")
 
 FORMATS = ("meta", "hf", "gguf")
 
@@ -61,7 +65,7 @@ def writer(
     plan = Plan(
         checkpoint=checkpoint,
         reopen=reopen or (lambda: checkpoint),
-        args=_args(checkpoint, tokenizer.tokenizer.n_words),
+        args=_args(checkpoint, tokenizer.tokenizer.n_words, padded=format == "hf"),
         tokenizer=tokenizer,
         dtype=DTYPES.get(name, torch.float32),
         context_len=context_len or _context_len(checkpoint),
@@ -77,12 +81,25 @@ def write_checkpoint(writer: Writer, path: Path, progress: Progress) -> None:
         writer.write(partial, progress)
 
 
-def _args(checkpoint: Checkpoint, n_words: int) -> ModelArgs:
-    """The architecture, with ties that the file does not tell: Meta's releases repeat the table as the output."""
+def _args(checkpoint: Checkpoint, n_words: int, padded: bool) -> ModelArgs:
+    """The architecture, with ties that the file does not tell: Meta's releases repeat the table as the output.
+
+    padded: whether embeddings may have more rows than there are tokens; else those are left out.
+    """
     args = checkpoint.args
     if args.vocab_size == -1:
         args = dataclasses.replace(args, vocab_size=n_words)
     check_weights(checkpoint, args)
+    if args.vocab_size != n_words:
+        may_differ = isinstance(checkpoint, HuggingFaceCheckpoint) and args.vocab_size > n_words
+        if not may_differ:
+            raise ValueError(
+                f"the tokenizer has {n_words} tokens, but the weights in {checkpoint.path} have {args.vocab_size}: "
+                "give the model's own with --tokenizer_path"
+            )
+        if not padded:
+            log.info("the last %d rows of the embedding are for no token: left out", args.vocab_size - n_words)
+            args = dataclasses.replace(args, vocab_size=n_words)
     if not args.tied_embeddings and _equal(checkpoint, "tok_embeddings.weight", "output.weight"):
         args = dataclasses.replace(args, tied_embeddings=True)
     return args

@@ -56,7 +56,8 @@ class MetaWriter:
         tied = {"output.weight": "tok_embeddings.weight"} if self.plan.args.tied_embeddings else {}
         names = [tied.get(name, name) for name in shapes]
         for name, (_, tensor) in zip(shapes, self.plan.read_all(names), strict=True):
-            tensor = check_finite(name, tensor, self.plan.dtype)
+            # Rows that only pad an embedding are left out.
+            tensor = check_finite(name, tensor.narrow(0, 0, shapes[name][0]), self.plan.dtype)
             for i, file in enumerate(files):
                 file.add(self._part(name, tensor, i))
                 progress(entries[name].nbytes)

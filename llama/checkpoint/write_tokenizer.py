@@ -17,7 +17,7 @@ from llama.checkpoint.format import Checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, split_files
 from llama.checkpoint.gguf_header import read_header
 from llama.checkpoint.tokenizer_json import tokenizer_config, tokenizer_json
-from llama.checkpoint.tokenizer_model import is_ranks, metadata_of, ranks_model, sentencepiece_model
+from llama.checkpoint.tokenizer_model import metadata_of, ranks_model, sentencepiece_model
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 log = logging.getLogger("llama")
@@ -76,11 +76,9 @@ def write_tokenizer(source: TokenizerSource, folder: Path, format: Format) -> No
     """ValueError when the format cannot have a tokenizer with the same ids."""
     if source.path is not None:
         _copy(source.path, folder, format)
-    if source.metadata is None:
-        return
-    if format == "hf" and not (folder / "tokenizer.json").exists():
+    if format == "hf" and source.metadata is not None and not (folder / "tokenizer.json").exists():
         _write_hf(source, folder)
-    elif format == "meta" and source.path is None:
+    elif format == "meta" and not (folder / "tokenizer.model").exists():
         _write_meta(source, folder)
 
 
@@ -119,28 +117,46 @@ def _write_hf(source: TokenizerSource, folder: Path) -> None:
 
 
 def _write_meta(source: TokenizerSource, folder: Path) -> None:
-    assert source.metadata is not None
-    template = source.tokenizer.chat_template
-    if source.is_sentencepiece or is_ranks(source.metadata):
-        make = sentencepiece_model if source.is_sentencepiece else ranks_model
-        path = folder / "tokenizer.model"
-        path.write_bytes(make(source.metadata))
+    """A tokenizer.model where there can be one, else a tokenizer.json."""
+    path, template = folder / "tokenizer.model", source.tokenizer.chat_template
+    if source.is_sentencepiece:
+        assert source.metadata is not None
+        path.write_bytes(sentencepiece_model(source.metadata))
         if template is not None:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         _check_same(source.tokenizer, path)
-    else:
+    elif not _write_ranks(source.tokenizer, path):
         log.info("this tokenizer has no form as a tokenizer.model: a tokenizer.json is written, for this package alone")
-        _write_hf(source, folder)
+        if source.metadata is not None:
+            _write_hf(source, folder)
+    elif template is not None and source.path is None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_ranks(tokenizer: Tokenizer, path: Path) -> bool:
+    """Whether there is a tokenizer.model of Llama 3's kind with the same ids, which is then written."""
+    ranks = ranks_model(tokenizer)
+    if ranks is None:
+        return False
+    path.write_bytes(ranks)
+    try:
+        _check_same(tokenizer, path)
+    except ValueError:
+        path.unlink()
+        return False
+    path.with_name("tokenizer.json").unlink(missing_ok=True)
+    return True
 
 
 def _check_same(tokenizer: Tokenizer, path: Path) -> None:
     written = Tokenizer(path)
-    for name in ("n_words", "bos_id", "eos_id", "add_bos", "special_tokens"):
+    for name in ("n_words", "bos_id", "eos_id", "add_bos"):
         if getattr(written, name) != getattr(tokenizer, name):
             raise ValueError(
-                f"a {path.name} of this tokenizer has {name} {getattr(written, name)!r:.80} instead of "
-                f"{getattr(tokenizer, name)!r:.80}"
+                f"a {path.name} of this tokenizer has {name} {getattr(written, name)!r}, not {getattr(tokenizer, name)!r}"
             )
+    if set(written.special_tokens.values()) != set(tokenizer.special_tokens.values()):
+        raise ValueError(f"a {path.name} of this tokenizer has other control tokens")
     for text in (*PROBES, *tokenizer.special_tokens):
         if written.encode(text, bos=False, eos=False) != tokenizer.encode(text, bos=False, eos=False):
             raise ValueError(f"a {path.name} of this tokenizer gives other ids for {text[:40]!r}")

@@ -13,7 +13,7 @@ import torch
 
 from llama.config import ModelArgs
 from tests.checkpoints import TINY, write_meta
-from tests.e2e.processes import CHAT, COMPLETION, ROOT, Finished, python, run, torchrun
+from tests.e2e.processes import CHAT, COMPLETION, ROOT, Finished, python, torchrun
 from tests.unit.test_plan import write_hugging_face
 
 WORKER = Path(__file__).parent / "memory_worker.py"
@@ -109,8 +109,7 @@ def test_what_cannot_fit_is_refused_before_loading(tmp_path: Path) -> None:
 
 def measured(ranks: int, *arguments: object) -> list[dict[str, Any]]:
     env = {"PYTHONPATH": str(ROOT)}
-    script = (WORKER, *arguments)
-    done = torchrun(ranks, *script, env=env) if ranks else run([sys.executable, *script], env=env)
+    done = torchrun(ranks, WORKER, *arguments, env=env) if ranks else python(WORKER, *arguments, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -121,7 +120,7 @@ def measured(ranks: int, *arguments: object) -> list[dict[str, Any]]:
     [
         (0, "float32", 8, 256),  # all weights are copies
         (0, "bfloat16", 2, 64),  # all weights are pages of the file
-        (2, "float32", 4, 256),
+        (2, "float32", 8, 512),
     ],
 )
 def test_a_run_takes_what_was_planned(large: Path, ranks: int, dtype: str, bsz: int, prompt_len: int) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -91,7 +92,7 @@ def write_hugging_face(folder: Path, args: ModelArgs, layers: list[int]) -> None
     write_byte_tokenizer(folder)
 
 
-def planner_of(path: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.bfloat16, **limits: int) -> Planner:
+def planner_of(path: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.bfloat16, **limits: Any) -> Planner:
     checkpoint = open_checkpoint(path)
     args = dataclasses.replace(checkpoint.args, **limits)
     return Planner(checkpoint, args, ModelParallel(rank, size), dtype, CPU, free=GB)
@@ -181,7 +182,7 @@ def test_planned_activations_are_what_a_run_allocates(name: str, dtype: torch.dt
         held += event.nbytes()
         peak = max(peak, held)
     planned = activation_bytes(args, ModelParallel(), dtype, CPU, job)
-    planned -= min(HEAP, planned // 2)  # what the allocator keeps; the profiler does not see it
+    planned = max(planned - HEAP, planned // 3)  # less what the allocator keeps; the profiler does not see it
     assert planned == pytest.approx(peak, rel=0.1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -343,3 +345,22 @@ def test_made_up_models_run_in_float16(tmp_path: Path) -> None:
     assert logprobs is not None and all(-20 < value < 0 for value in logprobs[0][1:])
     assert len(set(logprobs[0])) > 20
     assert not any((deep.read(name) == 0).any() for name in deep.names())
+
+
+def test_rows_that_pad_an_embedding_are_left_out_of_metas_format(tmp_path: Path) -> None:
+    """Hugging Face folders may have more rows than tokens; Meta's have as many."""
+    convert(made_up(), tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        state[name] = torch.cat([state[name], torch.zeros(64, 64, dtype=torch.bfloat16)])
+    (tmp_path / "padded").mkdir()
+    for file in (tmp_path / "hf").iterdir():
+        shutil.copy(file, tmp_path / "padded")
+    save_file(state, tmp_path / "padded" / "model.safetensors")
+    (tmp_path / "padded" / "config.json").write_text(json.dumps(config | {"vocab_size": 576}))
+    convert(tmp_path / "hf", tmp_path / "meta", "meta", shards=2)
+    convert(tmp_path / "padded", tmp_path / "cut", "meta", shards=2)
+    assert_same_shards(shards(tmp_path / "cut"), shards(tmp_path / "meta"))
+    convert(tmp_path / "padded", tmp_path / "again", "hf")
+    assert open_checkpoint(tmp_path / "again").args.vocab_size == 576
