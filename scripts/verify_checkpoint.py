@@ -18,7 +18,7 @@ def main(path: str, *, deep: bool = False, write: bool = False) -> None:
     Args:
         path: a folder of Meta's or Hugging Face's format, or a GGUF file.
         deep: also read all weights, and count NaN and infinite values.
-        write: if nothing is wrong, write checksums.sha256 (or FILE.gguf.sha256), which later runs and sha256sum -c check.
+        write: if nothing is wrong, write checksums.sha256 (or FILE.gguf.sha256), for later runs and for sha256sum -c.
     """
     place = Path(path).expanduser()
     findings = []

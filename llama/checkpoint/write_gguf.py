@@ -84,7 +84,6 @@ class GGUFFileWriter:
             writer.write_tensor_data(factors)
         for name, tensor in self.plan.read_all(self.shapes):
             shape = self.shapes[name]
-            tensor = tensor.narrow(0, 0, shape[0])  # without rows that only pad an embedding
             if self.qtype.name == "F16":
                 check_finite(name, tensor, torch.float16)
             writer.write_tensor_data(_encode(tensor, self._type(shape)))

@@ -151,10 +151,9 @@ def _write_ranks(tokenizer: Tokenizer, path: Path) -> bool:
 def _check_same(tokenizer: Tokenizer, path: Path) -> None:
     written = Tokenizer(path)
     for name in ("n_words", "bos_id", "eos_id", "add_bos"):
-        if getattr(written, name) != getattr(tokenizer, name):
-            raise ValueError(
-                f"a {path.name} of this tokenizer has {name} {getattr(written, name)!r}, not {getattr(tokenizer, name)!r}"
-            )
+        found, expected = getattr(written, name), getattr(tokenizer, name)
+        if found != expected:
+            raise ValueError(f"a {path.name} of this tokenizer has {name} {found!r}, not {expected!r}")
     if set(written.special_tokens.values()) != set(tokenizer.special_tokens.values()):
         raise ValueError(f"a {path.name} of this tokenizer has other control tokens")
     for text in (*PROBES, *tokenizer.special_tokens):

@@ -139,12 +139,12 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """`tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model` in the folder or
-    in its parent, as Meta laid out Llama 1; else a `tokenizer.json` alone.
+    """`tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model` in the folder; else
+    `tokenizer.json` there; else `tokenizer.model` in its parent, as Meta laid out Llama 1.
     """
     whole, model = folder / "tokenizer.json", folder / "tokenizer.model"
     hugging_face = [whole] if (folder / "config.json").is_file() else []
-    for candidate in (*hugging_face, model, folder.parent / "tokenizer.model", whole):
+    for candidate in (*hugging_face, model, whole, folder.parent / "tokenizer.model"):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
