@@ -94,7 +94,7 @@ def plan_run(
         jobs = {"at most": planner.limits()}
         if prompts:
             jobs = {"these prompts": source.job(prompts, max_gen_len, scored), **jobs}
-        return table(planner, jobs), planner.plan(planner.limits()).fits
+        return table(planner, jobs), planner.plan(next(iter(jobs.values()))).fits
 
 
 def check_room(model: Transformer, job: Job) -> None:

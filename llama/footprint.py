@@ -19,7 +19,7 @@ SCORED_AT_ONCE = 256
 SAMPLED = 29  # bytes of each logit while a token is sampled: its fp32 value, and 6.25 times that for a full sort
 SCORED = 8  # bytes of each logit of a scored prompt
 PLAIN = 10  # bytes of each attention score where no fused kernel serves
-HEAP = 100_000_000  # what glibc's heap keeps between blocks in use, where they are large (measured: 22 to 178 MB)
+HEAP = 100_000_000  # what glibc's heap keeps between blocks in use, where they are large (measured: 22 to 180 MB)
 
 
 @dataclass(frozen=True)

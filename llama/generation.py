@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.build import build_model
+from llama.build import build_model, check_room
 from llama.cache import KVCache
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, choose_chat_format
+from llama.footprint import SCORED_AT_ONCE, Job
 from llama.infilling import infilling_tokens
 from llama.model import Transformer
 from llama.predictions import ChatPrediction, CompletionPrediction, FinishReason, InfillingPrediction
@@ -24,9 +25,6 @@ from llama.statistics import Statistics
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "Step"]
-
-# Positions whose logits are held at once while scoring a prompt: 128 MiB for a vocabulary of 128k.
-SCORED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -273,7 +271,9 @@ class Llama:
         The running rows are the first rows of the cache, in order; the last takes the place of one that ends.
         """
         start = time.perf_counter()
-        cache = self.model.new_cache(len(rows), max(len(row.prompt) + row.limit for row in rows))
+        length = max(len(row.prompt) + row.limit for row in rows)
+        check_room(self.model, Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs))
+        cache = self.model.new_cache(len(rows), length)
         hidden = self._prefill(rows, cache)  # (bsz, seqlen, dim)
         prompt_scores = [self._score(row, hidden[i]) for i, row in enumerate(rows)] if echo and logprobs else []
         ends = torch.tensor([len(row.prompt) - 1 for row in rows], device=hidden.device)

@@ -139,8 +139,8 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """`tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model` in the folder; else
-    `tokenizer.json` there; else `tokenizer.model` in its parent, as Meta laid out Llama 1.
+    """`tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model`, `tokenizer.json`,
+    or `tokenizer.model` in the folder above, as Meta laid out Llama 1.
     """
     whole, model = folder / "tokenizer.json", folder / "tokenizer.model"
     hugging_face = [whole] if (folder / "config.json").is_file() else []

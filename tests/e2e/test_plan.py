@@ -120,7 +120,7 @@ def measured(ranks: int, *arguments: object) -> list[dict[str, Any]]:
     [
         (0, "float32", 8, 256),  # all weights are copies
         (0, "bfloat16", 2, 64),  # all weights are pages of the file
-        (2, "float32", 8, 512),
+        (2, "float32", 4, 64),
     ],
 )
 def test_a_run_takes_what_was_planned(large: Path, ranks: int, dtype: str, bsz: int, prompt_len: int) -> None:
