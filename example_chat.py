@@ -11,6 +11,7 @@ from llama import Llama, cli
 from llama.build import plan_run
 from llama.chat import UNSAFE_ERROR, Message, check_system
 from llama.parallel import agree, from_first_rank
+from llama.sampling import SamplingParams
 
 
 def main(
@@ -49,16 +50,18 @@ def main(
         model_parallel_size: ranks that share one copy of the model; default: all.
         dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """
+    SamplingParams(temperature, top_p, max_gen_len)  # what is wrong ends here, before gigabytes are read
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, 1, model_parallel_size)
     if dry_run:
         cli.end_with(plan_run(*build, device=device, dtype=dtype))
     llm = Llama.build(*build, seed, device=device, dtype=dtype, chat_format=chat_format)
     opening = [Message(role="system", content=system)] if system is not None else []
-    if system is not None:
-        check_system(llm.chat_format, system)
+    with agree():
+        if system is not None:
+            check_system(llm.chat_format, system)
     dialog = list(opening)
-    interactive = from_first_rank(sys.stdin.isatty() and sys.stdout.isatty())
+    interactive = from_first_rank(sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty())
     for line in messages(interactive):
         if line == "/exit":
             break
@@ -102,7 +105,7 @@ def messages(interactive: bool) -> Iterator[str]:
 def read_line(interactive: bool) -> str | None:
     """One line, None at the end of the input; Ctrl-C gives an empty one."""
     if not interactive:
-        return sys.stdin.readline() or None
+        return sys.stdin.readline() or None if sys.stdin is not None else None
     try:
         return input("> ")
     except EOFError:
@@ -121,9 +124,9 @@ def answer(llm: Llama, dialog: list[Message], temperature: float, top_p: float, 
         say(UNSAFE_ERROR + "\n")
         return ""
     text = ""
-    prompt = llm.chat_format.encode(dialog)
+    prompts = llm.encode_dialogs([dialog])
     try:
-        for step in llm.stream([prompt], max_gen_len, temperature, top_p, at_start=True):
+        for step in llm.stream(prompts, max_gen_len, temperature, top_p, at_start=True):
             text += step.text
             say(step.text)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from llama import Llama, cli
 from llama.build import plan_run
 from llama.infilling import FILL_MARK, can_infill
 from llama.predictions import CompletionPrediction, InfillingPrediction
+from llama.sampling import SamplingParams
 
 PROMPTS = [
     "The capital of France is",
@@ -58,7 +59,10 @@ def main(
         model_parallel_size: ranks that share one copy of the model; default: all.
         dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """
+    SamplingParams(temperature, top_p, max_gen_len)  # what is wrong ends here, before gigabytes are read
     prompts = PROMPTS if prompt is None else prompt
+    if not prompts:
+        raise ValueError("the list of prompts is empty: give at least one")
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size)
     if dry_run:

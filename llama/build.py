@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llama import parallel
+from llama.chat import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.config import ModelArgs
 from llama.footprint import Job
@@ -34,12 +35,15 @@ def build_model(
     *,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
+    chat_format: str | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """This rank's share of the model, and the tokenizer that belongs to it; arguments as for `Llama.build`."""
     start = time.perf_counter()
     parallel.join_job()
     with parallel.agree():
         source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype)
+        choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
+    check_alike(source)
     ranks = parallel.join_model_parallel(model_parallel_size, source.device)
     # In a block of its own: no rank loads before all have seen what is free.
     with parallel.agree():
@@ -101,6 +105,22 @@ def check_room(model: Transformer, job: Job) -> None:
     """ValueError, on every rank if on one, when the memory left by a loaded model is too small for a batch."""
     with parallel.agree():
         check_job(model, job, free_bytes(model.device, local_world_size()))
+
+
+def check_alike(source: Source) -> None:
+    """ValueError, on every rank, when hosts chose another device or dtype, or have another checkpoint at the path."""
+    choices = {
+        "device": source.device.type,
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "architecture": str(source.args),
+        "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
+    }
+    everywhere = parallel.from_all_ranks(choices)
+    for what in choices:
+        found = sorted({each[what] for each in everywhere})
+        if len(found) > 1:
+            fix = f"say which with --{what}" if what in ("device", "dtype") else "give every host the same files"
+            raise ValueError(f"the ranks differ in {what}, {' against '.join(found)}: {fix}")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Llama2Chat:
         return ids
 
     def is_unsafe(self, dialog: Dialog) -> bool:
+        check_roles(dialog)
         return any(tag in message["content"] for message in dialog for tag in TEXT_TAGS)
 
 
@@ -195,11 +196,18 @@ def check_system(chat_format: ChatFormat, system: str) -> None:
         raise ValueError("this model's chat format has no place for a system prompt: leave it out")
 
 
+def check_messages(dialog: Dialog) -> None:
+    """ValueError unless a dialog is a list of messages, each with a role and a text."""
+    for message in dialog if isinstance(dialog, list | tuple) else [dialog]:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(
+                f"a dialog is a list of messages, each a dictionary with texts as 'role' and 'content'; got {message!r}"
+            )
+
+
 def check_roles(dialog: Dialog) -> None:
     """ValueError unless an optional system message is followed by user and assistant in turn, ending with the user."""
-    for message in dialog:
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"a message is a dictionary with texts as 'role' and 'content', got {message!r}")
+    check_messages(dialog)
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:

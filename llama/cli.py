@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import io
 import json
 import logging
 import os
@@ -79,14 +80,13 @@ def run(main: Callable[..., None]) -> None:
     )
     if not is_first_rank():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a job of several ranks, and one is enough to say so
-    if "--help" in sys.argv or "-h" in sys.argv:
-        if is_first_rank():
-            print(_help(main))
-        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks shall not lose the rest
     try:
         hints = typing.get_type_hints(main)
         parsers = {name: functools.partial(_parse, name, hints[name]) for name in hints if name != "return"}
         fire.Fire(SetParseFns(**parsers)(main), command=_normalized(sys.argv[1:], main, hints))
+        _leave_together()
     except BrokenPipeError:
         # The reader of stdout has seen enough, as `head` does; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,13 +98,25 @@ def run(main: Callable[..., None]) -> None:
         _fail(" ".join(str(error).split()) or type(error).__name__)
 
 
+def _leave_together() -> None:
+    """End all ranks of a finished job at once, without the interpreter's clean-up.
+
+    A rank that ends while another still talks to it can abort there: gloo's threads outlive what they use.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with agree():
+            sys.stdout.flush()
+        os._exit(0)
+
+
 def _fail(message: str) -> typing.NoReturn:
     if local_rank() == 0:
         sys.stdout.flush()
         sys.stderr.write(f"error: {message}\n")
         sys.stderr.flush()
     else:
-        time.sleep(SECONDS_TO_SPEAK)
+        time.sleep(SECONDS_TO_SPEAK)  # whoever lives on is the only one that failed
+        sys.stderr.write(f"error: {message}\n")
     sys.exit(1)
 
 
@@ -141,6 +153,10 @@ def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any
     lists: dict[str, list[str]] = {}
     words = iter(argv)
     for word in words:
+        if word in ("--help", "-h"):
+            if is_first_rank():
+                print(_help(main))
+            sys.exit(0)
         place = next((name for name in places if name not in values), None)
         if not word.startswith("--") and place is not None:
             values[place] = word
@@ -174,6 +190,10 @@ def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any
 
 def _texts(value: str) -> list[str]:
     """One text, verbatim, unless it is a JSON list of texts."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--prompt is not valid UTF-8: {value!a}") from None
     if value.startswith("["):
         try:
             texts = json.loads(value)

@@ -47,7 +47,7 @@ class LinearScaling:
     factor: float
 
     def __post_init__(self) -> None:
-        _check_number("factor", self.factor)
+        check_number("factor", self.factor)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class DynamicScaling:
     old_context_len: int
 
     def __post_init__(self) -> None:
-        _check_number("factor", self.factor)
-        _check_int("old_context_len", self.old_context_len)
+        check_number("factor", self.factor)
+        check_int("old_context_len", self.old_context_len)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_number(name, getattr(self, name))
-        _check_int("old_context_len", self.old_context_len)
+            check_number(name, getattr(self, name))
+        check_int("old_context_len", self.old_context_len)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(f"low_freq_factor must be below high_freq_factor, got {self}")
 
@@ -98,10 +98,10 @@ class YarnScaling:
 
     def __post_init__(self) -> None:
         for name in ("factor", "beta_fast", "beta_slow"):
-            _check_number(name, getattr(self, name))
-        _check_int("old_context_len", self.old_context_len)
+            check_number(name, getattr(self, name))
+        check_int("old_context_len", self.old_context_len)
         if self.attention_factor is not None:
-            _check_number("attention_factor", self.attention_factor)
+            check_number("attention_factor", self.attention_factor)
 
     @property
     def magnitude(self) -> float:
@@ -118,7 +118,7 @@ class FactorScaling:
 
     def __post_init__(self) -> None:
         for factor in self.factors:
-            _check_number("rope factor", factor)
+            check_number("rope factor", factor)
 
 
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | FactorScaling
@@ -157,18 +157,18 @@ class ModelArgs:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        _check_int("n_layers", self.n_layers, most=_MAX_LAYERS)
+        check_int("n_layers", self.n_layers, most=_MAX_LAYERS)
         for name in ("dim", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
-            _check_int(name, getattr(self, name))
+            check_int(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for name in ("use_scaled_rope", "tied_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"rope_scaling must be one of the scaling classes, got {self.rope_scaling!r}")
         if self.vocab_size != -1:
-            _check_int("vocab_size", self.vocab_size)
+            check_int("vocab_size", self.vocab_size)
         if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         resolve("n_kv_heads", self.n_heads)
@@ -177,11 +177,15 @@ class ModelArgs:
         if self.use_scaled_rope:
             resolve("rope_scaling", Llama3Scaling(32.0 if (self.dim, self.n_layers) in SCALED_BY_32 else 8.0))
         for name in ("n_kv_heads", "head_dim", "hidden_dim"):
-            _check_int(name, getattr(self, name))
+            check_int(name, getattr(self, name))
         if self.sliding_window is not None:
-            _check_int("sliding_window", self.sliding_window)
+            check_int("sliding_window", self.sliding_window)
         if isinstance(self.rope_scaling, FactorScaling) and len(self.rope_scaling.factors) != self.head_dim // 2:
             raise ValueError(f"{len(self.rope_scaling.factors)} rope factors do not fit head_dim {self.head_dim}")
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
+        if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim <= 2:
+            raise ValueError(f"dynamic RoPE scaling needs a head_dim above 2, got {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -223,7 +227,7 @@ def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int
     """Two thirds of 4 * dim, times the multiplier, rounded up to multiple_of (the rule of Meta's FeedForward)."""
     hidden_dim = 2 * (4 * dim) // 3
     if multiplier is not None:
-        _check_number("ffn_dim_multiplier", multiplier)
+        check_number("ffn_dim_multiplier", multiplier)
         hidden_dim = int(multiplier * hidden_dim)
     return multiple_of * math.ceil(hidden_dim / multiple_of)
 
@@ -234,11 +238,11 @@ _MAX_LAYERS = 1 << 12
 _MAX_NUMBER = 1e15
 
 
-def _check_int(name: str, value: Any, most: int = _MAX_INT) -> None:
+def check_int(name: str, value: Any, most: int = _MAX_INT) -> None:
     if type(value) is not int or not 0 < value <= most:
         raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
         raise ValueError(f"{name} must be a positive number of at most {_MAX_NUMBER:g}, got {value!r}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama.build import build_model, check_room
 from llama.cache import KVCache
-from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, choose_chat_format
+from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
 from llama.footprint import SCORED_AT_ONCE, Job
 from llama.infilling import infilling_tokens
 from llama.model import Transformer
@@ -86,14 +86,21 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         chat_format: str | None = None,
     ) -> Llama:
-        """Load a checkpoint (Meta's folder or a GGUF file) on this process, or split it over torchrun's ranks.
+        """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split it over torchrun's ranks.
 
         Left out: the tokenizer is looked for beside or inside the weights, model_parallel_size is the world size,
         device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. Whatever is wrong
         with the files or the choices raises ValueError or FileNotFoundError, on every rank if on one.
         """
         model, tokenizer = build_model(
-            ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size, device=device, dtype=dtype
+            ckpt_dir,
+            tokenizer_path,
+            max_seq_len,
+            max_batch_size,
+            model_parallel_size,
+            device=device,
+            dtype=dtype,
+            chat_format=chat_format,
         )
         return Llama(model, tokenizer, seed=seed, chat_format=chat_format)
 
@@ -174,11 +181,14 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked."""
         SamplingParams(temperature, top_p, max_gen_len, seed)  # checks them, also where every dialog is unsafe
+        for dialog in dialogs:
+            check_messages(dialog)
         safe = [dialog for dialog in dialogs if not self.chat_format.is_unsafe(dialog)]
         answers: Iterator[CompletionPrediction] = iter(())
         if safe or not dialogs:
-            prompts = [self.chat_format.encode(dialog) for dialog in safe]
-            steps = self.stream(prompts, max_gen_len, temperature, top_p, logprobs, seed=seed, at_start=True)
+            steps = self.stream(
+                self.encode_dialogs(safe), max_gen_len, temperature, top_p, logprobs, seed=seed, at_start=True
+            )
             answers = iter([self._prediction(steps, logprobs) for steps in _by_row(steps, len(safe))])
         refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
         if logprobs:
@@ -214,10 +224,29 @@ class Llama:
             for fill, (prefix, suffix) in zip(filled, pairs, strict=True)
         ]
 
+    def encode_dialogs(self, dialogs: Sequence[Dialog]) -> list[list[int]]:
+        """Token ids up to where each dialog's answer begins; ValueError when a dialog does not fit the format.
+
+        The first of the ranks that share the model encodes for all: a template may look at the clock.
+        """
+        encoded: list[list[int]] | ValueError = []
+        if self.model.parallel.rank == 0:
+            try:
+                encoded = [self.chat_format.encode(dialog) for dialog in dialogs]
+            except ValueError as error:
+                encoded = error
+        encoded = self.model.parallel.share(encoded)
+        if isinstance(encoded, ValueError):
+            raise encoded
+        return encoded
+
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts to continue; an empty text is the begin token, as nothing cannot be continued."""
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of texts, got a single text: put it in a list")
+        for place, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {place} must be a text, got {prompt!r}")
         tokenizer = self.tokenizer
         return [
             tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False) or tokenizer.encode("", bos=True, eos=False)
@@ -233,9 +262,9 @@ class Llama:
                 raise ValueError(f"prompt {place} must be a list of token ids, got {prompt!r}")
             if not prompt:
                 raise ValueError(f"prompt {place} has no tokens: begin it with the tokenizer's bos_id")
-            bad = next((token for token in prompt if not 0 <= token < args.vocab_size), None)
-            if bad is not None:
-                raise ValueError(f"prompt {place} has token {bad}: ids go from 0 to {args.vocab_size - 1}")
+            for token in prompt:
+                if type(token) is not int or not 0 <= token < args.vocab_size:
+                    raise ValueError(f"prompt {place} has token {token!r}: ids are 0 to {args.vocab_size - 1}")
             room = args.max_seq_len - (params.max_gen_len != 0)
             if len(prompt) > room:
                 raise ValueError(
@@ -254,15 +283,16 @@ class Llama:
     ) -> Iterator[Step]:
         args = self.model.args
         seed = self.seed if params.seed is None else params.seed
-        rows = []
-        for place, prompt in enumerate(prompt_tokens):
-            limit = args.max_seq_len - len(prompt)
-            if params.max_gen_len is not None:
-                limit = min(limit, params.max_gen_len)
-            decoder = StreamDecoder(self.tokenizer, at_start)
-            rows.append(_Row(place, prompt, limit, uniforms(seed, first + place, limit), decoder))
-        for i in range(0, len(rows), args.max_batch_size):
-            yield from self._run(rows[i : i + args.max_batch_size], params, logprobs, echo)
+        places = range(len(prompt_tokens))
+        for i in range(0, len(places), args.max_batch_size):
+            rows = []
+            for place in places[i : i + args.max_batch_size]:
+                limit = args.max_seq_len - len(prompt_tokens[place])
+                if params.max_gen_len is not None:
+                    limit = min(limit, params.max_gen_len)
+                decoder = StreamDecoder(self.tokenizer, at_start)
+                rows.append(_Row(place, prompt_tokens[place], limit, uniforms(seed, first + place, limit), decoder))
+            yield from self._run(rows, params, logprobs, echo)
 
     @torch.inference_mode()
     def _run(self, rows: list[_Row], params: SamplingParams, logprobs: bool, echo: bool) -> Iterator[Step]:
@@ -325,7 +355,8 @@ class Llama:
             tokens[i, : len(row.prompt)] = torch.tensor(row.prompt)
         device = self.model.device
         start_pos = torch.zeros(len(rows), dtype=torch.long, device=device)
-        return self.model.hidden(tokens.to(device), start_pos, cache, kv_len=seqlen)
+        lengths = torch.tensor([len(row.prompt) for row in rows], device=device)
+        return self.model.hidden(tokens.to(device), start_pos, cache, seqlen, lengths)
 
     def _decode(self, rows: list[_Row], cache: KVCache) -> Tensor:
         """Final states after the newest token of each row, (bsz, dim)."""

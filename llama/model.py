@@ -120,12 +120,20 @@ class Transformer(nn.Module):
         """Logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden` and then `logits`."""
         return self.logits(self.hidden(tokens, start_pos, cache, kv_len))
 
-    def hidden(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        start_pos: Tensor,
+        cache: KVCache,
+        kv_len: int | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Write tokens (bsz, seqlen) into the cache from start_pos (bsz,) on; final states (bsz, seqlen, dim).
 
         Row i is row i of the cache; a short row is padded on the right with any tokens, whose outputs mean nothing
         and whose places in the cache are overwritten when the row gets there. kv_len is how much of the cache is
         looked at, at least max(start_pos) + seqlen, which is taken (with a device sync) when it is not given.
+        lengths (bsz,) are what the rows' positions end at, without padding; None: no row is padded.
         """
         bsz, seqlen = tokens.shape
         if kv_len is None:
@@ -134,7 +142,7 @@ class Transformer(nn.Module):
         assert seqlen <= kv_len <= cache.keys.shape[2], (seqlen, kv_len, cache.keys.shape)
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
         mask = self._mask(positions, kv_len)
-        rotation = self.rope(positions)
+        rotation = self.rope(positions, lengths)
         slots = cache.slots(positions)
         x = self.tok_embeddings(tokens)
         for layer in self.layers:

@@ -224,6 +224,14 @@ class ModelParallel:
             x = staged.to(x.device)
         return x
 
+    def share(self, value: Any) -> Any:
+        """The first rank's value, a small object."""
+        if self.size > 1:
+            values = [value]
+            dist.broadcast_object_list(values, group_src=0, group=self.group)
+            value = values[0]
+        return value
+
     def _stage(self, x: Tensor) -> Tensor:
         """x where the group's backend can reach it: gloo cannot read MPS memory."""
         return x.cpu() if x.device.type == "mps" else x
@@ -233,7 +241,7 @@ def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel
     """Split the job into model-parallel groups of `size` consecutive ranks; None means all ranks.
 
     NCCL where every rank of the host has a CUDA device of its own, gloo otherwise. ValueError when `size` does not
-    divide the world. Calling it again regroups the ranks; models built before keep the groups that they hold.
+    divide the world. Called again with another size it regroups the ranks; models built before keep their groups.
     """
     from fairscale.nn.model_parallel import initialize
 
@@ -242,16 +250,30 @@ def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel
     if type(size) is not int or size < 1 or world_size % size:
         raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-    initialize.destroy_model_parallel()
-    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines that help nobody
-        initialize.initialize_model_parallel(
-            size, model_parallel_backend=backend, pipeline_backend=backend, ddp_backend=backend
-        )
+    if not _are_grouped(size, backend):
+        initialize.destroy_model_parallel()
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines that help nobody
+            initialize.initialize_model_parallel(
+                size, model_parallel_backend=backend, pipeline_backend=backend, ddp_backend=backend
+            )
     return ModelParallel(
         rank=initialize.get_model_parallel_rank(),
         size=initialize.get_model_parallel_world_size(),
         group=initialize.get_model_parallel_group(),
     )
+
+
+def _are_grouped(size: int, backend: str) -> bool:
+    """Whether fairscale has such groups already, of process groups that are still there."""
+    from fairscale.nn.model_parallel import initialize
+
+    if not initialize.model_parallel_is_initialized():
+        return False
+    try:
+        group = initialize.get_model_parallel_group()
+        return dist.get_world_size(group) == size and dist.get_backend(group) == backend
+    except (ValueError, RuntimeError):  # groups of a job that was ended since
+        return False
 
 
 # --- layers --------------------------------------------------------------------------------------------------------

@@ -34,14 +34,15 @@ class Rotary(nn.Module):
         self.magnitude = scaling.magnitude if isinstance(scaling, YarnScaling) else 1.0
         self.register_buffer("frequencies", scaled_frequencies(head_dim, theta, scaling), persistent=False)
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Complex numbers that rotate each pair to its position: positions (bsz, seqlen) to (bsz, seqlen, 1, pairs).
 
-        Their magnitude is 1, but for YaRN, which also sharpens attention.
+        Their magnitude is 1, but for YaRN, which also sharpens attention. lengths (bsz,) are those of the rows without
+        their padding, on which dynamic scaling depends; None: no row is padded.
         """
         frequencies = self.frequencies
         if isinstance(self.scaling, DynamicScaling):
-            frequencies = self._dynamic(self.scaling, positions.amax(-1) + 1)
+            frequencies = self._dynamic(self.scaling, positions.amax(-1) + 1 if lengths is None else lengths)
         # fp32: bf16 represents every integer only up to 256.
         angles = positions.float()[..., None] * frequencies
         return torch.polar(torch.full_like(angles, self.magnitude), angles)[:, :, None]

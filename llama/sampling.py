@@ -56,8 +56,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """The tokens of the nucleus and their probabilities, both (bsz, n), not renormalised (arXiv:1904.09751).
 
-    A token stays while the mass before it, in descending order, is <= top_p, so one always stays; those that go have
-    probability 0. With top_p 1 all stay, in the order of the vocabulary.
+    A token stays while the mass before it is <= top_p, so one always stays; those that go have probability 0. The
+    order is by falling probability, and by id among equals, whatever the other rows hold: bf16 logits are full of
+    ties. With top_p 1 all stay, in the order of the vocabulary.
     """
     # The maximum is subtracted before the division, which could overflow at a small temperature; one that is 0 in
     # fp32 would divide 0 by 0.
@@ -67,8 +68,14 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, T
     if top_p == 1:
         return torch.arange(vocab_size, device=probs.device).expand_as(probs), probs
     kept, tokens = probs.topk(min(TOP_K_PREFIX, vocab_size))
-    if kept.shape[-1] < vocab_size and bool((kept.sum(-1) <= top_p).any()):
-        kept, tokens = probs.sort(dim=-1, descending=True)
+    # Of the tokens that tie with the last, top-k keeps any: the mass above them must reach beyond top_p.
+    above = kept.where(kept > kept[:, -1:], 0).sum(-1)
+    if kept.shape[-1] < vocab_size and bool((above <= top_p).any()):
+        kept, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    else:
+        tokens, by_id = tokens.sort(dim=-1)
+        kept, by_prob = kept.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+        tokens = tokens.gather(-1, by_prob)
     before = kept.cumsum(-1) - kept
     return tokens, kept.where(before <= top_p, 0)
 
@@ -79,8 +86,9 @@ def draw(candidates: tuple[Tensor, Tensor], uniform: Tensor) -> Tensor:
     mass = probs.cumsum(-1)
     target = uniform.to(mass)[:, None] * mass[:, -1:]
     index = (mass <= target).sum(-1, keepdim=True)
-    # Rounding can put the target on the whole mass: then the last token that adds to it. NaN has no mass at all.
-    index = index.minimum((mass < mass[:, -1:]).sum(-1, keepdim=True))
+    # Rounding can put the target on the whole mass: then the last token that has any probability (NaN is none).
+    places = torch.arange(probs.shape[-1], device=probs.device)
+    index = index.minimum((places * (probs > 0)).amax(-1, keepdim=True))
     return tokens.gather(-1, index)[:, 0]
 
 

@@ -45,6 +45,8 @@ def _scaling(metadata: Mapping[str, Any], factors: tuple[float, ...] | None) -> 
         factor = metadata.get("llama.rope.scale_linear", 1.0)
     else:
         factor = metadata.get("llama.rope.scaling.factor", 1.0)
+    if metadata.get("llama.rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ValueError("llama.rope.scaling.attn_factor is not supported")
     if kind == "yarn":
         log_multiplier = metadata.get("llama.rope.scaling.yarn_log_multiplier", 0.0)
         if log_multiplier or factors is not None:

@@ -15,12 +15,15 @@ from llama.config import (
     ModelArgs,
     RopeScaling,
     YarnScaling,
+    check_int,
+    check_number,
     read_json_object,
 )
 
 log = logging.getLogger("llama")
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+MISTRAL_WINDOW = 4096  # transformers' default, where config.json has no sliding_window
 
 USED_KEYS = {
     "architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -46,21 +49,22 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
     """
     config = read_json_object(path)
     found = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
-    if not (isinstance(found, list) and found and (found[0] in ARCHITECTURES or _is_plain_llama(config))):
+    known = isinstance(found, list) and bool(found) and isinstance(found[0], str) and found[0] in ARCHITECTURES
+    if not known and not _is_plain_llama(config):
         raise ValueError(f"{path} describes {_words(found)}: only {' and '.join(ARCHITECTURES)} are supported")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(
             f"{path} describes {method!r} quantized weights, which are not supported: use unquantized ones"
         )
     for key, expected in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-        if config.get(key, expected) != expected:
+        if config.get(key) not in (None, expected):
             raise ValueError(f"{path} has {key} {config[key]!r}: only {expected!r} is supported")
     unknown = sorted(config.keys() - USED_KEYS - HARMLESS_KEYS)
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
-    mistral = config.get("model_type") == "mistral"
+    mistral = "MistralForCausalLM" in found or config.get("model_type") == "mistral"
     try:
         rope = _rope_parameters(config)
         args = ModelArgs(
@@ -78,7 +82,7 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
             attention_bias=_flag(config, "attention_bias"),
             mlp_bias=_flag(config, "mlp_bias"),
             # Llama's own code has no window, whatever the key says.
-            sliding_window=config.get("sliding_window") if mistral else None,
+            sliding_window=config.get("sliding_window", MISTRAL_WINDOW) if mistral else None,
         )
         return args, token_ids(config.get("eos_token_id"))
     except ValueError as error:
@@ -108,8 +112,8 @@ def _required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key, False)
+def _flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    value = config.get(key, default)
     if type(value) is not bool:
         raise ValueError(f"{key} must be true or false, got {value!r}")
     return value
@@ -136,6 +140,8 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling 
     old_context_len = old_context_len or context_len
     if kind == "default":
         return None
+    for name, value in (("max_position_embeddings", context_len), ("original context", old_context_len)):
+        check_int(name, value)
     if kind == "linear":
         return LinearScaling(_required(rope, "factor"))
     if kind == "dynamic":
@@ -155,7 +161,7 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling 
             beta_fast=rope.get("beta_fast") or 32.0,
             beta_slow=rope.get("beta_slow") or 1.0,
             attention_factor=_yarn_attention_factor(rope, factor),
-            truncate=rope.get("truncate", True),
+            truncate=_flag(rope, "truncate", True),
         )
     raise ValueError(f"RoPE scaling {kind!r} is not supported: only linear, dynamic, llama3 and yarn are")
 
@@ -165,6 +171,8 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | No
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if rope.get("attention_factor") is not None or not (mscale and all_dim):
         return rope.get("attention_factor")
-    if not all(isinstance(value, int | float) for value in (factor, mscale, all_dim)) or factor <= 1:
+    for name, value in (("factor", factor), ("mscale", mscale), ("mscale_all_dim", all_dim)):
+        check_number(name, value)
+    if factor <= 1:
         return 1.0
     return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)

@@ -43,13 +43,16 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.
 
 
 def meta_name(name: str) -> str:
-    """model.layers.3.self_attn.q_proj.weight -> layers.3.attention.wq.weight; an unknown name stays as it is."""
+    """model.layers.3.self_attn.q_proj.weight -> layers.3.attention.wq.weight; an unknown name is quoted.
+
+    Else a folder whose tensors have Meta's names would pass, and have its Q and K put out of order.
+    """
     module, _, attribute = name.rpartition(".")
     layer = ""
     if module.startswith("model.layers."):
         number, _, module = module.removeprefix("model.layers.").partition(".")
         layer = f"layers.{number}."
-    return f"{layer}{NAMES[module]}.{attribute}" if module in NAMES else name
+    return f"{layer}{NAMES[module]}.{attribute}" if module in NAMES else repr(name)
 
 
 class HuggingFaceCheckpoint:

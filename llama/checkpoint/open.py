@@ -27,7 +27,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> StoredCheckpoint:
         parent = path.parent
         beside = f"{parent} has {listing(parent)}" if parent.is_dir() else f"neither does {parent}"
         raise FileNotFoundError(f"ckpt_dir {path} does not exist; {beside}")
-    if is_gguf(path):
+    if path.is_file() and is_gguf(path):
         return GGUFCheckpoint(path)
     if path.suffix in (".pth", ".safetensors", ".bin", ".json"):
         raise ValueError(f"ckpt_dir {path} is a single file: give its folder {path.parent}")

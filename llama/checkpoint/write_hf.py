@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llama.checkpoint.files import Entry, Progress, SafetensorsFile
-from llama.checkpoint.huggingface import NAMES
+from llama.checkpoint.huggingface import NAMES, HuggingFaceCheckpoint
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.write_plan import Plan, check_finite, recognised
 from llama.checkpoint.write_tokenizer import write_tokenizer
@@ -70,7 +70,7 @@ class HuggingFaceWriter:
 
     def _write_generation_config(self, path: Path) -> None:
         stored = self.plan.checkpoint.path / path.name
-        if stored.is_file():
+        if isinstance(self.plan.checkpoint, HuggingFaceCheckpoint) and stored.is_file():
             shutil.copyfile(stored, path)
             return
         _write_json(path, {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if key in self.config})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from llama.cache import KVCache
+from llama.config import DynamicScaling
 from llama.model import Transformer
 from tests.architectures import ARCHITECTURES, SEQLENS
 from tests.checkpoints import random_state
@@ -96,3 +99,15 @@ def test_a_moved_row_goes_on_where_it_was(model: Transformer) -> None:
     cache.move_row(2, 0, 6)
     logits = model(tokens[2:, 6:], torch.tensor([6]), cache)
     assert_same(logits[0, 0], one_pass(model, tokens)[2, 6])
+
+
+@torch.inference_mode()
+def test_dynamic_scaling_takes_each_row_by_its_own_length() -> None:
+    """A short row was once stretched as if it were as long as the padding made it."""
+    args = dataclasses.replace(ARCHITECTURES["grouped"], rope_scaling=DynamicScaling(4.0, 8))
+    model = transformer(args, random_state(args))
+    tokens = random_tokens(2, 30, vocab_size=args.vocab_size)
+    lengths = torch.tensor([30, 5])
+    both = model.logits(model.hidden(tokens, torch.zeros(2, dtype=torch.long), model.new_cache(2, 30), 30, lengths))
+    torch.testing.assert_close(both[1:, :5], one_pass(model, tokens[1:, :5]), rtol=0, atol=1e-5)
+    assert (one_pass(model, tokens)[1:, :5] - both[1:, :5]).abs().max() > 1e-3

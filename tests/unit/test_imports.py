@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"config", "model", "parallel", "rope", "tokenizer"},
     "footprint": {"config", "parallel"},
     "plan": {"checkpoint", "config", "footprint", "memory", "model", "parallel"},
-    "build": {"checkpoint", "config", "footprint", "memory", "model", "parallel", "plan", "tokenizer"},
+    "build": {"chat", "checkpoint", "config", "footprint", "memory", "model", "parallel", "plan", "tokenizer"},
     "generation": {
         *{
             "build",

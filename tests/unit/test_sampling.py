@@ -230,3 +230,24 @@ def test_impossible_options_are_named(options: dict[str, float], said: str) -> N
 def test_the_edges_of_what_is_possible_are_accepted() -> None:
     SamplingParams(temperature=0, top_p=1, max_gen_len=0, seed=-1)
     SamplingParams(temperature=100.0, top_p=5e-324, max_gen_len=None, seed=2**70)
+
+
+def test_ties_are_drawn_alike_whatever_the_other_rows_hold() -> None:
+    """A flat row once sent the whole batch to another sort, which put equal probabilities in another order."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = 4 * TOP_K_PREFIX
+    peaked = (4 * torch.randn(40, vocab_size, generator=generator)).bfloat16().float()  # full of ties
+    flat = torch.zeros(1, vocab_size)
+    uniform = torch.rand(40, generator=generator)
+    alone = torch.cat([sample(peaked[i : i + 1], 1.0, 0.9, uniform[i : i + 1]) for i in range(40)])
+    together = torch.cat(
+        [sample(torch.cat([peaked[i : i + 1], flat]), 1.0, 0.9, uniform[[i, i]])[:1] for i in range(40)]
+    )
+    assert alone.tolist() == together.tolist()
+
+
+def test_the_nucleus_is_ordered_by_probability_and_then_by_id() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 0.0]])
+    tokens, probs = nucleus(logits.repeat(1, 200), 1.0, 0.99)
+    expected = sorted(range(1000), key=lambda i: (-logits[0, i % 5].item(), i))
+    assert tokens[0, : int((probs > 0).sum())].tolist() == expected[: int((probs > 0).sum())]
