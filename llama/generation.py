@@ -86,7 +86,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         chat_format: str | None = None,
     ) -> Llama:
-        """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split it over torchrun's ranks.
+        """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split over torchrun's ranks.
 
         Left out: the tokenizer is looked for beside or inside the weights, model_parallel_size is the world size,
         device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. Whatever is wrong

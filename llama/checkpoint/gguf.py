@@ -201,11 +201,9 @@ def _decode_blocks(raw: np.ndarray, type_name: str, elements: int, size: int) ->
 
 
 def _meta_name(name: str) -> str:
-    """blk.3.attn_q.weight -> layers.3.attention.wq.weight; a name that is not known is quoted, so that it is none."""
+    """blk.3.attn_q.weight -> layers.3.attention.wq.weight; a name that is not known stays as it is."""
     layer = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if name == ROPE_FACTORS:
-        return name
     if layer is None or layer[2] not in NAMES:
-        return repr(name)
+        return name
     prefix = f"layers.{layer[1]}." if layer[1] else ""
     return f"{prefix}{NAMES[layer[2]]}.{layer[3]}"

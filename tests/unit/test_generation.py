@@ -129,7 +129,7 @@ def test_max_gen_len_zero_generates_nothing(llama: Llama) -> None:
     [
         ([], "list of prompts is empty"),
         ([[5], []], "prompt 1 has no tokens"),
-        ([[5], [6, 512]], "prompt 1 has token 512: ids go from 0 to 511"),
+        ([[5], [6, 512]], "prompt 1 has token 512: ids are 0 to 511"),
         ([[-1]], "prompt 0 has token -1"),
         ([[5], [7] * 64], "prompt 1 has 64 tokens, max_seq_len is 64: raise it or shorten the prompt"),
     ],
