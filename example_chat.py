@@ -138,8 +138,13 @@ def answer(llm: Llama, dialog: list[Message], temperature: float, top_p: float, 
 
 
 def say(text: str) -> None:
-    if cli.is_first_rank():
-        print(text, end="", flush=True)
+    try:
+        if cli.is_first_rank():
+            print(text, end="", flush=True)
+    except BrokenPipeError:
+        if not launched():
+            raise
+        cli.discard_stdout()  # the other ranks are in the middle of an answer
 
 
 def launched() -> bool:

@@ -88,14 +88,16 @@ def run(main: Callable[..., None]) -> None:
         fire.Fire(SetParseFns(**parsers)(main), command=_normalized(sys.argv[1:], main, hints))
         _leave_together()
     except BrokenPipeError:
-        # The reader of stdout has seen enough, as `head` does; nothing is left to be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            sys.exit(1)  # or the other ranks would wait for this one
+        discard_stdout()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         _fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def discard_stdout() -> None:
+    """Print to nobody from here on: the reader of stdout has seen enough, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave_together() -> None:

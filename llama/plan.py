@@ -164,7 +164,7 @@ def table(planner: Planner, jobs: dict[str, Job]) -> str:
     lines = [
         f"{planner.checkpoint.path}: {size} rank{'s' * (size > 1)}, {str(planner.dtype).removeprefix('torch.')}, "
         f"{planner.device.type}",
-        *("".join(f"{cell:<16}" if i == 0 else f"{cell:>16}" for i, cell in enumerate(row)) for row in rows),
+        *("".join(f"{cell:<18}" if i == 0 else f"{cell:>20}" for i, cell in enumerate(row)) for row in rows),
         f"Loading holds {readable(weights.tensor)} of host memory beside the weights.",
     ]
     if weights.mapped:

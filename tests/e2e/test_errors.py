@@ -86,7 +86,7 @@ def shard_instead_of_folder(folder: Path) -> Flags:
     return ["--ckpt_dir", folder / "good" / "consolidated.00.pth"]
 
 
-@case("{folder}/good/params.json is neither a folder nor a GGUF file")
+@case("{folder}/good/params.json is a single file: give its folder {folder}/good")
 def another_file(folder: Path) -> Flags:
     return ["--ckpt_dir", folder / "good" / "params.json"]
 
@@ -238,7 +238,7 @@ def tokenizer_of_another_size(folder: Path) -> Flags:
     return good(folder, "--tokenizer_path", folder / "tokenizer.model")
 
 
-@case("{folder}/good/params.json is JSON", "expected a SentencePiece model", "tiktoken ranks")
+@case("{folder}/good/params.json is JSON, but no tokenizer that works here", "its model is None")
 def file_that_is_no_tokenizer(folder: Path) -> Flags:
     return good(folder, "--tokenizer_path", folder / "good" / "params.json")
 
@@ -407,7 +407,7 @@ def test_without_a_demo_model_the_examples_say_how_to_get_it(tmp_path: Path) -> 
 
 def test_a_chat_says_what_is_wrong_too(tiny_folder: Path) -> None:
     flags = ["--ckpt_dir", tiny_folder]
-    formats = "chat_format must be one of llama2, llama3, chatml, got 'alpaca'"
+    formats = "chat_format must be one of template, llama2, llama3, chatml, codellama70b, got 'alpaca'"
     check(python(CHAT, *flags, "--chat_format", "alpaca"), [formats])
     too_long = python(CHAT, *flags, "--max_seq_len", 20, stdin="hello hello hello\n")
     check(too_long, ["max_seq_len is 20"])

@@ -57,10 +57,12 @@ def test_a_dry_run_prints_the_plan_and_nothing_else(folder: Path) -> None:
 
 def test_a_dry_run_that_does_not_fit_says_what_would(folder: Path) -> None:
     """And its advice is true: the same dry run within that limit exits with 0."""
-    flags = ("--ckpt_dir", folder, "--dry_run", "--device", "cpu", "--prompt", "abcd", "--max_seq_len", 16_000_000)
+    prompts = json.dumps(["abcd"] * 1000)
+    flags = ("--ckpt_dir", folder, "--dry_run", "--device", "cpu", "--prompt", prompts, "--max_gen_len", "None")
+    flags = (*flags, "--max_seq_len", 16_000_000)
     done = python(COMPLETION, *flags, "--max_batch_size", 10_000)
     assert done.returncode == 1
-    assert rows(done)["fits"] == ["yes", "no"]
+    assert rows(done)["fits"] == ["no", "no"]
     # Half of it, as other programs take and leave memory meanwhile.
     advised = re.search(r"Would fit: --max_seq_len (\d+)", done.stdout)
     assert advised, done.stdout
