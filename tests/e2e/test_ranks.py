@@ -158,3 +158,14 @@ def test_ranks_share_the_cores_unless_the_user_chose(
 def test_the_load_line_tells_the_threads(eight_shards: Path) -> None:
     done = torchrun(2, COMPLETION, "--ckpt_dir", eight_shards, "--max_gen_len", "1", env={"OMP_NUM_THREADS": "1"})
     assert re.search(r"2 ranks of .*, cpu, float32, threads: 1$", done.stderr, re.MULTILINE), done.stderr
+
+
+def test_ranks_beyond_the_model_parallel_size_hold_replicas(
+    eight_shards_flags: list[Any], eight_shards_on_one: list[dict[str, Any]]
+) -> None:
+    done = torchrun(4, COMPLETION, *eight_shards_flags, "--model_parallel_size", 2)
+    check_same(done.json_lines, eight_shards_on_one)
+    assert "2 ranks of" in done.stderr
+    done = torchrun(3, COMPLETION, *eight_shards_flags, "--model_parallel_size", 2)
+    assert done.returncode == 1
+    assert done.errors == ["error: model_parallel_size must divide the 3 ranks of this job, got 2"]

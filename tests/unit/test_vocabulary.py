@@ -38,3 +38,13 @@ def test_meta_embeddings_have_a_row_for_each_token(tmp_path: Path) -> None:
     write_meta(tmp_path, dataclasses.replace(TINY, vocab_size=BYTE_VOCAB_SIZE + 64))
     with pytest.raises(ValueError, match=r"the tokenizer has 512 tokens, but the weights in .* have 576"):
         build(tmp_path)
+
+
+def test_end_tokens_of_the_configuration_end_a_generation(tmp_path: Path) -> None:
+    """Llama 3 Instruct names <|eot_id|> and <|eom_id|> in generation_config.json alone."""
+    folder = write_hugging_face(tmp_path, BYTE_VOCAB_SIZE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 300], "temperature": 0.01}')
+    llm = build(folder)
+    assert {7, 300} <= llm.tokenizer.stop_tokens
+    (tokens,), _ = llm.generate([[1, 2, 3]], 400, temperature=5.0, top_p=1.0, seed=0)
+    assert tokens and not {7, 300} & set(tokens)
