@@ -11,6 +11,7 @@ import json as json_format
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 
 from llama import Llama, cli
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.load import global_shapes
+from llama.checkpoint.write import write_checkpoint, writer
+from llama.checkpoint.write_tokenizer import tokenizer_source
 from llama.parallel import choose_device, choose_dtype
 from llama.statistics import peak_memory_mib
 
@@ -212,54 +214,14 @@ class _Transformers:
 
         checkpoint = open_checkpoint(path)
         self.device = choose_device(device)
-        args = dataclasses.replace(checkpoint.args, tied_embeddings="output.weight" not in checkpoint.names())
-        if args.rope_scaling is not None:
-            raise ValueError("--peer transformers compares models without RoPE scaling only")
-        config = transformers.LlamaConfig(
-            vocab_size=args.vocab_size,
-            hidden_size=args.dim,
-            intermediate_size=args.hidden_dim,
-            num_hidden_layers=args.n_layers,
-            num_attention_heads=args.n_heads,
-            num_key_value_heads=args.n_kv_heads,
-            head_dim=args.head_dim,
-            max_position_embeddings=max_seq_len,
-            rms_norm_eps=args.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
-            tie_word_embeddings=args.tied_embeddings,
-        )
-        names = {
-            "tok_embeddings": "model.embed_tokens",
-            "norm": "model.norm",
-            "output": "lm_head",
-            "layers": "model.layers",
-            "attention.wq": "self_attn.q_proj",
-            "attention.wk": "self_attn.k_proj",
-            "attention.wv": "self_attn.v_proj",
-            "attention.wo": "self_attn.o_proj",
-            "feed_forward.w1": "mlp.gate_proj",
-            "feed_forward.w2": "mlp.down_proj",
-            "feed_forward.w3": "mlp.up_proj",
-            "attention_norm": "input_layernorm",
-            "ffn_norm": "post_attention_layernorm",
-        }
-        state = {}
-        for name in global_shapes(args):
-            weight = checkpoint.read(name)
-            if name.endswith(("wq.weight", "wk.weight")):  # its RoPE rotates halves, not neighbours
-                weight = weight.view(-1, args.head_dim // 2, 2, args.dim).transpose(1, 2).reshape(-1, args.dim)
-            parts = name.removesuffix(".weight").split(".")
-            head = f"{names['layers']}.{parts[1]}." if parts[0] == "layers" else ""
-            state[f"{head}{names['.'.join(parts[2:] if head else parts)]}.weight"] = weight
-        with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config)
         chosen = choose_dtype(dtype, self.device, checkpoint.dtype)
-        missing = model.load_state_dict({k: v.to(chosen) for k, v in state.items()}, strict=False, assign=True)
-        assert missing.unexpected_keys == [] and set(missing.missing_keys) <= {"lm_head.weight"}, missing
-        model.tie_weights()
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies were left on the meta device
-        self.model: Any = model.to(device=self.device).eval()  # type: ignore[call-arg]
-        self.vocab_size = args.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            name = str(chosen).removeprefix("torch.")
+            made = writer(checkpoint, tokenizer_source(checkpoint), "hf", dtype=name, context_len=max_seq_len)
+            write_checkpoint(made, Path(folder, "model"), lambda n_bytes: None)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder, "model"), dtype=chosen)
+        self.model = model.to(device=self.device).eval()
+        self.vocab_size = model.config.vocab_size
         self.weight_bytes = sum(weight.nbytes for weight in model.parameters())
 
     def run(self, prompts: list[list[int]], gen_len: int) -> tuple[float, float]:
