@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -73,6 +74,11 @@ class Terminal:
         return data.decode(errors="replace").replace("\r\n", "\n")
 
 
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background may have it ignored
+
+
 @contextlib.contextmanager
 def terminal(command: Sequence[object]) -> Iterator[Terminal]:
     """Start a program on a terminal of its own, which Ctrl-C reaches as it would a user's."""
@@ -84,7 +90,7 @@ def terminal(command: Sequence[object]) -> Iterator[Terminal]:
         stdin=its,
         stdout=its,
         stderr=its,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
     ) as process:
         os.close(its)
         try:
