@@ -6,6 +6,7 @@ usage: memory_worker.py CKPT_DIR DTYPE BSZ PROMPT_LEN MAX_GEN_LEN
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -67,8 +68,10 @@ def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int)
     }  # fmt: skip
     results = from_all_ranks(result)
     if llm.model.parallel.rank == 0:
-        print(json.dumps(results))
+        print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    if "RANK" in os.environ:
+        os._exit(0)  # as the examples leave: see llama.cli._leave_together
