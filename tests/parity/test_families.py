@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.model import Transformer
-from tests.models import one_pass, random_tokens
+from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
+from tests.models import build, one_pass, random_tokens
 
 VOCAB_SIZE = 101
 SMALL = {"vocab_size": VOCAB_SIZE, "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2}
@@ -66,13 +67,13 @@ MISTRALS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def made(name: str) -> PreTrainedModel:
+def made(name: str, **changes: Any) -> PreTrainedModel:
     """A model with random weights, of which no two parts are alike; norms and biases too."""
     torch.manual_seed(7)
     if name in MISTRALS:
-        model: Any = MistralForCausalLM(MistralConfig(**MISTRALS[name][0]))
+        model: Any = MistralForCausalLM(MistralConfig(**MISTRALS[name][0] | changes))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**FAMILIES[name][0]))
+        model = LlamaForCausalLM(LlamaConfig(**FAMILIES[name][0] | changes))
     for key, weight in model.named_parameters():
         if weight.dim() == 2:
             weight.data.normal_(std=weight.shape[1] ** -0.5 if "embed" not in key else 1.0)
@@ -156,3 +157,16 @@ def test_a_sliding_window_holds_while_decoding(tmp_path: Path) -> None:
     cache = model.new_cache(2, 40)
     step = [model(tokens[:, i : i + 1], torch.full((2,), i), cache, kv_len=i + 1) for i in range(40)]
     torch.testing.assert_close(torch.cat(step, dim=1), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama 2", "llama 3.1", "smollm2", "yarn", "biases", "mistral, beyond its window"])
+def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
+    """From the folder to the tokens, beyond the window and the original context."""
+    theirs: Any = made(name, vocab_size=BYTE_VOCAB_SIZE)
+    theirs.save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    llm = build(tmp_path)
+    llm.tokenizer.stop_tokens = frozenset()
+    tokens = random_tokens(2, 30, vocab_size=BYTE_VOCAB_SIZE)
+    expected = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=None)
+    assert llm.generate(tokens.tolist(), 30, temperature=0)[0] == expected[:, 30:].tolist()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -17,7 +19,7 @@ from llama.parallel import ModelParallel
 from llama.rope import scaled_frequencies
 from tests.architectures import ARCHITECTURES
 from tests.checkpoints import random_state
-from tests.gguf_files import write_gguf_model
+from tests.gguf_files import metadata_of, write_gguf, write_gguf_model
 from tests.models import one_pass, random_tokens, transformer
 
 # Rows of whole blocks of 32.
@@ -139,3 +141,47 @@ def test_several_gguf_files_in_a_folder_are_listed(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"several GGUF files: give one of a\.gguf, b\.gguf"):
         open_checkpoint(tmp_path)
+
+
+def write_split(folder: Path, count: int) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A model over several files, as llama.cpp's gguf-split leaves it; the first file's path and the tensors."""
+    stored = write_gguf_model(folder / "whole.gguf", ARGS, random_state(ARGS))
+    whole = gguf.GGUFReader(folder / "whole.gguf").tensors
+    (folder / "whole.gguf").unlink()
+    for i in range(count):
+        said = {"general.architecture": "llama", "split.no": i, "split.count": count, "split.tensors.count": len(whole)}
+        tensors = {each.name: (np.array(each.data), each.tensor_type) for each in whole[i::count]}
+        path = folder / f"m-{i + 1:05d}-of-{count:05d}.gguf"
+        write_gguf(path, {**(metadata_of(ARGS) if i == 0 else {}), **said}, tensors)
+    return folder / f"m-00001-of-{count:05d}.gguf", stored
+
+
+@pytest.mark.parametrize("given", ["folder", "first", "last"])
+@torch.inference_mode()
+def test_a_split_file_is_one_model(tmp_path: Path, given: str) -> None:
+    first, stored = write_split(tmp_path, 3)
+    path = {"folder": tmp_path, "first": first, "last": tmp_path / "m-00003-of-00003.gguf"}[given]
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args)
+    load_weights(model, checkpoint, torch.device("cpu"), torch.float32)
+    tokens = random_tokens(3, 7, vocab_size=101)
+    torch.testing.assert_close(one_pass(model, tokens), one_pass(transformer(ARGS, stored), tokens), rtol=0, atol=1e-5)
+
+
+def test_a_missing_file_of_a_split_is_named(tmp_path: Path) -> None:
+    first, _ = write_split(tmp_path, 3)
+    (tmp_path / "m-00002-of-00003.gguf").unlink()
+    with pytest.raises(FileNotFoundError, match=r"one of 3 files, but not beside it are m-00002-of-00003\.gguf"):
+        open_checkpoint(first)
+
+
+def test_renamed_files_of_a_split_are_told(tmp_path: Path) -> None:
+    first, _ = write_split(tmp_path, 2)
+    other = tmp_path / "m-00002-of-00002.gguf"
+    other.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match="says that it is file 0 of 2, counted from 0, but stands as 1 of 2"):
+        open_checkpoint(first)
+    first.rename(tmp_path / "alone.gguf")
+    with pytest.raises(ValueError, match="but stands as 0 of 1: files of a split keep their names"):
+        open_checkpoint(tmp_path / "alone.gguf")
