@@ -130,6 +130,9 @@ def weight_files(folder: Path) -> list[Path]:
             return _indexed_files(folder / index)
         if (folder / whole).is_file():
             return [folder / whole]
+        for file in (folder / index, folder / whole):
+            if file.is_symlink():
+                raise FileNotFoundError(f"{file} is a link to a file that is not there: download it again")
     looked_for = ", ".join(name for layout in LAYOUTS for name in layout)
     raise FileNotFoundError(f"{folder} has config.json but no weights: looked for {looked_for}")
 

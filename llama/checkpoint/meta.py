@@ -29,6 +29,7 @@ class MetaCheckpoint:
         self._shards = [map_pickle(file) for file in _shard_files(folder)]
         self._check_shards()
         self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self._shards[0])
+        self._check_count()
         self.stop_tokens: frozenset[int] = frozenset()
         self.dtype = self._shards[0]["norm.weight"].dtype if "norm.weight" in self._shards[0] else torch.bfloat16
 
@@ -77,6 +78,18 @@ class MetaCheckpoint:
         if kind(name) == "tok_embeddings" and self._shards[0][name].shape[1] != self.args.dim:
             return 1
         return SHARD_DIM.get(kind(name), 0)
+
+    def _check_count(self) -> None:
+        """ValueError when the last shards are missing: their number is found nowhere but in shapes."""
+        query = "layers.0.attention.wq.weight"
+        rows = self.shape(query)[0] if query in self._shards[0] and self._shards[0][query].dim() == 2 else 0
+        times, rest = divmod(self.args.n_heads * self.args.head_dim, rows or 1)
+        if rows and times > 1 and rest == 0:
+            found = len(self._shards)
+            raise ValueError(
+                f"{self.path} has {found} shard{'s' * (found > 1)}, but its params.json describes {found * times}: "
+                f"consolidated.{found:02d}.pth and what follows is missing"
+            )
 
     def _check_shards(self) -> None:
         first = self._shards[0]

@@ -67,16 +67,16 @@ def _verify_files(path: Path) -> Iterator[Finding]:
     weights = set(_weights(path))
     for file in checked_files(path):
         what = "weights" if file in weights else "text"
-        problem = _foreign(file)
-        if problem is None:
-            try:
+        try:
+            problem = _foreign(file)
+            if problem is None:
                 if file in weights or is_gguf(file):
                     what = f"{len(_names(file))} tensors, header and lengths"
                 elif file.suffix == ".json":
                     what = "JSON"
                     read_json_object(file)
-            except (ValueError, OSError) as error:
-                problem = _said(error, file)
+        except (ValueError, OSError) as error:
+            problem = _said(error, file)
         yield Finding(file.name, file.stat().st_size, what, problem)
 
 
@@ -122,7 +122,7 @@ def _verify_layout(path: Path) -> Iterator[Finding]:
 def _verify_shards(files: list[Path]) -> Iterator[Finding]:
     try:
         shards = [{name: tuple(tensor.shape) for name, tensor in map_pickle(file).items()} for file in files]
-    except ValueError:
+    except (ValueError, OSError):
         return  # named already
     for file, shard in zip(files[1:], shards[1:], strict=True):
         problems = [f"lacks {name}" for name in shards[0].keys() - shard.keys()]
@@ -141,7 +141,7 @@ def _verify_index(index: Path) -> Iterator[Finding]:
     size = index.stat().st_size
     try:
         weight_map = read_json_object(index).get("weight_map")
-    except ValueError:
+    except (ValueError, OSError):
         return  # named already
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         yield Finding(index.name, size, "index", "no weight_map from tensors to files")
@@ -153,7 +153,7 @@ def _verify_index(index: Path) -> Iterator[Finding]:
             continue
         try:
             found = set(_names(index.parent / name))
-        except ValueError:
+        except (ValueError, OSError):
             continue  # named already
         indexed = {tensor for tensor, file in weight_map.items() if file == name}
         problems += [f"{tensor} is not in {name}" for tensor in sorted(indexed - found)]
