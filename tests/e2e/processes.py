@@ -50,12 +50,18 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     return env | {"CUDA_VISIBLE_DEVICES": ""} | dict(changes or {})
 
 
+def heed_interrupts() -> None:
+    """A suite that runs in the background may have SIGINT ignored, and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def started(
     command: Sequence[object], *, env: Mapping[str, str] | None = None, cwd: Path = ROOT, **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
     """A process in a session of its own, with pipes unless told otherwise; it has ended when the block is left."""
-    options = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")} | options
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    options = {**pipes, "preexec_fn": heed_interrupts, **options}
     words = [str(word) for word in command]
     with subprocess.Popen(
         words, env=environment(env), cwd=cwd, text=True, errors="surrogateescape", start_new_session=True, **options

@@ -7,14 +7,13 @@ import fcntl
 import os
 import pty
 import select
-import signal
 import struct
 import subprocess
 import termios
 import time
 from collections.abc import Iterator, Sequence
 
-from tests.e2e.processes import TIMEOUT, started
+from tests.e2e.processes import TIMEOUT, heed_interrupts, started
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 
@@ -76,7 +75,7 @@ class Terminal:
 
 def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background may have it ignored
+    heed_interrupts()
 
 
 @contextlib.contextmanager
