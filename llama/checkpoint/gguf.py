@@ -40,7 +40,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 # ggml types that are torch dtypes; all others are blocks.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Values decoded at once by a thread: their temporaries stay in its cache (4 times faster than by rows of 576).
+# Values decoded at once by a thread: their temporaries stay in its cache (docs/benchmarks.md).
 DECODED_AT_ONCE = 1 << 18
 
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
