@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 # What each part of the package may import; a part is a module, or a folder of them.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "blocks": set(),
     "sampling": set(),
     "cache": set(),
     "parallel": set(),
