@@ -33,11 +33,11 @@ BLOCK_TYPES = {
 QUANTIZE = {"int8": "Q8_0", "int4": "Q4_1"}
 
 Q5_0_SIZE = 22
-# Values quantized at once: their temporaries stay in the cores' caches.
-QUANTIZED_AT_ONCE = 1 << 18
-# Ranges that a group's codes may begin with, as parts of that of its values: the outermost ones may be cut off.
-RANGES = (1.0, 0.92, 0.84)
-REFITS = 2
+# Values quantized at once: their temporaries take some 32 MB. Of fewer, threads that share cores wait for each other.
+QUANTIZED_AT_ONCE = 1 << 20
+# Where the search for a group's codes begins, in parts of the range of its values: all of it, and without its ends.
+RANGES = (1.0, 0.9)
+REFITS = 4
 
 
 def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
@@ -65,13 +65,12 @@ def quantize(values: Tensor, block_type: BlockType) -> Tensor:
     step = QUANTIZED_AT_ONCE // block_type.elements
     for first in range(0, len(groups), step):
         group = groups[first : first + step].float()
-        encoded, sound = _ENCODERS[block_type.name](group)
+        blocks[first : first + step], sound = _ENCODERS[block_type.name](group)
         if not sound:
             raise ValueError(
-                f"values up to {group.abs().max():g} cannot be quantized to {block_type.name}, "
-                "whose scales are float16: keep these weights in bfloat16 or float32"
+                f"values up to {group.abs().max():g} cannot be quantized to {block_type.name}, whose scales are "
+                "float16: leave --quantize out"
             )
-        blocks[first : first + step] = encoded
     return blocks.view(*values.shape[:-1], n_values // block_type.elements * block_type.size)
 
 
@@ -156,9 +155,9 @@ def _encode_q8_0(groups: Tensor) -> tuple[Tensor, bool]:
 
 
 def _encode_q4_1(groups: Tensor) -> tuple[Tensor, bool]:
-    """Codes for several ranges, each range fitted to its codes by least squares; the best is kept.
+    """Nearest codes and the scale and minimum that fit them best, in turns, from several beginnings; the best is kept.
 
-    The first range is that of plain rounding, so no group comes out worse.
+    One of them is plain rounding itself, so no group comes out worse than that.
     """
     x = groups.t().contiguous()  # (32, n_groups): sums over a group are sums of rows
     low, high = x.aminmax(dim=0)
@@ -173,10 +172,11 @@ def _encode_q4_1(groups: Tensor) -> tuple[Tensor, bool]:
             # Rounded first: the error is that of what will be stored.
             scale, offset = _rounded(scale), _rounded(low + offset) - low
             codes = _codes(x, scale, offset)
-            error = (codes * scale + offset - x).square_().sum(dim=0)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale, best_low = torch.where(better, scale, best_scale), torch.where(better, offset, best_low)
+            if refit in (0, REFITS):
+                error = torch.addcmul(offset, codes, scale).sub_(x).square_().sum(dim=0)
+                better = error < best
+                best = torch.where(better, error, best)
+                best_scale, best_low = torch.where(better, scale, best_scale), torch.where(better, offset, best_low)
             if refit < REFITS:
                 scale, offset = _fitted(x, codes, total)
     codes = _codes(x, best_scale, best_low).to(torch.uint8)
@@ -192,7 +192,7 @@ def _rounded(values: Tensor) -> Tensor:
 def _codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """The nearest 4-bit codes, in fp32; where the scale is 0 all are 0."""
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return ((x - offset) * inverse).round_().clamp_(0, 15)
+    return torch.addcmul(-offset * inverse, x, inverse).round_().clamp_(0, 15)
 
 
 def _fitted(x: Tensor, codes: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
