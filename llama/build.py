@@ -15,8 +15,12 @@ import torch.distributed as dist
 from llama import parallel
 from llama.chat import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
+from llama.checkpoint.format import QUANTIZED, dtype_name
+from llama.checkpoint.load import Storage
 from llama.config import ModelArgs
 from llama.footprint import Job
+from llama.fused import FusedLayers, can_fuse
+from llama.kernels.compile import library
 from llama.memory import free_bytes
 from llama.model import Transformer
 from llama.parallel import ModelParallel, local_world_size
@@ -36,31 +40,37 @@ def build_model(
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
     chat_format: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """This rank's share of the model, and the tokenizer that belongs to it; arguments as for `Llama.build`."""
     start = time.perf_counter()
     parallel.join_job()
     with parallel.agree():
-        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype)
+        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, quantize)
         choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
     check_alike(source)
-    ranks = parallel.join_model_parallel(model_parallel_size, source.device)
+    ranks = source.deal(parallel.join_model_parallel(model_parallel_size, source.device))
     # In a block of its own: no rank loads before all have seen what is free.
     with parallel.agree():
         source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
     with parallel.agree():
         with torch.device("meta"):
             model = Transformer(source.args, ranks)
-        load_weights(model, source.checkpoint, source.device, source.dtype)
+        changes = load_weights(model, source.checkpoint, source.device, source.storage)
+    if can_fuse(model):
+        model.fused = FusedLayers(model)
+    for (stored, held), count in sorted(changes.items()):
+        log.info("%s held as %s: %d matrices", stored, held, count)
     log.info(
-        "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, threads: %d",
+        "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, %s, threads: %d",
         source.checkpoint.path,
         time.perf_counter() - start,
         ranks.size,
         "s" * (ranks.size > 1),
         model.weight_bytes / 1e9,
         source.device,
-        str(source.dtype).removeprefix("torch."),
+        dtype_name(source.storage.dtype),
+        "kernels" if model.fused is not None else "no kernels",
         torch.get_num_threads(),
     )
     return model, source.tokenizer
@@ -78,6 +88,7 @@ def plan_run(
     prompts: Sequence[str] = (),
     max_gen_len: int | None = None,
     scored: bool = False,
+    quantize: str | None = None,
 ) -> tuple[str, bool]:
     """A table of the memory that each rank would need, and whether it has it; no weight is read.
 
@@ -87,13 +98,13 @@ def plan_run(
     parallel.join_job()
     world_size = dist.get_world_size()
     with parallel.agree():
-        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype)
+        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, quantize)
         size = world_size if model_parallel_size is None else model_parallel_size
         if type(size) is not int or size < 1 or (world_size > 1 and world_size % size):
             raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
         free = free_bytes(source.device, size if world_size == 1 else local_world_size(), local_world_size())
     # The last rank is the one whose share may be padded.
-    planner = source.planner(ModelParallel(size - 1, size), min(parallel.from_all_ranks(free)))
+    planner = source.planner(source.deal(ModelParallel(size - 1, size)), min(parallel.from_all_ranks(free)))
     with parallel.agree():
         jobs = {"at most": planner.limits()}
         if prompts:
@@ -111,7 +122,8 @@ def check_alike(source: Source) -> None:
     """ValueError, on every rank, when hosts chose another device or dtype, or have another checkpoint at the path."""
     choices = {
         "device": source.device.type,
-        "dtype": str(source.dtype).removeprefix("torch."),
+        "dtype": dtype_name(source.storage.dtype),
+        "quantize": str(source.storage.quantize),
         "architecture": str(source.args),
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
     }
@@ -119,7 +131,7 @@ def check_alike(source: Source) -> None:
     for what in choices:
         found = sorted({each[what] for each in everywhere})
         if len(found) > 1:
-            fix = f"say which with --{what}" if what in ("device", "dtype") else "give every host the same files"
+            fix = f"say which with --{what}" if what in ("device", "dtype", "quantize") else "give every host the same files"
             raise ValueError(f"the ranks differ in {what}, {' against '.join(found)}: {fix}")
 
 
@@ -131,10 +143,14 @@ class Source:
     tokenizer: Tokenizer
     args: ModelArgs
     device: torch.device
-    dtype: torch.dtype
+    storage: Storage
+
+    def deal(self, ranks: ModelParallel) -> ModelParallel:
+        """The ranks, sharing out hidden features as the weights' blocks allow."""
+        return self.storage.deal(self.checkpoint, self.args, ranks)
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
-        return Planner(self.checkpoint, self.args, ranks, self.dtype, self.device, free)
+        return Planner(self.checkpoint, self.args, ranks, self.storage, self.device, free)
 
     def job(self, prompts: Sequence[str], max_gen_len: int | None, scored: bool) -> Job:
         """The largest batch of completing prompts."""
@@ -153,7 +169,10 @@ def open_source(
     max_batch_size: int,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
+    quantize: str | None,
 ) -> Source:
+    if quantize is not None and quantize not in QUANTIZED:
+        raise ValueError(f"quantize must be {' or '.join(QUANTIZED)}, got {quantize!r}")
     place = parallel.choose_device(device)
     checkpoint = open_checkpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
@@ -171,4 +190,6 @@ def open_source(
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )
-    return Source(checkpoint, tokenizer, args, place, parallel.choose_dtype(dtype, place, checkpoint.dtype))
+    computed = parallel.choose_dtype(dtype, place, checkpoint.dtype)
+    storage = Storage(computed, quantize, packed=place.type == "cpu" and library() is not None)
+    return Source(checkpoint, tokenizer, args, place, storage)

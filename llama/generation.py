@@ -85,6 +85,7 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         chat_format: str | None = None,
+        quantize: str | None = None,
     ) -> Llama:
         """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split over torchrun's ranks.
 
@@ -101,6 +102,7 @@ class Llama:
             device=device,
             dtype=dtype,
             chat_format=chat_format,
+            quantize=quantize,
         )
         return Llama(model, tokenizer, seed=seed, chat_format=chat_format)
 

@@ -5,12 +5,15 @@ Knows nothing of text, of sampling or of where weights come from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.config import ModelArgs
+from llama.linear import BlockWeight, PackedWeight
 from llama.parallel import ColumnParallelLinear, ModelParallel, RowParallelLinear, VocabParallelEmbedding
 from llama.rope import Rotary, rotate
 
@@ -26,7 +29,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -78,7 +81,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
-        hidden_dim = parallel.part(args.hidden_dim)
+        hidden_dim = parallel.part(args.hidden_dim, parallel.block)
         self.w1 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
         self.w2 = RowParallelLinear(hidden_dim, args.dim, parallel, args.mlp_bias)
         self.w3 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
@@ -115,6 +118,8 @@ class Transformer(nn.Module):
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling)
+        # What runs the layers instead of their own forward, set from outside: see llama/fused.py.
+        self.fused: Callable[[Tensor, Tensor, Tensor, Tensor | None, KVCache], Tensor] | None = None
 
     def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
         """Logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden` and then `logits`."""
@@ -143,10 +148,14 @@ class Transformer(nn.Module):
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
         mask = self._mask(positions, kv_len)
         rotation = self.rope(positions, lengths)
-        slots = cache.slots(positions)
         x = self.tok_embeddings(tokens)
-        for layer in self.layers:
-            x = layer(x, rotation, mask, cache, slots)
+        if self.fused is not None:
+            x = self.fused(x, positions, rotation, mask, cache)
+        else:
+            x = x.to(self.dtype)
+            slots = cache.slots(positions)
+            for layer in self.layers:
+                x = layer(x, rotation, mask, cache, slots)
         return self.norm(x)
 
     def _mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
@@ -168,15 +177,21 @@ class Transformer(nn.Module):
         return self.norm.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in, and cached; quantized weights have no dtype of their own."""
+        return self.norm.weight.dtype
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights that this rank reads for one token: an embedding table only where it is the output too."""
         table = 0 if self.args.tied_embeddings else self.tok_embeddings.weight.nbytes
-        return sum(weight.nbytes for weight in self.parameters()) - table
+        blocks = {id(module): module.nbytes for module in self.modules() if isinstance(module, BlockWeight | PackedWeight)}
+        return sum(weight.nbytes for weight in self.parameters()) + sum(blocks.values()) - table
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:
-        """An empty cache for `bsz` rows of `max_seq_len` positions, in the dtype and on the device of the weights."""
-        args, weight = self.args, self.tok_embeddings.weight
+        """An empty cache for `bsz` rows of `max_seq_len` positions, in the dtype and on the device of the model."""
+        args = self.args
         n_local_kv_heads = len(self.parallel.kv_heads(args.n_heads, args.n_kv_heads))
         return KVCache(
-            args.n_layers, bsz, max_seq_len, n_local_kv_heads, args.head_dim, device=weight.device, dtype=weight.dtype
+            args.n_layers, bsz, max_seq_len, n_local_kv_heads, args.head_dim, device=self.device, dtype=self.dtype
         )

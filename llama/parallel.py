@@ -14,13 +14,14 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llama.linear import Weight, embed, linear
+from llama.threads import share_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +50,7 @@ def join_job() -> None:
         dist.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    _share_cores()
+    share_cores(local_world_size())
 
 
 @contextlib.contextmanager
@@ -86,26 +87,6 @@ def from_all_ranks(value: Any) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def _share_cores() -> None:
-    """Give each of a host's ranks its share of the cores, unless the user chose OMP_NUM_THREADS."""
-    ranks = local_world_size()
-    if ranks == 1 or _user_chose_threads():
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // ranks))
-
-
-def _user_chose_threads() -> bool:
-    """Whether OMP_NUM_THREADS was set by the user: torchrun sets it to 1 for its ranks when it is absent."""
-    value = os.environ.get("OMP_NUM_THREADS")
-    if value != "1":
-        return value is not None
-    try:
-        return b"OMP_NUM_THREADS=" in Path(f"/proc/{os.getppid()}/environ").read_bytes()
-    except OSError:
-        return False
 
 
 # --- device and dtype ----------------------------------------------------------------------------------------------
@@ -172,15 +153,16 @@ class ModelParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    block: int = 1  # hidden features of feed-forwards are dealt out in multiples of it: whole quantized blocks
 
-    def span(self, total: int) -> tuple[int, int]:
+    def span(self, total: int, block: int = 1) -> tuple[int, int]:
         """The [start, stop) of `total` rows that are this rank's; the last ranks' may be short or empty."""
-        part = self.part(total)
+        part = self.part(total, block)
         return min(self.rank * part, total), min((self.rank + 1) * part, total)
 
-    def part(self, total: int) -> int:
-        """Rows per rank when `total` rows are split evenly, the last part padded."""
-        return -(-total // self.size)
+    def part(self, total: int, block: int = 1) -> int:
+        """Rows per rank when `total` rows are split evenly, in multiples of `block`, the last part padded."""
+        return total if self.size == 1 else -(-total // (self.size * block)) * block
 
     def heads(self, n_heads: int) -> int:
         """Query heads per rank. Heads are never padded, so a size that does not divide them is a ValueError."""
@@ -279,21 +261,12 @@ def _are_grouped(size: int, backend: str) -> bool:
 # --- layers --------------------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out)."""
-    # For one token a CPU's bf16 matrix product takes 1.5 to 2 times as long as its matrix-vector product.
-    if x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        y = torch.mv(weight, x.view(-1)).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-    return F.linear(x, weight, bias)
-
-
 class ColumnParallelLinear(nn.Module):
     """A linear whose output features are split over the ranks: each rank yields its own."""
 
     def __init__(self, in_features: int, local_out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight = _weight(local_out_features, in_features)
+        self.weight: Weight = _weight(local_out_features, in_features)
         self.bias = _weight(local_out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -305,7 +278,7 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, local_in_features: int, out_features: int, parallel: ModelParallel, bias: bool = False) -> None:
         super().__init__()
-        self.weight = _weight(out_features, local_in_features)
+        self.weight: Weight = _weight(out_features, local_in_features)
         self.bias = _weight(out_features) if bias else None
         self.parallel = parallel
 
@@ -319,15 +292,15 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel) -> None:
         super().__init__()
-        self.weight = _weight(parallel.part(vocab_size), dim)
+        self.weight: Weight = _weight(parallel.part(vocab_size), dim)
         self.parallel = parallel
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.parallel.size == 1:
-            return F.embedding(tokens, self.weight)
+            return embed(tokens, self.weight)
         local = tokens - self.parallel.rank * self.weight.shape[0]
         mine = (local >= 0) & (local < self.weight.shape[0])
-        embedded = F.embedding(local.where(mine, 0), self.weight) * mine[..., None]
+        embedded = embed(local.where(mine, 0), self.weight) * mine[..., None]
         return self.parallel.all_reduce(embedded)
 
 

@@ -12,10 +12,12 @@ from functools import cached_property
 
 import torch
 
+from llama.blocks import BlockType
 from llama.checkpoint.format import Reading, StoredCheckpoint, kind, shard_dim
-from llama.checkpoint.load import check_weights
+from llama.checkpoint.load import Storage, check_weights, part_length, part_span
 from llama.config import ModelArgs
 from llama.footprint import Job, activation_bytes, cache_bytes
+from llama.kernels.library import packed_bytes
 from llama.memory import readable
 from llama.model import Transformer
 from llama.parallel import ModelParallel
@@ -60,7 +62,7 @@ class Planner:
     checkpoint: StoredCheckpoint
     args: ModelArgs
     parallel: ModelParallel
-    dtype: torch.dtype
+    storage: Storage
     device: torch.device
     free: int
 
@@ -73,6 +75,10 @@ class Planner:
         length = length or self.args.max_seq_len
         return Job(bsz or self.args.max_batch_size, length, length)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
     @cached_property
     def weights(self) -> Weights:
         """This rank's parameters, and what loading them holds on the way (see `load_weights`)."""
@@ -81,28 +87,47 @@ class Planner:
         on_cpu = self.device.type == "cpu"
         total = mapped = tensor = loading = 0
         for name, shape in check_weights(self.checkpoint, self.args).items():
-            numel, dim = model.get_parameter(name).numel(), shard_dim(name)
-            read_dtype, reading = self._reads_as(name, shape)
-            on_the_way = 0
-            if reading == "made" and dim == 1 and self.parallel.size > 1:  # blocks of whole rows
-                on_the_way = torch.Size(shape).numel() * read_dtype.itemsize
-            elif reading == "made" and read_dtype != self.dtype:
-                on_the_way = numel * read_dtype.itemsize
-            part = numel * self.dtype.itemsize
+            parameter = model.get_parameter(name)
+            block_type = self.storage.block_type(self.checkpoint, name, self.args, self.parallel)
+            if block_type is not None:
+                part, on_the_way = self._blocks(name, parameter.shape, block_type)
+                is_mapped = False
+            else:
+                part = parameter.numel() * self.dtype.itemsize
+                on_the_way, is_mapped = self._floats(name, shape, parameter.numel())
             total += part
             if on_cpu:
-                mapped += part if reading == "mapped" and read_dtype == self.dtype else 0
+                mapped += part if is_mapped else 0
                 loading = max(loading, total + on_the_way)
             tensor = max(tensor, on_the_way if on_cpu else on_the_way + part)
         return Weights(total, mapped, tensor, max(loading, total))
+
+    def _blocks(self, name: str, shape: torch.Size, block_type: BlockType) -> tuple[int, int]:
+        """Bytes of a part held in blocks, and what making it takes on the way."""
+        rows, columns = shape
+        raw = rows * columns // block_type.elements * block_type.size
+        held = packed_bytes(block_type.name, rows, columns) if self.storage.packed else raw
+        if self.checkpoint.block_type(name) == block_type:
+            return held, raw
+        return held, raw + 4 * rows * columns  # fp32 values
+
+    def _floats(self, name: str, shape: tuple[int, ...], numel: int) -> tuple[int, bool]:
+        """What reading a part as floats takes on the way, and whether it is used where it lies in a mapped file."""
+        read_dtype, reading = self._reads_as(name, shape)
+        on_the_way = 0
+        if reading == "made" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
+            on_the_way = torch.Size(shape).numel() * read_dtype.itemsize
+        elif reading == "made" and read_dtype != self.dtype:
+            on_the_way = numel * read_dtype.itemsize
+        return on_the_way, reading == "mapped" and read_dtype == self.dtype
 
     def _reads_as(self, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, Reading]:
         """What this rank reads of a tensor (see `read_part`)."""
         dim, parallel = shard_dim(name), self.parallel
         if dim is None or parallel.size == 1:
             return self.checkpoint.reads_as(name)
-        start, stop = parallel.span(shape[dim])
-        whole = stop - start == parallel.part(shape[dim])  # not padded
+        start, stop = part_span(name, shape[dim], parallel)
+        whole = stop - start == part_length(name, shape[dim], parallel)  # not padded
         if kind(name) in ("wk", "wv"):
             heads, head_dim = parallel.kv_heads(self.args.n_heads, self.args.n_kv_heads), self.args.head_dim
             start, stop, whole = heads[0] * head_dim, (heads[-1] + 1) * head_dim, len(heads) == 1 + heads[-1] - heads[0]
@@ -121,7 +146,7 @@ class Planner:
         n_heads = self.args.n_heads
         for size in range(self.parallel.size + 1, n_heads + 1):
             # The last rank is the one with padding.
-            other = dataclasses.replace(self, parallel=ModelParallel(size - 1, size))
+            other = dataclasses.replace(self, parallel=ModelParallel(size - 1, size, block=self.parallel.block))
             if n_heads % size == 0 and fits(other):
                 return [f"{size} ranks with as much memory each"]
         return []
@@ -176,7 +201,7 @@ def table(planner: Planner, jobs: dict[str, Job]) -> str:
 
 def check_job(model: Transformer, job: Job, free: int) -> None:
     """ValueError when a loaded model has no room for a batch."""
-    setup = model.args, model.parallel, model.norm.weight.dtype
+    setup = model.args, model.parallel, model.dtype
 
     def needed(job: Job) -> int:
         return cache_bytes(*setup, job) + activation_bytes(*setup, model.device, job)

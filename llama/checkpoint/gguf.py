@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.blocks import BLOCK_TYPES, BlockType, requantize_exactly
 from llama.checkpoint.format import Reading
 from llama.checkpoint.gguf_config import read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, is_gguf, read_header
@@ -108,6 +109,22 @@ class GGUFCheckpoint:
         if type_name not in DTYPES:
             return torch.float32, "made"
         return DTYPES[type_name], "columns" if dim else "mapped"
+
+    def block_type(self, name: str) -> BlockType | None:
+        stored = self._tensors[name]
+        # Q5_0 has no kernels of its own, and its values are also Q8_0's.
+        return BLOCK_TYPES.get("Q8_0" if stored.type_name == "Q5_0" else stored.type_name)
+
+    def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        stored = self._tensors[name]
+        rows = torch.from_numpy(stored.raw).view(stored.shape[0], -1)
+        stop = stored.shape[dim] if stop is None else stop
+        if dim == 0:
+            rows = rows[start:stop]
+        else:
+            assert start % stored.elements == stop % stored.elements == 0, (name, start, stop)
+            rows = rows[:, start // stored.elements * stored.size : stop // stored.elements * stored.size]
+        return requantize_exactly(rows) if stored.type_name == "Q5_0" else rows
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._metadata)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.format import Checkpoint, kind, shard_dim
+from llama.blocks import BlockType, quantize
+from llama.checkpoint.format import Checkpoint, StoredCheckpoint, dtype_name, kind, quantized_type, shard_dim
 from llama.config import ModelArgs
+from llama.linear import BlockWeight, PackedWeight
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 
@@ -15,23 +22,83 @@ from llama.parallel import ModelParallel
 DERIVED = {"rope.freqs"}
 
 
-def load_weights(model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+@dataclass(frozen=True)
+class Storage:
+    """How a rank holds weights: floats of `dtype`, or quantized blocks."""
+
+    dtype: torch.dtype
+    quantize: str | None = None  # int8 or int4: what floats, and larger blocks, become
+    packed: bool = False  # there are kernels here, for which blocks are packed; else files' own blocks become floats
+
+    def block_type(
+        self, checkpoint: StoredCheckpoint, name: str, args: ModelArgs, parallel: ModelParallel
+    ) -> BlockType | None:
+        """What this rank's part of a tensor is held in; None is floats."""
+        stored, shape = checkpoint.block_type(name), checkpoint.shape(name)
+        asked = quantized_type(name, shape, self.quantize) if self.quantize else None
+        held = stored if self.packed or self.quantize else None
+        if asked is not None and (held is None or asked.size * held.elements < held.size * asked.elements):
+            held = asked
+        if held is None or shard_dim(name) != 1 or parallel.size == 1:
+            return held
+        # Ranks cut rows only between blocks.
+        return held if part_length(name, shape[1], parallel) % held.elements == 0 else None
+
+    def deal(self, checkpoint: StoredCheckpoint, args: ModelArgs, parallel: ModelParallel) -> ModelParallel:
+        """The ranks, with hidden features dealt out so that w2's rows are cut between blocks."""
+        alone = ModelParallel()
+        types = [
+            self.block_type(checkpoint, name, args, alone) for name in global_shapes(args) if kind(name) == "w2"
+        ]
+        return dataclasses.replace(parallel, block=max((held.elements for held in types if held), default=1))
+
+
+def load_weights(
+    model: Transformer, checkpoint: StoredCheckpoint, device: torch.device, storage: Storage
+) -> Counter[tuple[str, str]]:
     """Assign every parameter of a meta-device model; ValueError names missing, unexpected and mis-shaped tensors.
 
     Host memory peaks at this rank's part plus one tensor; a part that is a view of the mapped file, in the dtype
-    asked for, is used where it lies.
+    asked for, is used where it lies. Returns how many matrices were stored as one thing and are held as another.
     """
     expected = check_weights(checkpoint, model.args)
-    for name in expected:
-        part = read_part(checkpoint, name, model.args, model.parallel)
+    changes: Counter[tuple[str, str]] = Counter()
+    for name, shape in expected.items():
         parent, _, attribute = name.rpartition(".")
-        parameter = model.get_parameter(name)
-        assert part.shape == parameter.shape, (name, part.shape, parameter.shape)
-        part = torch.nn.Parameter(part.to(device, dtype).contiguous(), requires_grad=False)
-        setattr(model.get_submodule(parent), attribute, part)
+        module = model.get_submodule(parent)
+        block_type = storage.block_type(checkpoint, name, model.args, model.parallel)
+        parameter = getattr(module, attribute)
+        held: Tensor | BlockWeight | PackedWeight
+        if block_type is None:
+            part = read_part(checkpoint, name, model.args, model.parallel)
+            held = torch.nn.Parameter(part.to(device, storage.dtype).contiguous(), requires_grad=False)
+        else:
+            held = _read_blocks(checkpoint, name, model, device, storage, block_type)
+        assert held.shape == parameter.shape, (name, held.shape, parameter.shape)
+        delattr(module, attribute)
+        setattr(module, attribute, held)
+        if len(shape) > 1:
+            changes[checkpoint.type_name(name), block_type.name if block_type else dtype_name(storage.dtype)] += 1
     if model.args.tied_embeddings:
+        del model.output.weight
         model.output.weight = model.tok_embeddings.weight
     model.to(device)  # what is computed and not loaded: the rotary frequencies
+    return Counter({change: count for change, count in changes.items() if change[0] != change[1]})
+
+
+def _read_blocks(
+    checkpoint: StoredCheckpoint,
+    name: str,
+    model: Transformer,
+    device: torch.device,
+    storage: Storage,
+    block_type: BlockType,
+) -> BlockWeight | PackedWeight:
+    if checkpoint.block_type(name) == block_type:
+        blocks = read_part(checkpoint, name, model.args, model.parallel, block_type)
+    else:
+        blocks = quantize(read_part(checkpoint, name, model.args, model.parallel), block_type)
+    return PackedWeight(blocks, block_type) if storage.packed else BlockWeight(blocks.to(device), block_type)
 
 
 def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -47,23 +114,50 @@ def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[in
     return expected
 
 
-def read_part(checkpoint: Checkpoint, name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
-    """This rank's part of a tensor, padded with zeros where the ranks do not divide it."""
+def part_length(name: str, total: int, parallel: ModelParallel) -> int:
+    """Rows, or columns, of each rank's part of a tensor that is split."""
+    return parallel.part(total, _block(name, parallel))
+
+
+def part_span(name: str, total: int, parallel: ModelParallel) -> tuple[int, int]:
+    """This rank's rows, or columns, without padding."""
+    return parallel.span(total, _block(name, parallel))
+
+
+def _block(name: str, parallel: ModelParallel) -> int:
+    return parallel.block if kind(name) in ("w1", "w2", "w3") else 1
+
+
+def read_part(
+    checkpoint: StoredCheckpoint,
+    name: str,
+    args: ModelArgs,
+    parallel: ModelParallel,
+    block_type: BlockType | None = None,
+) -> Tensor:
+    """This rank's part of a tensor, padded with zeros where the ranks do not divide it.
+
+    With the block_type that it is stored in, the raw blocks: uint8 (rows, bytes of a row).
+    """
+    read = checkpoint.read if block_type is None else checkpoint.read_blocks
     dim = shard_dim(name)
     if dim is None or parallel.size == 1:
-        return checkpoint.read(name)
+        return read(name)
     if kind(name) in ("wk", "wv"):
-        return _read_kv_heads(checkpoint, name, args, parallel)
+        return _read_kv_heads(read, name, args, parallel)
     total = checkpoint.shape(name)[dim]
-    part = checkpoint.read(name, dim, *parallel.span(total))
-    padding = parallel.part(total) - part.shape[dim]
+    start, stop = part_span(name, total, parallel)
+    part = read(name, dim, start, stop)
+    padding = part_length(name, total, parallel) - (stop - start)
+    if dim == 1 and block_type is not None:
+        padding = padding // block_type.elements * block_type.size  # blocks of zeros are zeros
     return F.pad(part, (0, 0) * (part.dim() - 1 - dim) + (0, padding)) if padding else part
 
 
-def _read_kv_heads(checkpoint: Checkpoint, name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
+def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
     heads = parallel.kv_heads(args.n_heads, args.n_kv_heads)
     first, last = heads[0], heads[-1]
-    rows = checkpoint.read(name, 0, first * args.head_dim, (last + 1) * args.head_dim)
+    rows = read(name, 0, first * args.head_dim, (last + 1) * args.head_dim)
     if heads == list(range(first, last + 1)):
         return rows
     picked = torch.tensor([head - first for head in heads])

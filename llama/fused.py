@@ -1,0 +1,129 @@
+"""The layers of a model on a CPU, run by the kernels: set as `Transformer.fused`, from outside.
+
+A few tokens pass through all layers in one call, in fp32 from the weights on; the result for a token does not depend
+on how many pass with it. Of many tokens, the kernels do what lies between torch's matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.kernels import library as kernels
+from llama.linear import BlockWeight, PackedWeight
+from llama.model import Transformer, attend
+from llama.parallel import ColumnParallelLinear, RowParallelLinear
+
+ATTENTION, FEED_FORWARD = 1, 2
+# Further back than any cache reaches.
+NO_WINDOW = 1 << 40
+
+
+def can_fuse(model: Transformer) -> bool:
+    """Whether there are kernels for this model here."""
+    return (
+        model.device.type == "cpu"
+        and model.dtype in kernels.FLOATS
+        and not any(isinstance(module, BlockWeight) for module in model.modules())
+        and kernels.library() is not None
+    )
+
+
+class FusedLayers:
+    """Runs a Transformer's layers; its weights must stay where they are."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.parallel = model.parallel
+        self._kept: list[Tensor] = []  # what the structures point at, beside the model's own
+        self._layers = (kernels.Layer * len(model.layers))()
+        self._norms: list[tuple[Tensor, Tensor]] = []
+        for layer, described in zip(model.layers, self._layers, strict=True):
+            attention, feed_forward = layer.attention, layer.feed_forward
+            for name in ("wq", "wk", "wv", "wo"):
+                setattr(described, name, self._describe(getattr(attention, name)))
+            for name in ("w1", "w2", "w3"):
+                setattr(described, name, self._describe(getattr(feed_forward, name)))
+            norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
+            described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
+            self._norms.append(norms)
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """The sum after the last layer, fp32 (bsz, seqlen, dim), of embeddings x; see `Transformer.hidden`."""
+        bsz, seqlen, dim = x.shape
+        residual = x.float().contiguous().view(-1, dim)
+        if residual.data_ptr() == x.data_ptr():
+            residual = residual.clone()  # it is added to
+        positions = positions.contiguous()
+        step = self._step(residual, positions, rotation, cache)
+        if bsz * seqlen <= kernels.FEW:
+            self._few(residual, step)
+        else:
+            self._many(residual, step, positions, mask, cache)
+        return residual.view(bsz, seqlen, dim)
+
+    def _few(self, x: Tensor, step: kernels.Step) -> None:
+        if self.parallel.size == 1:
+            kernels.run_layers(self._layers, 0, len(self._layers), ATTENTION | FEED_FORWARD, step)
+            return
+        for i, layer in enumerate(self.model.layers):
+            for half, last in ((ATTENTION, layer.attention.wo), (FEED_FORWARD, layer.feed_forward.w2)):
+                share = torch.empty_like(x)
+                step.out = share.data_ptr()
+                kernels.run_layers(self._layers, i, i + 1, half, step)
+                x += self.parallel.all_reduce(share)
+                if last.bias is not None:
+                    x += last.bias
+
+    def _many(self, x: Tensor, step: kernels.Step, positions: Tensor, mask: Tensor | None, cache: KVCache) -> None:
+        bsz, seqlen = positions.shape
+        kv_len = seqlen if mask is None else mask.shape[-1]
+        eps, dtype = self.model.args.norm_eps, self.model.dtype
+        delta: Tensor | None = None
+        for i, layer in enumerate(self.model.layers):
+            attention, feed_forward = layer.attention, layer.feed_forward
+            h = kernels.add_and_norm(x, delta, self._norms[i][0], eps, dtype)
+            q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
+            kernels.rotate_and_keep(step, i, q, k, v)
+            q = q.view(bsz, seqlen, attention.n_local_heads, attention.head_dim)
+            y = attend(q, *cache.read(i, bsz, kv_len), mask)
+            h = kernels.add_and_norm(x, attention.wo(y.reshape(len(x), -1)), self._norms[i][1], eps, dtype)
+            delta = feed_forward.w2(kernels.gate(feed_forward.w1(h), feed_forward.w3(h)))
+        kernels.add_and_norm(x, delta, None, eps, dtype)
+
+    def _describe(self, linear: ColumnParallelLinear | RowParallelLinear) -> kernels.Weight:
+        weight = linear.weight
+        described = weight.describe() if isinstance(weight, PackedWeight) else kernels.float_weight(weight)
+        # A bias of a sum over ranks is added once, after it.
+        if linear.bias is not None and (isinstance(linear, ColumnParallelLinear) or self.parallel.size == 1):
+            self._kept.append(linear.bias.float())
+            described.bias = self._kept[-1].data_ptr()
+        return described
+
+    def _step(self, x: Tensor, positions: Tensor, rotation: Tensor, cache: KVCache) -> kernels.Step:
+        attention, args = self.model.layers[0].attention, self.model.args
+        assert rotation.is_contiguous() and rotation.dtype == torch.complex64
+        return kernels.Step(
+            n_tokens=len(x),
+            seqlen=positions.shape[1],
+            dim=args.dim,
+            n_heads=attention.n_local_heads,
+            n_kv_heads=attention.n_local_kv_heads,
+            head_dim=args.head_dim,
+            hidden_dim=self.parallel.part(args.hidden_dim, self.parallel.block),
+            cache_type=kernels.FLOATS[cache.keys.dtype],
+            window=args.sliding_window or NO_WINDOW,
+            positions=positions.data_ptr(),
+            rotation=rotation.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            layer_stride=cache.keys.stride(0),
+            row_stride=cache.keys.stride(1),
+            x=x.data_ptr(),
+            out=x.data_ptr(),
+            eps=args.norm_eps,
+            threads=torch.get_num_threads(),
+        )

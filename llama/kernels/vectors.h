@@ -1,0 +1,118 @@
+// Vectors of 16 lanes in the compiler's own extension (GCC and Clang): AVX-512, AVX2 and NEON from one text.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+constexpr int LANES = 16;
+
+typedef float f32 __attribute__((vector_size(64)));
+typedef int32_t i32 __attribute__((vector_size(64)));
+typedef uint32_t u32 __attribute__((vector_size(64)));
+typedef uint8_t u8 __attribute__((vector_size(16)));
+typedef uint16_t u16 __attribute__((vector_size(32)));
+
+// What a pointer into a mapped file points at has no alignment.
+template <class V> inline V load(const void *from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline void store(float *to, f32 v) { memcpy(to, &v, sizeof v); }
+
+inline f32 all(float x) { return x - f32{}; }  // x in every lane
+
+// In steps: GCC 12 takes a direct conversion from bytes apart into single lanes.
+inline i32 widened(u8 v) { return __builtin_convertvector(__builtin_convertvector(v, u16), i32); }
+
+// Of every lane, the low four bits plus `offset`, or the low two times 16 plus `offset`. AVX-512 looks them up at once.
+#if defined(__AVX512F__) && !defined(__clang__)
+constexpr f32 FOURS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr f32 TWOS = {0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48};
+inline f32 four_bits(u32 v, float offset) { return __builtin_shuffle(FOURS + offset, (i32)v); }
+inline f32 two_bits(u32 v, float offset) { return __builtin_shuffle(TWOS + offset, (i32)v); }
+#else
+inline f32 four_bits(u32 v, float offset) { return __builtin_convertvector((i32)(v & 15), f32) + offset; }
+inline f32 two_bits(u32 v, float offset) { return __builtin_convertvector((i32)((v & 3) << 4), f32) + offset; }
+#endif
+
+inline f32 from_bf16(u16 v) { return (f32)(__builtin_convertvector(v, u32) << 16); }
+
+// Finite halves, subnormal ones too: exponent and mantissa are moved into place, and the bias is put right.
+inline f32 from_half(u16 v) {
+    u32 bits = __builtin_convertvector(v, u32);
+    f32 magnitude = (f32)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (f32)((u32)magnitude | (bits & 0x8000) << 16);
+}
+
+inline float from_bf16(uint16_t v) {
+    uint32_t bits = uint32_t(v) << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline float from_half(uint16_t v) {
+    u16 all_lanes = v - u16{};
+    return from_half(all_lanes)[0];
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline u16 to_bf16(f32 v) {
+    u32 bits = (u32)v;
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector(v == v ? bits : bits * 0 + 0x7fc0, u16);
+}
+
+inline uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;
+    if (bits < 0x38800000) {  // subnormal: let fp32's own rounding do it
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return sign | uint16_t(bits - 0x3f000000);
+    }
+    return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+// The sum of the lanes, always in the same order.
+inline float sum(f32 v) {
+    typedef float f8 __attribute__((vector_size(32)));
+    typedef float f4 __attribute__((vector_size(16)));
+    f8 halves[2];
+    memcpy(halves, &v, 64);
+    f8 eight = halves[0] + halves[1];
+    f4 quarters[2];
+    memcpy(quarters, &eight, 32);
+    f4 four = quarters[0] + quarters[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x to about 2 units in the last place; below -87 it is as good as 0.
+inline f32 exponential(f32 x) {
+    x = x < -87.0f ? all(-87.0f) : x;
+    x = x > 88.0f ? all(88.0f) : x;
+    f32 shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits of the mantissa
+    f32 n = shifted - 12582912.0f;
+    f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f32 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (f32)((__builtin_convertvector(n, i32) + 127) << 23);
+}

@@ -1,0 +1,260 @@
+// Products of a few tokens with a weight, 16 of its rows at a time.
+//
+// Floats lie as they are stored, row by row. Blocks are packed: of 16 rows (a tile) a group of columns together, as
+// vectors of 16 words, a row's in its lane, so that nothing is summed over lanes. A word holds columns that follow one
+// another, the first in its low bits: 4 codes of 8 bits, 8 of 4 bits, or 16 of 2 bits.
+//   Q8_0, 32 columns   half scale[16], words[8]
+//   Q4_0, 32 columns   half scale[16], words[4]
+//   Q4_1, 32 columns   half scale[16], half least[16], words[4]
+//   Q4_K, 256 columns  half d[16], half dmin[16], uint8 scale[8][16], uint8 least[8][16], words[32]
+//   Q6_K, 256 columns  half d[16], int8 scale[16][16], words[32] of the low 4 bits, words[16] of the high 2
+// The order of additions for a token does not depend on how many tokens there are.
+#pragma once
+#include "vectors.h"
+
+enum Type : int32_t { F32, BF16, F16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
+
+struct Weight {
+    int32_t type;
+    int32_t rows, columns;
+    int32_t unused;
+    const uint8_t *data;
+    const float *bias;  // or null
+};
+
+constexpr int TILE = LANES;  // rows
+constexpr int AT_ONCE = 8;   // tokens
+
+// n values of a type of floats, from the one numbered `first` on.
+inline void read_floats(const void *from, int type, size_t first, int n, float *to) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) switch (type) {
+            case F32: store(to + i, load<f32>((const float *)from + first + i)); break;
+            case BF16: store(to + i, from_bf16(load<u16>((const uint16_t *)from + first + i))); break;
+            default: store(to + i, from_half(load<u16>((const uint16_t *)from + first + i)));
+        }
+    for (; i < n; i++) switch (type) {
+            case F32: to[i] = ((const float *)from)[first + i]; break;
+            case BF16: to[i] = from_bf16(((const uint16_t *)from)[first + i]); break;
+            default: to[i] = from_half(((const uint16_t *)from)[first + i]);
+        }
+}
+
+inline void write_floats(void *to, int type, size_t first, int n, const float *from) {
+    int i = 0;
+    if (type == BF16)
+        for (; i + LANES <= n; i += LANES) {
+            u16 rounded = to_bf16(load<f32>(from + i));
+            memcpy((uint16_t *)to + first + i, &rounded, sizeof rounded);
+        }
+    for (; i < n; i++) switch (type) {
+            case F32: ((float *)to)[first + i] = from[i]; break;
+            case BF16: ((uint16_t *)to)[first + i] = to_bf16(from[i]); break;
+            default: ((uint16_t *)to)[first + i] = to_half(from[i]);
+        }
+}
+
+inline int value_bytes(int type) { return type == F32 ? 4 : 2; }
+
+inline int tile_bytes(int type, int columns) {
+    switch (type) {
+        case Q8_0: return columns / 32 * 544;
+        case Q4_0: return columns / 32 * 288;
+        case Q4_1: return columns / 32 * 320;
+        case Q4_K: return columns / 256 * 2368;
+        case Q6_K: return columns / 256 * 3360;
+        case F32: return columns * TILE * 4;
+        default: return columns * TILE * 2;
+    }
+}
+
+// What is multiplied: values (n, columns), and their sums over every 16 columns, (n, columns / 16).
+struct Input {
+    const float *values, *sums;
+    int columns;
+    const float *row(int token) const { return values + size_t(token) * columns; }
+    const float *sum_row(int token) const { return sums + size_t(token) * (columns / 16); }
+};
+
+inline void sum_sixteens(const float *x, size_t n, float *sums) {
+    for (size_t i = 0; i < n / 16; i++) sums[i] = sum(load<f32>(x + i * 16));
+}
+
+// Rows of N tokens from a column on.
+template <int N> struct Columns {
+    const float *rows[N], *sums[N];
+    Columns(const Input &x, int token, int column) {
+        for (int t = 0; t < N; t++) rows[t] = x.row(token + t) + column, sums[t] = x.sum_row(token + t) + column / 16;
+    }
+};
+
+// Codes of columns [first, first + 16) or more times N tokens. Even and odd columns are chains of their own.
+template <int N> struct Products {
+    f32 even[N] = {}, odd[N] = {};
+
+    void add(f32 codes, const Columns<N> &x, int column) {
+        for (int t = 0; t < N; t++) (column & 1 ? odd : even)[t] += codes * x.rows[t][column];
+    }
+    f32 total(int t) const { return even[t] + odd[t]; }
+};
+
+template <int N> inline Products<N> nibbles(const uint8_t *words, float offset, const Columns<N> &x, int first) {
+    Products<N> p;
+#pragma GCC unroll 4
+    for (int w = 0; w < 4; w++) {
+        u32 word = load<u32>(words + w * 64);
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) p.add(four_bits(word >> 4 * c, offset), x, first + w * 8 + c);
+    }
+    return p;
+}
+
+struct Q8 {
+    static constexpr int COLUMNS = 32, BYTES = 544;
+    template <int N> static inline void add(f32 *y, const uint8_t *group, const Columns<N> &x) {
+        Products<N> p;
+#pragma GCC unroll 8
+        for (int w = 0; w < 8; w++) {
+            i32 word = load<i32>(group + 32 + w * 64);
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) p.add(__builtin_convertvector(word << (24 - 8 * c) >> 24, f32), x, w * 4 + c);
+        }
+        f32 scale = from_half(load<u16>(group));
+        for (int t = 0; t < N; t++) y[t] += scale * p.total(t);
+    }
+};
+
+struct Q40 {
+    static constexpr int COLUMNS = 32, BYTES = 288;
+    template <int N> static inline void add(f32 *y, const uint8_t *group, const Columns<N> &x) {
+        Products<N> p = nibbles<N>(group + 32, -8, x, 0);
+        f32 scale = from_half(load<u16>(group));
+        for (int t = 0; t < N; t++) y[t] += scale * p.total(t);
+    }
+};
+
+struct Q41 {
+    static constexpr int COLUMNS = 32, BYTES = 320;
+    template <int N> static inline void add(f32 *y, const uint8_t *group, const Columns<N> &x) {
+        Products<N> p = nibbles<N>(group + 64, 0, x, 0);
+        f32 scale = from_half(load<u16>(group)), least = from_half(load<u16>(group + 32));
+        for (int t = 0; t < N; t++) {
+            y[t] += scale * p.total(t);
+            y[t] += least * (x.sums[t][0] + x.sums[t][1]);
+        }
+    }
+};
+
+struct Q4K {
+    static constexpr int COLUMNS = 256, BYTES = 2368;
+    template <int N> static inline void add(f32 *y, const uint8_t *block, const Columns<N> &x) {
+        f32 d = from_half(load<u16>(block)), dmin = from_half(load<u16>(block + 32));
+        for (int g = 0; g < 8; g++) {
+            Products<N> p = nibbles<N>(block + 320 + g * 256, 0, x, g * 32);
+            f32 scale = d * __builtin_convertvector(widened(load<u8>(block + 64 + g * 16)), f32);
+            f32 least = dmin * __builtin_convertvector(widened(load<u8>(block + 192 + g * 16)), f32);
+            for (int t = 0; t < N; t++) {
+                y[t] += scale * p.total(t);
+                y[t] -= least * (x.sums[t][g * 2] + x.sums[t][g * 2 + 1]);
+            }
+        }
+    }
+};
+
+struct Q6K {
+    static constexpr int COLUMNS = 256, BYTES = 3360;
+    template <int N> static inline void add(f32 *y, const uint8_t *block, const Columns<N> &x) {
+        f32 d = from_half(load<u16>(block));
+        for (int g = 0; g < 16; g++) {
+            Products<N> p;
+            u32 high = load<u32>(block + 2336 + g * 64);
+#pragma GCC unroll 2
+            for (int w = 0; w < 2; w++) {
+                u32 low = load<u32>(block + 288 + (g * 2 + w) * 64);
+#pragma GCC unroll 8
+                for (int c = 0; c < 8; c++)
+                    p.add(four_bits(low >> 4 * c, 0) + two_bits(high >> 2 * (w * 8 + c), -32), x, g * 16 + w * 8 + c);
+            }
+            i32 scale = widened(load<u8>(block + 32 + g * 16)) << 24 >> 24;
+            for (int t = 0; t < N; t++) y[t] += d * __builtin_convertvector(scale, f32) * p.total(t);
+        }
+    }
+};
+
+// One tile of packed rows times N tokens from `token` on: y[t * stride + row].
+template <class Q, int N>
+inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y, int stride) {
+    f32 sums[N] = {};
+    for (int column = 0; column < x.columns; column += Q::COLUMNS, tile += Q::BYTES)
+        Q::template add<N>(sums, tile, Columns<N>(x, token, column));
+    for (int t = 0; t < N; t++) store(y + t * stride, sums[t]);
+}
+
+inline f32 floats(const float *from) { return load<f32>(from); }
+inline float one(float from) { return from; }
+struct Bf16 {
+    uint16_t bits;
+};
+inline f32 floats(const Bf16 *from) { return from_bf16(load<u16>(from)); }
+inline float one(Bf16 from) { return from_bf16(from.bits); }
+struct Half {
+    uint16_t bits;
+};
+inline f32 floats(const Half *from) { return from_half(load<u16>(from)); }
+inline float one(Half from) { return from_half(from.bits); }
+
+// R rows of floats times N tokens.
+template <class T, int R, int N>
+inline void float_rows(const T *weight, const Input &x, int token, float *y, int stride) {
+    f32 sums[R][N] = {};
+    const float *rows[N];
+    const int columns = x.columns;
+    for (int t = 0; t < N; t++) rows[t] = x.row(token + t);
+    int c = 0;
+    for (; c + LANES <= columns; c += LANES)
+        for (int r = 0; r < R; r++) {
+            f32 w = floats(weight + size_t(r) * columns + c);
+            for (int t = 0; t < N; t++) sums[r][t] += w * load<f32>(rows[t] + c);
+        }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < N; t++) {
+            float rest = 0;
+            for (int i = c; i < columns; i++) rest += one(weight[size_t(r) * columns + i]) * rows[t][i];
+            y[t * stride + r] = sum(sums[r][t]) + rest;
+        }
+}
+
+template <class T, int N>
+inline void float_tile(const T *weight, int rows, const Input &x, int token, float *y, int stride) {
+    constexpr int R = N == 1 ? 8 : N == 2 ? 4 : 2;
+    int r = 0;
+    for (; r + R <= rows; r += R) float_rows<T, R, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);
+    for (; r < rows; r++) float_rows<T, 1, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);
+}
+
+template <int N> inline void tile_times(const Weight &w, int tile, const Input &x, int token, float *y, int stride) {
+    const uint8_t *data = w.data + size_t(tile) * tile_bytes(w.type, w.columns);
+    int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
+    switch (w.type) {
+        case F32: return float_tile<float, N>((const float *)data, rows, x, token, y, stride);
+        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, x, token, y, stride);
+        case F16: return float_tile<Half, N>((const Half *)data, rows, x, token, y, stride);
+        case Q8_0: return packed_tile<Q8, N>(data, x, token, y, stride);
+        case Q4_0: return packed_tile<Q40, N>(data, x, token, y, stride);
+        case Q4_1: return packed_tile<Q41, N>(data, x, token, y, stride);
+        case Q4_K: return packed_tile<Q4K, N>(data, x, token, y, stride);
+        case Q6_K: return packed_tile<Q6K, N>(data, x, token, y, stride);
+    }
+}
+
+// A tile of rows times n tokens, bias included: y[t * stride + row] for the tile's rows.
+inline void multiply(const Weight &w, int tile, const Input &x, int n, float *y, int stride) {
+    int t = 0;
+    for (; t + 8 <= n; t += 8) tile_times<8>(w, tile, x, t, y + t * stride, stride);
+    if (t + 4 <= n) tile_times<4>(w, tile, x, t, y + t * stride, stride), t += 4;
+    if (t + 2 <= n) tile_times<2>(w, tile, x, t, y + t * stride, stride), t += 2;
+    if (t < n) tile_times<1>(w, tile, x, t, y + t * stride, stride);
+    if (w.bias)
+        for (t = 0; t < n; t++)
+            for (int r = 0; r < TILE && tile * TILE + r < w.rows; r++) y[t * stride + r] += w.bias[tile * TILE + r];
+}
