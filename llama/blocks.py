@@ -41,9 +41,15 @@ REFITS = 4
 
 
 def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
-    """fp32 values (..., n_values) of uint8 blocks (..., n_bytes), to the bit those of ggml's own arithmetic."""
-    assert blocks.shape[-1] % block_type.size == 0, (blocks.shape, block_type)
-    n_blocks = blocks.shape[-1] // block_type.size
+    """fp32 values (..., n_values) of uint8 blocks (..., n_bytes), to the bit those of ggml's own arithmetic.
+
+    ValueError when rows are not whole blocks.
+    """
+    n_blocks, rest = divmod(blocks.shape[-1], block_type.size)
+    if rest:
+        raise ValueError(
+            f"rows of {blocks.shape[-1]} bytes are not whole {block_type.name} blocks of {block_type.size}"
+        )
     values = _DECODERS[block_type.name](blocks.unflatten(-1, (n_blocks, block_type.size)))
     return values.view(*blocks.shape[:-1], n_blocks * block_type.elements)
 
@@ -104,7 +110,7 @@ def _decode_q4_0(blocks: Tensor) -> Tensor:
 
 def _decode_q4_1(blocks: Tensor) -> Tensor:
     scale, low, codes = blocks.split([2, 2, 16], dim=-1)
-    return _float(scale) * _nibbles(codes) + _float(low)
+    return (_float(scale) * _nibbles(codes)).add_(_float(low))
 
 
 def _decode_q8_0(blocks: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def _decode_q4_k(blocks: Tensor) -> Tensor:
     scales = torch.cat([a & 63, c & 15 | a >> 2 & 48], dim=-1)  # (..., 8)
     lows = torch.cat([b & 63, c >> 4 | b >> 2 & 48], dim=-1)
     values = _nibbles(codes.unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)  # (..., 8, 32)
-    return (_float(scale) * scales).unsqueeze(-1) * values - (_float(low) * lows).unsqueeze(-1)
+    return ((_float(scale) * scales).unsqueeze(-1) * values).sub_((_float(low) * lows).unsqueeze(-1))
 
 
 def _decode_q6_k(blocks: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ def _encode_q4_1(groups: Tensor) -> tuple[Tensor, bool]:
     One of them is plain rounding itself, so no group comes out worse than that.
     """
     x = groups.t().contiguous()  # (32, n_groups): sums over a group are sums of rows
-    low, high = x.aminmax(dim=0)
+    low, high = x.amin(dim=0), x.amax(dim=0)
     x = x - low  # keeps the digits of groups that lie far from 0
     total = x.sum(dim=0)
     spread = high - low

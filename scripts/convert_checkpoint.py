@@ -13,6 +13,7 @@ from llama import cli
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.files import check_new
 from llama.checkpoint.gguf import GGUFCheckpoint
+from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.write import write_checkpoint, writer
 from llama.checkpoint.write_tokenizer import tokenizer_source
 
@@ -26,6 +27,7 @@ def main(
     format: str,
     shards: int = 1,
     dtype: str | None = None,
+    quantize: str | None = None,
     tokenizer_path: str | None = None,
 ) -> None:
     """Convert the checkpoint SRC to a new folder DST, which appears when it is complete.
@@ -36,6 +38,7 @@ def main(
         format: meta (consolidated.XX.pth and params.json) or hf (safetensors and config.json).
         shards: number of Meta's files, each an equal part of every weight.
         dtype: float32, bfloat16 or float16; default: as stored, and bfloat16 for quantized weights.
+        quantize: int8 or int4, for --format hf: linear weights in blocks of 32 values, of 8.5 or 5 bits each.
         tokenizer_path: default: the tokenizer inside or beside the weights.
     """
     if format not in ("meta", "hf"):
@@ -45,10 +48,17 @@ def main(
     checkpoint = open_checkpoint(src)
     tokenizer = tokenizer_source(checkpoint, Path(tokenizer_path) if tokenizer_path else None)
     made = writer(
-        checkpoint, tokenizer, format, shards=shards, dtype=dtype, reopen=lambda: open_checkpoint(checkpoint.path)
+        checkpoint,
+        tokenizer,
+        format,
+        shards=shards,
+        dtype=dtype,
+        quantize=quantize,
+        reopen=lambda: open_checkpoint(checkpoint.path),
     )
-    if dtype is None and isinstance(checkpoint, GGUFCheckpoint) and checkpoint.is_quantized:
-        log.info("the weights are quantized: they are written in bfloat16, unless --dtype says otherwise")
+    was_quantized = isinstance(checkpoint, GGUFCheckpoint | HuggingFaceCheckpoint) and checkpoint.is_quantized
+    if was_quantized and dtype is None and quantize is None:
+        log.info("the weights are quantized: they are written in bfloat16, unless --dtype or --quantize says otherwise")
     for left in sorted(path.parent.glob(f"{path.name}.partial-*")):
         log.info("%s is what a conversion that was killed has left, unless one is running: it can be removed", left)
     # An exception, so that what is incomplete is removed on the way out.

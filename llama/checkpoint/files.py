@@ -25,7 +25,7 @@ from torch import Tensor
 # Told the bytes of each tensor that has been written.
 Progress = Callable[[int], object]
 
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from llama.blocks import BLOCK_TYPES, QUANTIZE, BlockType
 from llama.config import ModelArgs
 from llama.tokenizer import Tokenizer
 
@@ -25,6 +26,13 @@ SHARD_DIM = {
     "w3": 0,
 }
 
+# The block type that each kind of weight gets with --quantize. Tables of tokens stay at 8 bits: each choice of a token
+# depends on all their rows.
+QUANTIZED = {
+    mode: {kind: BLOCK_TYPES["Q8_0" if kind in ("tok_embeddings", "output") else name] for kind in SHARD_DIM}
+    for mode, name in QUANTIZE.items()
+}
+
 # What weights may be stored in, where they are not blocks.
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 
@@ -38,6 +46,16 @@ def shard_dim(name: str) -> int | None:
     """Along which dimension ranks split a tensor; None: whole everywhere, as are norms and biases of split inputs."""
     dim = SHARD_DIM.get(kind(name))
     return None if dim == 1 and name.endswith(".bias") else dim
+
+
+def quantized_type(name: str, shape: tuple[int, ...], mode: str) -> BlockType | None:
+    """The block type of a whole tensor with --quantize `mode`.
+
+    None where it stays in floats: norms, biases, and weights whose rows are not whole blocks.
+    """
+    block_type = QUANTIZED[mode].get(kind(name))
+    whole = block_type is not None and len(shape) == 2 and shape[1] % block_type.elements == 0
+    return block_type if whole else None
 
 
 # What a read tensor is: contiguous memory of a mapped file, columns of one, or memory that reading takes.
@@ -90,4 +108,15 @@ class StoredCheckpoint(Checkpoint, Protocol):
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         """The dtype that `read` gives, and where from; nothing is read."""
+        ...
+
+    def block_type(self, name: str) -> BlockType | None:
+        """What a tensor is stored in; None where it is floats, or blocks of a type that is not run as it is."""
+        ...
+
+    def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """What `read` would decode: uint8 (rows, row_bytes); only for tensors that have a block type.
+
+        start and stop count rows or, on dim 1, values: multiples of the type's `elements`.
+        """
         ...

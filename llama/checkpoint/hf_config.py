@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama.blocks import BLOCK_TYPES, BlockType
 from llama.config import (
     DynamicScaling,
     LinearScaling,
@@ -23,6 +24,7 @@ from llama.config import (
 log = logging.getLogger("llama")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+BLOCKS_METHOD = "ggml_blocks"  # what we call weights in blocks where others say gptq or awq
 MISTRAL_WINDOW = 4096  # transformers' default, where config.json has no sliding_window
 
 USED_KEYS = {
@@ -52,12 +54,7 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
     known = isinstance(found, list) and bool(found) and isinstance(found[0], str) and found[0] in ARCHITECTURES
     if not known and not _is_plain_llama(config):
         raise ValueError(f"{path} describes {_words(found)}: only {' and '.join(ARCHITECTURES)} are supported")
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(
-            f"{path} describes {method!r} quantized weights, which are not supported: use unquantized ones"
-        )
+    _check_method(path, config)
     for key, expected in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
         if config.get(key) not in (None, expected):
             raise ValueError(f"{path} has {key} {config[key]!r}: only {expected!r} is supported")
@@ -87,6 +84,32 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
         return args, token_ids(config.get("eos_token_id"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_block_types(path: Path) -> dict[str, BlockType]:
+    """Which tensors of a folder are blocks, and of which type, by the names that they have in its files."""
+    config = read_json_object(path)
+    _check_method(path, config)
+    if config.get("quantization_config") is None:
+        return {}
+    types = config["quantization_config"].get("types")
+    if not isinstance(types, dict):
+        raise ValueError(f"{path}: quantization_config must have an object `types`, from tensors to types of blocks")
+    for name, type_name in types.items():
+        if not isinstance(type_name, str) or type_name not in BLOCK_TYPES:
+            raise ValueError(
+                f"{path}: quantization_config gives {name} the type {type_name!r}, only {', '.join(BLOCK_TYPES)} work"
+            )
+    return {name: BLOCK_TYPES[type_name] for name, type_name in types.items()}
+
+
+def _check_method(path: Path, config: Mapping[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if settings is not None and not (isinstance(settings, dict) and method == BLOCKS_METHOD):
+        raise ValueError(
+            f"{path} describes {method!r} quantized weights, which are not supported: use unquantized ones"
+        )
 
 
 def token_ids(value: Any) -> frozenset[int]:

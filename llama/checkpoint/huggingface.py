@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llama.blocks import BlockType, dequantize
 from llama.checkpoint.format import FLOATS, Reading
-from llama.checkpoint.hf_config import read_config, token_ids
+from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
 from llama.checkpoint.pickles import map_pickle
 from llama.config import read_json_object
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -38,8 +39,9 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
-# safetensors' names of the dtypes that weights may have.
+# safetensors' names of the dtypes that weights may have, and of bytes, which may be blocks.
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BYTES = "U8"
 
 
 def meta_name(name: str) -> str:
@@ -56,7 +58,10 @@ def meta_name(name: str) -> str:
 
 
 class HuggingFaceCheckpoint:
-    """A folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read."""
+    """A folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read.
+
+    Weights may be blocks, of types that config.json gives: `read` decodes them.
+    """
 
     pads_vocab = True
 
@@ -74,25 +79,53 @@ class HuggingFaceCheckpoint:
                 if name in tensors:
                     raise ValueError(f"{folder}: tensor {name} is in two files, one of them {file.name}")
                 tensors[name] = tensor
+        block_types = check_blocks(folder, tensors)
+        self.is_quantized = bool(block_types)
         self._tensors = {meta_name(name): tensor for name, tensor in tensors.items() if not name.endswith(DERIVED)}
+        self._block_types = {meta_name(name): block_type for name, block_type in block_types.items()}
         if self.args.tied_embeddings:
             self._tensors.pop("output.weight", None)  # some files repeat the embedding under its name
         for name, tensor in self._tensors.items():
-            if tensor.dtype not in FLOATS:
+            if tensor.dtype not in FLOATS and name not in self._block_types:
                 raise ValueError(
                     f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(SAFETENSORS_DTYPES)} work"
                 )
-        self.dtype = next(iter(self._tensors.values())).dtype if self._tensors else torch.bfloat16
+        blocks = self.is_quantized or not self._tensors
+        self.dtype = torch.bfloat16 if blocks else next(iter(self._tensors.values())).dtype
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+        shape, block_type = tuple(self._tensors[name].shape), self.block_type(name)
+        return shape if block_type is None else (shape[0], shape[1] // block_type.size * block_type.elements)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.shape(name)[dim] if stop is None else stop
+        block_type = self.block_type(name)
+        if block_type is None:
+            return self._slice(name, dim, start, stop)
+        if dim == 0:
+            return dequantize(self.read_blocks(name, 0, start, stop), block_type)
+        # Whole blocks around the columns.
+        first = start - start % block_type.elements
+        last = -(-stop // block_type.elements) * block_type.elements
+        return dequantize(self.read_blocks(name, 1, first, last), block_type).narrow(1, start - first, stop - start)
+
+    def block_type(self, name: str) -> BlockType | None:
+        return self._block_types.get(name)
+
+    def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        block_type = self._block_types[name]
+        stop = self.shape(name)[dim] if stop is None else stop
+        if dim == 1:
+            assert start % block_type.elements == stop % block_type.elements == 0, (name, start, stop)
+            start, stop = (place // block_type.elements * block_type.size for place in (start, stop))
+        return self._slice(name, dim, start, stop)
+
+    def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows or columns of a tensor as it is stored, but with rows in Meta's order."""
         tensor = self._tensors[name]
-        stop = tensor.shape[dim] if stop is None else stop
         if not _has_pairs(name):
             return tensor.narrow(dim, start, stop - start)
         if dim != 0:
@@ -103,6 +136,8 @@ class HuggingFaceCheckpoint:
         return pair_neighbours(tensor[first:last], self.args.head_dim).narrow(0, start - first, stop - start)
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
+        if self.block_type(name) is not None:
+            return torch.float32, "made"
         return self._tensors[name].dtype, "made" if _has_pairs(name) else "columns" if dim else "mapped"
 
     def tokenizer(self) -> Tokenizer:
@@ -121,6 +156,20 @@ def pair_neighbours(rows: Tensor, head_dim: int) -> Tensor:
 
 def _unsupported_dtype(path: Path, name: str, dtype: object) -> ValueError:
     return ValueError(f"{path}: {name} has dtype {dtype}, only {', '.join(SAFETENSORS_DTYPES)} are supported")
+
+
+def check_blocks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, BlockType]:
+    """The types of the tensors that are blocks, by their own names; ValueError unless they are as config.json says."""
+    block_types = read_block_types(folder / "config.json")
+    for name, block_type in block_types.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 2 or tensor.shape[1] % block_type.size:
+            found = "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            raise ValueError(
+                f"{folder}: {name} is to be rows of {block_type.name} blocks of {block_type.size} bytes, but is "
+                f"{found}: weights and config.json do not belong together"
+            )
+    return block_types
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -166,7 +215,7 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, "pt") as mapped:
             dtypes = {name: mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # noqa: SIM118
             for name, dtype in dtypes.items():
-                if dtype not in SAFETENSORS_DTYPES and not name.endswith(DERIVED):
+                if dtype not in (*SAFETENSORS_DTYPES, BYTES) and not name.endswith(DERIVED):
                     raise _unsupported_dtype(file, name, dtype)
             return {name: mapped.get_tensor(name) for name in dtypes}
     except SafetensorError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama.blocks import BlockType
 from llama.checkpoint.format import FLOATS, SHARD_DIM, Reading, kind
 from llama.checkpoint.pickles import map_pickle
 from llama.config import read_params
@@ -59,6 +60,12 @@ class MetaCheckpoint:
         if len(pieces) > 1 and (dim != split_dim or start // size < (stop - 1) // size):
             return pieces[0].dtype, "made"
         return pieces[0].dtype, "mapped" if dim == 0 or stop - start == size else "columns"
+
+    def block_type(self, name: str) -> BlockType | None:
+        return None
+
+    def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        raise AssertionError(f"Meta's format has no blocks: {name}")
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(find_tokenizer(self.path))

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llama.blocks import BlockType, dequantize
 from llama.checkpoint.checksums import Finding, Progress, bytes_listed, verify_lists
 from llama.checkpoint.format import Checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf, split_files
 from llama.checkpoint.gguf_header import read_header
+from llama.checkpoint.hf_config import read_block_types
 from llama.checkpoint.huggingface import LAYOUTS, map_weights
 from llama.checkpoint.load import DERIVED, global_shapes
 from llama.checkpoint.open import LATER_SPLIT, open_checkpoint
@@ -220,7 +222,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, float, Tensor]]:
     """Tensors by name, and which part of the file's values each has."""
     if file.suffix == ".gguf" and LATER_SPLIT.search(file.name):
         return  # read with the first file
-    source = _open(file)
+    source, block_types = _open(file), _block_types(file)
     names = list(source.names()) if isinstance(source, GGUFCheckpoint) else list(source)
     sizes = {name: _numel(source, name) for name in names}
     total, read = max(1, sum(sizes.values())), 0
@@ -229,6 +231,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, float, Tensor]]:
             source, read = _open(file), 0
         tensor = source.read(name) if isinstance(source, GGUFCheckpoint) else source[name]
         read += tensor.nbytes
+        if name in block_types and tensor.dtype == torch.uint8:
+            tensor = dequantize(tensor, block_types[name])
         yield name, sizes[name] / total, tensor
 
 
@@ -236,6 +240,12 @@ def _open(file: Path) -> GGUFCheckpoint | dict[str, Tensor]:
     if file.suffix == ".gguf":
         return GGUFCheckpoint(file)
     return map_pickle(file) if file.suffix == ".pth" else map_weights(file)
+
+
+def _block_types(file: Path) -> dict[str, BlockType]:
+    """The types of a safetensors file's tensors that are blocks; GGUF files decode theirs themselves."""
+    config = file.parent / "config.json"
+    return read_block_types(config) if file.suffix == ".safetensors" and config.is_file() else {}
 
 
 def _numel(source: GGUFCheckpoint | dict[str, Tensor], name: str) -> int:

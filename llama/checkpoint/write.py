@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from llama.blocks import QUANTIZE
 from llama.checkpoint.files import Progress, new_path
 from llama.checkpoint.format import Checkpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, split_files
@@ -46,12 +47,14 @@ def writer(
     *,
     shards: int = 1,
     dtype: str | None = None,
+    quantize: str | None = None,
     context_len: int | None = None,
     reopen: Callable[[], Checkpoint] | None = None,
 ) -> Writer:
     """What writes the checkpoint in that format; ValueError when the format cannot express it, or weights are wrong.
 
-    dtype: None is what the weights are stored in. context_len: None is what the checkpoint says, or its kind implies.
+    dtype: None is what the weights are stored in. quantize: None leaves linear weights in that dtype, too.
+    context_len: None is what the checkpoint says, or its kind implies.
     reopen: opens the same checkpoint, where that releases memory.
     """
     if format not in FORMATS:
@@ -61,6 +64,10 @@ def writer(
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)} for --format {format}, got {dtype!r}")
     if shards != 1 and format != "meta":
         raise ValueError(f"--shards {shards} is for --format meta alone")
+    if quantize is not None and quantize not in QUANTIZE:
+        raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
+    if quantize is not None and format != "hf":
+        raise ValueError(f"--quantize {quantize} is for --format hf alone, got --format {format}")
     name = dtype or str(checkpoint.dtype).removeprefix("torch.")
     plan = Plan(
         checkpoint=checkpoint,
@@ -72,7 +79,7 @@ def writer(
     )
     if format == "meta":
         return MetaWriter(plan, shards)
-    return HuggingFaceWriter(plan) if format == "hf" else GGUFFileWriter(plan, name)
+    return HuggingFaceWriter(plan, quantize) if format == "hf" else GGUFFileWriter(plan, name)
 
 
 def write_checkpoint(writer: Writer, path: Path, progress: Progress) -> None:

@@ -1,4 +1,7 @@
-"""Write Hugging Face's format: safetensors, config.json, generation_config.json and the tokenizer."""
+"""Write Hugging Face's format: safetensors, config.json, generation_config.json and the tokenizer.
+
+With --quantize weights are blocks, bytes (rows, row_bytes) under their usual names, whose types are in config.json.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llama.blocks import BlockType, quantize
 from llama.checkpoint.files import Entry, Progress, SafetensorsFile
+from llama.checkpoint.format import quantized_type
+from llama.checkpoint.hf_config import BLOCKS_METHOD
 from llama.checkpoint.huggingface import NAMES, HuggingFaceCheckpoint
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.write_plan import Plan, check_finite, recognised
@@ -21,12 +28,27 @@ MODULES = {meta: name for name, meta in NAMES.items()}
 
 
 class HuggingFaceWriter:
-    """ValueError, when made, for what transformers' configuration cannot express."""
+    """ValueError, when made, for what transformers' configuration cannot express.
 
-    def __init__(self, plan: Plan, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    quantize: what --quantize may be; None keeps all weights in the plan's dtype.
+    """
+
+    def __init__(self, plan: Plan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
         self.plan, self.max_file_bytes = plan, max_file_bytes
         self.config = hf_config(plan)
-        self.entries = {name: Entry(shape, plan.dtype) for name, shape in global_shapes(plan.args).items()}
+        self.entries: dict[str, Entry] = {}
+        self.block_types: dict[str, BlockType] = {}
+        for name, shape in global_shapes(plan.args).items():
+            block_type = quantized_type(name, shape, quantize) if quantize else None
+            if block_type is None:
+                self.entries[name] = Entry(shape, plan.dtype)
+            else:
+                row_bytes = shape[1] // block_type.elements * block_type.size
+                self.entries[name] = Entry((shape[0], row_bytes), torch.uint8)
+                self.block_types[name] = block_type
+        if self.block_types:
+            types = {hf_name(name): block_type.name for name, block_type in self.block_types.items()}
+            self.config["quantization_config"] = {"quant_method": BLOCKS_METHOD, "types": types}
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +63,7 @@ class HuggingFaceWriter:
             name = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
             file = SafetensorsFile(folder / name, {hf_name(tensor): self.entries[tensor] for tensor in group})
             for stored, tensor in self.plan.read_all(group):
-                file.add(self._in_order(stored, check_finite(stored, tensor, self.plan.dtype)))
+                file.add(self._in_order(stored, self._stored(stored, tensor)))
                 progress(self.entries[stored].nbytes)
                 weight_map[hf_name(stored)] = name
             file.close()
@@ -63,6 +85,14 @@ class HuggingFaceWriter:
             groups[-1].append(name)
             size += entry.nbytes
         return groups
+
+    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self.block_types:
+            return check_finite(name, tensor, self.plan.dtype)
+        try:
+            return quantize(tensor, self.block_types[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def _in_order(self, name: str, tensor: Tensor) -> Tensor:
         permuted = ".attention.wq." in name or ".attention.wk." in name

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "chat_template": {"tokenizer"},
     "chat": {"chat_template", "tokenizer"},
     "predictions": {"chat"},
-    "checkpoint": {"config", "model", "parallel", "rope", "tokenizer"},
+    "checkpoint": {"blocks", "config", "model", "parallel", "rope", "tokenizer"},
     "footprint": {"config", "parallel"},
     "plan": {"checkpoint", "config", "footprint", "memory", "model", "parallel"},
     "build": {"chat", "checkpoint", "config", "footprint", "memory", "model", "parallel", "plan", "tokenizer"},
