@@ -131,7 +131,11 @@ def check_alike(source: Source) -> None:
     for what in choices:
         found = sorted({each[what] for each in everywhere})
         if len(found) > 1:
-            fix = f"say which with --{what}" if what in ("device", "dtype", "quantize") else "give every host the same files"
+            fix = (
+                f"say which with --{what}"
+                if what in ("device", "dtype", "quantize")
+                else "give every host the same files"
+            )
             raise ValueError(f"the ranks differ in {what}, {' against '.join(found)}: {fix}")
 
 

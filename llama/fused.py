@@ -6,13 +6,15 @@ on how many pass with it. Of many tokens, the kernels do what lies between torch
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from llama.cache import KVCache
 from llama.kernels import library as kernels
 from llama.linear import BlockWeight, PackedWeight
-from llama.model import Transformer, attend
+from llama.model import Transformer, TransformerBlock, attend
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
 ATTENTION, FEED_FORWARD = 1, 2
@@ -37,9 +39,10 @@ class FusedLayers:
         self.model = model
         self.parallel = model.parallel
         self._kept: list[Tensor] = []  # what the structures point at, beside the model's own
-        self._layers = (kernels.Layer * len(model.layers))()
+        self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
+        self._layers = (kernels.Layer * len(self.layers))()
         self._norms: list[tuple[Tensor, Tensor]] = []
-        for layer, described in zip(model.layers, self._layers, strict=True):
+        for layer, described in zip(self.layers, self._layers, strict=True):
             attention, feed_forward = layer.attention, layer.feed_forward
             for name in ("wq", "wk", "wv", "wo"):
                 setattr(described, name, self._describe(getattr(attention, name)))
@@ -49,9 +52,7 @@ class FusedLayers:
             described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
             self._norms.append(norms)
 
-    def __call__(
-        self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
-    ) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """The sum after the last layer, fp32 (bsz, seqlen, dim), of embeddings x; see `Transformer.hidden`."""
         bsz, seqlen, dim = x.shape
         residual = x.float().contiguous().view(-1, dim)
@@ -69,8 +70,9 @@ class FusedLayers:
         if self.parallel.size == 1:
             kernels.run_layers(self._layers, 0, len(self._layers), ATTENTION | FEED_FORWARD, step)
             return
-        for i, layer in enumerate(self.model.layers):
-            for half, last in ((ATTENTION, layer.attention.wo), (FEED_FORWARD, layer.feed_forward.w2)):
+        for i, layer in enumerate(self.layers):
+            halves = ((ATTENTION, layer.attention.wo), (FEED_FORWARD, layer.feed_forward.w2))
+            for half, last in halves:
                 share = torch.empty_like(x)
                 step.out = share.data_ptr()
                 kernels.run_layers(self._layers, i, i + 1, half, step)
@@ -83,7 +85,7 @@ class FusedLayers:
         kv_len = seqlen if mask is None else mask.shape[-1]
         eps, dtype = self.model.args.norm_eps, self.model.dtype
         delta: Tensor | None = None
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(self.layers):
             attention, feed_forward = layer.attention, layer.feed_forward
             h = kernels.add_and_norm(x, delta, self._norms[i][0], eps, dtype)
             q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
@@ -96,6 +98,7 @@ class FusedLayers:
 
     def _describe(self, linear: ColumnParallelLinear | RowParallelLinear) -> kernels.Weight:
         weight = linear.weight
+        assert not isinstance(weight, BlockWeight), "see can_fuse"
         described = weight.describe() if isinstance(weight, PackedWeight) else kernels.float_weight(weight)
         # A bias of a sum over ranks is added once, after it.
         if linear.bias is not None and (isinstance(linear, ColumnParallelLinear) or self.parallel.size == 1):
@@ -104,7 +107,7 @@ class FusedLayers:
         return described
 
     def _step(self, x: Tensor, positions: Tensor, rotation: Tensor, cache: KVCache) -> kernels.Step:
-        attention, args = self.model.layers[0].attention, self.model.args
+        attention, args = self.layers[0].attention, self.model.args
         assert rotation.is_contiguous() and rotation.dtype == torch.complex64
         return kernels.Step(
             n_tokens=len(x),

@@ -185,7 +185,9 @@ class Transformer(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of weights that this rank reads for one token: an embedding table only where it is the output too."""
         table = 0 if self.args.tied_embeddings else self.tok_embeddings.weight.nbytes
-        blocks = {id(module): module.nbytes for module in self.modules() if isinstance(module, BlockWeight | PackedWeight)}
+        blocks = {
+            id(module): module.nbytes for module in self.modules() if isinstance(module, BlockWeight | PackedWeight)
+        }
         return sum(weight.nbytes for weight in self.parameters()) + sum(blocks.values()) - table
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:

@@ -42,6 +42,10 @@ def kind(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def shard_dim(name: str) -> int | None:
     """Along which dimension ranks split a tensor; None: whole everywhere, as are norms and biases of split inputs."""
     dim = SHARD_DIM.get(kind(name))
@@ -108,6 +112,10 @@ class StoredCheckpoint(Checkpoint, Protocol):
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         """The dtype that `read` gives, and where from; nothing is read."""
+        ...
+
+    def stored_as(self, name: str) -> str:
+        """What a tensor is stored in, for people: a dtype, or the name of a block type, kept or not."""
         ...
 
     def block_type(self, name: str) -> BlockType | None:

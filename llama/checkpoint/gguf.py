@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.blocks import BLOCK_TYPES, BlockType, requantize_exactly
-from llama.checkpoint.format import Reading
+from llama.checkpoint.format import Reading, dtype_name
 from llama.checkpoint.gguf_config import read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, is_gguf, read_header
 from llama.tokenizer import Tokenizer
@@ -109,6 +109,10 @@ class GGUFCheckpoint:
         if type_name not in DTYPES:
             return torch.float32, "made"
         return DTYPES[type_name], "columns" if dim else "mapped"
+
+    def stored_as(self, name: str) -> str:
+        type_name = self._tensors[name].type_name
+        return dtype_name(DTYPES[type_name]) if type_name in DTYPES else type_name
 
     def block_type(self, name: str) -> BlockType | None:
         stored = self._tensors[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama.blocks import BlockType, dequantize
-from llama.checkpoint.format import FLOATS, Reading
+from llama.checkpoint.format import FLOATS, Reading, dtype_name
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
 from llama.checkpoint.pickles import map_pickle
 from llama.config import read_json_object
@@ -111,6 +111,10 @@ class HuggingFaceCheckpoint:
         first = start - start % block_type.elements
         last = -(-stop // block_type.elements) * block_type.elements
         return dequantize(self.read_blocks(name, 1, first, last), block_type).narrow(1, start - first, stop - start)
+
+    def stored_as(self, name: str) -> str:
+        block_type = self._block_types.get(name)
+        return block_type.name if block_type else dtype_name(self._tensors[name].dtype)
 
     def block_type(self, name: str) -> BlockType | None:
         return self._block_types.get(name)

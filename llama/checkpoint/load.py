@@ -35,6 +35,8 @@ class Storage:
     ) -> BlockType | None:
         """What this rank's part of a tensor is held in; None is floats."""
         stored, shape = checkpoint.block_type(name), checkpoint.shape(name)
+        if len(shape) != 2:
+            return None
         asked = quantized_type(name, shape, self.quantize) if self.quantize else None
         held = stored if self.packed or self.quantize else None
         if asked is not None and (held is None or asked.size * held.elements < held.size * asked.elements):
@@ -47,9 +49,7 @@ class Storage:
     def deal(self, checkpoint: StoredCheckpoint, args: ModelArgs, parallel: ModelParallel) -> ModelParallel:
         """The ranks, with hidden features dealt out so that w2's rows are cut between blocks."""
         alone = ModelParallel()
-        types = [
-            self.block_type(checkpoint, name, args, alone) for name in global_shapes(args) if kind(name) == "w2"
-        ]
+        types = [self.block_type(checkpoint, name, args, alone) for name in global_shapes(args) if kind(name) == "w2"]
         return dataclasses.replace(parallel, block=max((held.elements for held in types if held), default=1))
 
 
@@ -78,7 +78,7 @@ def load_weights(
         delattr(module, attribute)
         setattr(module, attribute, held)
         if len(shape) > 1:
-            changes[checkpoint.type_name(name), block_type.name if block_type else dtype_name(storage.dtype)] += 1
+            changes[checkpoint.stored_as(name), block_type.name if block_type else dtype_name(storage.dtype)] += 1
     if model.args.tied_embeddings:
         del model.output.weight
         model.output.weight = model.tok_embeddings.weight

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama.blocks import BlockType
-from llama.checkpoint.format import FLOATS, SHARD_DIM, Reading, kind
+from llama.checkpoint.format import FLOATS, SHARD_DIM, Reading, dtype_name, kind
 from llama.checkpoint.pickles import map_pickle
 from llama.config import read_params
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -60,6 +60,9 @@ class MetaCheckpoint:
         if len(pieces) > 1 and (dim != split_dim or start // size < (stop - 1) // size):
             return pieces[0].dtype, "made"
         return pieces[0].dtype, "mapped" if dim == 0 or stop - start == size else "columns"
+
+    def stored_as(self, name: str) -> str:
+        return dtype_name(self.reads_as(name)[0])
 
     def block_type(self, name: str) -> BlockType | None:
         return None

@@ -13,7 +13,7 @@ import torch
 
 from llama.blocks import QUANTIZE
 from llama.checkpoint.files import Progress, new_path
-from llama.checkpoint.format import Checkpoint
+from llama.checkpoint.format import Checkpoint, dtype_name
 from llama.checkpoint.gguf import GGUFCheckpoint, split_files
 from llama.checkpoint.gguf_header import read_header
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
@@ -68,7 +68,7 @@ def writer(
         raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
     if quantize is not None and format != "hf":
         raise ValueError(f"--quantize {quantize} is for --format hf alone, got --format {format}")
-    name = dtype or str(checkpoint.dtype).removeprefix("torch.")
+    name = dtype or dtype_name(checkpoint.dtype)
     plan = Plan(
         checkpoint=checkpoint,
         reopen=reopen or (lambda: checkpoint),

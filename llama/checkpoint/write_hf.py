@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama.blocks import BlockType, quantize
 from llama.checkpoint.files import Entry, Progress, SafetensorsFile
-from llama.checkpoint.format import quantized_type
+from llama.checkpoint.format import dtype_name, quantized_type
 from llama.checkpoint.hf_config import BLOCKS_METHOD
 from llama.checkpoint.huggingface import NAMES, HuggingFaceCheckpoint
 from llama.checkpoint.load import global_shapes
@@ -141,7 +141,7 @@ def hf_config(plan: Plan) -> dict[str, Any]:
         "rope_scaling": None,
         "tie_word_embeddings": args.tied_embeddings,
         "hidden_act": "silu",
-        "torch_dtype": str(plan.dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(plan.dtype),
         "use_cache": True,
     }
     if windowed:

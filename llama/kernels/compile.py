@@ -56,8 +56,7 @@ def _compiled(folder: Path) -> Path:
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = tempfile.TemporaryFile(dir=folder)
-        probe.close()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError:  # a home that cannot be written to: for this process alone
         folder = Path(tempfile.mkdtemp(prefix="llama-kernels-"))
     path = folder / f"kernels-{key}.so"

@@ -96,9 +96,7 @@ def unpack(weight: Weight, first: int, stop: int, dtype: torch.dtype) -> Tensor:
     assert first % TILE == 0
     to = torch.empty(weight.columns, stop - first, dtype=dtype)
     threads = torch.get_num_threads()
-    kernels().unpack(
-        ctypes.byref(weight), first, stop - first, c_void_p(to.data_ptr()), FLOATS[dtype], threads
-    )
+    kernels().unpack(ctypes.byref(weight), first, stop - first, c_void_p(to.data_ptr()), FLOATS[dtype], threads)
     return to
 
 

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from llama import Llama
 from llama.build import check_room, open_source
 from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint.load import Storage
 from llama.config import ModelArgs
 from llama.footprint import HEAP, Job, activation_bytes, cache_bytes
 from llama.memory import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
@@ -95,7 +96,7 @@ def write_hugging_face(folder: Path, args: ModelArgs, layers: list[int]) -> None
 def planner_of(path: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.bfloat16, **limits: Any) -> Planner:
     checkpoint = open_checkpoint(path)
     args = dataclasses.replace(checkpoint.args, **limits)
-    return Planner(checkpoint, args, ModelParallel(rank, size), dtype, CPU, free=GB)
+    return Planner(checkpoint, args, ModelParallel(rank, size), Storage(dtype), CPU, free=GB)
 
 
 def file_pages(addresses: dict[str, int]) -> set[str]:
@@ -120,7 +121,7 @@ def test_planned_weights_are_what_loading_assigns(
         planner = planner_of(folders[name], rank, size, dtype)
         with torch.device("meta"):
             model = Transformer(planner.args, planner.parallel)
-        load_weights(model, planner.checkpoint, CPU, dtype)
+        load_weights(model, planner.checkpoint, CPU, planner.storage)
         weights = dict(model.named_parameters())
         mapped = file_pages({name: weight.data_ptr() for name, weight in weights.items()})
         assert planner.weights.total == sum(weight.nbytes for weight in weights.values())
