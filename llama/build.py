@@ -173,7 +173,7 @@ def open_source(
     max_batch_size: int,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
-    quantize: str | None,
+    quantize: str | None = None,
 ) -> Source:
     if quantize is not None and quantize not in QUANTIZED:
         raise ValueError(f"quantize must be {' or '.join(QUANTIZED)}, got {quantize!r}")

@@ -25,6 +25,23 @@ inline void add_share(float *to, float share, const float *v, int n) {
     for (; i < n; i++) to[i] += share * v[i];
 }
 
+// Lane i of the result is the sum of v[i]: halves are added, two vectors at a time, until one is left.
+inline f32 sums_of(const f32 *v) {
+    f32 a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++)
+        a[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               __builtin_shufflevector(b[i], b[i + 2], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    f32 d = __builtin_shufflevector(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+            __builtin_shufflevector(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return __builtin_shufflevector(d, d, 0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15);
+}
+
 // What `group` query heads of one KV head make of keys [start, stop). `keys` and `values` point at the row's first key
 // of that head; keys are `stride` values apart. out: a head's greatest score, its sum of exponentials, and the
 // weighted sum of values, head_dim + 2 floats a head.
@@ -32,18 +49,34 @@ inline void attend_part(
     const float *q, int group, int head_dim, const uint8_t *keys, const uint8_t *values, int type, size_t stride,
     int start, int stop, float *out
 ) {
-    static thread_local std::vector<float> scores, vector;
-    scores.resize(size_t(group) * PART), vector.resize(head_dim);
+    static thread_local std::vector<float> scores, sixteen, queries, sums;
+    const int width = (head_dim + LANES - 1) / LANES * LANES, vectors = width / LANES;
     const float scale = 1.0f / std::sqrt(float(head_dim));
     const int n = stop - start, padded = (n + LANES - 1) / LANES * LANES;
-    for (int i = 0; i < n; i++) {
-        read_floats(keys, type, size_t(start + i) * stride, head_dim, vector.data());
-        for (int h = 0; h < group; h++) scores[h * PART + i] = scale * dot(q + h * head_dim, vector.data(), head_dim);
+    scores.resize(size_t(group) * PART);
+    sixteen.assign(size_t(LANES) * width, 0.0f);  // keys or values, as floats
+    queries.assign(size_t(group) * width, 0.0f);
+    sums.assign(size_t(group) * width, 0.0f);
+    for (int h = 0; h < group; h++) std::copy_n(q + h * head_dim, head_dim, queries.data() + h * width);
+    auto read = [&](const uint8_t *from, int first) {
+        for (int i = 0; i < LANES && first + i < n; i++)
+            read_floats(from, type, size_t(start + first + i) * stride, head_dim, sixteen.data() + i * width);
+    };
+    for (int first = 0; first < n; first += LANES) {
+        read(keys, first);
+        for (int h = 0; h < group; h++) {
+            f32 products[LANES] = {};
+            for (int v = 0; v < vectors; v++) {
+                f32 query = load<f32>(queries.data() + h * width + v * LANES);
+                for (int i = 0; i < LANES; i++)
+                    products[i] += query * load<f32>(sixteen.data() + i * width + v * LANES);
+            }
+            store(scores.data() + h * PART + first, scale * sums_of(products));
+        }
     }
     for (int h = 0; h < group; h++) {
         float *mine = scores.data() + h * PART, *result = out + h * (head_dim + 2);
         float greatest = *std::max_element(mine, mine + n);
-        std::fill(mine + n, mine + padded, -INFINITY);
         f32 total{};
         for (int i = 0; i < padded; i += LANES) {
             f32 share = exponential(load<f32>(mine + i) - greatest);
@@ -53,13 +86,20 @@ inline void attend_part(
         }
         result[0] = greatest;
         result[1] = sum(total);
-        std::fill(result + 2, result + 2 + head_dim, 0.0f);
     }
-    for (int i = 0; i < n; i++) {
-        read_floats(values, type, size_t(start + i) * stride, head_dim, vector.data());
+    for (int first = 0; first < n; first += LANES) {
+        read(values, first);
+        const int count = std::min(LANES, n - first);
         for (int h = 0; h < group; h++)
-            add_share(out + h * (head_dim + 2) + 2, scores[h * PART + i], vector.data(), head_dim);
+            for (int v = 0; v < vectors; v++) {
+                float *to = sums.data() + h * width + v * LANES;
+                f32 total = load<f32>(to);
+                for (int i = 0; i < count; i++)
+                    total += scores[h * PART + first + i] * load<f32>(sixteen.data() + i * width + v * LANES);
+                store(to, total);
+            }
     }
+    for (int h = 0; h < group; h++) std::copy_n(sums.data() + h * width, head_dim, out + h * (head_dim + 2) + 2);
 }
 
 // Joins the parts of one head, `stride` floats apart: y (head_dim).

@@ -18,8 +18,9 @@ TILE = 16  # rows of packed blocks that lie together
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKS = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6, "Q6_K": 7}
-# Values of a block, and bytes of such blocks of 16 rows when packed.
-PACKED = {"Q8_0": (32, 544), "Q4_0": (32, 288), "Q4_1": (32, 320), "Q4_K": (256, 2368), "Q6_K": (256, 3360)}
+# Values of a block, and of 16 rows of such blocks the bytes of heads and of codes (weights.h).
+PACKED = {"Q8_0": (32, 32, 512), "Q4_0": (32, 32, 256), "Q4_1": (32, 64, 256), "Q4_K": (256, 320, 2048)}
+PACKED["Q6_K"] = (256, 288, 3072)
 
 
 class Weight(ctypes.Structure):
@@ -71,8 +72,9 @@ def float_weight(weight: Tensor) -> Weight:
 
 
 def packed_bytes(block_type: str, rows: int, columns: int) -> int:
-    elements, size = PACKED[block_type]
-    return -(-rows // TILE) * (columns // elements) * size
+    elements, head, codes = PACKED[block_type]
+    blocks = columns // elements
+    return -(-rows // TILE) * (-(-blocks * head // 64) * 64 + blocks * codes)
 
 
 def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:

@@ -1,13 +1,15 @@
 // Products of a few tokens with a weight, 16 of its rows at a time.
 //
-// Floats lie as they are stored, row by row. Blocks are packed: of 16 rows (a tile) a group of columns together, as
-// vectors of 16 words, a row's in its lane, so that nothing is summed over lanes. A word holds columns that follow one
-// another, the first in its low bits: 4 codes of 8 bits, 8 of 4 bits, or 16 of 2 bits.
-//   Q8_0, 32 columns   half scale[16], words[8]
-//   Q4_0, 32 columns   half scale[16], words[4]
-//   Q4_1, 32 columns   half scale[16], half least[16], words[4]
-//   Q4_K, 256 columns  half d[16], half dmin[16], uint8 scale[8][16], uint8 least[8][16], words[32]
-//   Q6_K, 256 columns  half d[16], int8 scale[16][16], words[32] of the low 4 bits, words[16] of the high 2
+// Floats lie as they are stored, row by row. Blocks are packed, 16 rows (a tile) together: first the heads of all its
+// groups of columns, then their codes as vectors of 16 words, a row's in its lane, so that nothing is summed over
+// lanes. A word holds columns that follow one another, the first in its low bits: 4 codes of 8 bits, 8 of 4 bits, or
+// 16 of 2 bits.
+//         columns  head                                                              words
+//   Q8_0       32  half scale[16]                                                    [8]
+//   Q4_0       32  half scale[16]                                                    [4]
+//   Q4_1       32  half scale[16], least[16]                                         [4]
+//   Q4_K      256  half d[16], dmin[16], uint8 scale[8][16], least[8][16]            [32]
+//   Q6_K      256  half d[16], int8 scale[16][16]                                    [32] low 4 bits, [16] high 2
 // The order of additions for a token does not depend on how many tokens there are.
 #pragma once
 #include "vectors.h"
@@ -23,7 +25,6 @@ struct Weight {
 };
 
 constexpr int TILE = LANES;  // rows
-constexpr int AT_ONCE = 8;   // tokens
 
 // n values of a type of floats, from the one numbered `first` on.
 inline void read_floats(const void *from, int type, size_t first, int n, float *to) {
@@ -56,16 +57,27 @@ inline void write_floats(void *to, int type, size_t first, int n, const float *f
 
 inline int value_bytes(int type) { return type == F32 ? 4 : 2; }
 
-inline int tile_bytes(int type, int columns) {
+struct Layout {
+    int columns, head, words;  // of a group of columns: how many, and bytes of 16 rows
+};
+
+constexpr Layout layout(int type) {
     switch (type) {
-        case Q8_0: return columns / 32 * 544;
-        case Q4_0: return columns / 32 * 288;
-        case Q4_1: return columns / 32 * 320;
-        case Q4_K: return columns / 256 * 2368;
-        case Q6_K: return columns / 256 * 3360;
-        case F32: return columns * TILE * 4;
-        default: return columns * TILE * 2;
+        case Q8_0: return {32, 32, 512};
+        case Q4_0: return {32, 32, 256};
+        case Q4_1: return {32, 64, 256};
+        case Q4_K: return {256, 320, 2048};
+        default: return {256, 288, 3072};
     }
+}
+
+// Bytes of the heads of a tile: words are aligned to cache lines.
+inline int heads_bytes(const Layout &l, int columns) { return (columns / l.columns * l.head + 63) / 64 * 64; }
+
+inline int tile_bytes(int type, int columns) {
+    if (type <= F16) return columns * TILE * value_bytes(type);
+    Layout l = layout(type);
+    return heads_bytes(l, columns) + columns / l.columns * l.words;
 }
 
 // What is multiplied: values (n, columns), and their sums over every 16 columns, (n, columns / 16).
@@ -110,34 +122,34 @@ template <int N> inline Products<N> nibbles(const uint8_t *words, float offset, 
 }
 
 struct Q8 {
-    static constexpr int COLUMNS = 32, BYTES = 544;
-    template <int N> static inline void add(f32 *y, const uint8_t *group, const Columns<N> &x) {
+    static constexpr Type TYPE = Q8_0;
+    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
         Products<N> p;
 #pragma GCC unroll 8
         for (int w = 0; w < 8; w++) {
-            i32 word = load<i32>(group + 32 + w * 64);
+            i32 word = load<i32>(words + w * 64);
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++) p.add(__builtin_convertvector(word << (24 - 8 * c) >> 24, f32), x, w * 4 + c);
         }
-        f32 scale = from_half(load<u16>(group));
+        f32 scale = from_half(load<u16>(head));
         for (int t = 0; t < N; t++) y[t] += scale * p.total(t);
     }
 };
 
 struct Q40 {
-    static constexpr int COLUMNS = 32, BYTES = 288;
-    template <int N> static inline void add(f32 *y, const uint8_t *group, const Columns<N> &x) {
-        Products<N> p = nibbles<N>(group + 32, -8, x, 0);
-        f32 scale = from_half(load<u16>(group));
+    static constexpr Type TYPE = Q4_0;
+    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
+        Products<N> p = nibbles<N>(words, -8, x, 0);
+        f32 scale = from_half(load<u16>(head));
         for (int t = 0; t < N; t++) y[t] += scale * p.total(t);
     }
 };
 
 struct Q41 {
-    static constexpr int COLUMNS = 32, BYTES = 320;
-    template <int N> static inline void add(f32 *y, const uint8_t *group, const Columns<N> &x) {
-        Products<N> p = nibbles<N>(group + 64, 0, x, 0);
-        f32 scale = from_half(load<u16>(group)), least = from_half(load<u16>(group + 32));
+    static constexpr Type TYPE = Q4_1;
+    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
+        Products<N> p = nibbles<N>(words, 0, x, 0);
+        f32 scale = from_half(load<u16>(head)), least = from_half(load<u16>(head + 32));
         for (int t = 0; t < N; t++) {
             y[t] += scale * p.total(t);
             y[t] += least * (x.sums[t][0] + x.sums[t][1]);
@@ -146,13 +158,13 @@ struct Q41 {
 };
 
 struct Q4K {
-    static constexpr int COLUMNS = 256, BYTES = 2368;
-    template <int N> static inline void add(f32 *y, const uint8_t *block, const Columns<N> &x) {
-        f32 d = from_half(load<u16>(block)), dmin = from_half(load<u16>(block + 32));
+    static constexpr Type TYPE = Q4_K;
+    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
+        f32 d = from_half(load<u16>(head)), dmin = from_half(load<u16>(head + 32));
         for (int g = 0; g < 8; g++) {
-            Products<N> p = nibbles<N>(block + 320 + g * 256, 0, x, g * 32);
-            f32 scale = d * __builtin_convertvector(widened(load<u8>(block + 64 + g * 16)), f32);
-            f32 least = dmin * __builtin_convertvector(widened(load<u8>(block + 192 + g * 16)), f32);
+            Products<N> p = nibbles<N>(words + g * 256, 0, x, g * 32);
+            f32 scale = d * __builtin_convertvector(widened(load<u8>(head + 64 + g * 16)), f32);
+            f32 least = dmin * __builtin_convertvector(widened(load<u8>(head + 192 + g * 16)), f32);
             for (int t = 0; t < N; t++) {
                 y[t] += scale * p.total(t);
                 y[t] -= least * (x.sums[t][g * 2] + x.sums[t][g * 2 + 1]);
@@ -162,20 +174,20 @@ struct Q4K {
 };
 
 struct Q6K {
-    static constexpr int COLUMNS = 256, BYTES = 3360;
-    template <int N> static inline void add(f32 *y, const uint8_t *block, const Columns<N> &x) {
-        f32 d = from_half(load<u16>(block));
+    static constexpr Type TYPE = Q6_K;
+    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
+        f32 d = from_half(load<u16>(head));
         for (int g = 0; g < 16; g++) {
             Products<N> p;
-            u32 high = load<u32>(block + 2336 + g * 64);
+            u32 high = load<u32>(words + 2048 + g * 64);
 #pragma GCC unroll 2
             for (int w = 0; w < 2; w++) {
-                u32 low = load<u32>(block + 288 + (g * 2 + w) * 64);
+                u32 low = load<u32>(words + (g * 2 + w) * 64);
 #pragma GCC unroll 8
                 for (int c = 0; c < 8; c++)
                     p.add(four_bits(low >> 4 * c, 0) + two_bits(high >> 2 * (w * 8 + c), -32), x, g * 16 + w * 8 + c);
             }
-            i32 scale = widened(load<u8>(block + 32 + g * 16)) << 24 >> 24;
+            i32 scale = widened(load<u8>(head + 32 + g * 16)) << 24 >> 24;
             for (int t = 0; t < N; t++) y[t] += d * __builtin_convertvector(scale, f32) * p.total(t);
         }
     }
@@ -185,8 +197,10 @@ struct Q6K {
 template <class Q, int N>
 inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y, int stride) {
     f32 sums[N] = {};
-    for (int column = 0; column < x.columns; column += Q::COLUMNS, tile += Q::BYTES)
-        Q::template add<N>(sums, tile, Columns<N>(x, token, column));
+    constexpr Layout l = layout(Q::TYPE);
+    const uint8_t *words = tile + heads_bytes(l, x.columns);
+    for (int column = 0; column < x.columns; column += l.columns, tile += l.head, words += l.words)
+        Q::template add<N>(sums, tile, words, Columns<N>(x, token, column));
     for (int t = 0; t < N; t++) store(y + t * stride, sums[t]);
 }
 
@@ -226,7 +240,7 @@ inline void float_rows(const T *weight, const Input &x, int token, float *y, int
 
 template <class T, int N>
 inline void float_tile(const T *weight, int rows, const Input &x, int token, float *y, int stride) {
-    constexpr int R = N == 1 ? 8 : N == 2 ? 4 : 2;
+    constexpr int R = N == 1 ? 8 : N == 8 ? 2 : 4;
     int r = 0;
     for (; r + R <= rows; r += R) float_rows<T, R, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);
     for (; r < rows; r++) float_rows<T, 1, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);

@@ -1,0 +1,170 @@
+"""The CPU kernels compute what torch does, at a token's own pace: whatever else is computed with it changes no bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama.blocks import BLOCK_TYPES, BlockType, dequantize
+from llama.cache import KVCache
+from llama.config import ModelArgs
+from llama.fused import FusedLayers, can_fuse
+from llama.kernels import library as kernels
+from llama.linear import BlockWeight, PackedWeight, linear
+from llama.model import Transformer
+from tests.checkpoints import random_state
+from tests.models import random_tokens
+from tests.models import transformer as on_state
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler with OpenMP here")
+
+TYPES = list(BLOCK_TYPES.values())
+# More rows than a tile has and no multiple of it; two blocks of 256 columns.
+ROWS, COLUMNS = 37, 512
+
+
+def random_blocks(block_type: BlockType, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
+    """Random bytes, but for scales: finite halves, some of them subnormal or zero."""
+    generator = torch.Generator().manual_seed(7)
+    blocks = torch.randint(0, 256, (rows, columns // block_type.elements, block_type.size), generator=generator)
+    blocks = blocks.to(torch.uint8)
+    halves = {"Q4_0": [0], "Q8_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [208]}[block_type.name]
+    for at in halves:
+        scales = torch.randn(blocks.shape[:2], generator=generator).half()
+        scales[::5] *= 1e-6
+        scales[::7] = 0
+        blocks[:, :, at : at + 2] = scales[..., None].view(torch.uint8).view(*blocks.shape[:2], 2)
+    return blocks.flatten(1)
+
+
+def close(actual: Tensor, expected: Tensor, bound: float = 2e-5) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.parametrize("block_type", TYPES, ids=lambda kind: kind.name)
+def test_packed_blocks_keep_every_value(block_type: BlockType) -> None:
+    """Rows looked up, and rows made dense for a matrix product, are ggml's values."""
+    blocks = random_blocks(block_type)
+    weight, expected = PackedWeight(blocks, block_type), dequantize(blocks, block_type)
+    ids = torch.tensor([[36, 0, 17], [16, 15, 36]])
+    # A sum of two products is rounded once here, and twice there.
+    assert torch.allclose(weight.rows(ids), expected[ids], rtol=1e-6, atol=1e-6)
+    dense = kernels.unpack(weight.describe(), 16, ROWS, torch.float32)
+    assert torch.allclose(dense, expected[16:].t(), rtol=1e-6, atol=1e-6)
+    assert weight.nbytes >= blocks.nbytes
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 7, 8, 16, 17, 40])
+@pytest.mark.parametrize("block_type", TYPES, ids=lambda kind: kind.name)
+def test_products_with_blocks_are_those_of_their_values(block_type: BlockType, n_tokens: int) -> None:
+    blocks = random_blocks(block_type)
+    x = torch.randn(n_tokens, COLUMNS)
+    expected = (x.double() @ dequantize(blocks, block_type).double().t()).float()
+    close(PackedWeight(blocks, block_type)(x), expected)
+    close(BlockWeight(blocks, block_type)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [1, 15, 16, 100])
+def test_products_with_floats_are_torchs(dtype: torch.dtype, columns: int) -> None:
+    weight, bias = torch.randn(ROWS, columns).to(dtype), torch.randn(ROWS)
+    for n_tokens in (1, 2, 5, 16):
+        x = torch.randn(n_tokens, columns)
+        close(linear(x, weight, bias), (x.double() @ weight.double().t()).float() + bias)
+
+
+@pytest.mark.parametrize("block_type", [*TYPES, None], ids=lambda kind: kind.name if kind else "bfloat16")
+def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockType | None) -> None:
+    """Else a speculated token could differ from the plain one."""
+    weight = (
+        PackedWeight(random_blocks(block_type), block_type) if block_type else torch.randn(ROWS, COLUMNS).bfloat16()
+    )
+    x = torch.randn(16, COLUMNS)
+    together = linear(x, weight)
+    for n_tokens in (1, 2, 3, 5, 8, 11):
+        assert torch.equal(linear(x[:n_tokens], weight), together[:n_tokens])
+
+
+ARCHITECTURES = {
+    "grouped": ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=64, hidden_dim=72, max_seq_len=640),
+    "odd heads": ModelArgs(dim=40, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=10, vocab_size=64, hidden_dim=50),
+    "window": ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=1, vocab_size=64, hidden_dim=80, sliding_window=9),
+    "biases": ModelArgs(
+        dim=32, n_layers=2, n_heads=2, n_kv_heads=2, vocab_size=64, hidden_dim=48, attention_bias=True, mlp_bias=True
+    ),
+}
+
+
+def transformer(args: ModelArgs) -> Transformer:
+    state = random_state(args)
+    generator = torch.Generator().manual_seed(3)
+    biased = {"attention": args.attention_bias, "feed_forward": args.mlp_bias}
+    for name, weight in list(state.items()):
+        if biased.get(name.split(".")[-3] if name.count(".") > 2 else ""):
+            state[name.replace(".weight", ".bias")] = torch.randn(len(weight), generator=generator)
+    return on_state(args, state)
+
+
+def fused(model: Transformer) -> Transformer:
+    """The same weights, run by the kernels."""
+    other = Transformer(model.args)
+    other.load_state_dict(model.state_dict())
+    assert can_fuse(other)
+    other.fused = FusedLayers(other)
+    return other
+
+
+def both(model: Transformer, tokens: Tensor, start_pos: Tensor, caches: tuple[KVCache, KVCache]) -> None:
+    plain = model.hidden(tokens, start_pos, caches[0])
+    close(fused(model).hidden(tokens, start_pos, caches[1]), plain)
+    for plain_side, fused_side in zip(
+        (caches[0].keys, caches[0].values), (caches[1].keys, caches[1].values), strict=True
+    ):
+        close(fused_side, plain_side)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.inference_mode()
+def test_layers_run_by_kernels_compute_what_the_model_says(name: str) -> None:
+    """Of many tokens at once, then of a few for rows of different lengths, then of one."""
+    model = transformer(ARCHITECTURES[name])
+    caches = model.new_cache(3, 64), model.new_cache(3, 64)
+    both(model, random_tokens(3, 13, vocab_size=64), torch.zeros(3, dtype=torch.long), caches)
+    both(model, random_tokens(3, 4, vocab_size=64), torch.tensor([13, 5, 9]), caches)
+    both(model, random_tokens(3, 1, vocab_size=64), torch.tensor([17, 9, 13]), caches)
+
+
+@torch.inference_mode()
+def test_long_rows_are_attended_to_in_parts() -> None:
+    model = transformer(ARCHITECTURES["grouped"])
+    caches = model.new_cache(2, 600), model.new_cache(2, 600)
+    both(model, random_tokens(2, 580, vocab_size=64), torch.zeros(2, dtype=torch.long), caches)
+    both(model, random_tokens(2, 3, vocab_size=64), torch.tensor([580, 250]), caches)
+
+
+@torch.inference_mode()
+def test_states_do_not_depend_on_the_batch_or_on_how_tokens_come() -> None:
+    model = fused(transformer(ARCHITECTURES["grouped"]))
+    tokens = random_tokens(2, 7, vocab_size=64)
+    together = model.hidden(tokens, torch.zeros(2, dtype=torch.long), model.new_cache(2, 16))
+    for row in range(2):
+        cache = model.new_cache(1, 16)
+        for place in range(7):
+            alone = model.hidden(tokens[row : row + 1, place : place + 1], torch.tensor([place]), cache)
+            assert torch.equal(alone[0, 0], together[row, place]), (row, place)
+
+
+@torch.inference_mode()
+def test_threads_change_nothing() -> None:
+    model = fused(transformer(ARCHITECTURES["grouped"]))
+    tokens, start = random_tokens(2, 7, vocab_size=64), torch.zeros(2, dtype=torch.long)
+    threads, states = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            states.append(model.hidden(tokens, start, model.new_cache(2, 16)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
