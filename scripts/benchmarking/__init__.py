@@ -1,0 +1,1 @@
+"""The parts of scripts/benchmark.py: workers, prompts, the machine, and the picture."""

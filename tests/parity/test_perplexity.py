@@ -1,0 +1,58 @@
+"""scripts/perplexity.py against transformers, window by window."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.checkpoints import TINY
+from tests.hugging_face import hugging_face_model
+from tests.models import BYTE_BOS
+from tests.scripts import script
+
+perplexity = script("perplexity")
+
+
+@torch.inference_mode()
+def expected(model: Any, windows: list[list[int]]) -> tuple[float, int]:
+    """Perplexity, and how many tokens were scored."""
+    total, n_scored = 0.0, 0
+    for window in windows:
+        logits = model(torch.tensor([window])).logits[0].double()
+        for position, token in enumerate(window[1:]):
+            row = logits[position]
+            total += float(torch.log(torch.exp(row - row.max()).sum()) + row.max() - row[token])
+            n_scored += 1
+    return math.exp(total / n_scored), n_scored
+
+
+def measured(capsys: pytest.CaptureFixture[str], **options: Any) -> dict[str, float]:
+    perplexity.main(json=True, device="cpu", dtype="float32", **options)
+    result: dict[str, float] = json.loads(capsys.readouterr().out)
+    return result
+
+
+@pytest.mark.parametrize(("window", "length"), [(7, 45), (7, 43), (40, 39), (2, 5)], ids=str)
+def test_perplexity_equals_transformers(
+    tiny: tuple[Path, dict[str, Tensor]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    window: int,
+    length: int,
+) -> None:
+    """A last window that is shorter weighs by its tokens; a window's BOS takes one of its places and no score."""
+    folder, state = tiny
+    text = "Wörter, no two windows alike: 0123456789 abcdefghijklm".encode()[:length]
+    (tmp_path / "text").write_bytes(text)
+    step = window - 1
+    windows = [[BYTE_BOS, *text[i : i + step]] for i in range(0, length, step)]
+    wanted, n_scored = expected(hugging_face_model(TINY, state), windows)
+    found = measured(capsys, text=str(tmp_path / "text"), ckpt_dir=str(folder), window=window)
+    assert found["perplexity"] == pytest.approx(wanted, rel=1e-4)
+    assert (found["tokens"], found["windows"]) == (n_scored, len(windows)) == (length, -(-length // step))
