@@ -12,8 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage
-from llama.checkpoint.load import read_part
+from llama.checkpoint.load import Storage, read_part
 from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
 from llama.model import Transformer
 from llama.parallel import ModelParallel
