@@ -33,11 +33,14 @@ BLOCK_TYPES = {
 QUANTIZE = {"int8": "Q8_0", "int4": "Q4_1"}
 
 Q5_0_SIZE = 22
-# Values quantized at once: their temporaries take some 32 MB. Of fewer, threads that share cores wait for each other.
+# Values quantized at once: their temporaries take some 32 MB, and torch's threads rarely wait for each other.
 QUANTIZED_AT_ONCE = 1 << 20
 # Where the search for a group's codes begins, in parts of the range of its values: all of it, and without its ends.
 RANGES = (1.0, 0.9)
 REFITS = 4
+# Added and taken away again, it leaves whole numbers, as fp32 has no smaller digits there. torch.round starts threads
+# even for a few thousand values.
+ROUNDING = 1.5 * 2**23
 
 
 def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
@@ -153,10 +156,10 @@ def _encode_q8_0(groups: Tensor) -> tuple[Tensor, bool]:
     scale = groups.abs().amax(dim=1, keepdim=True) / 127
     # Below the normal numbers the inverse would overflow; the scale is 0 in fp16 anyway.
     codes = groups * torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, 1 / scale)
-    whole = codes.trunc()
-    codes = whole + (2 * (codes - whole)).trunc()  # halves away from 0, as ggml has it
+    whole = codes.to(torch.int8)
+    rounded = whole + (2 * (codes - whole)).to(torch.int8)  # halves away from 0, as ggml has it
     half = scale.half()
-    blocks = torch.cat([half.view(torch.uint8), codes.to(torch.int8).view(torch.uint8)], dim=1)
+    blocks = torch.cat([half.view(torch.uint8), rounded.view(torch.uint8)], dim=1)
     return blocks, bool(half.isfinite().all())
 
 
@@ -198,7 +201,7 @@ def _rounded(values: Tensor) -> Tensor:
 def _codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """The nearest 4-bit codes, in fp32; where the scale is 0 all are 0."""
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return torch.addcmul(-offset * inverse, x, inverse).round_().clamp_(0, 15)
+    return torch.addcmul(-offset * inverse, x, inverse).clamp_(0, 15).add_(ROUNDING).sub_(ROUNDING)
 
 
 def _fitted(x: Tensor, codes: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,18 @@ def test_a_made_up_checkpoint_is_well_and_is_checked(tmp_path: Path) -> None:
     assert [line.split()[0] for line in done.stdout.splitlines() if "WRONG" in line] == ["consolidated.02.pth"]
 
 
+def test_a_checkpoint_is_quantized_and_checked(tmp_path: Path) -> None:
+    succeed("make_checkpoint", tmp_path / "tiny", "--preset", "tiny")
+    done = succeed("convert_checkpoint", tmp_path / "tiny", tmp_path / "int4", "--format", "hf", "--quantize", "int4")
+    assert "written in bfloat16" not in done.stderr and done.stdout == ""
+    assert "all is well" in succeed("verify_checkpoint", tmp_path / "int4", "--deep").stdout
+    assert open_checkpoint(tmp_path / "int4").block_type("norm.weight") is None
+    done = succeed("convert_checkpoint", tmp_path / "int4", tmp_path / "dense", "--format", "meta")
+    assert "written in bfloat16, unless --dtype" in done.stderr
+    done = run("convert_checkpoint", tmp_path / "tiny", tmp_path / "meta", "--format", "meta", "--quantize", "int8")
+    assert done.returncode == 1 and "error: --quantize int8 is for --format hf alone" in done.stderr
+
+
 @pytest.mark.parametrize("format", ["meta", "hf", "gguf"])
 def test_a_killed_run_leaves_nothing_that_looks_finished(format: str, tmp_path: Path) -> None:
     target = tmp_path / ("model.gguf" if format == "gguf" else "model")
