@@ -46,7 +46,7 @@ class KVCache:
         """Keys and values of the first kv_len positions of the first bsz rows, as views."""
         return self.keys[layer, :bsz, :kv_len], self.values[layer, :bsz, :kv_len]
 
-    def move_row(self, source: int, target: int, length: int) -> None:
+    def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of row `source` over row `target`."""
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
