@@ -1,4 +1,4 @@
-"""One batch from prompts to the last token: a prefill, then steps of one token for every running row.
+"""One batch from prompts to the last token: a prefill, then steps of a token or more for every running row.
 
 Knows nothing of text; stop tokens are ids like any other.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from llama.context import Context
 from llama.predictions import FinishReason
 from llama.sampling import INVALID, SamplingParams, log_probs, sample
+from llama.speculation import MOST_POSITIONS, Pace, Proposer
 from llama.statistics import Statistics
 
 
@@ -45,6 +46,15 @@ class Row:
     def generated(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
+    def next_uniforms(self, count: int) -> Tensor:
+        """The random numbers of the next `count` tokens, (count,); 0 for those beyond the limit."""
+        uniforms = self.uniforms[self.generated : self.generated + count]
+        return torch.nn.functional.pad(uniforms, (0, count - len(uniforms)))
+
+
+# Tokens that a row gets in one step, with their log-probabilities.
+Run = list[tuple[int, float | None]]
+
 
 class Batch:
     """Rows that are completed together.
@@ -60,6 +70,7 @@ class Batch:
         stop_tokens: Collection[int],
         logprobs: bool,
         statistics: Statistics,
+        proposer: Proposer | None = None,
     ) -> None:
         self.context = context
         self.running = list(rows)
@@ -67,14 +78,19 @@ class Batch:
         self.stop_tokens = stop_tokens
         self.logprobs = logprobs
         self.statistics = statistics
+        self.proposer = proposer if context.steady else None  # otherwise guesses would change the keys before them
+        self.pace = Pace()
+        self.count = 0  # tokens to guess for each row in the next step
 
     def run(self, echo: bool) -> Iterator[Chosen]:
         """Complete the rows. With echo their prompts come first. NaN logits raise ValueError."""
         rows, start = list(self.running), time.perf_counter()
-        hidden, scores = self.context.read_prompts([row.prompt for row in rows], scored=echo and self.logprobs)
+        hidden, scores = self.context.read([row.prompt for row in rows], scored=echo and self.logprobs)
         if self.params.max_gen_len == 0:
             self.running.clear()
-        new = self._choose(hidden) if self.running else []
+        new = self._choose(hidden[:, None], [[] for _ in rows]) if self.running else []
+        if self.proposer is not None and self.running:
+            self.proposer.begin([row.prompt for row in rows])
         self.statistics.prefill_seconds += time.perf_counter() - start
         self.statistics.prompt_tokens += sum(len(row.prompt) for row in rows)
 
@@ -90,48 +106,85 @@ class Batch:
             if self.running:
                 new = self._decode()
 
-    def _take(self, new: list[tuple[int, float | None]]) -> Iterator[Chosen]:
-        """Give each running row its new token, and end those that are complete."""
+    def _take(self, new: list[Run]) -> Iterator[Chosen]:
+        """Give each running row its new tokens, and end those that are complete."""
         ended = []
-        for i, (row, (token, score)) in enumerate(zip(self.running, new, strict=True)):
-            reason: FinishReason | None = "stop" if token in self.stop_tokens else None
-            if reason is None:
-                row.tokens.append(token)
-                yield Chosen(row.place, token, score)
-                reason = "length" if row.generated == row.limit else None
+        for i, (row, run) in enumerate(zip(self.running, new, strict=True)):
+            reason: FinishReason | None = None
+            for token, score in run:
+                reason = "stop" if token in self.stop_tokens else None
+                if reason is None:
+                    row.tokens.append(token)
+                    yield Chosen(row.place, token, score)
+                    reason = "length" if row.generated == row.limit else None
             if reason is not None:
                 yield Chosen(row.place, None, finish_reason=reason)
                 ended.append(i)
         for i in reversed(ended):
             moved = self.running.pop()
             if i < len(self.running):
-                self.context.move_row(len(self.running), i, len(moved.tokens) - 1)
+                for rows in (self.context, self.proposer):
+                    if rows is not None:
+                        rows.move_row(len(self.running), i, len(moved.tokens) - 1)
                 self.running[i] = moved
 
-    def _decode(self) -> list[tuple[int, float | None]]:
-        """The next token of each running row, from its newest."""
+    def _decode(self) -> list[Run]:
+        """The next tokens of each running row: one from its newest, and one from each guess that was right."""
         start = time.perf_counter()
-        newest = [[row.tokens[-1]] for row in self.running]
+        proposals = self._propose()
+        newest = [[row.tokens[-1], *proposal] for row, proposal in zip(self.running, proposals, strict=True)]
+        resting = self.pace.resting
         hidden = self.context.step(newest, [len(row.tokens) - 1 for row in self.running])
-        new = self._choose(hidden[:, 0])
-        self.statistics.decode_seconds += time.perf_counter() - start
-        self.statistics.decode_steps += 1
-        self.statistics.decoded_tokens += len(new)
+        new = self._choose(hidden, proposals)
+        seconds = time.perf_counter() - start
+        tokens, proposed = sum(len(run) for run in new), sum(len(proposal) for proposal in proposals)
+        self.pace.record(seconds, len(new), proposed, tokens - len(new))
+        self.statistics.add_step(seconds, tokens, proposed, tokens - len(new), resting)
         return new
 
-    def _choose(self, hidden: Tensor) -> list[tuple[int, float | None]]:
-        """The next token of each running row from its final state, hidden (bsz, dim), and its log-probability."""
+    def _propose(self) -> list[list[int]]:
+        """Guesses for each running row; none beyond its limit, nor where the cache has no room for all."""
+        longest = max(len(row.tokens) for row in self.running)
+        count = min(self.count, self.context.cache.max_seq_len - longest, MOST_POSITIONS // len(self.running) - 1)
+        if self.proposer is None or count < 1:
+            return [[] for _ in self.running]
+        uniforms = torch.stack([row.next_uniforms(count) for row in self.running])
+        proposals = self.proposer.propose([row.tokens for row in self.running], uniforms, self.params)
+        return [
+            proposal[: row.limit - row.generated - 1] for row, proposal in zip(self.running, proposals, strict=True)
+        ]
+
+    def _choose(self, hidden: Tensor, proposals: list[list[int]]) -> list[Run]:
+        """The next tokens of each running row: those of its proposal that the model chooses, too, and one more.
+
+        hidden: (bsz, seqlen, dim), the final states of the newest tokens and of the proposals after them.
+        """
         model, params = self.context.model, self.params
-        logits = model.logits(hidden)
-        uniform = torch.stack([row.uniforms[row.generated] for row in self.running])
-        tokens = sample(logits, params.temperature, params.top_p, uniform.to(logits.device))
-        tokens = model.parallel.broadcast(tokens)  # rounding may differ between ranks, their texts may not
-        chosen = tokens.tolist()
-        if INVALID in chosen:
-            row = self.running[chosen.index(INVALID)]
-            raise ValueError(
-                f"the logits of prompt {row.place} are NaN or infinite after {len(row.tokens)} tokens: the weights are "
-                "damaged, or too large for this dtype (try --dtype float32)"
-            )
-        scores = log_probs(logits, tokens).tolist() if self.logprobs else [None] * len(chosen)
-        return list(zip(chosen, scores, strict=True))
+        bsz, seqlen, _ = hidden.shape
+        logits = model.logits(hidden.flatten(0, 1))  # (bsz * seqlen, vocab_size)
+        uniform = torch.cat([row.next_uniforms(seqlen) for row in self.running]).to(logits.device)
+        tokens = sample(logits, params.temperature, params.top_p, uniform)
+        if self.proposer is not None:
+            tokens = torch.cat([tokens, tokens.new_tensor([self.pace.next_count()])])
+        tokens = model.parallel.broadcast(tokens)  # rounding and clocks differ between ranks, their texts may not
+        if self.proposer is not None:
+            self.count = int(tokens[-1])
+        tokens = tokens[: bsz * seqlen]
+        scores = log_probs(logits, tokens.clamp(min=0)).tolist() if self.logprobs else [None] * len(tokens)
+        chosen, new = tokens.tolist(), []
+        for i, (row, proposal) in enumerate(zip(self.running, proposals, strict=True)):
+            run = slice(i * seqlen, i * seqlen + agreed(proposal, chosen[i * seqlen :], self.stop_tokens) + 1)
+            if INVALID in chosen[run]:
+                length = len(row.tokens) + chosen[run].index(INVALID)
+                raise ValueError(
+                    f"the logits of prompt {row.place} are NaN or infinite after {length} tokens: the weights are "
+                    "damaged, or too large for this dtype (try --dtype float32)"
+                )
+            new.append(list(zip(chosen[run], scores[run], strict=True)))
+        return new
+
+
+def agreed(proposal: Sequence[int], chosen: Sequence[int], stop_tokens: Collection[int]) -> int:
+    """How many tokens of a proposal were chosen, too, up to one that ends a row."""
+    pairs = zip(proposal, chosen, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other or one in stop_tokens), len(proposal))

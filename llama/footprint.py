@@ -5,6 +5,7 @@ All figures are bytes of one rank.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,10 @@ from llama.parallel import ModelParallel
 
 # Positions whose logits are held at once while scoring a prompt: 128 MiB for a vocabulary of 128k.
 SCORED_AT_ONCE = 256
+
+# Positions of all rows together that are read at once: enough that a matrix product is as fast as it gets on a CPU.
+# On CUDA they are all read at once: its fused kernels take no mask where query heads share KV heads.
+READ_AT_ONCE = 2048
 
 # The constants below, and the sums in `activation_bytes`, were measured with torch's memory profiler on a CPU.
 SAMPLED = 29  # bytes of each logit while a token is sampled: its fp32 value, and 6.25 times that for a full sort
@@ -30,6 +35,11 @@ class Job:
     prompt_len: int
     length: int
     scored: bool = False  # log-probabilities of prompts are asked for
+
+
+def read_at_once(bsz: int, device: torch.device) -> int:
+    """Positions of each of bsz rows that are read at once."""
+    return sys.maxsize if device.type == "cuda" else max(1, READ_AT_ONCE // bsz)
 
 
 def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, job: Job) -> int:

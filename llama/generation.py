@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from llama.batch import Batch, Row
-from llama.build import build_model, check_room
+from llama.build import build_draft, build_model, check_room
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
 from llama.context import Context
 from llama.footprint import Job
@@ -19,6 +19,7 @@ from llama.infilling import infilling_tokens
 from llama.model import Transformer
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
 from llama.sampling import SamplingParams, uniforms
+from llama.speculation import Draft, Lookup, Proposer, check_speculation
 from llama.statistics import Statistics
 from llama.tokenizer import StreamDecoder, Tokenizer
 
@@ -29,12 +30,22 @@ class Llama:
     """A model that completes text. Under several ranks, every rank makes the same calls and gets the same results."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, chat_format: str | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 1,
+        chat_format: str | None = None,
+        speculate: str | None = None,
+        draft: Transformer | None = None,
     ) -> None:
+        check_speculation(speculate, draft)
         self.model = model
         self.tokenizer = tokenizer
         self.seed = seed
         self.chat_format: ChatFormat = choose_chat_format(tokenizer, chat_format)
+        self.speculate = speculate
+        self.draft = draft
         self.statistics = Statistics()
         # Control tokens, and the rows of an embedding that only pad it: they add nothing to a text.
         self._silent_tokens = frozenset(tokenizer.special_tokens.values()).union(
@@ -54,13 +65,17 @@ class Llama:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         chat_format: str | None = None,
+        speculate: str | None = None,
+        draft_ckpt_dir: str | os.PathLike[str] | None = None,
     ) -> Llama:
         """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split over torchrun's ranks.
 
         Left out: the tokenizer is looked for beside or inside the weights, model_parallel_size is the world size,
-        device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. Whatever is wrong
+        device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. speculate "lookup"
+        guesses tokens from those before, draft_ckpt_dir with a smaller model: texts stay the same. Whatever is wrong
         with the files or the choices raises ValueError or FileNotFoundError, on every rank if on one.
         """
+        check_speculation(speculate, draft_ckpt_dir)
         model, tokenizer = build_model(
             ckpt_dir,
             tokenizer_path,
@@ -71,7 +86,8 @@ class Llama:
             dtype=dtype,
             chat_format=chat_format,
         )
-        return Llama(model, tokenizer, seed=seed, chat_format=chat_format)
+        draft = build_draft(draft_ckpt_dir, model, tokenizer, dtype=dtype) if draft_ckpt_dir is not None else None
+        return Llama(model, tokenizer, seed=seed, chat_format=chat_format, speculate=speculate, draft=draft)
 
     def stream(
         self,
@@ -272,9 +288,13 @@ class Llama:
         """Complete one batch, and give its tokens their texts."""
         decoders = {row.place: StreamDecoder(self.tokenizer, at_start) for row in rows}
         length = max(len(row.prompt) + row.limit for row in rows)
-        check_room(self.model, Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs))
+        job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs)
+        check_room(self.model, job, draft=self.draft)
         context = Context(self.model, len(rows), length)
-        batch = Batch(context, rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics)
+        proposer: Proposer | None = Lookup() if self.speculate == "lookup" else None
+        if self.draft is not None:
+            proposer = Draft(Context(self.draft, len(rows), length))
+        batch = Batch(context, rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics, proposer)
         for new in batch.run(echo):
             decoder, text = decoders[new.place], ""
             if new.token is None:
