@@ -140,7 +140,7 @@ def answer(llm: Llama, dialog: list[Message], temperature: float, top_p: float, 
     text = ""
     prompts = llm.encode_dialogs([dialog])
     try:
-        for step in llm.stream(prompts, max_gen_len, temperature, top_p, at_start=True):
+        for step in llm.stream(prompts, max_gen_len, temperature, top_p, at_start=True, keep=True):
             text += step.text
             say(step.text)
     except KeyboardInterrupt:

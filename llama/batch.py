@@ -84,15 +84,17 @@ class Batch:
 
     def run(self, echo: bool) -> Iterator[Chosen]:
         """Complete the rows. With echo their prompts come first. NaN logits raise ValueError."""
-        rows, start = list(self.running), time.perf_counter()
+        rows, start, computed = list(self.running), time.perf_counter(), self.context.computed
         hidden, scores = self.context.read([row.prompt for row in rows], scored=echo and self.logprobs)
+        computed = self.context.computed - computed
         if self.params.max_gen_len == 0:
             self.running.clear()
         new = self._choose(hidden[:, None], [[] for _ in rows]) if self.running else []
         if self.proposer is not None and self.running:
             self.proposer.begin([row.prompt for row in rows])
         self.statistics.prefill_seconds += time.perf_counter() - start
-        self.statistics.prompt_tokens += sum(len(row.prompt) for row in rows)
+        self.statistics.prompt_tokens += computed
+        self.statistics.reused_tokens += sum(len(row.prompt) for row in rows) - computed
 
         if echo:
             for i, row in enumerate(rows):

@@ -48,8 +48,9 @@ def report(llm: Llama) -> None:
     """Log what the run cost: speeds, bandwidth and peak memory of this rank, and what speculation gave."""
     statistics, log = llm.statistics, logging.getLogger("llama")
     log.info(
-        "prefill %d tokens at %.1f tok/s; decode %d tokens at %.1f tok/s, %.2f GB/s of weights; peak memory %.0f MiB",
+        "prefill %d tokens%s at %.1f tok/s; decode %d tokens at %.1f tok/s, %.2f GB/s of weights; peak memory %.0f MiB",
         statistics.prompt_tokens,
+        f" ({statistics.reused_tokens} more reused)" if statistics.reused_tokens else "",
         statistics.prefill_tok_s,
         statistics.decoded_tokens,
         statistics.decode_tok_s,

@@ -29,12 +29,25 @@ class Context:
         self.model = model
         self.cache = model.new_cache(bsz, length)
         self.held: list[list[int]] = [[] for _ in range(bsz)]
+        self.computed = 0  # tokens that were read, in all
 
     @property
     def steady(self) -> bool:
         """Whether a key depends on nothing after it: only then is it the same in a longer text, or in another row."""
         scaling = self.model.args.rope_scaling
         return not isinstance(scaling, DynamicScaling) or self.cache.max_seq_len <= scaling.old_context_len
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Of the cache; on a CPU what was never written takes no memory."""
+        if self.model.device.type != "cpu":
+            return self.cache.nbytes
+        return self.cache.nbytes // self.cache.max_seq_len * max(len(held) for held in self.held)
+
+    def make_room(self, length: int) -> None:
+        """Let rows have `length` positions at least, and hold what they held."""
+        if length > self.cache.max_seq_len:
+            self.cache.grow(length, max(len(held) for held in self.held))
 
     def read(self, texts: Sequence[Sequence[int]], scored: bool = False) -> tuple[Tensor, list[list[float]]]:
         """Read what the rows do not hold yet of their texts, at least the last token, and what all share only once.
@@ -108,6 +121,7 @@ class Context:
         )
         for held, row in zip(self.held, tokens, strict=False):
             held.extend(row)
+            self.computed += len(row)
         return hidden
 
     def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:

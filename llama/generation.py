@@ -18,6 +18,7 @@ from llama.footprint import Job
 from llama.infilling import infilling_tokens
 from llama.model import Transformer
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
+from llama.prompts import check_prompts, encode_texts
 from llama.sampling import SamplingParams, uniforms
 from llama.speculation import Draft, Lookup, Proposer, check_speculation
 from llama.statistics import Statistics
@@ -52,6 +53,7 @@ class Llama:
             range(tokenizer.n_words, model.args.vocab_size)
         )
         self._rows_seeded = 0
+        self._kept: list[Context] | None = None  # of the last stream that was to be kept: the model's, the draft's
 
     @staticmethod
     def build(
@@ -100,22 +102,26 @@ class Llama:
         *,
         seed: int | None = None,
         at_start: bool = False,
+        keep: bool = False,
     ) -> Iterator[Step]:
         """Complete prompts of any lengths, at most max_batch_size at a time, step by step as tokens come.
 
         With echo the prompt's tokens come first. A log-probability is that of a token under the raw logits; a
         prompt's first token has none, and 0.0 stands for it. at_start drops the space with which SentencePiece begins
-        a text, as for an answer in a chat; otherwise the pieces continue the prompt.
+        a text, as for an answer in a chat; otherwise the pieces continue the prompt. keep is for a chat's one prompt:
+        its cache stays, and the next stream to be kept computes only what its prompt does not begin with alike.
 
         The arguments are checked before this returns: ValueError. NaN logits raise ValueError while iterating.
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed)
-        self._check_prompts(prompt_tokens, params)
+        check_prompts(prompt_tokens, self.model.args, params.max_gen_len)
+        if keep and len(prompt_tokens) > 1:
+            raise ValueError(f"keep is for one prompt at a time, got {len(prompt_tokens)}")
         first = 0
         if params.seed is None:
             first = self._rows_seeded
             self._rows_seeded += len(prompt_tokens)
-        return self._stream(prompt_tokens, params, first, logprobs, echo, at_start)
+        return self._stream(prompt_tokens, params, first, logprobs, echo, at_start, keep)
 
     def generate(
         self,
@@ -227,35 +233,7 @@ class Llama:
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts to continue; an empty text is the begin token, as nothing cannot be continued."""
-        if isinstance(prompts, str):
-            raise ValueError("prompts must be a list of texts, got a single text: put it in a list")
-        for place, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"prompt {place} must be a text, got {prompt!r}")
-        tokenizer = self.tokenizer
-        return [
-            tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False) or tokenizer.encode("", bos=True, eos=False)
-            for prompt in prompts
-        ]
-
-    def _check_prompts(self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        args = self.model.args
-        if not prompt_tokens:
-            raise ValueError("the list of prompts is empty: give at least one")
-        for place, prompt in enumerate(prompt_tokens):
-            if isinstance(prompt, str | int):
-                raise ValueError(f"prompt {place} must be a list of token ids, got {prompt!r}")
-            if not prompt:
-                raise ValueError(f"prompt {place} has no tokens: begin it with the tokenizer's bos_id")
-            for token in prompt:
-                if type(token) is not int or not 0 <= token < args.vocab_size:
-                    raise ValueError(f"prompt {place} has token {token!r}: ids are 0 to {args.vocab_size - 1}")
-            room = args.max_seq_len - (params.max_gen_len != 0)
-            if len(prompt) > room:
-                raise ValueError(
-                    f"prompt {place} has {len(prompt)} tokens, max_seq_len is {args.max_seq_len}: raise it or shorten "
-                    "the prompt"
-                )
+        return encode_texts(self.tokenizer, prompts)
 
     def _stream(
         self,
@@ -265,11 +243,12 @@ class Llama:
         logprobs: bool,
         echo: bool,
         at_start: bool,
+        keep: bool,
     ) -> Iterator[Step]:
         most = self.model.args.max_batch_size
         for i in range(0, len(prompt_tokens), most):
             rows = self._rows(prompt_tokens[i : i + most], i, params, first)
-            yield from self._run(rows, params, logprobs, echo, at_start)
+            yield from self._run(rows, params, logprobs, echo, at_start, keep)
 
     def _rows(self, prompts: Sequence[Sequence[int]], place: int, params: SamplingParams, first: int) -> list[Row]:
         seed = self.seed if params.seed is None else params.seed
@@ -283,22 +262,38 @@ class Llama:
 
     @torch.inference_mode()
     def _run(
-        self, rows: list[Row], params: SamplingParams, logprobs: bool, echo: bool, at_start: bool
+        self, rows: list[Row], params: SamplingParams, logprobs: bool, echo: bool, at_start: bool, keep: bool
     ) -> Iterator[Step]:
         """Complete one batch, and give its tokens their texts."""
         decoders = {row.place: StreamDecoder(self.tokenizer, at_start) for row in rows}
         length = max(len(row.prompt) + row.limit for row in rows)
         job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs)
-        check_room(self.model, job, draft=self.draft)
-        context = Context(self.model, len(rows), length)
+        contexts = self._contexts(job, keep)
         proposer: Proposer | None = Lookup() if self.speculate == "lookup" else None
         if self.draft is not None:
-            proposer = Draft(Context(self.draft, len(rows), length))
-        batch = Batch(context, rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics, proposer)
-        for new in batch.run(echo):
-            decoder, text = decoders[new.place], ""
-            if new.token is None:
-                text = decoder.flush()
-            elif new.token not in self._silent_tokens:
-                text = decoder.push(new.token)
-            yield Step(new.place, new.token, text, new.logprob, new.finish_reason)
+            proposer = Draft(contexts[1])
+        batch = Batch(contexts[0], rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics, proposer)
+        try:
+            for new in batch.run(echo):
+                decoder, text = decoders[new.place], ""
+                if new.token is None:
+                    text = decoder.flush()
+                elif new.token not in self._silent_tokens:
+                    text = decoder.push(new.token)
+                yield Step(new.place, new.token, text, new.logprob, new.finish_reason)
+        finally:
+            if keep:
+                self._kept = contexts
+
+    def _contexts(self, job: Job, keep: bool) -> list[Context]:
+        """Where the model and the draft model read a batch: the ones kept, while no other stream has them, or new."""
+        contexts: list[Context] | None = None
+        if keep:
+            contexts, self._kept = self._kept, None
+        check_room(self.model, job, sum(each.bytes_in_use for each in contexts or []), self.draft)
+        if contexts is None:
+            models = [self.model] if self.draft is None else [self.model, self.draft]
+            return [Context(model, job.bsz, job.length) for model in models]
+        for context in contexts:
+            context.make_room(job.length)
+        return contexts

@@ -12,7 +12,8 @@ import torch
 class Statistics:
     """Sums over all calls. A decode step reads every weight once and makes a token or more for each running row."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # computed
+    reused_tokens: int = 0  # of prompts that began like one in the cache
     prefill_seconds: float = 0.0
     decoded_tokens: int = 0  # by decode steps: a row's first token comes out of its prefill
     decode_steps: int = 0

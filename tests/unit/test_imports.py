@@ -33,9 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "context": {"config", "footprint", "model", "sampling"},
     "speculation": {"context", "sampling"},
     "batch": {"context", "predictions", "sampling", "speculation", "statistics"},
+    "prompts": {"config", "tokenizer"},
     "generation": {
         *{"batch", "build", "chat", "context", "footprint", "infilling", "model", "predictions", "sampling"},
-        *{"speculation", "statistics", "tokenizer"},
+        *{"prompts", "speculation", "statistics", "tokenizer"},
     },
     "cli": {"generation", "parallel", "statistics"},
     "__init__": {"generation", "model", "tokenizer"},
