@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from llama.context import Context
+from llama.footprint import MOST_POSITIONS
 from llama.predictions import FinishReason
 from llama.sampling import INVALID, SamplingParams, log_probs, sample
-from llama.speculation import MOST_POSITIONS, Pace, Proposer
+from llama.speculation import Pace, Proposer
 from llama.statistics import Statistics
 
 

@@ -267,7 +267,8 @@ class Llama:
         """Complete one batch, and give its tokens their texts."""
         decoders = {row.place: StreamDecoder(self.tokenizer, at_start) for row in rows}
         length = max(len(row.prompt) + row.limit for row in rows)
-        job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs)
+        guessed = self.speculate is not None or self.draft is not None
+        job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs, guessed)
         contexts = self._contexts(job, keep)
         proposer: Proposer | None = Lookup() if self.speculate == "lookup" else None
         if self.draft is not None:

@@ -19,9 +19,6 @@ from llama.sampling import SamplingParams, sample
 # Most tokens guessed for one row.
 MOST_PROPOSED = 8
 
-# Positions in one step, of all rows together: more of them take a CPU as long as separate steps.
-MOST_POSITIONS = 16
-
 # Plain steps after guesses that cost more than they gave, when that happens for the first time.
 FIRST_REST = 32
 

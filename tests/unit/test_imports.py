@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": {"chat", "checkpoint", "config", "footprint", "memory", "model", "parallel", "plan", "tokenizer"},
     "context": {"config", "footprint", "model", "sampling"},
     "speculation": {"context", "sampling"},
-    "batch": {"context", "predictions", "sampling", "speculation", "statistics"},
+    "batch": {"context", "footprint", "predictions", "sampling", "speculation", "statistics"},
     "prompts": {"config", "tokenizer"},
     "generation": {
         *{"batch", "build", "chat", "context", "footprint", "infilling", "model", "predictions", "sampling"},
