@@ -12,6 +12,7 @@ from llama.build import plan_run
 from llama.chat import UNSAFE_ERROR, Message, check_system
 from llama.parallel import agree, from_first_rank
 from llama.sampling import SamplingParams
+from llama.speculation import check_speculation
 
 
 def main(
@@ -27,6 +28,8 @@ def main(
     seed: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    speculate: str | None = None,
+    draft_ckpt_dir: str | None = None,
     model_parallel_size: int | None = None,
     dry_run: bool = False,
 ) -> None:
@@ -47,15 +50,26 @@ def main(
         seed: the same seed gives the same answers to the same messages.
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
+        speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
+        draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
         model_parallel_size: ranks that share one copy of the model; default: all.
         dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """
     SamplingParams(temperature, top_p, max_gen_len)  # what is wrong ends here, before gigabytes are read
+    check_speculation(speculate, draft_ckpt_dir)
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, 1, model_parallel_size)
     if dry_run:
         cli.end_with(plan_run(*build, device=device, dtype=dtype))
-    llm = Llama.build(*build, seed, device=device, dtype=dtype, chat_format=chat_format)
+    llm = Llama.build(
+        *build,
+        seed,
+        device=device,
+        dtype=dtype,
+        chat_format=chat_format,
+        speculate=speculate,
+        draft_ckpt_dir=draft_ckpt_dir,
+    )
     opening = [Message(role="system", content=system)] if system is not None else []
     with agree():
         if system is not None:
@@ -126,7 +140,7 @@ def answer(llm: Llama, dialog: list[Message], temperature: float, top_p: float, 
     text = ""
     prompts = llm.encode_dialogs([dialog])
     try:
-        for step in llm.stream(prompts, max_gen_len, temperature, top_p, at_start=True):
+        for step in llm.stream(prompts, max_gen_len, temperature, top_p, at_start=True, keep=True):
             text += step.text
             say(step.text)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from llama.build import plan_run
 from llama.infilling import FILL_MARK, can_infill
 from llama.predictions import CompletionPrediction, InfillingPrediction
 from llama.sampling import SamplingParams
+from llama.speculation import check_speculation
 
 PROMPTS = [
     "The capital of France is",
@@ -33,6 +34,8 @@ def main(
     seed: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    speculate: str | None = None,
+    draft_ckpt_dir: str | None = None,
     logprobs: bool = False,
     echo: bool = False,
     json: bool = False,
@@ -53,6 +56,8 @@ def main(
         seed: the same seed gives the same completions.
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
+        speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
+        draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
         logprobs: also give the log-probability of every token.
         echo: repeat the prompt in the completion.
         json: print one JSON object a line.
@@ -63,6 +68,7 @@ def main(
     prompts = PROMPTS if prompt is None else prompt
     if not prompts:
         raise ValueError("the list of prompts is empty: give at least one")
+    check_speculation(speculate, draft_ckpt_dir)
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size)
     if dry_run:
@@ -70,7 +76,7 @@ def main(
         cli.end_with(
             plan_run(*build, device=device, dtype=dtype, prompts=prompts, max_gen_len=max_gen_len, scored=scored)
         )
-    llm = Llama.build(*build, seed, device=device, dtype=dtype)
+    llm = Llama.build(*build, seed, device=device, dtype=dtype, speculate=speculate, draft_ckpt_dir=draft_ckpt_dir)
     if can_infill(llm.tokenizer) and any(FILL_MARK in text for text in prompts):
         results = infill(llm, prompts, temperature, top_p, max_gen_len, logprobs)
     else:

@@ -112,10 +112,34 @@ def plan_run(
         return table(planner, jobs), planner.plan(next(iter(jobs.values()))).fits
 
 
-def check_room(model: Transformer, job: Job) -> None:
-    """ValueError, on every rank if on one, when the memory left by a loaded model is too small for a batch."""
+def build_draft(
+    ckpt_dir: str | os.PathLike[str],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str | torch.dtype | None,
+) -> Transformer:
+    """This rank's share of a smaller model that guesses what `model` will say; ValueError if its tokens are others."""
+    args = model.args
     with parallel.agree():
-        check_job(model, job, free_bytes(model.device, local_world_size()))
+        draft = open_source(ckpt_dir, None, args.max_seq_len, args.max_batch_size, model.device, dtype)
+        sizes = draft.args.vocab_size, args.vocab_size
+        if sizes[0] != sizes[1] or not draft.tokenizer.has_tokens_of(tokenizer):
+            raise ValueError(
+                f"the draft model in {draft.checkpoint.path} has another vocabulary ({sizes[0]} tokens) than the model "
+                f"({sizes[1]} tokens): give one of the same family"
+            )
+    limits = args.max_seq_len, args.max_batch_size, model.parallel.size
+    return build_model(ckpt_dir, None, *limits, device=model.device, dtype=dtype)[0]
+
+
+def check_room(model: Transformer, job: Job, kept: int = 0, draft: Transformer | None = None) -> None:
+    """ValueError, on every rank if on one, when the memory left by a loaded model is too small for a batch.
+
+    kept: bytes of caches that are there already; draft: a model that reads the same batch.
+    """
+    with parallel.agree():
+        check_job(model, job, free_bytes(model.device, local_world_size()) + kept, draft)
 
 
 def check_alike(source: Source) -> None:

@@ -35,7 +35,7 @@ class KVCache:
     def slots(self, positions: Tensor) -> Tensor:
         """Where positions (bsz, seqlen) of rows 0 to bsz - 1 are stored, counted over all rows: (bsz * seqlen,)."""
         rows = torch.arange(positions.shape[0], device=positions.device)
-        return (rows[:, None] * self.keys.shape[2] + positions).flatten()
+        return (rows[:, None] * self.max_seq_len + positions).flatten()
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values (bsz, seqlen, n_kv_heads, head_dim) in a layer's slots."""
@@ -46,7 +46,21 @@ class KVCache:
         """Keys and values of the first kv_len positions of the first bsz rows, as views."""
         return self.keys[layer, :bsz, :kv_len], self.values[layer, :bsz, :kv_len]
 
-    def move_row(self, source: int, target: int, length: int) -> None:
+    @property
+    def max_seq_len(self) -> int:
+        return self.keys.shape[2]
+
+    def grow(self, max_seq_len: int, length: int) -> None:
+        """Make room for max_seq_len positions, and keep the first `length`."""
+        n_layers, bsz, _, n_kv_heads, head_dim = self.keys.shape
+        for name in ("keys", "values"):  # one after the other: the old keys are gone when the values are copied
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros(n_layers, bsz, max_seq_len, n_kv_heads, head_dim)
+            new[:, :, :length] = old[:, :, :length]
+            setattr(self, name, new)
+            del old
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of row `source` over row `target`."""
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]

@@ -5,6 +5,7 @@ All figures are bytes of one rank.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,13 @@ from llama.parallel import ModelParallel
 
 # Positions whose logits are held at once while scoring a prompt: 128 MiB for a vocabulary of 128k.
 SCORED_AT_ONCE = 256
+
+# Positions of all rows together that are read at once: enough that a matrix product is as fast as it gets on a CPU.
+# On CUDA they are all read at once: its fused kernels take no mask where query heads share KV heads.
+READ_AT_ONCE = 2048
+
+# Positions in one step of speculation, of all rows together: more of them take a CPU as long as separate steps.
+MOST_POSITIONS = 16
 
 # The constants below, and the sums in `activation_bytes`, were measured with torch's memory profiler on a CPU.
 SAMPLED = 29  # bytes of each logit while a token is sampled: its fp32 value, and 6.25 times that for a full sort
@@ -30,6 +38,12 @@ class Job:
     prompt_len: int
     length: int
     scored: bool = False  # log-probabilities of prompts are asked for
+    guessed: bool = False  # speculation samples more than one token a row
+
+
+def read_at_once(bsz: int, device: torch.device) -> int:
+    """Positions of each of bsz rows that are read at once."""
+    return sys.maxsize if device.type == "cuda" else max(1, READ_AT_ONCE // bsz)
 
 
 def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, job: Job) -> int:
@@ -42,16 +56,17 @@ def activation_bytes(
 ) -> int:
     """The most that the forward passes and the sampling of a job hold at once, beside weights and cache.
 
-    Counted per position of the prefill, which is where it peaks: a layer's input, the sum after attention and the
-    normalised sum, and what is computed from them.
+    Counted per position that the prefill reads at once, which is where it peaks: a layer's input, the sum after
+    attention and the normalised sum, and what is computed from them. After the first chunk there is a mask, too.
     """
     half = dtype != torch.float32
     x = args.dim * dtype.itemsize
     q = parallel.heads(args.n_heads) * args.head_dim
     kv = len(parallel.kv_heads(args.n_heads, args.n_kv_heads)) * args.head_dim
     kept = 4 * args.head_dim + 32  # rotation, positions, slots, ids
-    scores = 2 * kv * dtype.itemsize * half  # K and V, packed
-    masked = args.sliding_window is not None and args.sliding_window < job.prompt_len
+    seqlen = min(job.prompt_len, read_at_once(job.bsz, device))
+    scores = 2 * kv * dtype.itemsize * half * job.prompt_len // seqlen  # K and V of the whole prompt, packed
+    masked = seqlen < job.prompt_len or (args.sliding_window is not None and args.sliding_window < job.prompt_len)
     if masked:
         kept += job.prompt_len
         scores += job.prompt_len * dtype.itemsize
@@ -62,8 +77,9 @@ def activation_bytes(
     rotate_q = 2 * x + 2 * q * dtype.itemsize + 8 * q * half
     attend = 2 * x + 3 * q * dtype.itemsize + scores
     feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize
-    n_tokens = job.bsz * job.prompt_len
+    n_tokens = job.bsz * seqlen
     prefill = n_tokens * (kept + max(norm, rotate_k, rotate_q, attend, feed_forward))
-    logits = args.vocab_size * max(job.bsz * SAMPLED, min(job.prompt_len, SCORED_AT_ONCE) * SCORED if job.scored else 0)
+    sampled = max(job.bsz, MOST_POSITIONS * job.guessed) * SAMPLED
+    logits = args.vocab_size * max(sampled, min(seqlen, SCORED_AT_ONCE) * SCORED if job.scored else 0)
     peak = max(prefill, n_tokens * x + logits)
     return peak + min(2 * peak, HEAP) if device.type == "cpu" else peak

@@ -60,6 +60,8 @@ class PackedWeight(nn.Module):
         weight = self.describe()
         if _is_few(x):
             return kernels.multiply(weight, x).type_as(x)
+        if x.dtype == torch.bfloat16 and kernels.has_matrix_unit():
+            return kernels.multiply_many(weight, x)
         step = max(1, DENSE_AT_ONCE // self.shape[1] // kernels.TILE) * kernels.TILE
         spans = [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
         parts = [torch.matmul(x, kernels.unpack(weight, *span, x.dtype)) for span in spans]

@@ -199,17 +199,21 @@ def table(planner: Planner, jobs: dict[str, Job]) -> str:
     return "\n".join(lines)
 
 
-def check_job(model: Transformer, job: Job, free: int) -> None:
-    """ValueError when a loaded model has no room for a batch."""
-    setup = model.args, model.parallel, model.dtype
+def check_job(model: Transformer, job: Job, free: int, draft: Transformer | None = None) -> None:
+    """ValueError when a loaded model, and a draft model that reads the same, have no room for a batch."""
 
-    def needed(job: Job) -> int:
-        return cache_bytes(*setup, job) + activation_bytes(*setup, model.device, job)
+    def caches(job: Job) -> int:
+        models = [model] if draft is None else [model, draft]
+        return sum(cache_bytes(each.args, each.parallel, each.dtype, job) for each in models)
+
+    def needed(job: Job) -> int:  # the larger model's activations
+        setup = model.args, model.parallel, model.dtype, model.device
+        return caches(job) + activation_bytes(*setup, job)
 
     if needed(job) > free:
         bsz = largest(lambda n: needed(dataclasses.replace(job, bsz=n)) <= free, job.bsz)
         raise ValueError(
             f"{job.bsz} prompts of up to {job.prompt_len} tokens, {job.length} with what follows, need "
-            f"{readable(cache_bytes(*setup, job))} of cache and {readable(needed(job))} in all per rank, "
+            f"{readable(caches(job))} of cache and {readable(needed(job))} in all per rank, "
             f"{readable(free)} are free: use " + (f"--max_batch_size {bsz}" if bsz else "a smaller --max_seq_len")
         )

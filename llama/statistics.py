@@ -10,13 +10,37 @@ import torch
 
 @dataclass
 class Statistics:
-    """Sums over all calls. A decode step reads every weight once and makes one token for each running row."""
+    """Sums over all calls. A decode step reads every weight once and makes a token or more for each running row."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # computed
+    reused_tokens: int = 0  # of prompts that began like one in the cache
     prefill_seconds: float = 0.0
     decoded_tokens: int = 0  # by decode steps: a row's first token comes out of its prefill
     decode_steps: int = 0
     decode_seconds: float = 0.0
+    proposed: int = 0  # tokens guessed by speculation, and those of them that were right
+    accepted: int = 0
+    plain_tokens: int = 0  # of decoded_tokens, by steps without guesses
+    plain_seconds: float = 0.0
+    resting_tokens: int = 0  # of plain_tokens, while speculation rested because it lost
+
+    def add_step(self, seconds: float, tokens: int, proposed: int, accepted: int, resting: bool) -> None:
+        """Count a decode step and the tokens that it made."""
+        self.decode_seconds += seconds
+        self.decode_steps += 1
+        self.decoded_tokens += tokens
+        self.proposed += proposed
+        self.accepted += accepted
+        if proposed == 0:
+            self.plain_seconds += seconds
+            self.plain_tokens += tokens
+            self.resting_tokens += tokens * resting
+
+    @property
+    def speculation_gain(self) -> float:
+        """Tokens a second of all decode steps against those of plain ones; 0 where one of them is not known."""
+        plain_tok_s = self.plain_tokens / self.plain_seconds if self.plain_seconds else 0.0
+        return self.decode_tok_s / plain_tok_s if plain_tok_s else 0.0
 
     @property
     def prefill_tok_s(self) -> float:

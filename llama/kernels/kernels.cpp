@@ -1,4 +1,5 @@
 // What Python calls (llama/kernels/library.py).
+#include "gemm.h"
 #include "many.h"
 #include "pack.h"
 #include "step.h"
@@ -73,6 +74,12 @@ extern "C" void multiply_rows(const Weight *weight, const float *x, int n, float
             for (int t = 0; t < n; t++) memcpy(y + size_t(t) * w.rows + tile * TILE, made + t * TILE, rows * 4);
         }
     }
+}
+
+extern "C" int can_multiply_many() { return has_matrix_unit(); }
+
+extern "C" void multiply_bf16(const Weight *weight, const uint16_t *x, int n, uint16_t *y, int threads) {
+    multiply_many(*weight, x, n, y, threads);
 }
 
 extern "C" void add_and_norm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -122,6 +123,23 @@ def multiply(weight: Weight, x: Tensor) -> Tensor:
     n_tokens = x.numel() // weight.columns
     y = torch.empty(*x.shape[:-1], weight.rows)
     kernels().multiply_rows(
+        ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
+    )
+    return y
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether `multiply_many` works here: the processor has one for bf16, and lets this process use it."""
+    return bool(kernels().can_multiply_many())
+
+
+def multiply_many(weight: Weight, x: Tensor) -> Tensor:
+    """x (..., in), bf16, times the weight, without its bias: bf16 (..., out). `in` is a multiple of 32."""
+    n_tokens = x.numel() // weight.columns
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], weight.rows, dtype=torch.bfloat16)
+    kernels().multiply_bf16(
         ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
     )
     return y

@@ -131,6 +131,12 @@ class Tokenizer:
         stream = StreamDecoder(self)
         return "".join([stream.push(token) for token in t]) + stream.flush()
 
+    def has_tokens_of(self, other: "Tokenizer") -> bool:
+        """Whether every id means the same in both."""
+        return (self.n_words, self.special_tokens) == (other.n_words, other.special_tokens) and all(
+            self.token_bytes(token) == other.token_bytes(token) for token in range(self.n_words)
+        )
+
     def token_bytes(self, token: int, at_start: bool = False) -> bytes:
         """The bytes a token adds to a text; at_start: as its first token (see `StreamDecoder`)."""
         if not 0 <= token < self.n_words:

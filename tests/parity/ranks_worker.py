@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import sys
 import traceback
+import types
 from pathlib import Path
 from typing import Any
 
 import fairscale.nn.model_parallel  # noqa: F401  (imported here so that the ranks need not)
 import torch
 
-from llama import Llama
+from llama import Llama, batch
 
 
 def run_rank(job: dict[str, Any], rank: int) -> None:
@@ -30,9 +32,23 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
             result["logits"] = llm.model(tokens, start_pos, llm.model.new_cache(*tokens.shape))
         result["greedy"] = llm.generate(job["prompts"], 6, temperature=0, logprobs=True)
         result["sampled"] = llm.generate(job["prompts"], 6, temperature=1.0, top_p=0.95)
+        if job.get("guess"):
+            result["plain"] = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
+            result["guessed"] = guess(job, rank)
     except ValueError as error:
         result["error"] = str(error)
     torch.save(result, f"{job['out']}.{rank}")
+
+
+def guess(job: dict[str, Any], rank: int) -> list[Any]:
+    """What speculation makes of the prompts, by a clock that tells each rank something else."""
+    batch.time = types.SimpleNamespace(perf_counter=random.Random(rank).random)  # type: ignore[assignment]
+    found = []
+    for way in ({"speculate": "lookup"}, {"draft_ckpt_dir": job["folder"]}):
+        llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32", **way)
+        tokens = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
+        found.append((tokens, llm.statistics.proposed, llm.statistics.accepted))
+    return found
 
 
 def run_job(job: dict[str, Any]) -> None:

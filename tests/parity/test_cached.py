@@ -96,7 +96,7 @@ def test_a_moved_row_goes_on_where_it_was(model: Transformer) -> None:
     tokens = random_tokens(3, 7, vocab_size=model.args.vocab_size)
     cache = model.new_cache(3, 7)
     model(tokens[:, :6], torch.zeros(3, dtype=torch.long), cache)
-    cache.move_row(2, 0, 6)
+    cache.copy_row(2, 0, 6)
     logits = model(tokens[2:, 6:], torch.tensor([6]), cache)
     assert_same(logits[0, 0], one_pass(model, tokens)[2, 6])
 

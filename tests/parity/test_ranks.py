@@ -35,6 +35,8 @@ MODELS = {
 SIZES = {"sixteen_heads": (1, 2, 4, 16, 5), "nine_heads": (1, 3, 9), "twelve_heads": (1, 2, 3, 6)}
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
 
+GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Any]]:
@@ -45,7 +47,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
         write_meta(folder / name, args, **options)
         for size in SIZES[name]:
             out = str(folder / f"{name}.{size}")
-            jobs.append({"folder": str(folder / name), "size": size, "out": out, "tokens": TOKENS, "prompts": PROMPTS})
+            job = {"folder": str(folder / name), "size": size, "out": out, "tokens": TOKENS, "prompts": PROMPTS}
+            jobs.append({**job, "guess": (name, size) in GUESSES})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
     done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -73,6 +76,17 @@ def test_tokens_equal_those_of_one_rank(results: dict[tuple[str, int], list[Any]
         assert rank["sampled"] == alone["sampled"]
         for scores, expected in zip(rank["greedy"][1], alone["greedy"][1], strict=True):
             assert scores == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "size"), GUESSES)
+def test_ranks_guess_alike_whatever_their_clocks_say(
+    results: dict[tuple[str, int], list[Any]], name: str, size: int
+) -> None:
+    """Or some would read more positions than the others, and wait for them forever."""
+    for rank in results[name, size]:
+        assert [tokens for tokens, _, _ in rank["guessed"]] == [rank["plain"]] * 2
+        assert rank["guessed"] == results[name, size][0]["guessed"]
+        assert rank["guessed"][1][2] > 0
 
 
 def test_heads_that_cannot_be_split_end_every_rank_with_the_sizes_that_work(

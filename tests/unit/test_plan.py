@@ -18,12 +18,13 @@ from llama.build import check_room, open_source
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import Storage
 from llama.config import ModelArgs
+from llama.context import Context
 from llama.footprint import HEAP, Job, activation_bytes, cache_bytes
 from llama.memory import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 from llama.plan import Planner
-from llama.sampling import log_probs, sample
+from llama.sampling import sample
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 
@@ -161,22 +162,21 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(1000, 1008), (2300, 2308)], ids=["one pass", "chunks"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_planned_activations_are_what_a_run_allocates(name: str, dtype: torch.dtype) -> None:
+def test_planned_activations_are_what_a_run_allocates(name: str, lengths: tuple[int, int], dtype: torch.dtype) -> None:
     """Within 10 % of the allocator's own count, whatever part of the computation holds most."""
     args = SHAPES[name]
-    job = Job(8, 40, 48, scored=True) if name == "vocabulary" else Job(2, 1500, 1508)
+    job = Job(8, 40, 48, scored=True) if name == "vocabulary" else Job(2, *lengths)
     model = Transformer(args)
     for weight in model.parameters():
         weight.data = torch.randn_like(weight).div(weight.shape[-1] ** 0.5).to(dtype)
-    tokens = torch.randint(0, args.vocab_size, (job.bsz, job.prompt_len))
+    tokens = torch.randint(0, args.vocab_size, (job.bsz, job.prompt_len)).tolist()
     with torch.inference_mode():
-        cache = model.new_cache(job.bsz, job.length)
+        context = Context(model, job.bsz, job.length)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            hidden = model.hidden(tokens, torch.zeros(job.bsz, dtype=torch.long), cache, kv_len=job.prompt_len)
-            if job.scored:
-                log_probs(model.logits(hidden[0]), tokens[0])
-            sample(model.logits(hidden[:, -1]), 0.6, 0.99, torch.rand(job.bsz))
+            hidden, _ = context.read(tokens, job.scored)
+            sample(model.logits(hidden), 0.6, 0.99, torch.rand(job.bsz))
     allocated = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(allocated, key=lambda event: event.start_ns()):

@@ -1,0 +1,159 @@
+// Matrix products of many tokens in bf16, by the processor's matrix unit (AMX), straight from blocks or floats.
+//
+// 32 rows of the weight at a time become bf16 in the order that the unit wants, a panel that stays in the core's
+// cache while all tokens pass: the weight is read once and is nowhere dense.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "pack.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Whether this process may use the unit: Linux has to be asked.
+inline bool has_matrix_unit() {
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return granted;
+}
+
+// Pairs of neighbouring columns of 16 rows, as bf16: a row's pair is a word of its lane.
+inline u32 pairs(f32 first, f32 second) {
+    typedef uint16_t u16x32 __attribute__((vector_size(64)));
+    u16x32 v = (u16x32)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (u32)__builtin_shufflevector(
+        v, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
+        30, 15, 31
+    );
+}
+
+// 16 rows of a weight from `first` on, columns rounded up to 32: to[column / 2][row].
+inline void fill_panel(const Weight &w, int first, uint32_t *to, std::vector<float> &kept) {
+    const int rows = std::min(TILE, w.rows - first);
+    if (w.type > F16) {
+        f32 even{};
+        const uint8_t *tile = w.data + size_t(first / TILE) * tile_bytes(w.type, w.columns);
+        unpacked_tile(w.type, tile, w.columns, [&](int column, f32 values) {
+            if (column % 2 == 0) {
+                even = values;
+                return;
+            }
+            u32 both = pairs(even, values);
+            memcpy(to + column / 2 * TILE, &both, sizeof both);
+        });
+        return;
+    }
+    if (w.type == BF16) {  // 16 rows of 16 words, turned
+        const int words = w.columns / 2;
+        const char *from = (const char *)w.data + size_t(first) * w.columns * 2;
+        for (int word = 0; word < words; word += LANES) {
+            u32 v[LANES];
+            for (int r = 0; r < LANES; r++) v[r] = r < rows ? load<u32>(from + (size_t(r) * words + word) * 4) : u32{};
+            turn_square(v);
+            memcpy(to + word * TILE, v, sizeof v);
+        }
+        return;
+    }
+    kept.resize(size_t(TILE) * w.columns);
+    read_floats(w.data, w.type, size_t(first) * w.columns, rows * w.columns, kept.data());
+    for (int column = 0; column < w.columns; column += 2)
+        for (int r = 0; r < TILE; r++) {
+            const float *pair = kept.data() + size_t(r) * w.columns + column;
+            to[column / 2 * TILE + r] = r < rows ? to_bf16(pair[0]) | uint32_t(to_bf16(pair[1])) << 16 : 0;
+        }
+}
+
+// GCC does not know what the unit's instructions read, and leaves out stores that it sees no use of.
+inline void memory_is_read(const void *at) { asm volatile("" : : "r"(at) : "memory"); }
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tokens [token, token + 16) in the order of the unit: squares of 16 tokens and 32 columns, one after another. Rows
+// as they lie would meet in the same places of the caches.
+inline void fill_tokens(const uint16_t *x, int n, int columns, int token, uint16_t *to) {
+    for (int column = 0; column < columns; column += 32)
+        for (int t = token; t < token + 16; t++, to += 32)
+            if (t < n) memcpy(to, x + size_t(t) * columns + column, 64);
+            else memset(to, 0, 64);
+}
+
+// 32 tokens, as filled, times 32 rows of a panel: y[token][row].
+inline void multiply_panel(const uint16_t *tokens, const uint32_t *panel, int columns, float *y) {
+    const size_t more_tokens = size_t(columns) * 16, more_rows = size_t(columns / 2) * TILE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int square = 0; square < columns / 32; square++, tokens += 512, panel += 256) {
+        _tile_loadd(4, tokens, 64);
+        _tile_loadd(5, tokens + more_tokens, 64);
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(7, panel + more_rows, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, y, 128);
+    _tile_stored(1, y + 16, 128);
+    _tile_stored(2, y + 16 * 32, 128);
+    _tile_stored(3, y + 16 * 32 + 16, 128);
+}
+
+// The first address from v's on that begins a cache line, with room for n values.
+template <class T> T *aligned_room(std::vector<T> &v, size_t n) {
+    v.resize(n + 64 / sizeof(T));
+    return (T *)((uintptr_t(v.data()) + 63) / 64 * 64);
+}
+
+// y (n, rows) = x (n, columns) times the weight, all bf16; columns are a multiple of 32.
+inline void multiply_many(const Weight &w, const uint16_t *x, int n, uint16_t *y, int threads) {
+    static thread_local std::vector<uint16_t> kept_tokens;
+    // Tokens that do not stay in a core's cache are read once for two panels, where there is work for all threads.
+    const int panels = w.rows >= 1024 * threads ? 2 : 1;
+    uint16_t *tokens = aligned_room(kept_tokens, size_t(n + 31) / 32 * 32 * w.columns);
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local std::vector<float> kept;
+        static thread_local std::vector<uint32_t> kept_panel;
+        const size_t size = size_t(w.columns) * TILE;  // of a panel
+        uint32_t *panel = aligned_room(kept_panel, size * panels);
+        TileConfig config;
+        memory_is_read(&config);
+        _tile_loadconfig(&config);
+        alignas(64) float made[32 * 32];
+#pragma omp for
+        for (int token = 0; token < n + (32 - n % 32) % 32; token += 16)
+            fill_tokens(x, n, w.columns, token, tokens + size_t(token) * w.columns);
+#pragma omp for schedule(dynamic, 1)
+        for (int first = 0; first < w.rows; first += 32 * panels) {
+            const int stop = std::min(first + 32 * panels, w.rows);
+            for (int row = first; row < stop; row += TILE)
+                fill_panel(w, row, panel + (row - first) / TILE * (size / 2), kept);
+            memory_is_read(panel);
+            for (int token = 0; token < n; token += 32)
+                for (int row = first; row < stop; row += 32) {
+                    const uint32_t *mine = panel + (row - first) / 32 * size;
+                    multiply_panel(tokens + size_t(token) * w.columns, mine, w.columns, made);
+                    for (int t = 0; t < 32 && token + t < n; t++) {
+                        uint16_t *to = y + size_t(token + t) * w.rows + row;
+                        const float *from = made + t * 32;
+                        auto rounded = _mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from));
+                        memcpy(to, &rounded, stop - row >= 32 ? 64 : (stop - row) * 2);
+                    }
+                }
+        }
+        _tile_release();
+    }
+}
+#else
+inline bool has_matrix_unit() { return false; }
+inline void multiply_many(const Weight &, const uint16_t *, int, uint16_t *, int) {}
+#endif
