@@ -115,13 +115,13 @@ template <class T> T *aligned_room(std::vector<T> &v, size_t n) {
 
 // y (n, rows) = x (n, columns) times the weight, all bf16; columns are a multiple of 32.
 inline void multiply_many(const Weight &w, const uint16_t *x, int n, uint16_t *y, int threads) {
-    static thread_local std::vector<uint16_t> kept_tokens;
     // Tokens that do not stay in a core's cache are read once for two panels, where there is work for all threads.
     const int panels = w.rows >= 1024 * threads ? 2 : 1;
-    uint16_t *tokens = aligned_room(kept_tokens, size_t(n + 31) / 32 * 32 * w.columns);
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local std::vector<float> kept;
+        static thread_local std::vector<float> kept_values;
+        static thread_local std::vector<uint16_t> kept_tokens;
+        uint16_t *tokens = aligned_room(kept_tokens, size_t(n + 31) / 32 * 32 * w.columns);
         static thread_local std::vector<uint32_t> kept_panel;
         const size_t size = size_t(w.columns) * TILE;  // of a panel
         uint32_t *panel = aligned_room(kept_panel, size * panels);
@@ -129,24 +129,23 @@ inline void multiply_many(const Weight &w, const uint16_t *x, int n, uint16_t *y
         memory_is_read(&config);
         _tile_loadconfig(&config);
         alignas(64) float made[32 * 32];
-#pragma omp for
         for (int token = 0; token < n + (32 - n % 32) % 32; token += 16)
             fill_tokens(x, n, w.columns, token, tokens + size_t(token) * w.columns);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(static)
         for (int first = 0; first < w.rows; first += 32 * panels) {
             const int stop = std::min(first + 32 * panels, w.rows);
             for (int row = first; row < stop; row += TILE)
-                fill_panel(w, row, panel + (row - first) / TILE * (size / 2), kept);
+                fill_panel(w, row, panel + (row - first) / TILE * (size / 2), kept_values);
             memory_is_read(panel);
             for (int token = 0; token < n; token += 32)
                 for (int row = first; row < stop; row += 32) {
                     const uint32_t *mine = panel + (row - first) / 32 * size;
                     multiply_panel(tokens + size_t(token) * w.columns, mine, w.columns, made);
+                    const __mmask32 kept = stop - row < 32 ? (1u << (stop - row)) - 1 : ~0u;
                     for (int t = 0; t < 32 && token + t < n; t++) {
-                        uint16_t *to = y + size_t(token + t) * w.rows + row;
                         const float *from = made + t * 32;
-                        auto rounded = _mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from));
-                        memcpy(to, &rounded, stop - row >= 32 ? 64 : (stop - row) * 2);
+                        __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from));
+                        _mm512_mask_storeu_epi16(y + size_t(token + t) * w.rows + row, kept, (__m512i)rounded);
                     }
                 }
         }

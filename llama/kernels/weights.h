@@ -25,6 +25,8 @@ struct Weight {
 };
 
 constexpr int TILE = LANES;  // rows
+// Bytes by which reading runs ahead of computing: processors by themselves stop at the end of a page.
+constexpr int AHEAD = 2048;
 
 // n values of a type of floats, from the one numbered `first` on.
 inline void read_floats(const void *from, int type, size_t first, int n, float *to) {
@@ -199,8 +201,10 @@ inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y
     f32 sums[N] = {};
     constexpr Layout l = layout(Q::TYPE);
     const uint8_t *words = tile + heads_bytes(l, x.columns);
-    for (int column = 0; column < x.columns; column += l.columns, tile += l.head, words += l.words)
+    for (int column = 0; column < x.columns; column += l.columns, tile += l.head, words += l.words) {
+        for (int i = 0; i < l.words; i += 64) __builtin_prefetch(words + i + AHEAD);
         Q::template add<N>(sums, tile, words, Columns<N>(x, token, column));
+    }
     for (int t = 0; t < N; t++) store(y + t * stride, sums[t]);
 }
 
@@ -227,6 +231,7 @@ inline void float_rows(const T *weight, const Input &x, int token, float *y, int
     int c = 0;
     for (; c + LANES <= columns; c += LANES)
         for (int r = 0; r < R; r++) {
+            __builtin_prefetch((const char *)(weight + size_t(r) * columns + c) + R * AHEAD);
             f32 w = floats(weight + size_t(r) * columns + c);
             for (int t = 0; t < N; t++) sums[r][t] += w * load<f32>(rows[t] + c);
         }
