@@ -28,6 +28,8 @@ def main(
     seed: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
     speculate: str | None = None,
     draft_ckpt_dir: str | None = None,
     model_parallel_size: int | None = None,
@@ -50,6 +52,8 @@ def main(
         seed: the same seed gives the same answers to the same messages.
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
+        quantize: int8 or int4: weights at 8 or 5 bits instead of the stored floats; quantized files stay as they are.
+        compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
         model_parallel_size: ranks that share one copy of the model; default: all.
@@ -60,12 +64,14 @@ def main(
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, 1, model_parallel_size)
     if dry_run:
-        cli.end_with(plan_run(*build, device=device, dtype=dtype))
+        cli.end_with(plan_run(*build, device=device, dtype=dtype, quantize=quantize))
     llm = Llama.build(
         *build,
         seed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
+        compile=compile,
         chat_format=chat_format,
         speculate=speculate,
         draft_ckpt_dir=draft_ckpt_dir,

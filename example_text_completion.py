@@ -34,6 +34,8 @@ def main(
     seed: int = 1,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
     speculate: str | None = None,
     draft_ckpt_dir: str | None = None,
     logprobs: bool = False,
@@ -56,6 +58,8 @@ def main(
         seed: the same seed gives the same completions.
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
+        quantize: int8 or int4: weights at 8 or 5 bits instead of the stored floats; quantized files stay as they are.
+        compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
         logprobs: also give the log-probability of every token.
@@ -72,11 +76,26 @@ def main(
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size)
     if dry_run:
-        scored = echo and logprobs
-        cli.end_with(
-            plan_run(*build, device=device, dtype=dtype, prompts=prompts, max_gen_len=max_gen_len, scored=scored)
+        plan = plan_run(
+            *build,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            prompts=prompts,
+            max_gen_len=max_gen_len,
+            scored=echo and logprobs,
         )
-    llm = Llama.build(*build, seed, device=device, dtype=dtype, speculate=speculate, draft_ckpt_dir=draft_ckpt_dir)
+        cli.end_with(plan)
+    llm = Llama.build(
+        *build,
+        seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        speculate=speculate,
+        draft_ckpt_dir=draft_ckpt_dir,
+    )
     if can_infill(llm.tokenizer) and any(FILL_MARK in text for text in prompts):
         results = infill(llm, prompts, temperature, top_p, max_gen_len, logprobs)
     else:

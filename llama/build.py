@@ -17,6 +17,7 @@ from llama.chat import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.format import QUANTIZED, dtype_name
 from llama.checkpoint.load import Storage
+from llama.compiled import CompiledLayers
 from llama.config import ModelArgs
 from llama.footprint import Job
 from llama.fused import FusedLayers, can_fuse
@@ -41,6 +42,7 @@ def build_model(
     dtype: str | torch.dtype | None,
     chat_format: str | None = None,
     quantize: str | None = None,
+    compile: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """This rank's share of the model, and the tokenizer that belongs to it; arguments as for `Llama.build`."""
     start = time.perf_counter()
@@ -57,8 +59,7 @@ def build_model(
         with torch.device("meta"):
             model = Transformer(source.args, ranks)
         changes = load_weights(model, source.checkpoint, source.device, source.storage)
-    if can_fuse(model):
-        model.fused = FusedLayers(model)
+    _speed_up(model, compile)
     for (stored, held), count in sorted(changes.items()):
         log.info("%s held as %s: %d matrices", stored, held, count)
     log.info(
@@ -70,10 +71,20 @@ def build_model(
         model.weight_bytes / 1e9,
         source.device,
         dtype_name(source.storage.dtype),
-        "kernels" if model.fused is not None else "no kernels",
+        "own kernels" if isinstance(model.fused, FusedLayers) else "torch's operations",
         torch.get_num_threads(),
     )
     return model, source.tokenizer
+
+
+def _speed_up(model: Transformer, compile: bool) -> None:
+    """Set what runs the model's layers here."""
+    if can_fuse(model):
+        model.fused = FusedLayers(model)
+        if compile:
+            log.info("--compile has nothing to add: the CPU kernels run the layers, and are compiled")
+    elif compile:
+        model.fused = CompiledLayers(model)
 
 
 def plan_run(
@@ -118,6 +129,7 @@ def build_draft(
     tokenizer: Tokenizer,
     *,
     dtype: str | torch.dtype | None,
+    compile: bool,
 ) -> Transformer:
     """This rank's share of a smaller model that guesses what `model` will say; ValueError if its tokens are others."""
     args = model.args
@@ -130,7 +142,7 @@ def build_draft(
                 f"({sizes[1]} tokens): give one of the same family"
             )
     limits = args.max_seq_len, args.max_batch_size, model.parallel.size
-    return build_model(ckpt_dir, None, *limits, device=model.device, dtype=dtype)[0]
+    return build_model(ckpt_dir, None, *limits, device=model.device, dtype=dtype, compile=compile)[0]
 
 
 def check_room(model: Transformer, job: Job, kept: int = 0, draft: Transformer | None = None) -> None:

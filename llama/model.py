@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling)
-        # What runs the layers instead of their own forward, set from outside: see llama/fused.py.
+        # What runs the layers instead of their own forward, set from outside: see fused.py and compiled.py.
         self.fused: Callable[[Tensor, Tensor, Tensor, Tensor | None, KVCache], Tensor] | None = None
 
     def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
@@ -149,14 +149,16 @@ class Transformer(nn.Module):
         mask = self._mask(positions, kv_len)
         rotation = self.rope(positions, lengths)
         x = self.tok_embeddings(tokens)
-        if self.fused is not None:
-            x = self.fused(x, positions, rotation, mask, cache)
-        else:
-            x = x.to(self.dtype)
-            slots = cache.slots(positions)
-            for layer in self.layers:
-                x = layer(x, rotation, mask, cache, slots)
-        return self.norm(x)
+        run = self.fused or self.run_layers
+        return self.norm(run(x, positions, rotation, mask, cache))
+
+    def run_layers(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """The sum after the last layer of embeddings x, both (bsz, seqlen, dim), which write to the cache."""
+        x = x.to(self.dtype)
+        slots = cache.slots(positions)
+        for layer in self.layers:
+            x = layer(x, rotation, mask, cache, slots)
+        return x
 
     def _mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
         """Which keys the queries at positions (bsz, seqlen) see: (bsz, 1, seqlen, kv_len); None is plainly causal."""

@@ -25,7 +25,8 @@ struct Weight {
 };
 
 constexpr int TILE = LANES;  // rows
-// Bytes by which reading runs ahead of computing: processors by themselves stop at the end of a page.
+// Reading runs ahead of computing: processors by themselves stop at the end of a page. Bytes of packed codes, and of
+// floats the rows after the next ones.
 constexpr int AHEAD = 2048;
 
 // n values of a type of floats, from the one numbered `first` on.
@@ -231,7 +232,7 @@ inline void float_rows(const T *weight, const Input &x, int token, float *y, int
     int c = 0;
     for (; c + LANES <= columns; c += LANES)
         for (int r = 0; r < R; r++) {
-            __builtin_prefetch((const char *)(weight + size_t(r) * columns + c) + R * AHEAD);
+            __builtin_prefetch(weight + size_t(r + 2 * R) * columns + c);
             f32 w = floats(weight + size_t(r) * columns + c);
             for (int t = 0; t < N; t++) sums[r][t] += w * load<f32>(rows[t] + c);
         }
@@ -245,7 +246,7 @@ inline void float_rows(const T *weight, const Input &x, int token, float *y, int
 
 template <class T, int N>
 inline void float_tile(const T *weight, int rows, const Input &x, int token, float *y, int stride) {
-    constexpr int R = N == 1 ? 8 : N == 8 ? 2 : 4;
+    constexpr int R = N == 1 ? 4 : N == 8 ? 2 : 4;
     int r = 0;
     for (; r + R <= rows; r += R) float_rows<T, R, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);
     for (; r < rows; r++) float_rows<T, 1, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);

@@ -9,8 +9,9 @@ import torch
 from llama.tokenizer import Tokenizer
 
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"  # it never changes
-# Tags: with them the demo model copied 73 % of 64 tokens (four prompts of 512), with blank lines alone 34 %.
+# Tags, and the passage twice: small models copy what they have already seen copied.
 BEFORE, BETWEEN = "<text>\n", "\n</text>\n\n<text>\n"
+COPIES = 2
 BEGUN = 16  # tokens of the repetition that the prompt holds: what is left to do is to go on
 
 
@@ -28,15 +29,16 @@ def copy_prompts(
     text = tokenizer.encode(TEXT.read_text(encoding="utf-8"), bos=False, eos=False)
     before = tokenizer.encode(BEFORE, bos=tokenizer.add_bos, eos=False)
     between = tokenizer.encode(BETWEEN, bos=False, eos=False)
-    around = len(before) + len(between) + BEGUN
+    around = len(before) + COPIES * len(between) + BEGUN
     prompts, copies = [], []
     for length in lengths:
-        n = length - around
+        n = (length - around) // COPIES
         if not BEGUN + gen_len <= n <= len(text):
-            least, most = around + BEGUN + gen_len, around + len(text)
+            least, most = around + COPIES * (BEGUN + gen_len), around + COPIES * len(text)
             raise ValueError(f"--copy of {gen_len} tokens takes prompts of {least} to {most} tokens, got {length}")
         start = int(torch.randint(len(text) - n + 1, (), generator=generator))
         passage = text[start : start + n]
-        prompts.append(before + passage + between + passage[:BEGUN])
-        copies.append(passage[BEGUN : BEGUN + gen_len])
+        begun = passage[: BEGUN + (length - around) % COPIES]
+        prompts.append(before + COPIES * (passage + between) + begun)
+        copies.append(passage[len(begun) : len(begun) + gen_len])
     return prompts, copies

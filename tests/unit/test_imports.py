@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "rope": {"config"},
     "model": {"cache", "config", "linear", "parallel", "rope"},
     "fused": {"cache", "kernels", "linear", "model", "parallel"},
+    "compiled": {"cache", "model"},
     "infilling": {"tokenizer"},
     "chat_template": {"tokenizer"},
     "chat": {"chat_template", "tokenizer"},
@@ -35,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "footprint": {"config", "parallel"},
     "plan": {"blocks", "checkpoint", "config", "footprint", "kernels", "memory", "model", "parallel"},
     "build": {
-        *{"chat", "checkpoint", "config", "footprint", "fused", "kernels", "memory", "model", "parallel", "plan"},
-        "tokenizer",
+        *{"chat", "checkpoint", "compiled", "config", "footprint", "fused", "kernels", "memory", "model", "parallel"},
+        *{"plan", "tokenizer"},
     },
     "context": {"config", "footprint", "model", "sampling"},
     "speculation": {"context", "sampling"},

@@ -1,0 +1,49 @@
+"""The layers of a model compiled by torch (Inductor): set as `Transformer.fused`, from outside, where --compile asks.
+
+Only steps of one token a row are compiled: what happens once for a prompt is not worth a compiler's time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.model import Transformer
+
+log = logging.getLogger("llama")
+
+
+class CompiledLayers:
+    """Runs a Transformer's layers. What Inductor builds is kept on disk, so a later process has it in seconds.
+
+    Where the compiler fails, the model's own layers run, and one line says why.
+    """
+
+    def __init__(self, model: Transformer, backend: str = "inductor") -> None:
+        self.model = model
+        self._step = torch.compile(model.run_layers, backend=backend, dynamic=True)
+        self._ready = False
+        self._failed = False
+
+    def __call__(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """The sum after the last layer, (bsz, seqlen, dim), of embeddings x; see `Transformer.hidden`."""
+        if positions.shape[1] > 1 or self._failed:
+            return self.model.run_layers(x, positions, rotation, mask, cache)
+        if self._ready:
+            return self._step(x, positions, rotation, mask, cache)
+        log.info("compiling the decode step: a minute or so the first time, seconds from the cache")
+        start = time.perf_counter()
+        try:
+            y = self._step(x, positions, rotation, mask, cache)
+        except Exception as error:  # whatever a compiler, or the compiler that it calls, can raise
+            self._failed = True
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            log.warning("--compile failed, so the layers run as they are: %s", why)
+            return self.model.run_layers(x, positions, rotation, mask, cache)
+        self._ready = True
+        log.info("compiled the decode step in %.1f s", time.perf_counter() - start)
+        return y
