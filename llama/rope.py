@@ -57,6 +57,10 @@ class Rotary(nn.Module):
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the adjacent pairs of x (bsz, seqlen, heads, head_dim), as in Meta's order of dimensions."""
+    if torch.compiler.is_compiling():  # Inductor knows no complex numbers
+        cos, sin = torch.view_as_real(rotation).unbind(-1)
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
 
