@@ -63,14 +63,15 @@ def build_model(
     for (stored, held), count in sorted(changes.items()):
         log.info("%s held as %s: %d matrices", stored, held, count)
     log.info(
-        "loaded %s in %.2f s: %d rank%s of %.2f GB, %s, %s, %s, threads: %d",
+        "loaded %s in %.2f s: %d rank%s of %.2f GB in %s, computing in %s on %s by %s, threads: %d",
         source.checkpoint.path,
         time.perf_counter() - start,
         ranks.size,
         "s" * (ranks.size > 1),
         model.weight_bytes / 1e9,
-        source.device,
+        " and ".join(model.weight_types),
         dtype_name(source.storage.dtype),
+        source.device,
         "own kernels" if isinstance(model.fused, FusedLayers) else "torch's operations",
         torch.get_num_threads(),
     )

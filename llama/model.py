@@ -5,6 +5,7 @@ Knows nothing of text, of sampling or of where weights come from.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.config import ModelArgs
-from llama.linear import BlockWeight, PackedWeight
+from llama.linear import BlockWeight, PackedWeight, Weight
 from llama.parallel import ColumnParallelLinear, ModelParallel, RowParallelLinear, VocabParallelEmbedding
 from llama.rope import Rotary, rotate
 
@@ -187,10 +188,22 @@ class Transformer(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of weights that this rank reads for one token: an embedding table only where it is the output too."""
         table = 0 if self.args.tied_embeddings else self.tok_embeddings.weight.nbytes
-        blocks = {
-            id(module): module.nbytes for module in self.modules() if isinstance(module, BlockWeight | PackedWeight)
-        }
-        return sum(weight.nbytes for weight in self.parameters()) + sum(blocks.values()) - table
+        return sum(weight.nbytes for weight in self._weights()) - table
+
+    @property
+    def weight_types(self) -> list[str]:
+        """What matrices are held in, the most bytes first: names of block types, or the dtype's."""
+        counts: Counter[str] = Counter()
+        for weight in self._weights():
+            if len(weight.shape) > 1:
+                floats = str(self.dtype).removeprefix("torch.")
+                counts[floats if isinstance(weight, Tensor) else weight.block_type.name] += weight.nbytes
+        return [name for name, _ in counts.most_common()]
+
+    def _weights(self) -> list[Weight]:
+        """Every weight once, those in blocks as one."""
+        blocks = [module for module in self.modules() if isinstance(module, BlockWeight | PackedWeight)]
+        return [*self.parameters(), *blocks]
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:
         """An empty cache for `bsz` rows of `max_seq_len` positions, in the dtype and on the device of the model."""

@@ -18,12 +18,13 @@ import torch
 
 from llama import Llama
 from llama.checkpoint import open_checkpoint
+from llama.checkpoint.format import dtype_name
 from llama.checkpoint.write import write_checkpoint, writer
 from llama.checkpoint.write_tokenizer import tokenizer_source
 from llama.parallel import choose_device, choose_dtype
 from llama.statistics import peak_memory_mib
 
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Run(NamedTuple):
@@ -39,7 +40,7 @@ class System(Protocol):
     """What is measured; weight_bytes are those read in one step of decoding."""
 
     device: torch.device
-    dtype: torch.dtype
+    held: str  # what most of the weights are held in
     vocab_size: int
     weight_bytes: int
 
@@ -57,7 +58,8 @@ class Ours:
         self.llm = Llama.build(path, max_seq_len=max_seq_len, device=device, dtype=dtype, **build)
         self.llm.tokenizer.stop_tokens = frozenset()
         model = self.llm.model
-        self.device, self.dtype, self.vocab_size = model.device, model.norm.weight.dtype, model.args.vocab_size
+        self.device, self.vocab_size = model.device, model.args.vocab_size
+        self.held = SHORT.get(model.weight_types[0], model.weight_types[0])
         self.weight_bytes = model.weight_bytes
 
     def run(self, prompts: list[list[int]], gen_len: int) -> Run:
@@ -85,12 +87,13 @@ class Transformers:
             raise ValueError("--peer transformers needs the library: pip install '.[bench]'") from None
         checkpoint = open_checkpoint(path)
         self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device, checkpoint.dtype)
+        chosen = choose_dtype(dtype, self.device, checkpoint.dtype)
+        self.held = SHORT[dtype_name(chosen)]
         with tempfile.TemporaryDirectory() as folder:
-            name = str(self.dtype).removeprefix("torch.")
+            name = dtype_name(chosen)
             made = writer(checkpoint, tokenizer_source(checkpoint), "hf", dtype=name, context_len=max_seq_len)
             write_checkpoint(made, Path(folder, "model"), lambda n_bytes: None)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder, "model"), dtype=self.dtype)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder, "model"), dtype=chosen)
         self.model = model.to(device=self.device).eval()
         self.vocab_size = model.config.vocab_size
         table = model.get_input_embeddings().weight
@@ -120,9 +123,9 @@ class Transformers:
 SYSTEMS: dict[str, Callable[..., System]] = {"ours": Ours, "transformers": Transformers}
 
 
-def in_words(dtype: torch.dtype, build: dict[str, Any]) -> str:
-    """How the weights are held, and what else of `Llama.build` makes the difference: "int8, lookup"."""
-    words = [build.get("quantize", SHORT[dtype]), "compiled" if build.get("compile") else None, build.get("speculate")]
+def in_words(held: str, build: dict[str, Any]) -> str:
+    """How most of the weights are held, and what else of `Llama.build` makes the difference: "Q8_0, lookup"."""
+    words = [held, "compiled" if build.get("compile") else None, build.get("speculate")]
     return ", ".join(str(word) for word in words if word is not None)
 
 
@@ -131,7 +134,7 @@ def main() -> None:
     try:
         system = SYSTEMS[options.pop("system")](**options)
         loaded = {"vocab_size": system.vocab_size, "weight_bytes": system.weight_bytes}
-        print(json.dumps({**loaded, "weights": in_words(system.dtype, options["build"])}), flush=True)
+        print(json.dumps({**loaded, "weights": in_words(system.held, options["build"])}), flush=True)
         for line in sys.stdin:
             job = json.loads(line)
             run = system.run(job["prompts"], job["gen_len"])
