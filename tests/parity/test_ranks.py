@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from llama.config import ModelArgs
-from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, write_meta
+from llama.kernels.compile import library
+from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, random_state, write_byte_tokenizer, write_meta
+from tests.gguf_files import write_gguf_model
 from tests.models import random_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +34,31 @@ MODELS = {
         {"shards": 2, "embedding_dim": 1},
     ),
 }
+# Blocks of 256 values, and of 32: hidden features are dealt out unevenly, to the last of three not one of two blocks of
+# 256, and heads begin within a block for some.
+GGUF_MODELS = {
+    "superblocks": (
+        ModelArgs(
+            dim=256, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=128, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=768
+        ),
+        "Q4_K",
+    ),
+    "two_superblocks": (
+        ModelArgs(
+            dim=256, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=128, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=512
+        ),
+        "Q6_K",
+    ),
+    "blocks": (
+        ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160),
+        "Q4_1",
+    ),
+}
+# Which ranks' heads begin within a block.
+UNEVEN_HEADS = {("superblocks", 2), ("two_superblocks", 2), ("blocks", 2)}
 # 5 ranks cannot share 16 heads, and must all say so.
 SIZES = {"sixteen_heads": (1, 2, 4, 16, 5), "nine_heads": (1, 3, 9), "twelve_heads": (1, 2, 3, 6)}
+SIZES |= dict.fromkeys(GGUF_MODELS, (1, 2, 3))
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
 
 GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
@@ -45,9 +71,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
     jobs = []
     for name, (args, options) in MODELS.items():
         write_meta(folder / name, args, **options)
-        for size in SIZES[name]:
+    for name, (args, block_type) in GGUF_MODELS.items():
+        write_gguf_model(folder / name, args, random_state(args), GGMLQuantizationType[block_type])
+    tokenizer = str(write_byte_tokenizer(folder))
+    for name, sizes in SIZES.items():
+        for size in sizes:
             out = str(folder / f"{name}.{size}")
             job = {"folder": str(folder / name), "size": size, "out": out, "tokens": TOKENS, "prompts": PROMPTS}
+            job["tokenizer"] = tokenizer if name in GGUF_MODELS else None
             jobs.append({**job, "guess": (name, size) in GUESSES})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
@@ -76,6 +107,20 @@ def test_tokens_equal_those_of_one_rank(results: dict[tuple[str, int], list[Any]
         assert rank["sampled"] == alone["sampled"]
         for scores, expected in zip(rank["greedy"][1], alone["greedy"][1], strict=True):
             assert scores == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name in GGUF_MODELS for size in SIZES[name]])
+def test_ranks_hold_blocks_but_where_their_heads_begin_within_one(
+    results: dict[tuple[str, int], list[Any]], name: str, size: int
+) -> None:
+    """And say so, as floats take several times the memory."""
+    (args, block_type), uneven = GGUF_MODELS[name], (name, size) in UNEVEN_HEADS
+    kinds = {"tok_embeddings", "output", "wq", "wk", "wv", "wo", "w1", "w2", "w3"}
+    for rank in results[name, size]:
+        assert rank["blocks"] == kinds - ({"wo"} if uneven else set())
+        held = f"{block_type} held as float32: {args.n_layers} matrices"
+        assert [line for line in rank["log"] if " held as " in line] == [held] * uneven
 
 
 @pytest.mark.parametrize(("name", "size"), GUESSES)

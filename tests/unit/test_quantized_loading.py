@@ -120,7 +120,7 @@ def test_rows_that_are_not_whole_blocks_are_held_as_floats(tmp_path: Path) -> No
 @pytest.mark.parametrize("value", ["int2", "INT8", "", 8])
 def test_an_unknown_quantization_is_told(tmp_path: Path, value: object) -> None:
     write_meta(tmp_path, SMALL)
-    with pytest.raises(ValueError, match="^quantize must be int8 or int4, got"):
+    with pytest.raises(ValueError, match=r"^quantize must be int8 or int4, got"):
         build(tmp_path, quantize=value)
 
 
@@ -176,7 +176,9 @@ def test_planned_weights_are_the_bytes_of_the_blocks(
 
 
 @pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_kernels), False], ids=["kernels", "torch"])
-@pytest.mark.parametrize(("kind_name", "size", "floats"), [("Q4_K", 2, {"wo"}), ("Q4_K", 3, set()), ("Q4_0", 2, {"wo"})])
+@pytest.mark.parametrize(
+    ("kind_name", "size", "floats"), [("Q4_K", 2, {"wo"}), ("Q4_K", 3, set()), ("Q4_0", 2, {"wo"})]
+)
 def test_ranks_cut_rows_between_blocks_or_hold_floats(
     tmp_path: Path, kind_name: str, size: int, floats: set[str], packed: bool
 ) -> None:
