@@ -30,9 +30,8 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
     try:
         llm = Llama.build(job["folder"], job.get("tokenizer"), max_seq_len=32, device="cpu", dtype="float32")
         modules = llm.model.named_modules()
-        result["blocks"] = {
-            kind(f"{name}.") for name, module in modules if isinstance(module, BlockWeight | PackedWeight)
-        }
+        blocks = [name for name, module in modules if isinstance(module, BlockWeight | PackedWeight)]
+        result["blocks"] = {kind(name) for name in blocks}
         with torch.inference_mode():
             tokens = torch.tensor(job["tokens"])
             start_pos = torch.zeros(len(tokens), dtype=torch.long)

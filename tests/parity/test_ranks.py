@@ -55,10 +55,10 @@ GGUF_MODELS = {
     ),
 }
 # Which ranks' heads begin within a block.
-UNEVEN_HEADS = {("superblocks", 2), ("two_superblocks", 2), ("blocks", 2)}
+UNEVEN_HEADS = {("superblocks", 2), ("blocks", 2)}
 # 5 ranks cannot share 16 heads, and must all say so.
 SIZES = {"sixteen_heads": (1, 2, 4, 16, 5), "nine_heads": (1, 3, 9), "twelve_heads": (1, 2, 3, 6)}
-SIZES |= dict.fromkeys(GGUF_MODELS, (1, 2, 3))
+SIZES |= {"superblocks": (1, 2, 3), "two_superblocks": (1, 3), "blocks": (1, 2)}
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
 
 GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
