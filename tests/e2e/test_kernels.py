@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from llama.config import ModelArgs
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer
-from tests.e2e.processes import COMPLETION, TIMEOUT, Finished, python, started, torchrun
+from tests.e2e.processes import COMPLETION, TIMEOUT, Finished, python, started
 from tests.gguf_files import write_gguf_model
 
 pytestmark = pytest.mark.skipif(
@@ -108,20 +108,3 @@ def test_without_kernels_the_same_comes_from_dense_weights(
     assert first.strip() == why.format(false=shutil.which("false")).strip()
     assert held == f"Q4_1 held as float32: {2 + 7 * ARGS.n_layers} matrices"
     assert loaded.startswith("loaded ") and "torch's operations" in loaded and report.startswith("prefill ")
-
-
-def test_ranks_that_differ_in_kernels_are_told(flags: list[object], compiler: str, tmp_path: Path) -> None:
-    """Blocks dealt out by one and floats by the other would be other features: a wrong text, without a word."""
-    script = tmp_path / "one_without.py"
-    script.write_text(
-        "import os, runpy, sys\n"
-        "os.environ['LLAMA_KERNELS'] = os.environ['RANK']\n"
-        f"sys.path.insert(0, {str(COMPLETION.parent)!r})\n"
-        f"runpy.run_path({str(COMPLETION)!r}, run_name='__main__')\n"
-    )
-    done = torchrun(2, script, *flags, env={"XDG_CACHE_HOME": str(tmp_path), "CXX": compiler})
-    assert done.returncode == 1
-    assert done.errors == [
-        "error: the ranks differ in kernels, weights in blocks of 32 against weights in floats: "
-        "install a C++ compiler on every host, or set LLAMA_KERNELS=0 on all"
-    ]

@@ -27,6 +27,8 @@ from llama.linear import BlockWeight, PackedWeight
 def run_rank(job: dict[str, Any], rank: int) -> None:
     """Save what this rank computes, or what it raises, to OUT.RANK."""
     result: dict[str, Any] = {"log": listen()}
+    if rank in job.get("without_kernels", []):
+        os.environ["LLAMA_KERNELS"] = "0"
     try:
         llm = Llama.build(job["folder"], job.get("tokenizer"), max_seq_len=32, device="cpu", dtype="float32")
         modules = llm.model.named_modules()

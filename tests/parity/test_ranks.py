@@ -80,15 +80,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
             job = {"folder": str(folder / name), "size": size, "out": out, "tokens": TOKENS, "prompts": PROMPTS}
             job["tokenizer"] = tokenizer if name in GGUF_MODELS else None
             jobs.append({**job, "guess": (name, size) in GUESSES})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+    differ = {**jobs[-1], "size": 2, "out": str(folder / "differ"), "without_kernels": [1]}
+    (folder / "jobs.json").write_text(json.dumps([*jobs, differ]))
     worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
     done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return {
+    found = {
         (name, size): [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)]
         for name, sizes in SIZES.items()
         for size in sizes
     }
+    return found | {("differ", 2): [torch.load(folder / f"differ.{rank}") for rank in range(2)]}
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -121,6 +123,16 @@ def test_ranks_hold_blocks_but_where_their_heads_begin_within_one(
         assert rank["blocks"] == kinds - ({"wo"} if uneven else set())
         held = f"{block_type} held as float32: {args.n_layers} matrices"
         assert [line for line in rank["log"] if " held as " in line] == [held] * uneven
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+def test_ranks_that_differ_in_kernels_are_told(results: dict[tuple[str, int], list[Any]]) -> None:
+    """Blocks dealt out by one and floats by the other would be other features: a wrong text, without a word."""
+    said = (
+        "the ranks differ in kernels, weights in blocks of 32 against weights in floats: "
+        "install a C++ compiler on every host, or set LLAMA_KERNELS=0 on all"
+    )
+    assert results["differ", 2] == [{"error": said}] * 2
 
 
 @pytest.mark.parametrize(("name", "size"), GUESSES)
