@@ -30,6 +30,9 @@ from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
+SAME_FILES = "give every host the same files"
+FIXES = {"kernels": "install a C++ compiler on every host, or set LLAMA_KERNELS=0 on all"}
+
 
 def build_model(
     ckpt_dir: str | os.PathLike[str],
@@ -161,6 +164,7 @@ def check_alike(source: Source) -> None:
         "device": source.device.type,
         "dtype": dtype_name(source.storage.dtype),
         "quantize": str(source.storage.quantize),
+        "kernels": source.kept_blocks,
         "architecture": str(source.args),
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
     }
@@ -168,11 +172,7 @@ def check_alike(source: Source) -> None:
     for what in choices:
         found = sorted({each[what] for each in everywhere})
         if len(found) > 1:
-            fix = (
-                f"say which with --{what}"
-                if what in ("device", "dtype", "quantize")
-                else "give every host the same files"
-            )
+            fix = f"say which with --{what}" if what in ("device", "dtype", "quantize") else FIXES.get(what, SAME_FILES)
             raise ValueError(f"the ranks differ in {what}, {' against '.join(found)}: {fix}")
 
 
@@ -189,6 +189,12 @@ class Source:
     def deal(self, ranks: ModelParallel) -> ModelParallel:
         """The ranks, sharing out hidden features as the weights' blocks allow."""
         return self.storage.deal(self.checkpoint, self.args, ranks)
+
+    @property
+    def kept_blocks(self) -> str:
+        """Which blocks hidden features are dealt out in, where there are several ranks."""
+        block = self.deal(ModelParallel()).block
+        return f"weights in blocks of {block}" if block > 1 else "weights in floats"
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
         return Planner(self.checkpoint, self.args, ranks, self.storage, self.device, free)

@@ -53,11 +53,12 @@ class FusedLayers:
             self._norms.append(norms)
 
     def __call__(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """The sum after the last layer, fp32 (bsz, seqlen, dim), of embeddings x; see `Transformer.hidden`."""
+        """The sum after the last layer, fp32 (bsz, seqlen, dim), of embeddings x; see `Transformer.hidden`.
+
+        Embeddings in fp32 are overwritten by it.
+        """
         bsz, seqlen, dim = x.shape
         residual = x.float().contiguous().view(-1, dim)
-        if residual.data_ptr() == x.data_ptr():
-            residual = residual.clone()  # it is added to
         positions = positions.contiguous()
         step = self._step(residual, positions, rotation, cache)
         if bsz * seqlen <= kernels.FEW:
@@ -81,20 +82,31 @@ class FusedLayers:
                     x += last.bias
 
     def _many(self, x: Tensor, step: kernels.Step, positions: Tensor, mask: Tensor | None, cache: KVCache) -> None:
-        bsz, seqlen = positions.shape
-        kv_len = seqlen if mask is None else mask.shape[-1]
         eps, dtype = self.model.args.norm_eps, self.model.dtype
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            attention, feed_forward = layer.attention, layer.feed_forward
-            h = kernels.add_and_norm(x, delta, self._norms[i][0], eps, dtype)
-            q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
-            kernels.rotate_and_keep(step, i, q, k, v)
-            q = q.view(bsz, seqlen, attention.n_local_heads, attention.head_dim)
-            y = attend(q, *cache.read(i, bsz, kv_len), mask)
-            h = kernels.add_and_norm(x, attention.wo(y.reshape(len(x), -1)), self._norms[i][1], eps, dtype)
+            # No name for the states, so that they end where they were last read.
+            delta = self._attend(
+                kernels.add_and_norm(x, delta, self._norms[i][0], eps, dtype), i, step, positions, mask, cache
+            )
+            h = kernels.add_and_norm(x, delta, self._norms[i][1], eps, dtype)
+            feed_forward = layer.feed_forward
             delta = feed_forward.w2(kernels.gate(feed_forward.w1(h), feed_forward.w3(h)))
         kernels.add_and_norm(x, delta, None, eps, dtype)
+
+    def _attend(
+        self, h: Tensor, layer: int, step: kernels.Step, positions: Tensor, mask: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """A layer's attention over states h (n_tokens, dim): (n_tokens, dim)."""
+        bsz, seqlen = positions.shape
+        attention = self.layers[layer].attention
+        q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
+        kernels.rotate_and_keep(step, layer, q, k, v)
+        del h, k, v
+        k, v = cache.read(layer, bsz, seqlen if mask is None else mask.shape[-1])
+        y = attend(q.view(bsz, seqlen, attention.n_local_heads, attention.head_dim), k, v, mask)
+        del q
+        return attention.wo(y.reshape(bsz * seqlen, -1))
 
     def _describe(self, linear: ColumnParallelLinear | RowParallelLinear) -> kernels.Weight:
         weight = linear.weight

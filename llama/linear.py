@@ -83,9 +83,12 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out) in x's dtype."""
     if not isinstance(weight, Tensor):
         y = weight(x)
-    elif torch.compiler.is_compiling() and weight.device.type == "cpu" and x.numel() == x.shape[-1]:
-        # Inductor makes one loop of it, which reads twice as fast as the matrix product that it would call.
-        y = (weight.float() * x.float()).sum(-1).type_as(x).view(*x.shape[:-1], -1)
+    elif torch.compiler.is_compiling():
+        if weight.device.type == "cpu" and x.numel() == x.shape[-1]:
+            # Inductor makes one loop of it, which reads twice as fast as the matrix product that it would call.
+            y = (weight.float() * x.float()).sum(-1).type_as(x).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x.type_as(weight), weight).type_as(x)
     elif weight.device.type == "cpu" and _is_few(x) and kernels.library() is not None:
         y = kernels.multiply(kernels.float_weight(weight), x).type_as(x)
     elif weight.device.type == "cpu" and x.numel() == x.shape[-1]:

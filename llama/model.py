@@ -149,9 +149,9 @@ class Transformer(nn.Module):
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
         mask = self._mask(positions, kv_len)
         rotation = self.rope(positions, lengths)
-        x = self.tok_embeddings(tokens)
         run = self.fused or self.run_layers
-        return self.norm(run(x, positions, rotation, mask, cache))
+        # Embeddings get no name here: they need not outlive the first layer.
+        return self.norm(run(self.tok_embeddings(tokens), positions, rotation, mask, cache))
 
     def run_layers(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """The sum after the last layer of embeddings x, both (bsz, seqlen, dim), which write to the cache."""

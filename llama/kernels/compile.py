@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL | None:
         log.info("no CPU kernels, as LLAMA_KERNELS=0 says: torch's own operations are used")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(_cache_folder())))
+        return _load(_cache_folder())
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         log.warning("no CPU kernels, so tokens come slower: %s", " ".join(str(error).split()))
         return None
@@ -47,27 +47,32 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama"
 
 
-def _compiled(folder: Path) -> Path:
+def _load(folder: Path) -> ctypes.CDLL:
     """The library for this machine, compiled if `folder` does not have it. OSError and ValueError say why not."""
     compiler = _compiler()
     names = ["kernels.cpp", *sorted(path.name for path in SOURCES.glob("*.h"))]
     parts = [(SOURCES / name).read_bytes() for name in names]
     parts += [" ".join((compiler, *FLAGS)).encode(), _machine().encode()]
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
+    path = folder / f"kernels-{key}.so"
+    if not path.is_file():
+        if not _can_write(folder):  # for this process alone; what is loaded does not need its file
+            with tempfile.TemporaryDirectory(prefix="llama-kernels-") as own:
+                _compile(compiler, Path(own) / path.name)
+                return ctypes.CDLL(f"{own}/{path.name}")
+        with _locked(path.with_suffix(".lock")):  # the ranks of a host wait for one of them
+            if not path.is_file():
+                _compile(compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _can_write(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError:  # a home that cannot be written to: for this process alone
-        folder = Path(tempfile.mkdtemp(prefix="llama-kernels-"))
-    path = folder / f"kernels-{key}.so"
-    if path.is_file():
-        return path
-    with _locked(folder / f"kernels-{key}.lock"):  # the ranks of a host wait for one of them
-        if not path.is_file():
-            start = time.perf_counter()
-            _compile(compiler, path)
-            log.info("compiled CPU kernels in %.1f s, once: %s", time.perf_counter() - start, path)
-    return path
+    except OSError:
+        return False
+    return True
 
 
 def _compiler() -> str:
@@ -96,6 +101,7 @@ def _compile(compiler: str, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     # torch brings its own OpenMP: the same threads serve its operations and these.
     libraries = Path(torch.__file__).parent / "lib"
+    start = time.perf_counter()
     command = [compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(partial), f"-L{libraries}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
@@ -103,6 +109,7 @@ def _compile(compiler: str, path: Path) -> None:
             why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
             raise ValueError(f"{compiler} failed: {why}")
         os.replace(partial, path)
+        log.info("compiled CPU kernels in %.1f s, once: %s", time.perf_counter() - start, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llama.kernels.compile import library
 from tests.e2e.conftest import Jobs, RunJobs
 from tests.e2e.processes import (
     COMPLETION,
@@ -78,7 +79,8 @@ def test_the_readme_command_prints_the_same_on_three_ranks_as_on_one(demo_model:
     three = torchrun(3, COMPLETION, *flags)
     assert three.json_lines == python(COMPLETION, *flags).json_lines
     assert three.stderr.count("loaded /") == three.stderr.count("prefill ") == 1
-    assert "3 ranks of 0.09 GB" in three.stderr
+    if library() is not None:  # a third of the file's blocks
+        assert "3 ranks of 0.03 GB" in three.stderr
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Ranks are forked after the imports, which take longer than all that they do; not
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import socket
@@ -19,13 +20,20 @@ import fairscale.nn.model_parallel  # noqa: F401  (imported here so that the ran
 import torch
 
 from llama import Llama, batch
+from llama.checkpoint.format import kind
+from llama.linear import BlockWeight, PackedWeight
 
 
 def run_rank(job: dict[str, Any], rank: int) -> None:
     """Save what this rank computes, or what it raises, to OUT.RANK."""
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"log": listen()}
+    if rank in job.get("without_kernels", []):
+        os.environ["LLAMA_KERNELS"] = "0"
     try:
         llm = Llama.build(job["folder"], job.get("tokenizer"), max_seq_len=32, device="cpu", dtype="float32")
+        modules = llm.model.named_modules()
+        blocks = [name for name, module in modules if isinstance(module, BlockWeight | PackedWeight)]
+        result["blocks"] = {kind(name) for name in blocks}
         with torch.inference_mode():
             tokens = torch.tensor(job["tokens"])
             start_pos = torch.zeros(len(tokens), dtype=torch.long)
@@ -36,8 +44,18 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
             result["plain"] = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
             result["guessed"] = guess(job, rank)
     except ValueError as error:
-        result["error"] = str(error)
+        result = {"error": str(error)}
     torch.save(result, f"{job['out']}.{rank}")
+
+
+def listen() -> list[str]:
+    """A list of what is logged from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("llama").addHandler(handler)
+    logging.getLogger("llama").setLevel(logging.INFO)
+    return lines
 
 
 def guess(job: dict[str, Any], rank: int) -> list[Any]:

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from llama.config import ModelArgs
-from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, write_meta
+from llama.kernels.compile import library
+from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, random_state, write_byte_tokenizer, write_meta
+from tests.gguf_files import write_gguf_model
 from tests.models import random_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +34,31 @@ MODELS = {
         {"shards": 2, "embedding_dim": 1},
     ),
 }
+# Blocks of 256 values, and of 32: hidden features are dealt out unevenly, to the last of three not one of two blocks of
+# 256, and heads begin within a block for some.
+GGUF_MODELS = {
+    "superblocks": (
+        ModelArgs(
+            dim=256, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=128, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=768
+        ),
+        "Q4_K",
+    ),
+    "two_superblocks": (
+        ModelArgs(
+            dim=256, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=128, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=512
+        ),
+        "Q6_K",
+    ),
+    "blocks": (
+        ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160),
+        "Q4_1",
+    ),
+}
+# Which ranks' heads begin within a block.
+UNEVEN_HEADS = {("superblocks", 2), ("blocks", 2)}
 # 5 ranks cannot share 16 heads, and must all say so.
 SIZES = {"sixteen_heads": (1, 2, 4, 16, 5), "nine_heads": (1, 3, 9), "twelve_heads": (1, 2, 3, 6)}
+SIZES |= {"superblocks": (1, 2, 3), "two_superblocks": (1, 3), "blocks": (1, 2)}
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
 
 GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
@@ -45,19 +71,26 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
     jobs = []
     for name, (args, options) in MODELS.items():
         write_meta(folder / name, args, **options)
-        for size in SIZES[name]:
+    for name, (args, block_type) in GGUF_MODELS.items():
+        write_gguf_model(folder / name, args, random_state(args), GGMLQuantizationType[block_type])
+    tokenizer = str(write_byte_tokenizer(folder))
+    for name, sizes in SIZES.items():
+        for size in sizes:
             out = str(folder / f"{name}.{size}")
             job = {"folder": str(folder / name), "size": size, "out": out, "tokens": TOKENS, "prompts": PROMPTS}
+            job["tokenizer"] = tokenizer if name in GGUF_MODELS else None
             jobs.append({**job, "guess": (name, size) in GUESSES})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+    differ = {**jobs[-1], "size": 2, "out": str(folder / "differ"), "without_kernels": [1]}
+    (folder / "jobs.json").write_text(json.dumps([*jobs, differ]))
     worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
     done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return {
+    found = {
         (name, size): [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)]
         for name, sizes in SIZES.items()
         for size in sizes
     }
+    return found | {("differ", 2): [torch.load(folder / f"differ.{rank}") for rank in range(2)]}
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -76,6 +109,30 @@ def test_tokens_equal_those_of_one_rank(results: dict[tuple[str, int], list[Any]
         assert rank["sampled"] == alone["sampled"]
         for scores, expected in zip(rank["greedy"][1], alone["greedy"][1], strict=True):
             assert scores == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name in GGUF_MODELS for size in SIZES[name]])
+def test_ranks_hold_blocks_but_where_their_heads_begin_within_one(
+    results: dict[tuple[str, int], list[Any]], name: str, size: int
+) -> None:
+    """And say so, as floats take several times the memory."""
+    (args, block_type), uneven = GGUF_MODELS[name], (name, size) in UNEVEN_HEADS
+    kinds = {"tok_embeddings", "output", "wq", "wk", "wv", "wo", "w1", "w2", "w3"}
+    for rank in results[name, size]:
+        assert rank["blocks"] == kinds - ({"wo"} if uneven else set())
+        held = f"{block_type} held as float32: {args.n_layers} matrices"
+        assert [line for line in rank["log"] if " held as " in line] == [held] * uneven
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+def test_ranks_that_differ_in_kernels_are_told(results: dict[tuple[str, int], list[Any]]) -> None:
+    """Blocks dealt out by one and floats by the other would be other features: a wrong text, without a word."""
+    said = (
+        "the ranks differ in kernels, weights in blocks of 32 against weights in floats: "
+        "install a C++ compiler on every host, or set LLAMA_KERNELS=0 on all"
+    )
+    assert results["differ", 2] == [{"error": said}] * 2
 
 
 @pytest.mark.parametrize(("name", "size"), GUESSES)

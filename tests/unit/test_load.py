@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint.load import Storage
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 from tests.checkpoints import TINY, write_meta
@@ -61,7 +62,9 @@ def test_the_loaded_model_computes_what_its_tensors_do(tmp_path: Path) -> None:
     """Rotary frequencies are no weights: on the meta device they once stayed there."""
     state = write_meta(tmp_path, shards=4, embedding_dim=1)
     tokens = random_tokens(3, 7, vocab_size=TINY.vocab_size)
-    assert torch.equal(one_pass(build(tmp_path).model, tokens), one_pass(transformer(TINY, state), tokens))
+    expected = one_pass(transformer(TINY, state), tokens)
+    # The kernels add in an order of their own.
+    torch.testing.assert_close(one_pass(build(tmp_path).model, tokens), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -88,7 +91,7 @@ def test_a_ranks_columns_lie_in_one_piece(tmp_path: Path, size: int) -> None:
     checkpoint = open_checkpoint(tmp_path)
     with torch.device("meta"):
         model = Transformer(checkpoint.args, ModelParallel(size - 1, size))
-    load_weights(model, checkpoint, torch.device("cpu"), torch.float32)
+    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.float32))
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
@@ -99,7 +102,7 @@ def test_a_rank_holds_no_more_than_its_part(tmp_path: Path, size: int) -> None:
     checkpoint = open_checkpoint(tmp_path)
     with torch.device("meta"):
         model = Transformer(checkpoint.args, ModelParallel(size - 1, size))
-    load_weights(model, checkpoint, torch.device("cpu"), torch.bfloat16)
+    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.bfloat16))
     whole = sum(tensor.numel() for name, tensor in state.items() if "norm" not in name)
     norms = sum(tensor.numel() for name, tensor in state.items() if "norm" in name)
     kv = sum(tensor.numel() for name, tensor in state.items() if ".wk." in name or ".wv." in name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llama.checkpoint.load import Storage
 from llama.config import ModelArgs
 from llama.context import Context
 from llama.footprint import HEAP, Job, activation_bytes, cache_bytes
+from llama.fused import FusedLayers, can_fuse
 from llama.memory import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
 from llama.model import Transformer
 from llama.parallel import ModelParallel
@@ -161,16 +163,36 @@ SHAPES = {
 }
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Each thread has half a megabyte of its own in attention: nothing for a model, much for one this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [(1000, 1008), (2300, 2308)], ids=["one pass", "chunks"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "kernels"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_planned_activations_are_what_a_run_allocates(name: str, lengths: tuple[int, int], dtype: torch.dtype) -> None:
-    """Within 10 % of the allocator's own count, whatever part of the computation holds most."""
+def test_planned_activations_are_what_a_run_allocates(
+    name: str, kernels: bool, lengths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Within 10 % of the allocator's own count, whatever part of the computation holds most; kernels hold less.
+
+    They held keys and queries until the next layer, and 1.8 times what was planned.
+    """
     args = SHAPES[name]
     job = Job(8, 40, 48, scored=True) if name == "vocabulary" else Job(2, *lengths)
     model = Transformer(args)
     for weight in model.parameters():
         weight.data = torch.randn_like(weight).div(weight.shape[-1] ** 0.5).to(dtype)
+    if kernels:
+        if not can_fuse(model):
+            pytest.skip("no CPU kernels here")
+        model.fused = FusedLayers(model)
     tokens = torch.randint(0, args.vocab_size, (job.bsz, job.prompt_len)).tolist()
     with torch.inference_mode():
         context = Context(model, job.bsz, job.length)
@@ -184,7 +206,7 @@ def test_planned_activations_are_what_a_run_allocates(name: str, lengths: tuple[
         peak = max(peak, held)
     planned = activation_bytes(args, ModelParallel(), dtype, CPU, job)
     planned = max(planned - HEAP, planned // 3)  # less what the allocator keeps; the profiler does not see it
-    assert planned == pytest.approx(peak, rel=0.1)
+    assert planned >= 0.85 * peak if kernels else planned == pytest.approx(peak, rel=0.1)
 
 
 def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:

@@ -1,0 +1,110 @@
+"""The CPU kernels are compiled once for a machine, and a machine where they cannot be runs all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType
+
+from llama.config import ModelArgs
+from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer
+from tests.e2e.processes import COMPLETION, TIMEOUT, Finished, python, started
+from tests.gguf_files import write_gguf_model
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("c++") is None, reason="no C++ compiler that kernels are built with here"
+)
+ARGS = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160)
+COMPILED = re.compile(r"compiled CPU kernels in [\d.]+ s, once: (\S+/kernels-\w+\.so)")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """A job of a tiny quantized model, whose text is the same every time."""
+    folder = tmp_path_factory.mktemp("blocks")
+    write_gguf_model(folder / "m.gguf", ARGS, random_state(ARGS), GGMLQuantizationType.Q4_1)
+    weights = ["--ckpt_dir", folder / "m.gguf", "--tokenizer_path", write_byte_tokenizer(folder)]
+    return [*weights, "--dtype", "float32", "--prompt", "hello", "--temperature", "0", "--max_gen_len", "8", "--json"]
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The machine's own, without its optimizations, which take four fifths of the time."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture(scope="module")
+def two_at_once(
+    flags: list[object], compiler: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Finished]]:
+    """Two processes that find no library, and the folder that they keep one in."""
+    cache = tmp_path_factory.mktemp("cache")
+    env = {"XDG_CACHE_HOME": str(cache), "CXX": compiler}
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, COMPLETION, *flags]
+        processes = [stack.enter_context(started(command, env=env)) for _ in range(2)]
+        outputs = [process.communicate("", TIMEOUT) for process in processes]
+    return cache, [Finished(process.returncode, *out) for process, out in zip(processes, outputs, strict=True)]
+
+
+def test_two_processes_at_once_compile_once(two_at_once: tuple[Path, list[Finished]]) -> None:
+    cache, both = two_at_once
+    assert both[0].json_lines == both[1].json_lines and len(both[0].json_lines[0]["tokens"]) == 8
+    compiled = COMPILED.findall(both[0].stderr + both[1].stderr)
+    assert compiled == [str(path) for path in cache.glob("llama/*.so")] and len(compiled) == 1
+    assert all(done.stderr.count("own kernels") == 1 for done in both)
+    assert {path.suffix for path in cache.rglob("*") if path.is_file()} == {".so", ".lock"}
+
+
+def test_a_later_process_uses_what_was_compiled(
+    two_at_once: tuple[Path, list[Finished]], flags: list[object], compiler: str
+) -> None:
+    cache, both = two_at_once
+    done = python(COMPLETION, *flags, env={"XDG_CACHE_HOME": str(cache), "CXX": compiler})
+    assert done.json_lines == both[0].json_lines
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["loaded", "prefill"]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    two_at_once: tuple[Path, list[Finished]], flags: list[object], compiler: str, tmp_path: Path
+) -> None:
+    """And what was compiled for one process is gone with it."""
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    env = {"XDG_CACHE_HOME": str(tmp_path / "file"), "CXX": compiler, "TMPDIR": str(tmp_path / "tmp")}
+    done = python(COMPLETION, *flags, env=env)
+    assert done.json_lines == two_at_once[1][0].json_lines
+    assert len(COMPILED.findall(done.stderr)) == 1 and "own kernels" in done.stderr
+    assert not list((tmp_path / "tmp").glob("llama-kernels-*"))
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        (
+            {"CXX": "/nonexistent"},
+            "no CPU kernels, so tokens come slower: no C++ compiler (/nonexistent): install g++, or name one in CXX",
+        ),
+        ({"CXX": "false"}, "no CPU kernels, so tokens come slower: {false} failed: "),
+        ({"LLAMA_KERNELS": "0"}, "no CPU kernels, as LLAMA_KERNELS=0 says: torch's own operations are used"),
+    ],
+    ids=["none", "fails", "off"],
+)
+def test_without_kernels_the_same_comes_from_dense_weights(
+    two_at_once: tuple[Path, list[Finished]], flags: list[object], env: dict[str, str], why: str, tmp_path: Path
+) -> None:
+    """One line says why, and one what the weights are held as."""
+    done = python(COMPLETION, *flags, env={"XDG_CACHE_HOME": str(tmp_path), **env})
+    assert done.json_lines == two_at_once[1][0].json_lines
+    first, held, loaded, report = done.stderr.splitlines()
+    assert first.strip() == why.format(false=shutil.which("false")).strip()
+    assert held == f"Q4_1 held as float32: {2 + 7 * ARGS.n_layers} matrices"
+    assert loaded.startswith("loaded ") and "torch's operations" in loaded and report.startswith("prefill ")

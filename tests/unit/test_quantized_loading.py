@@ -1,0 +1,212 @@
+"""Blocks of a file, and blocks made while loading, are what a rank holds, and compute what their values do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from llama.blocks import BLOCK_TYPES, dequantize
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.format import kind
+from llama.checkpoint.load import Storage, global_shapes, load_weights
+from llama.checkpoint.write import write_checkpoint, writer
+from llama.checkpoint.write_tokenizer import tokenizer_source
+from llama.config import ModelArgs
+from llama.kernels.compile import library
+from llama.linear import BlockWeight, PackedWeight
+from llama.model import Transformer
+from llama.parallel import ModelParallel
+from llama.plan import Planner
+from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer, write_meta
+from tests.gguf_files import write_gguf_model
+from tests.models import build, one_pass, random_tokens, transformer
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+
+# Rows of whole blocks: of 256 values, and of 32 but not of 64. Three blocks of hidden features.
+SUPER = ModelArgs(
+    dim=256, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=128, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=768
+)
+SMALL = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160)
+KINDS = {"Q4_0": SMALL, "Q4_1": SMALL, "Q5_0": SMALL, "Q8_0": SMALL, "Q4_K": SUPER, "Q6_K": SUPER}
+
+
+def write(path: Path, kind_name: str) -> tuple[Path, dict[str, Tensor]]:
+    """A GGUF file whose matrices are all of a type, with its tokenizer beside it, and the values of its tensors."""
+    args = KINDS[kind_name]
+    path.mkdir(exist_ok=True)
+    write_byte_tokenizer(path)
+    stored = write_gguf_model(path / "m.gguf", args, random_state(args), GGMLQuantizationType[kind_name])
+    return path / "m.gguf", stored
+
+
+def built(path: Path, **options: Any) -> Transformer:
+    return build(path, tokenizer_path=path.parent / "tokenizer.model", **options).model
+
+
+def matrices(model: Transformer) -> dict[str, Any]:
+    """What is held of each weight that is no norm."""
+    shapes = global_shapes(model.args)
+    found = {}
+    for name in (name for name, shape in shapes.items() if len(shape) == 2):
+        module, _, attribute = name.rpartition(".")
+        found[name] = getattr(model.get_submodule(module), attribute)
+    return found
+
+
+def held_bytes(model: Transformer) -> int:
+    blocks = [module for module in model.modules() if isinstance(module, BlockWeight | PackedWeight)]
+    return sum(weight.nbytes for weight in [*model.parameters(), *blocks])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind_name", KINDS)
+@torch.inference_mode()
+def test_a_files_blocks_are_held_as_they_are_and_compute_what_their_values_do(tmp_path: Path, kind_name: str) -> None:
+    """Of many tokens at once and of few, which are computed by different kernels."""
+    path, stored = write(tmp_path, kind_name)
+    args = KINDS[kind_name]
+    model, dense = built(path), transformer(args, stored)
+    held = matrices(model)
+    kept = "Q8_0" if kind_name == "Q5_0" else kind_name  # the same values
+    assert {type(weight) for weight in held.values()} == {PackedWeight}
+    assert {weight.block_type.name for weight in held.values()} == {kept}
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kept]]
+    raw = sum(weight.shape.numel() for weight in held.values()) // elements * size
+    assert raw <= sum(weight.nbytes for weight in held.values()) < 1.06 * raw
+    for shape in ((3, 7), (2, 2), (1, 1)):
+        tokens = random_tokens(*shape, vocab_size=args.vocab_size)
+        torch.testing.assert_close(one_pass(model, tokens), one_pass(dense, tokens), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["meta", "hf"])
+def test_quantizing_while_loading_gives_what_converting_saves(tmp_path: Path, mode: str, format: str) -> None:
+    """Bit for bit, from either order of Q's and K's rows."""
+    args = dataclasses.replace(SMALL, hidden_dim=None, multiple_of=96)
+    write_meta(tmp_path / "meta", args, dtype=torch.bfloat16)
+    convert(tmp_path / "meta", tmp_path / "hf")
+    convert(tmp_path / "meta", tmp_path / "saved", quantize=mode)
+    loaded = build(tmp_path / format, quantize=mode).model
+    saved = build(tmp_path / "saved", quantize=mode).model
+    expected = {"tok_embeddings": "Q8_0", "output": "Q8_0"}
+    for name, weight in matrices(loaded).items():
+        same = matrices(saved)[name]
+        assert torch.equal(values(weight), values(same))
+        assert weight.block_type.name == expected.get(kind(name), {"int8": "Q8_0", "int4": "Q4_1"}[mode])
+        assert same.block_type == weight.block_type
+    assert all(torch.equal(*both) for both in zip(loaded.parameters(), saved.parameters(), strict=True))
+
+
+def convert(source: Path, target: Path, **options: Any) -> None:
+    checkpoint = open_checkpoint(source)
+    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), "hf", **options), target, lambda n_bytes: None)
+
+
+def test_rows_that_are_not_whole_blocks_are_held_as_floats(tmp_path: Path) -> None:
+    write_meta(tmp_path, dataclasses.replace(SMALL, multiple_of=10, hidden_dim=None))
+    held = matrices(build(tmp_path, quantize="int4").model)
+    floats = {kind(name) for name, weight in held.items() if isinstance(weight, Tensor)}
+    assert floats == {"w2"} and held["layers.0.feed_forward.w2.weight"].shape[1] % 32 != 0
+
+
+@pytest.mark.parametrize("value", ["int2", "INT8", "", 8])
+def test_an_unknown_quantization_is_told(tmp_path: Path, value: object) -> None:
+    write_meta(tmp_path, SMALL)
+    with pytest.raises(ValueError, match=r"^quantize must be int8 or int4, got"):
+        build(tmp_path, quantize=value)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kind_name", "mode", "linear", "tables"),
+    [
+        ("Q4_0", "int8", "Q4_0", "Q4_0"),
+        ("Q4_0", "int4", "Q4_0", "Q4_0"),
+        ("Q8_0", "int4", "Q4_1", "Q8_0"),
+        ("Q4_K", "int4", "Q4_K", "Q4_K"),
+        ("Q6_K", "int8", "Q6_K", "Q6_K"),
+        ("Q6_K", "int4", "Q4_1", "Q6_K"),
+    ],
+)
+def test_blocks_of_a_file_that_are_smaller_stay_as_they_are(
+    tmp_path: Path, kind_name: str, mode: str, linear: str, tables: str
+) -> None:
+    path, stored = write(tmp_path, kind_name)
+    for name, weight in matrices(built(path, quantize=mode)).items():
+        table = kind(name) in ("tok_embeddings", "output")
+        assert weight.block_type.name == (tables if table else linear), name
+        if weight.block_type.name == kind_name:
+            rows = torch.arange(weight.shape[0])
+            torch.testing.assert_close(weight.rows(rows), stored[name], rtol=1e-6, atol=1e-6)
+
+
+PLANNED = [("Q4_0", None), ("Q4_K", None), ("Q5_0", "int4"), ("Q6_K", "int4"), ("meta", "int8"), ("meta", "int4")]
+
+
+@pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_kernels), False], ids=["kernels", "torch"])
+@pytest.mark.parametrize(("kind_name", "mode"), PLANNED)
+def test_planned_weights_are_the_bytes_of_the_blocks(
+    tmp_path: Path, kind_name: str, mode: str | None, packed: bool
+) -> None:
+    """On every rank of some, where shares of hidden features are uneven and padded with blocks of zeros."""
+    if kind_name == "meta":
+        write_meta(tmp_path, dataclasses.replace(SMALL, multiple_of=160, hidden_dim=None), dtype=torch.bfloat16)
+    else:
+        write(tmp_path, kind_name)
+    checkpoint = open_checkpoint(tmp_path if kind_name == "meta" else tmp_path / "m.gguf")
+    storage = Storage(torch.float32, mode, packed)
+    for size in (1, 2, 3):
+        for rank in {0, size - 1}:
+            parallel = storage.deal(checkpoint, checkpoint.args, ModelParallel(rank, size))
+            planner = Planner(checkpoint, checkpoint.args, parallel, storage, CPU, free=10**9)
+            with torch.device("meta"):
+                model = Transformer(checkpoint.args, parallel)
+            load_weights(model, checkpoint, CPU, storage)
+            assert planner.weights.total == held_bytes(model), (rank, size)
+            in_blocks = any(isinstance(weight, BlockWeight | PackedWeight) for weight in matrices(model).values())
+            assert in_blocks == (packed or mode is not None)
+
+
+@pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_kernels), False], ids=["kernels", "torch"])
+@pytest.mark.parametrize(
+    ("kind_name", "size", "floats"), [("Q4_K", 2, {"wo"}), ("Q4_K", 3, set()), ("Q4_0", 2, {"wo"})]
+)
+def test_ranks_cut_rows_between_blocks_or_hold_floats(
+    tmp_path: Path, kind_name: str, size: int, floats: set[str], packed: bool
+) -> None:
+    """Put together, the ranks' parts are the file's values, each once, and zeros."""
+    path, stored = write(tmp_path, kind_name)
+    checkpoint = open_checkpoint(path)
+    # Without kernels blocks are kept where they are asked for.
+    storage = Storage(torch.float32, None if packed else "int8", packed)
+    ranks = []
+    for rank in range(size):
+        parallel = storage.deal(checkpoint, checkpoint.args, ModelParallel(rank, size))
+        with torch.device("meta"):
+            model = Transformer(checkpoint.args, parallel)
+        load_weights(model, checkpoint, CPU, storage)
+        ranks.append(matrices(model))
+    for name, expected in stored.items():
+        if expected.dim() == 1 or kind(name) in ("wk", "wv"):
+            continue
+        parts = [values(rank[name]) for rank in ranks]
+        dim = 1 if kind(name) in ("wo", "w2") else 0
+        joined = torch.cat(parts, dim)
+        length = expected.shape[dim]
+        torch.testing.assert_close(joined.narrow(dim, 0, length), expected, rtol=1e-6, atol=1e-6)
+        assert not joined.narrow(dim, length, joined.shape[dim] - length).any()
+        assert all(isinstance(rank[name], Tensor) == (kind(name) in floats) for rank in ranks), name
+
+
+def values(weight: Any) -> Tensor:
+    if isinstance(weight, BlockWeight):
+        return dequantize(weight.blocks, BLOCK_TYPES[weight.block_type.name])
+    return weight if isinstance(weight, Tensor) else weight.rows(torch.arange(weight.shape[0]))
