@@ -61,6 +61,8 @@ def build_model(
     with parallel.agree():
         with torch.device("meta"):
             model = Transformer(source.args, ranks)
+        if quantize is not None:
+            log.info("quantizing to %s; scripts/convert_checkpoint.py --quantize does it once for all", quantize)
         changes = load_weights(model, source.checkpoint, source.device, source.storage)
     _speed_up(model, compile)
     for (stored, held), count in sorted(changes.items()):
@@ -164,7 +166,7 @@ def check_alike(source: Source) -> None:
         "device": source.device.type,
         "dtype": dtype_name(source.storage.dtype),
         "quantize": str(source.storage.quantize),
-        "kernels": source.kept_blocks,
+        "kernels": "own kernels" if source.storage.packed else "none",
         "architecture": str(source.args),
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
     }
@@ -189,12 +191,6 @@ class Source:
     def deal(self, ranks: ModelParallel) -> ModelParallel:
         """The ranks, sharing out hidden features as the weights' blocks allow."""
         return self.storage.deal(self.checkpoint, self.args, ranks)
-
-    @property
-    def kept_blocks(self) -> str:
-        """Which blocks hidden features are dealt out in, where there are several ranks."""
-        block = self.deal(ModelParallel()).block
-        return f"weights in blocks of {block}" if block > 1 else "weights in floats"
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
         return Planner(self.checkpoint, self.args, ranks, self.storage, self.device, free)

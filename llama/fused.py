@@ -33,11 +33,10 @@ def can_fuse(model: Transformer) -> bool:
 
 
 class FusedLayers:
-    """Runs a Transformer's layers; its weights must stay where they are."""
+    """Runs a Transformer's layers. It knows where the weights lie: a model whose weights change drops it."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model = model
-        self.parallel = model.parallel
+        self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
         self._kept: list[Tensor] = []  # what the structures point at, beside the model's own
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._layers = (kernels.Layer * len(self.layers))()
@@ -82,7 +81,7 @@ class FusedLayers:
                     x += last.bias
 
     def _many(self, x: Tensor, step: kernels.Step, positions: Tensor, mask: Tensor | None, cache: KVCache) -> None:
-        eps, dtype = self.model.args.norm_eps, self.model.dtype
+        eps, dtype = self.args.norm_eps, self.dtype
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
             # No name for the states, so that they end where they were last read.
@@ -119,7 +118,7 @@ class FusedLayers:
         return described
 
     def _step(self, x: Tensor, positions: Tensor, rotation: Tensor, cache: KVCache) -> kernels.Step:
-        attention, args = self.layers[0].attention, self.model.args
+        attention, args = self.layers[0].attention, self.args
         assert rotation.is_contiguous() and rotation.dtype == torch.complex64
         return kernels.Step(
             n_tokens=len(x),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,14 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""
         return self.parallel.all_gather(self.output(hidden))[..., : self.args.vocab_size].float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        self.fused = None  # it knows the weights where they were
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.fused = None
+        return super().load_state_dict(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:

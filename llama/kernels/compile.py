@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -44,7 +45,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama"
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(named) if named else Path.home() / ".cache") / "llama"
+    except RuntimeError:  # a user without a home
+        return Path(os.devnull) / "llama"  # nowhere
 
 
 def _load(folder: Path) -> ctypes.CDLL:
@@ -52,7 +57,7 @@ def _load(folder: Path) -> ctypes.CDLL:
     compiler = _compiler()
     names = ["kernels.cpp", *sorted(path.name for path in SOURCES.glob("*.h"))]
     parts = [(SOURCES / name).read_bytes() for name in names]
-    parts += [" ".join((compiler, *FLAGS)).encode(), _machine().encode()]
+    parts += [" ".join((*compiler, *FLAGS)).encode(), _machine().encode()]
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     path = folder / f"kernels-{key}.so"
     if not path.is_file():
@@ -63,7 +68,11 @@ def _load(folder: Path) -> ctypes.CDLL:
         with _locked(path.with_suffix(".lock")):  # the ranks of a host wait for one of them
             if not path.is_file():
                 _compile(compiler, path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged
+        _compile(compiler, path)
+        return ctypes.CDLL(str(path))
 
 
 def _can_write(folder: Path) -> bool:
@@ -75,15 +84,18 @@ def _can_write(folder: Path) -> bool:
     return True
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """The command that compiles, as words."""
     if platform.system() != "Linux":
         raise ValueError(f"they are not built on {platform.system()}")
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        found = shutil.which(name)
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    for words in candidates:
+        found = shutil.which(words[0])
         if found:
-            return found
-    raise ValueError(f"no C++ compiler ({', '.join(names)}): install g++, or name one in CXX")
+            return [found, *words[1:]]
+    names = ", ".join(words[0] for words in candidates)
+    raise ValueError(f"no C++ compiler ({names}): install g++, or name one in CXX")
 
 
 def _machine() -> str:
@@ -97,17 +109,19 @@ def _machine() -> str:
     return platform.machine() + (found[0] if found else "") + (model[0] if model else "")
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     # torch brings its own OpenMP: the same threads serve its operations and these.
     libraries = Path(torch.__file__).parent / "lib"
     start = time.perf_counter()
-    command = [compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(partial), f"-L{libraries}"]
+    command = [*compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(partial), f"-L{libraries}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
         if done.returncode:
             why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-            raise ValueError(f"{compiler} failed: {why}")
+            raise ValueError(
+                f"{' '.join(compiler)} failed with exit code {done.returncode}: {why or 'it says no more'}"
+            )
         os.replace(partial, path)
         log.info("compiled CPU kernels in %.1f s, once: %s", time.perf_counter() - start, path)
     finally:

@@ -1,4 +1,4 @@
-// Matrix products of many tokens in bf16, by the processor's matrix unit (AMX), straight from blocks or floats.
+// Matrix products of many tokens in bf16, by the processor's matrix unit (AMX), straight from blocks.
 //
 // 32 rows of the weight at a time become bf16 in the order that the unit wants, a panel that stays in the core's
 // cache while all tokens pass: the weight is read once and is nowhere dense.
@@ -30,40 +30,18 @@ inline u32 pairs(f32 first, f32 second) {
     );
 }
 
-// 16 rows of a weight from `first` on, columns rounded up to 32: to[column / 2][row].
-inline void fill_panel(const Weight &w, int first, uint32_t *to, std::vector<float> &kept) {
-    const int rows = std::min(TILE, w.rows - first);
-    if (w.type > F16) {
-        f32 even{};
-        const uint8_t *tile = w.data + size_t(first / TILE) * tile_bytes(w.type, w.columns);
-        unpacked_tile(w.type, tile, w.columns, [&](int column, f32 values) {
-            if (column % 2 == 0) {
-                even = values;
-                return;
-            }
-            u32 both = pairs(even, values);
-            memcpy(to + column / 2 * TILE, &both, sizeof both);
-        });
-        return;
-    }
-    if (w.type == BF16) {  // 16 rows of 16 words, turned
-        const int words = w.columns / 2;
-        const char *from = (const char *)w.data + size_t(first) * w.columns * 2;
-        for (int word = 0; word < words; word += LANES) {
-            u32 v[LANES];
-            for (int r = 0; r < LANES; r++) v[r] = r < rows ? load<u32>(from + (size_t(r) * words + word) * 4) : u32{};
-            turn_square(v);
-            memcpy(to + word * TILE, v, sizeof v);
+// A tile of packed rows as a panel: to[column / 2][row].
+inline void fill_panel(const Weight &w, int first, uint32_t *to) {
+    f32 even{};
+    const uint8_t *tile = w.data + size_t(first / TILE) * tile_bytes(w.type, w.columns);
+    unpacked_tile(w.type, tile, w.columns, [&](int column, f32 values) {
+        if (column % 2 == 0) {
+            even = values;
+            return;
         }
-        return;
-    }
-    kept.resize(size_t(TILE) * w.columns);
-    read_floats(w.data, w.type, size_t(first) * w.columns, rows * w.columns, kept.data());
-    for (int column = 0; column < w.columns; column += 2)
-        for (int r = 0; r < TILE; r++) {
-            const float *pair = kept.data() + size_t(r) * w.columns + column;
-            to[column / 2 * TILE + r] = r < rows ? to_bf16(pair[0]) | uint32_t(to_bf16(pair[1])) << 16 : 0;
-        }
+        u32 both = pairs(even, values);
+        memcpy(to + column / 2 * TILE, &both, sizeof both);
+    });
 }
 
 // GCC does not know what the unit's instructions read, and leaves out stores that it sees no use of.
@@ -113,15 +91,14 @@ template <class T> T *aligned_room(std::vector<T> &v, size_t n) {
     return (T *)((uintptr_t(v.data()) + 63) / 64 * 64);
 }
 
-// y (n, rows) = x (n, columns) times the weight, all bf16; columns are a multiple of 32.
+// y (n, rows) = x (n, columns) times a packed weight, in bf16; columns are a multiple of 32.
 inline void multiply_many(const Weight &w, const uint16_t *x, int n, uint16_t *y, int threads) {
     // Tokens that do not stay in a core's cache are read once for two panels, where there is work for all threads.
     const int panels = w.rows >= 1024 * threads ? 2 : 1;
+    static thread_local std::vector<uint16_t> kept_tokens;
+    uint16_t *tokens = aligned_room(kept_tokens, size_t(n + 31) / 32 * 32 * w.columns);
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local std::vector<float> kept_values;
-        static thread_local std::vector<uint16_t> kept_tokens;
-        uint16_t *tokens = aligned_room(kept_tokens, size_t(n + 31) / 32 * 32 * w.columns);
         static thread_local std::vector<uint32_t> kept_panel;
         const size_t size = size_t(w.columns) * TILE;  // of a panel
         uint32_t *panel = aligned_room(kept_panel, size * panels);
@@ -129,13 +106,14 @@ inline void multiply_many(const Weight &w, const uint16_t *x, int n, uint16_t *y
         memory_is_read(&config);
         _tile_loadconfig(&config);
         alignas(64) float made[32 * 32];
+#pragma omp for
         for (int token = 0; token < n + (32 - n % 32) % 32; token += 16)
             fill_tokens(x, n, w.columns, token, tokens + size_t(token) * w.columns);
 #pragma omp for schedule(static)
         for (int first = 0; first < w.rows; first += 32 * panels) {
             const int stop = std::min(first + 32 * panels, w.rows);
             for (int row = first; row < stop; row += TILE)
-                fill_panel(w, row, panel + (row - first) / TILE * (size / 2), kept_values);
+                fill_panel(w, row, panel + (row - first) / TILE * (size / 2));
             memory_is_read(panel);
             for (int token = 0; token < n; token += 32)
                 for (int row = first; row < stop; row += 32) {

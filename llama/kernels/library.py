@@ -13,7 +13,7 @@ from llama.kernels.compile import library
 
 __all__ = ["FEW", "Layer", "Step", "Weight", "library"]
 
-# Tokens that one pass over the weights can serve; of more, matrix products are faster (docs/benchmarks.md).
+# Tokens that one pass over the weights can serve, MOST_TOKENS in step.h; of more, matrix products are faster.
 FEW = 16
 TILE = 16  # rows of packed blocks that lie together
 
@@ -121,6 +121,7 @@ def multiply(weight: Weight, x: Tensor) -> Tensor:
     """x (..., in) of at most FEW tokens times the weight, plus its bias: fp32 (..., out)."""
     x = x.float().contiguous()
     n_tokens = x.numel() // weight.columns
+    assert n_tokens <= FEW, n_tokens
     y = torch.empty(*x.shape[:-1], weight.rows)
     kernels().multiply_rows(
         ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
@@ -135,7 +136,7 @@ def has_matrix_unit() -> bool:
 
 
 def multiply_many(weight: Weight, x: Tensor) -> Tensor:
-    """x (..., in), bf16, times the weight, without its bias: bf16 (..., out). `in` is a multiple of 32."""
+    """x (..., in), bf16, times a packed weight: bf16 (..., out)."""
     n_tokens = x.numel() // weight.columns
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], weight.rows, dtype=torch.bfloat16)
@@ -147,6 +148,7 @@ def multiply_many(weight: Weight, x: Tensor) -> Tensor:
 
 def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, step: Step) -> None:
     """Layers [first, stop), or a half of each: 1 is attention, 2 is feed-forward, 3 both."""
+    assert step.n_tokens <= FEW, step.n_tokens
     kernels().run_layers(layers, first, stop, halves, ctypes.byref(step))
 
 

@@ -3,7 +3,7 @@
 #include "attention.h"
 #include "team.h"
 
-constexpr int MOST_TOKENS = 32;
+constexpr int MOST_TOKENS = 16;  // FEW in library.py
 
 struct Layer {
     Weight wq, wk, wv, wo, w1, w2, w3;

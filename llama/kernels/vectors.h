@@ -38,12 +38,14 @@ inline f32 two_bits(u32 v, float offset) { return __builtin_convertvector((i32)(
 
 inline f32 from_bf16(u16 v) { return (f32)(__builtin_convertvector(v, u32) << 16); }
 
-// Finite halves. Subnormal ones go through integers: processors are slow where a float is subnormal.
+// Halves. Subnormal ones go through integers: processors are slow where a float is subnormal.
 inline f32 from_half(u16 v) {
     u32 bits = __builtin_convertvector(v, u32);
     u32 magnitude = bits & 0x7fff;
     f32 subnormal = __builtin_convertvector((i32)magnitude, f32) * 0x1p-24f;
-    u32 moved = magnitude < 0x400 ? (u32)subnormal : (magnitude << 13) + (112 << 23);
+    u32 normal = (magnitude << 13) + (112 << 23);
+    u32 special = normal + (112 << 23);  // infinite, or NaN
+    u32 moved = magnitude < 0x400 ? (u32)subnormal : magnitude < 0x7c00 ? normal : special;
     return (f32)(moved | (bits & 0x8000) << 16);
 }
 
@@ -117,29 +119,4 @@ inline f32 exponential(f32 x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     return p * (f32)((__builtin_convertvector(n, i32) + 127) << 23);
-}
-
-// Turns a square of 16 words: lane j of v[i] and lane i of v[j] change places.
-inline void turn_square(u32 *v) {
-    u32 t[LANES];
-    for (int half = 8; half; half /= 2) {  // squares of that side, off the diagonal, change places
-        for (int i = 0; i < LANES; i++) {
-            if (i & half) continue;
-            u32 a = v[i], b = v[i + half];
-            if (half == 8) {
-                t[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-                t[i + 8] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-            } else if (half == 4) {
-                t[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-                t[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-            } else if (half == 2) {
-                t[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-                t[i + 2] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-            } else {
-                t[i] = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-                t[i + 1] = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-            }
-        }
-        for (int i = 0; i < LANES; i++) v[i] = t[i];
-    }
 }

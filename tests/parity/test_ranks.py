@@ -129,7 +129,7 @@ def test_ranks_hold_blocks_but_where_their_heads_begin_within_one(
 def test_ranks_that_differ_in_kernels_are_told(results: dict[tuple[str, int], list[Any]]) -> None:
     """Blocks dealt out by one and floats by the other would be other features: a wrong text, without a word."""
     said = (
-        "the ranks differ in kernels, weights in blocks of 32 against weights in floats: "
+        "the ranks differ in kernels, none against own kernels: "
         "install a C++ compiler on every host, or set LLAMA_KERNELS=0 on all"
     )
     assert results["differ", 2] == [{"error": said}] * 2

@@ -168,3 +168,34 @@ def test_threads_change_nothing() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_a_number_stays_none(dtype: torch.dtype, value: float) -> None:
+    """Halves that are infinite or NaN once became large numbers, and a damaged model talked on."""
+    weight = torch.randn(ROWS, COLUMNS).to(dtype)
+    weight[3, 5] = value
+    x = torch.ones(2, COLUMNS)
+    y = linear(x, weight)
+    assert torch.equal(y[:, 3].isfinite(), torch.zeros(2, dtype=torch.bool))
+    assert y[:, 4:].isfinite().all()
+    gates = weight.clone()
+    assert not kernels.gate(gates, torch.ones_like(weight))[3, 5].abs().isfinite() or value < 0
+    blocks = random_blocks(BLOCK_TYPES["Q8_0"])
+    blocks[3, :2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
+    assert not PackedWeight(blocks, BLOCK_TYPES["Q8_0"])(x)[:, 3].isfinite().any()
+
+
+@torch.inference_mode()
+def test_a_model_whose_weights_move_is_run_where_they_are() -> None:
+    """Kernels once read where the weights had been."""
+    model = fused(transformer(ARCHITECTURES["grouped"]))
+    tokens, start = random_tokens(1, 5, vocab_size=64), torch.zeros(1, dtype=torch.long)
+    expected = model(tokens, start, model.new_cache(1, 8))
+    model.double().float()
+    assert model.fused is None
+    close(model(tokens, start, model.new_cache(1, 8)), expected)
+    model.fused = FusedLayers(model)
+    model.load_state_dict({name: torch.zeros_like(weight) for name, weight in model.state_dict().items()})
+    assert not model(tokens, start, model.new_cache(1, 8)).any()
