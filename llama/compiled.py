@@ -29,21 +29,23 @@ class CompiledLayers:
         self._ready = False
         self._failed = False
 
-    def __call__(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """The sum after the last layer, (bsz, seqlen, dim), of embeddings x; see `Transformer.hidden`."""
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """See `Transformer.run_layers`."""
         if positions.shape[1] > 1 or self._failed:
-            return self.model.run_layers(x, positions, rotation, mask, cache)
+            return self.model.run_layers(tokens, positions, rotation, mask, cache)
         if self._ready:
-            return self._step(x, positions, rotation, mask, cache)
+            return self._step(tokens, positions, rotation, mask, cache)
         log.info("compiling the decode step: a minute or so the first time, seconds from the cache")
         start = time.perf_counter()
         try:
-            y = self._step(x, positions, rotation, mask, cache)
+            y = self._step(tokens, positions, rotation, mask, cache)
         except Exception as error:  # whatever a compiler, or the compiler that it calls, can raise
             self._failed = True
             why = " ".join(str(error).split())[:300] or type(error).__name__
             log.warning("--compile failed, so the layers run as they are: %s", why)
-            return self.model.run_layers(x, positions, rotation, mask, cache)
+            return self.model.run_layers(tokens, positions, rotation, mask, cache)
         self._ready = True
         log.info("compiled the decode step in %.1f s", time.perf_counter() - start)
         return y

@@ -51,20 +51,19 @@ class FusedLayers:
             described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
             self._norms.append(norms)
 
-    def __call__(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """The sum after the last layer, fp32 (bsz, seqlen, dim), of embeddings x; see `Transformer.hidden`.
-
-        Embeddings in fp32 are overwritten by it.
-        """
-        bsz, seqlen, dim = x.shape
-        residual = x.float().contiguous().view(-1, dim)
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """See `Transformer.run_layers`; in fp32."""
+        bsz, seqlen = tokens.shape
+        residual = self.model.tok_embeddings(tokens).float().view(bsz * seqlen, -1)  # new memory, which is added to
         positions = positions.contiguous()
         step = self._step(residual, positions, rotation, cache)
         if bsz * seqlen <= kernels.FEW:
             self._few(residual, step)
         else:
             self._many(residual, step, positions, mask, cache)
-        return residual.view(bsz, seqlen, dim)
+        return residual.view(bsz, seqlen, -1)
 
     def _few(self, x: Tensor, step: kernels.Step) -> None:
         if self.parallel.size == 1:
@@ -84,21 +83,26 @@ class FusedLayers:
         eps, dtype = self.args.norm_eps, self.dtype
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            # No name for the states, so that they end where they were last read.
-            delta = self._attend(
-                kernels.add_and_norm(x, delta, self._norms[i][0], eps, dtype), i, step, positions, mask, cache
-            )
+            delta = self._attend(i, x, delta, step, positions, mask, cache)
             h = kernels.add_and_norm(x, delta, self._norms[i][1], eps, dtype)
             feed_forward = layer.feed_forward
             delta = feed_forward.w2(kernels.gate(feed_forward.w1(h), feed_forward.w3(h)))
         kernels.add_and_norm(x, delta, None, eps, dtype)
 
     def _attend(
-        self, h: Tensor, layer: int, step: kernels.Step, positions: Tensor, mask: Tensor | None, cache: KVCache
+        self,
+        layer: int,
+        x: Tensor,
+        delta: Tensor | None,
+        step: kernels.Step,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: KVCache,
     ) -> Tensor:
-        """A layer's attention over states h (n_tokens, dim): (n_tokens, dim)."""
+        """A layer's attention over the sum of x, which grows by delta: (n_tokens, dim)."""
         bsz, seqlen = positions.shape
         attention = self.layers[layer].attention
+        h = kernels.add_and_norm(x, delta, self._norms[layer][0], self.model.args.norm_eps, self.model.dtype)
         q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
         kernels.rotate_and_keep(step, layer, q, k, v)
         del h, k, v

@@ -151,12 +151,13 @@ class Transformer(nn.Module):
         mask = self._mask(positions, kv_len)
         rotation = self.rope(positions, lengths)
         run = self.fused or self.run_layers
-        # Embeddings get no name here: they need not outlive the first layer.
-        return self.norm(run(self.tok_embeddings(tokens), positions, rotation, mask, cache))
+        return self.norm(run(tokens, positions, rotation, mask, cache))
 
-    def run_layers(self, x: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
-        """The sum after the last layer of embeddings x, both (bsz, seqlen, dim), which write to the cache."""
-        x = x.to(self.dtype)
+    def run_layers(
+        self, tokens: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """The sum after the last layer, (bsz, seqlen, dim), of tokens (bsz, seqlen), whose keys go to the cache."""
+        x = self.tok_embeddings(tokens).to(self.dtype)
         slots = cache.slots(positions)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache, slots)

@@ -206,7 +206,8 @@ def test_planned_activations_are_what_a_run_allocates(
         peak = max(peak, held)
     planned = activation_bytes(args, ModelParallel(), dtype, CPU, job)
     planned = max(planned - HEAP, planned // 3)  # less what the allocator keeps; the profiler does not see it
-    assert planned >= 0.85 * peak if kernels else planned == pytest.approx(peak, rel=0.1)
+    assert planned >= 0.85 * peak
+    assert kernels or planned == pytest.approx(peak, rel=0.1)
 
 
 def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:
@@ -256,7 +257,7 @@ def test_planning_reads_no_weights(tmp_path: Path) -> None:
     files, touched, inside = set(), 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split()[0]:
-            inside = line.endswith(".safetensors")
+            inside = line.endswith(".safetensors") and str(tmp_path) in line  # and not what other tests have open
             files |= {line.split()[-1]} if inside else set()
         if inside and line.startswith("Rss:"):
             touched += int(line.split()[1]) * 1024
