@@ -37,6 +37,7 @@ class FusedLayers:
 
     def __init__(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
+        self.tok_embeddings = model.tok_embeddings
         self._kept: list[Tensor] = []  # what the structures point at, beside the model's own
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._layers = (kernels.Layer * len(self.layers))()
@@ -56,7 +57,7 @@ class FusedLayers:
     ) -> Tensor:
         """See `Transformer.run_layers`; in fp32."""
         bsz, seqlen = tokens.shape
-        residual = self.model.tok_embeddings(tokens).float().view(bsz * seqlen, -1)  # new memory, which is added to
+        residual = self.tok_embeddings(tokens).float().view(bsz * seqlen, -1)  # new memory, which is added to
         positions = positions.contiguous()
         step = self._step(residual, positions, rotation, cache)
         if bsz * seqlen <= kernels.FEW:
@@ -102,7 +103,7 @@ class FusedLayers:
         """A layer's attention over the sum of x, which grows by delta: (n_tokens, dim)."""
         bsz, seqlen = positions.shape
         attention = self.layers[layer].attention
-        h = kernels.add_and_norm(x, delta, self._norms[layer][0], self.model.args.norm_eps, self.model.dtype)
+        h = kernels.add_and_norm(x, delta, self._norms[layer][0], self.args.norm_eps, self.dtype)
         q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
         kernels.rotate_and_keep(step, layer, q, k, v)
         del h, k, v
