@@ -32,6 +32,7 @@ def main(
     compile: bool = False,
     speculate: str | None = None,
     draft_ckpt_dir: str | None = None,
+    draft_quantize: str | None = None,
     model_parallel_size: int | None = None,
     dry_run: bool = False,
 ) -> None:
@@ -56,11 +57,12 @@ def main(
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
+        draft_quantize: int8 or int4: hold the draft model so; then it may be the model itself.
         model_parallel_size: ranks that share one copy of the model; default: all.
         dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """
     SamplingParams(temperature, top_p, max_gen_len)  # what is wrong ends here, before gigabytes are read
-    check_speculation(speculate, draft_ckpt_dir)
+    check_speculation(speculate, draft_ckpt_dir, draft_quantize)
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, 1, model_parallel_size)
     if dry_run:
@@ -75,6 +77,7 @@ def main(
         chat_format=chat_format,
         speculate=speculate,
         draft_ckpt_dir=draft_ckpt_dir,
+        draft_quantize=draft_quantize,
     )
     opening = [Message(role="system", content=system)] if system is not None else []
     with agree():

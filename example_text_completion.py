@@ -38,6 +38,7 @@ def main(
     compile: bool = False,
     speculate: str | None = None,
     draft_ckpt_dir: str | None = None,
+    draft_quantize: str | None = None,
     logprobs: bool = False,
     echo: bool = False,
     json: bool = False,
@@ -62,6 +63,7 @@ def main(
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
+        draft_quantize: int8 or int4: hold the draft model so; then it may be the model itself.
         logprobs: also give the log-probability of every token.
         echo: repeat the prompt in the completion.
         json: print one JSON object a line.
@@ -72,7 +74,7 @@ def main(
     prompts = PROMPTS if prompt is None else prompt
     if not prompts:
         raise ValueError("the list of prompts is empty: give at least one")
-    check_speculation(speculate, draft_ckpt_dir)
+    check_speculation(speculate, draft_ckpt_dir, draft_quantize)
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size)
     if dry_run:
@@ -95,6 +97,7 @@ def main(
         compile=compile,
         speculate=speculate,
         draft_ckpt_dir=draft_ckpt_dir,
+        draft_quantize=draft_quantize,
     )
     if can_infill(llm.tokenizer) and any(FILL_MARK in text for text in prompts):
         results = infill(llm, prompts, temperature, top_p, max_gen_len, logprobs)

@@ -135,6 +135,7 @@ def build_draft(
     tokenizer: Tokenizer,
     *,
     dtype: str | torch.dtype | None,
+    quantize: str | None,
     compile: bool,
 ) -> Transformer:
     """This rank's share of a smaller model that guesses what `model` will say; ValueError if its tokens are others."""
@@ -148,7 +149,10 @@ def build_draft(
                 f"({sizes[1]} tokens): give one of the same family"
             )
     limits = args.max_seq_len, args.max_batch_size, model.parallel.size
-    return build_model(ckpt_dir, None, *limits, device=model.device, dtype=dtype, compile=compile)[0]
+    built, _ = build_model(
+        ckpt_dir, None, *limits, device=model.device, dtype=dtype, quantize=quantize, compile=compile
+    )
+    return built
 
 
 def check_room(model: Transformer, job: Job, kept: int = 0, draft: Transformer | None = None) -> None:

@@ -71,16 +71,18 @@ class Llama:
         compile: bool = False,
         speculate: str | None = None,
         draft_ckpt_dir: str | os.PathLike[str] | None = None,
+        draft_quantize: str | None = None,
     ) -> Llama:
         """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split over torchrun's ranks.
 
         Left out: the tokenizer is looked for beside or inside the weights, model_parallel_size is the world size,
         device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. quantize int8 or
         int4 holds weights in blocks of so many bits; compile lets torch compile the decode step; speculate "lookup"
-        guesses tokens from those before, draft_ckpt_dir with a smaller model: texts stay the same. Whatever is wrong
-        with the files or the choices raises ValueError or FileNotFoundError, on every rank if on one.
+        guesses tokens from those before, draft_ckpt_dir with a smaller model, or with the same and draft_quantize:
+        texts stay the same. Whatever is wrong with the files or the choices raises ValueError or FileNotFoundError,
+        on every rank if on one.
         """
-        check_speculation(speculate, draft_ckpt_dir)
+        check_speculation(speculate, draft_ckpt_dir, draft_quantize)
         model, tokenizer = build_model(
             ckpt_dir,
             tokenizer_path,
@@ -95,7 +97,7 @@ class Llama:
         )
         draft = None
         if draft_ckpt_dir is not None:
-            draft = build_draft(draft_ckpt_dir, model, tokenizer, dtype=dtype, compile=compile)
+            draft = build_draft(draft_ckpt_dir, model, tokenizer, dtype=dtype, quantize=draft_quantize, compile=compile)
         return Llama(model, tokenizer, seed=seed, chat_format=chat_format, speculate=speculate, draft=draft)
 
     def stream(

@@ -109,7 +109,8 @@ class Planner:
         held = packed_bytes(block_type.name, rows, columns) if self.storage.packed else raw
         if self.checkpoint.block_type(name) == block_type:
             return held, raw
-        return held, raw + 4 * rows * columns  # fp32 values
+        read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)
+        return held, raw + max(read, 4 * rows * columns)  # values are quantized from fp32
 
     def _floats(self, name: str, shape: tuple[int, ...], numel: int) -> tuple[int, bool]:
         """What reading a part as floats takes on the way, and whether it is used where it lies in a mapped file."""

@@ -23,8 +23,10 @@ MOST_PROPOSED = 7
 FIRST_REST = 32
 
 
-def check_speculation(speculate: str | None, draft: object) -> None:
+def check_speculation(speculate: str | None, draft: object, draft_quantize: str | None = None) -> None:
     """ValueError unless there is one way of guessing at most, and a known one."""
+    if draft_quantize is not None and draft is None:
+        raise ValueError(f"draft_quantize {draft_quantize} needs a draft model: give --draft_ckpt_dir, too")
     if speculate not in (None, "lookup"):
         raise ValueError(f"speculate must be lookup, or left out, got {speculate!r}")
     if speculate is not None and draft is not None:

@@ -140,7 +140,18 @@ def test_help_names_every_flag_once_and_loads_nothing() -> None:
     flags = re.findall(r"^  --(\w+)", done.stdout, re.MULTILINE)
     assert flags == [
         *("ckpt_dir", "tokenizer_path", "prompt", "max_seq_len", "max_batch_size", "max_gen_len", "temperature"),
-        *("top_p", "seed", "device", "dtype", "quantize", "compile", "speculate", "draft_ckpt_dir", "logprobs"),
+        *(
+            "top_p",
+            "seed",
+            "device",
+            "dtype",
+            "quantize",
+            "compile",
+            "speculate",
+            "draft_ckpt_dir",
+            "draft_quantize",
+            "logprobs",
+        ),
         *("echo", "json", "model_parallel_size", "dry_run"),
     ]
 
