@@ -52,12 +52,18 @@ def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, jo
 
 
 def activation_bytes(
-    args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, device: torch.device, job: Job
+    args: ModelArgs,
+    parallel: ModelParallel,
+    dtype: torch.dtype,
+    device: torch.device,
+    job: Job,
+    kernels: bool = False,
 ) -> int:
     """The most that the forward passes and the sampling of a job hold at once, beside weights and cache.
 
     Counted per position that the prefill reads at once, which is where it peaks: a layer's input, the sum after
     attention and the normalised sum, and what is computed from them. After the first chunk there is a mask, too.
+    With kernels (fused.py) the sum is one, in fp32, and norms and rotations make nothing beside their results.
     """
     half = dtype != torch.float32
     x = args.dim * dtype.itemsize
@@ -77,9 +83,16 @@ def activation_bytes(
     rotate_q = 2 * x + 2 * q * dtype.itemsize + 8 * q * half
     attend = 2 * x + 3 * q * dtype.itemsize + scores
     feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize
+    layer = max(norm, rotate_k, rotate_q, attend, feed_forward)
+    if kernels:
+        hidden = parallel.part(args.hidden_dim, parallel.block) * dtype.itemsize
+        packed = 0 if masked else 2 * (q - kv) * dtype.itemsize * half  # without a mask, for all query heads
+        attend = max(3 * q * dtype.itemsize, 2 * q * dtype.itemsize + scores + packed)
+        layer = 4 * args.dim + x + max(attend, x + 2 * hidden)
     n_tokens = job.bsz * seqlen
-    prefill = n_tokens * (kept + max(norm, rotate_k, rotate_q, attend, feed_forward))
+    prefill = n_tokens * (kept + layer)
     sampled = max(job.bsz, MOST_POSITIONS * job.guessed) * SAMPLED
     logits = args.vocab_size * max(sampled, min(seqlen, SCORED_AT_ONCE) * SCORED if job.scored else 0)
     peak = max(prefill, n_tokens * x + logits)
-    return peak + min(2 * peak, HEAP) if device.type == "cpu" else peak
+    heap = HEAP // 2 if kernels else HEAP  # measured with kernels: 40 MB
+    return peak + min(2 * peak, heap) if device.type == "cpu" else peak

@@ -17,6 +17,7 @@ from llama.checkpoint.format import Reading, StoredCheckpoint, kind, shard_dim
 from llama.checkpoint.load import Storage, check_weights, part_length, part_span
 from llama.config import ModelArgs
 from llama.footprint import Job, activation_bytes, cache_bytes
+from llama.fused import FusedLayers
 from llama.kernels.library import packed_bytes
 from llama.memory import readable
 from llama.model import Transformer
@@ -68,7 +69,8 @@ class Planner:
 
     def plan(self, job: Job) -> Plan:
         cache = cache_bytes(self.args, self.parallel, self.dtype, job)
-        activations = activation_bytes(self.args, self.parallel, self.dtype, self.device, job)
+        kernels = self.storage.packed
+        activations = activation_bytes(self.args, self.parallel, self.dtype, self.device, job, kernels)
         return Plan(self.weights, cache, activations, self.free)
 
     def limits(self, bsz: int | None = None, length: int | None = None) -> Job:
@@ -208,8 +210,8 @@ def check_job(model: Transformer, job: Job, free: int, draft: Transformer | None
         return sum(cache_bytes(each.args, each.parallel, each.dtype, job) for each in models)
 
     def needed(job: Job) -> int:  # the larger model's activations
-        setup = model.args, model.parallel, model.dtype, model.device
-        return caches(job) + activation_bytes(*setup, job)
+        setup = model.args, model.parallel, model.dtype, model.device, job
+        return caches(job) + activation_bytes(*setup, kernels=isinstance(model.fused, FusedLayers))
 
     if needed(job) > free:
         bsz = largest(lambda n: needed(dataclasses.replace(job, bsz=n)) <= free, job.bsz)

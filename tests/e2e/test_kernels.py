@@ -93,7 +93,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
             {"CXX": "/nonexistent"},
             "no CPU kernels, so tokens come slower: no C++ compiler (/nonexistent): install g++, or name one in CXX",
         ),
-        ({"CXX": "false"}, "no CPU kernels, so tokens come slower: {false} failed: "),
+        ({"CXX": "false"}, "no CPU kernels, so tokens come slower: {false} failed with exit code 1: it says no more"),
         ({"LLAMA_KERNELS": "0"}, "no CPU kernels, as LLAMA_KERNELS=0 says: torch's own operations are used"),
     ],
     ids=["none", "fails", "off"],

@@ -11,7 +11,10 @@ import pytest
 
 from tests.e2e.processes import COMPLETION, Finished, prompts, python, started
 
-LOADED = re.compile(r"loaded \S+ in \d+\.\d\d s: 1 rank of \d+\.\d\d GB in \w+( and \w+)*, computing in \w+ on cpu by ")
+LOADED = re.compile(
+    r"loaded \S+ in \d+\.\d\d s: 1 rank of \d+\.\d\d GB in \w+( and \w+)*, computing in \w+ on cpu by "
+    r"(own kernels|torch's operations), threads: \d+"
+)
 REPORT = re.compile(
     r"prefill \d+ tokens at [\d.]+ tok/s; decode \d+ tokens at [\d.]+ tok/s, [\d.]+ GB/s of weights; "
     r"peak memory \d+ MiB"

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "predictions": {"chat", "tokenizer"},
     "checkpoint": {"blocks", "config", "linear", "model", "parallel", "rope", "tokenizer"},
     "footprint": {"config", "parallel"},
-    "plan": {"blocks", "checkpoint", "config", "footprint", "kernels", "memory", "model", "parallel"},
+    "plan": {"blocks", "checkpoint", "config", "footprint", "fused", "kernels", "memory", "model", "parallel"},
     "build": {
         *{"chat", "checkpoint", "compiled", "config", "footprint", "fused", "kernels", "memory", "model", "parallel"},
         *{"plan", "tokenizer"},

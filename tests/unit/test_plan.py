@@ -180,9 +180,9 @@ def one_thread() -> Iterator[None]:
 def test_planned_activations_are_what_a_run_allocates(
     name: str, kernels: bool, lengths: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    """Within 10 % of the allocator's own count, whatever part of the computation holds most; kernels hold less.
+    """Within 10 % of the allocator's own count, whatever part of the computation holds most; 15 % by kernels.
 
-    They held keys and queries until the next layer, and 1.8 times what was planned.
+    The layers run by kernels held keys and queries until the next layer, and 1.8 times what was planned.
     """
     args = SHAPES[name]
     job = Job(8, 40, 48, scored=True) if name == "vocabulary" else Job(2, *lengths)
@@ -204,10 +204,11 @@ def test_planned_activations_are_what_a_run_allocates(
     for event in sorted(allocated, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    planned = activation_bytes(args, ModelParallel(), dtype, CPU, job)
-    planned = max(planned - HEAP, planned // 3)  # less what the allocator keeps; the profiler does not see it
-    assert planned >= 0.85 * peak
-    assert kernels or planned == pytest.approx(peak, rel=0.1)
+    planned = activation_bytes(args, ModelParallel(), dtype, CPU, job, kernels)
+    planned = max(
+        planned - (HEAP // 2 if kernels else HEAP), planned // 3
+    )  # less what the allocator keeps; the profiler does not see it
+    assert planned == pytest.approx(peak, rel=0.15 if kernels else 0.1)
 
 
 def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:
