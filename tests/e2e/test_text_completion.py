@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llama.kernels.compile import library
 from tests.e2e.processes import COMPLETION, Finished, prompts, python, started
 
 LOADED = re.compile(
@@ -62,7 +63,8 @@ def test_json_gives_one_object_a_line_from_real_weights(capital: Finished) -> No
 
 
 def test_stderr_says_what_was_loaded_and_what_it_cost_and_nothing_else(capital: Finished) -> None:
-    loaded, report = capital.stderr.splitlines()
+    *others, loaded, report = capital.stderr.splitlines()
+    assert not others or library() is None, others  # without kernels, why not, and what blocks became
     assert LOADED.fullmatch(loaded), loaded
     assert REPORT.fullmatch(report), report
 
