@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama.kernels.compile import library
-from tests.e2e.processes import COMPLETION, Finished, prompts, python, started
+from tests.e2e.processes import COMPLETION, Finished, prompts, python, started, without_notices
 
 LOADED = re.compile(
     r"loaded \S+ in \d+\.\d\d s: 1 rank of \d+\.\d\d GB in \w+( and \w+)*, computing in \w+ on cpu by "
@@ -63,8 +62,7 @@ def test_json_gives_one_object_a_line_from_real_weights(capital: Finished) -> No
 
 
 def test_stderr_says_what_was_loaded_and_what_it_cost_and_nothing_else(capital: Finished) -> None:
-    *others, loaded, report = capital.stderr.splitlines()
-    assert not others or library() is None, others  # without kernels, why not, and what blocks became
+    loaded, report = capital.stderr.splitlines()
     assert LOADED.fullmatch(loaded), loaded
     assert REPORT.fullmatch(report), report
 
@@ -134,7 +132,7 @@ def test_a_closed_pipe_ends_quietly(tiny_folder: Path, flags: list[str]) -> None
     with started([sys.executable, *arguments]) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
-        stderr = process.stderr.read()
+        stderr = without_notices(process.stderr.read())
         assert process.wait() == 0
     assert [line.split()[0] for line in stderr.splitlines() if not line.startswith("prefill")] == ["loaded"], stderr
 
