@@ -34,6 +34,7 @@ class Finished:
     returncode: int
     stdout: str
     stderr: str
+    all_stderr: str = ""  # of `run`: with notices that there are no kernels
 
     @property
     def json_lines(self) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ def end(process: subprocess.Popen[str]) -> None:
 def run(command: Sequence[object], *, stdin: str = "", **options: Any) -> Finished:
     with started(command, **options) as process:
         stdout, stderr = process.communicate(stdin, TIMEOUT)
-        return Finished(process.returncode, stdout, without_notices(stderr))
+        return Finished(process.returncode, stdout, without_notices(stderr), stderr)
 
 
 def without_notices(stderr: str) -> str:

@@ -104,7 +104,7 @@ def test_without_kernels_the_same_comes_from_dense_weights(
     """One line says why, and one what the weights are held as."""
     done = python(COMPLETION, *flags, env={"XDG_CACHE_HOME": str(tmp_path), **env})
     assert done.json_lines == two_at_once[1][0].json_lines
-    first, held, loaded, report = done.stderr.splitlines()
+    first, held, loaded, report = done.all_stderr.splitlines()
     assert first.strip() == why.format(false=shutil.which("false")).strip()
     assert held == f"Q4_1 held as float32: {2 + 7 * ARGS.n_layers} matrices"
     assert loaded.startswith("loaded ") and "torch's operations" in loaded and report.startswith("prefill ")
