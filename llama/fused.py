@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from llama.cache import KVCache
-from llama.kernels import library as kernels
+from llama.kernels import operations as kernels
+from llama.kernels.compile import library
 from llama.linear import BlockWeight, PackedWeight
 from llama.model import Transformer, TransformerBlock, attend
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
-ATTENTION, FEED_FORWARD = 1, 2
 # Further back than any cache reaches.
 NO_WINDOW = 1 << 40
 
@@ -28,7 +28,7 @@ def can_fuse(model: Transformer) -> bool:
         model.device.type == "cpu"
         and model.dtype in kernels.FLOATS
         and not any(isinstance(module, BlockWeight) for module in model.modules())
-        and kernels.library() is not None
+        and library() is not None
     )
 
 
@@ -40,9 +40,9 @@ class FusedLayers:
         self.tok_embeddings = model.tok_embeddings
         self._kept: list[Tensor] = []  # what the structures point at, beside the model's own
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
-        self._layers = (kernels.Layer * len(self.layers))()
+        self._described = (kernels.Layer * len(self.layers))()
         self._norms: list[tuple[Tensor, Tensor]] = []
-        for layer, described in zip(self.layers, self._layers, strict=True):
+        for layer, described in zip(self.layers, self._described, strict=True):
             attention, feed_forward = layer.attention, layer.feed_forward
             for name in ("wq", "wk", "wv", "wo"):
                 setattr(described, name, self._describe(getattr(attention, name)))
@@ -68,14 +68,14 @@ class FusedLayers:
 
     def _few(self, x: Tensor, step: kernels.Step) -> None:
         if self.parallel.size == 1:
-            kernels.run_layers(self._layers, 0, len(self._layers), ATTENTION | FEED_FORWARD, step)
+            kernels.run_layers(self._described, 0, len(self._described), kernels.ATTENTION | kernels.FEED_FORWARD, step)
             return
         for i, layer in enumerate(self.layers):
-            halves = ((ATTENTION, layer.attention.wo), (FEED_FORWARD, layer.feed_forward.w2))
+            halves = ((kernels.ATTENTION, layer.attention.wo), (kernels.FEED_FORWARD, layer.feed_forward.w2))
             for half, last in halves:
                 share = torch.empty_like(x)
                 step.out = share.data_ptr()
-                kernels.run_layers(self._layers, i, i + 1, half, step)
+                kernels.run_layers(self._described, i, i + 1, half, step)
                 x += self.parallel.all_reduce(share)
                 if last.bias is not None:
                     x += last.bias

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.blocks import BlockType, dequantize
-from llama.kernels import library as kernels
+from llama.kernels import operations as kernels
+from llama.kernels.compile import library
 
 # Values of a quantized weight that are made dense at once, for many tokens.
 DENSE_AT_ONCE = 1 << 22
@@ -25,7 +26,7 @@ class BlockWeight(nn.Module):
         super().__init__()
         self.block_type = block_type
         self.register_buffer("blocks", blocks)
-        self.shape = torch.Size((len(blocks), blocks.shape[1] // block_type.size * block_type.elements))
+        self.shape = _matrix_shape(blocks, block_type)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) times the matrix transposed: (..., out) in x's dtype."""
@@ -49,11 +50,11 @@ class PackedWeight(nn.Module):
     def __init__(self, blocks: Tensor, block_type: BlockType) -> None:
         super().__init__()
         self.block_type = block_type
-        self.shape = torch.Size((len(blocks), blocks.shape[1] // block_type.size * block_type.elements))
+        self.shape = _matrix_shape(blocks, block_type)
         self.register_buffer("tiles", kernels.pack(blocks, block_type.name, self.shape[1]))
 
     def describe(self) -> kernels.Weight:
-        return kernels.Weight(kernels.BLOCKS[self.block_type.name], *self.shape, 0, self.tiles.data_ptr(), None)
+        return kernels.Weight(kernels.BLOCKS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) times the matrix transposed: (..., out) in x's dtype."""
@@ -83,25 +84,32 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out) in x's dtype."""
     if not isinstance(weight, Tensor):
         y = weight(x)
-    elif torch.compiler.is_compiling():
-        if weight.device.type == "cpu" and x.numel() == x.shape[-1]:
-            # Inductor makes one loop of it, which reads twice as fast as the matrix product that it would call.
-            y = (weight.float() * x.float()).sum(-1).type_as(x).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x.type_as(weight), weight).type_as(x)
-    elif weight.device.type == "cpu" and _is_few(x) and kernels.library() is not None:
-        y = kernels.multiply(kernels.float_weight(weight), x).type_as(x)
-    elif weight.device.type == "cpu" and x.numel() == x.shape[-1]:
-        # For one token a CPU's bf16 matrix product takes 1.5 to 2 times as long as its matrix-vector product.
-        y = torch.mv(weight, x.view(-1).type_as(weight)).view(*x.shape[:-1], -1).type_as(x)
     else:
-        y = F.linear(x.type_as(weight), weight).type_as(x)
+        y = _times_floats(x, weight).type_as(x)
     return y if bias is None else y + bias
+
+
+def _times_floats(x: Tensor, weight: Tensor) -> Tensor:
+    on_cpu, compiling = weight.device.type == "cpu", torch.compiler.is_compiling()
+    if on_cpu and not compiling and _is_few(x) and library() is not None:
+        return kernels.multiply(kernels.float_weight(weight), x)
+    if on_cpu and x.numel() == x.shape[-1]:
+        # For one token a CPU's bf16 matrix product takes 1.5 to 2 times as long as its matrix-vector product, and that
+        # twice as long as the one loop that Inductor makes of a sum.
+        y = (weight.float() * x.float()).sum(-1) if compiling else torch.mv(weight, x.view(-1).type_as(weight))
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x.type_as(weight), weight)
 
 
 def embed(ids: Tensor, weight: Weight) -> Tensor:
     """Rows of weight: (*ids.shape, in), in the weight's dtype, or fp32 from blocks."""
     return F.embedding(ids, weight) if isinstance(weight, Tensor) else weight.rows(ids)
+
+
+def _matrix_shape(blocks: Tensor, block_type: BlockType) -> torch.Size:
+    """(out, in) of raw blocks (out, bytes of a row)."""
+    rows, n_bytes = blocks.shape
+    return torch.Size((rows, n_bytes // block_type.size * block_type.elements))
 
 
 def _is_few(x: Tensor) -> bool:

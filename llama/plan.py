@@ -18,7 +18,7 @@ from llama.checkpoint.load import Storage, check_weights, part_length, part_span
 from llama.config import ModelArgs
 from llama.footprint import Job, activation_bytes, cache_bytes
 from llama.fused import FusedLayers
-from llama.kernels.library import packed_bytes
+from llama.kernels.operations import packed_bytes
 from llama.memory import readable
 from llama.model import Transformer
 from llama.parallel import ModelParallel

@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 // Whether this process may use the unit: Linux has to be asked.
-inline bool has_matrix_unit() {
+extern "C" int has_matrix_unit() {
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
     return granted;
@@ -92,7 +92,8 @@ template <class T> T *aligned_room(std::vector<T> &v, size_t n) {
 }
 
 // y (n, rows) = x (n, columns) times a packed weight, in bf16; columns are a multiple of 32.
-inline void multiply_many(const Weight &w, const uint16_t *x, int n, uint16_t *y, int threads) {
+extern "C" void multiply_many(const Weight *weight, const uint16_t *x, int n, uint16_t *y, int threads) {
+    const Weight &w = *weight;
     // Tokens that do not stay in a core's cache are read once for two panels, where there is work for all threads.
     const int panels = w.rows >= 1024 * threads ? 2 : 1;
     static thread_local std::vector<uint16_t> kept_tokens;
@@ -131,6 +132,6 @@ inline void multiply_many(const Weight &w, const uint16_t *x, int n, uint16_t *y
     }
 }
 #else
-inline bool has_matrix_unit() { return false; }
-inline void multiply_many(const Weight &, const uint16_t *, int, uint16_t *, int) {}
+extern "C" int has_matrix_unit() { return false; }
+extern "C" void multiply_many(const Weight *, const uint16_t *, int, uint16_t *, int) {}
 #endif

@@ -1,4 +1,4 @@
-// What Python calls (llama/kernels/library.py).
+// What Python calls (operations.py), beside the functions that headers declare extern "C": one library of them all.
 #include "gemm.h"
 #include "many.h"
 #include "pack.h"
@@ -28,10 +28,6 @@ extern "C" void run_layers(const Layer *layers, int first, int stop, int halves,
             if (halves & FEED_FORWARD) work.feed_forward(layers[layer]);
         }
     }
-}
-
-extern "C" void pack(int type, const uint8_t *blocks, int rows, int columns, uint8_t *tiles, int threads) {
-    pack_blocks(type, blocks, rows, columns, tiles, threads);
 }
 
 // Packed rows [first, first + n) in the columns of a matrix (columns, n) of floats; first is a tile's.
@@ -69,29 +65,9 @@ extern "C" void multiply_rows(const Weight *weight, const float *x, int n, float
         float made[MOST_TOKENS * TILE];
         Share share((w.rows + TILE - 1) / TILE, omp_get_thread_num(), omp_get_num_threads());
         for (int tile = share.start; tile < share.stop; tile++) {
-            multiply(w, tile, input, n, made, TILE);
+            multiply(w, tile, input, n, made);
             int rows = std::min(TILE, w.rows - tile * TILE);
             for (int t = 0; t < n; t++) memcpy(y + size_t(t) * w.rows + tile * TILE, made + t * TILE, rows * 4);
         }
     }
-}
-
-extern "C" int can_multiply_many() { return has_matrix_unit(); }
-
-extern "C" void multiply_bf16(const Weight *weight, const uint16_t *x, int n, uint16_t *y, int threads) {
-    multiply_many(*weight, x, n, y, threads);
-}
-
-extern "C" void add_and_norm(
-    float *x, const void *delta, const float *weight, float eps, int n, int dim, void *y, int type, int threads
-) {
-    add_and_norm_rows(x, delta, weight, eps, n, dim, y, type, threads);
-}
-
-extern "C" void gate(void *gates, const void *ups, size_t n, int type, int threads) {
-    gate_values(gates, ups, n, type, threads);
-}
-
-extern "C" void rotate_and_keep(const Step *step, int layer, void *q, const void *k, const void *v) {
-    rotate_and_keep_rows(*step, layer, q, k, v);
 }

@@ -3,7 +3,7 @@
 #include "step.h"
 
 // x (n, dim) += delta, if there is one; y = its norm.
-inline void add_and_norm_rows(
+extern "C" void add_and_norm(
     float *x, const void *delta, const float *weight, float eps, int n, int dim, void *y, int type, int threads
 ) {
 #pragma omp parallel num_threads(threads)
@@ -24,7 +24,7 @@ inline void add_and_norm_rows(
 }
 
 // gates = silu(gates) * ups
-inline void gate_values(void *gates, const void *ups, size_t n, int type, int threads) {
+extern "C" void gate(void *gates, const void *ups, size_t n, int type, int threads) {
     constexpr size_t PIECE = 1024;
 #pragma omp parallel for num_threads(threads)
     for (size_t first = 0; first < n; first += PIECE) {
@@ -39,7 +39,8 @@ inline void gate_values(void *gates, const void *ups, size_t n, int type, int th
 
 // Rotates q (n, q_dim) in place, and k (n, kv_dim) on its way into the cache; v goes there as it is. All have the
 // cache's type.
-inline void rotate_and_keep_rows(const Step &s, int layer, void *q, const void *k, const void *v) {
+extern "C" void rotate_and_keep(const Step *step, int layer, void *q, const void *k, const void *v) {
+    const Step &s = *step;
     const int q_dim = s.n_heads * s.head_dim, kv_dim = s.n_kv_heads * s.head_dim, size = value_bytes(s.cache_type);
 #pragma omp parallel num_threads(s.threads)
     {

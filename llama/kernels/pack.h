@@ -78,7 +78,7 @@ inline void pack_block(int type, const uint8_t *from, uint8_t *head, uint8_t *wo
 }
 
 // Rows of blocks into tiles; rows that fill up the last tile stay zero.
-inline void pack_blocks(int type, const uint8_t *blocks, int rows, int columns, uint8_t *tiles, int threads) {
+extern "C" void pack(int type, const uint8_t *blocks, int rows, int columns, uint8_t *tiles, int threads) {
     const Layout l = layout(type);
     const int n = columns / l.columns, n_tiles = (rows + TILE - 1) / TILE;
     const size_t tile_size = tile_bytes(type, columns), row_size = size_t(n) * block_bytes(type);

@@ -3,7 +3,7 @@
 #include "attention.h"
 #include "team.h"
 
-constexpr int MOST_TOKENS = 16;  // FEW in library.py
+constexpr int MOST_TOKENS = 16;  // FEW in operations.py
 
 struct Layer {
     Weight wq, wk, wv, wo, w1, w2, w3;
@@ -83,7 +83,7 @@ struct Work {
         float y[MOST_TOKENS * TILE];
         Share share((w.rows + TILE - 1) / TILE, rank, team.size);
         for (int tile = share.start; tile < share.stop; tile++) {
-            multiply(w, tile, x, s.n_tokens, y, TILE);
+            multiply(w, tile, x, s.n_tokens, y);
             use(tile * TILE, std::min(TILE, w.rows - tile * TILE), y);
         }
     }
@@ -145,7 +145,7 @@ struct Work {
         Input x = own.normed(s.x, w.ffn_norm, n, s.dim, s.eps);
         float up[MOST_TOKENS * TILE];
         tiles(w.w1, x, [&](int row, int rows, float *y) {
-            multiply(w.w3, row / TILE, x, n, up, TILE);
+            multiply(w.w3, row / TILE, x, n, up);
             for (int t = 0; t < n; t++) {
                 f32 made = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
                 memcpy(hidden + size_t(t) * s.hidden_dim + row, &made, rows * 4);

@@ -19,7 +19,6 @@ enum Type : int32_t { F32, BF16, F16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
 struct Weight {
     int32_t type;
     int32_t rows, columns;
-    int32_t unused;
     const uint8_t *data;
     const float *bias;  // or null
 };
@@ -196,9 +195,9 @@ struct Q6K {
     }
 };
 
-// One tile of packed rows times N tokens from `token` on: y[t * stride + row].
+// One tile of packed rows times N tokens from `token` on: y[t * TILE + row].
 template <class Q, int N>
-inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y, int stride) {
+inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y) {
     f32 sums[N] = {};
     constexpr Layout l = layout(Q::TYPE);
     const uint8_t *words = tile + heads_bytes(l, x.columns);
@@ -206,7 +205,7 @@ inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y
         for (int i = 0; i < l.words; i += 64) __builtin_prefetch(words + i + AHEAD);
         Q::template add<N>(sums, tile, words, Columns<N>(x, token, column));
     }
-    for (int t = 0; t < N; t++) store(y + t * stride, sums[t]);
+    for (int t = 0; t < N; t++) store(y + t * TILE, sums[t]);
 }
 
 inline f32 floats(const float *from) { return load<f32>(from); }
@@ -224,7 +223,7 @@ inline float one(Half from) { return from_half(from.bits); }
 
 // R rows of floats times N tokens.
 template <class T, int R, int N>
-inline void float_rows(const T *weight, const Input &x, int token, float *y, int stride) {
+inline void float_rows(const T *weight, const Input &x, int token, float *y) {
     f32 sums[R][N] = {};
     const float *rows[N];
     const int columns = x.columns;
@@ -240,41 +239,41 @@ inline void float_rows(const T *weight, const Input &x, int token, float *y, int
         for (int t = 0; t < N; t++) {
             float rest = 0;
             for (int i = c; i < columns; i++) rest += one(weight[size_t(r) * columns + i]) * rows[t][i];
-            y[t * stride + r] = sum(sums[r][t]) + rest;
+            y[t * TILE + r] = sum(sums[r][t]) + rest;
         }
 }
 
 template <class T, int N>
-inline void float_tile(const T *weight, int rows, const Input &x, int token, float *y, int stride) {
-    constexpr int R = N == 1 ? 4 : N == 8 ? 2 : 4;
+inline void float_tile(const T *weight, int rows, const Input &x, int token, float *y) {
+    constexpr int R = N == 8 ? 2 : 4;
     int r = 0;
-    for (; r + R <= rows; r += R) float_rows<T, R, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);
-    for (; r < rows; r++) float_rows<T, 1, N>(weight + size_t(r) * x.columns, x, token, y + r, stride);
+    for (; r + R <= rows; r += R) float_rows<T, R, N>(weight + size_t(r) * x.columns, x, token, y + r);
+    for (; r < rows; r++) float_rows<T, 1, N>(weight + size_t(r) * x.columns, x, token, y + r);
 }
 
-template <int N> inline void tile_times(const Weight &w, int tile, const Input &x, int token, float *y, int stride) {
+template <int N> inline void tile_times(const Weight &w, int tile, const Input &x, int token, float *y) {
     const uint8_t *data = w.data + size_t(tile) * tile_bytes(w.type, w.columns);
     int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
     switch (w.type) {
-        case F32: return float_tile<float, N>((const float *)data, rows, x, token, y, stride);
-        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, x, token, y, stride);
-        case F16: return float_tile<Half, N>((const Half *)data, rows, x, token, y, stride);
-        case Q8_0: return packed_tile<Q8, N>(data, x, token, y, stride);
-        case Q4_0: return packed_tile<Q40, N>(data, x, token, y, stride);
-        case Q4_1: return packed_tile<Q41, N>(data, x, token, y, stride);
-        case Q4_K: return packed_tile<Q4K, N>(data, x, token, y, stride);
-        case Q6_K: return packed_tile<Q6K, N>(data, x, token, y, stride);
+        case F32: return float_tile<float, N>((const float *)data, rows, x, token, y);
+        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, x, token, y);
+        case F16: return float_tile<Half, N>((const Half *)data, rows, x, token, y);
+        case Q8_0: return packed_tile<Q8, N>(data, x, token, y);
+        case Q4_0: return packed_tile<Q40, N>(data, x, token, y);
+        case Q4_1: return packed_tile<Q41, N>(data, x, token, y);
+        case Q4_K: return packed_tile<Q4K, N>(data, x, token, y);
+        case Q6_K: return packed_tile<Q6K, N>(data, x, token, y);
     }
 }
 
-// A tile of rows times n tokens, bias included: y[t * stride + row] for the tile's rows.
-inline void multiply(const Weight &w, int tile, const Input &x, int n, float *y, int stride) {
+// A tile of rows times n tokens, bias included: y[t * TILE + row] for the tile's rows.
+inline void multiply(const Weight &w, int tile, const Input &x, int n, float *y) {
     int t = 0;
-    for (; t + 8 <= n; t += 8) tile_times<8>(w, tile, x, t, y + t * stride, stride);
-    if (t + 4 <= n) tile_times<4>(w, tile, x, t, y + t * stride, stride), t += 4;
-    if (t + 2 <= n) tile_times<2>(w, tile, x, t, y + t * stride, stride), t += 2;
-    if (t < n) tile_times<1>(w, tile, x, t, y + t * stride, stride);
+    for (; t + 8 <= n; t += 8) tile_times<8>(w, tile, x, t, y + t * TILE);
+    if (t + 4 <= n) tile_times<4>(w, tile, x, t, y + t * TILE), t += 4;
+    if (t + 2 <= n) tile_times<2>(w, tile, x, t, y + t * TILE), t += 2;
+    if (t < n) tile_times<1>(w, tile, x, t, y + t * TILE);
     if (w.bias)
         for (t = 0; t < n; t++)
-            for (int r = 0; r < TILE && tile * TILE + r < w.rows; r++) y[t * stride + r] += w.bias[tile * TILE + r];
+            for (int r = 0; r < TILE && tile * TILE + r < w.rows; r++) y[t * TILE + r] += w.bias[tile * TILE + r];
 }

@@ -10,7 +10,7 @@ from llama.blocks import BLOCK_TYPES, BlockType, dequantize
 from llama.cache import KVCache
 from llama.config import ModelArgs
 from llama.fused import FusedLayers, can_fuse
-from llama.kernels import library as kernels
+from llama.kernels import operations as kernels
 from llama.linear import BlockWeight, PackedWeight, linear
 from llama.model import Transformer
 from tests.checkpoints import random_state

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from llama.kernels.compile import library
 
-__all__ = ["FEW", "Layer", "Step", "Weight", "library"]
-
 # Tokens that one pass over the weights can serve, MOST_TOKENS in step.h; of more, matrix products are faster.
 FEW = 16
 TILE = 16  # rows of packed blocks that lie together
+
+# Halves of a layer, for `run_layers`.
+ATTENTION, FEED_FORWARD = 1, 2
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCKS = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6, "Q6_K": 7}
@@ -29,7 +30,6 @@ class Weight(ctypes.Structure):
         ("type", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),
-        ("unused", c_int32),
         ("data", c_void_p),
         ("bias", c_void_p),
     ]
@@ -69,7 +69,7 @@ def kernels() -> ctypes.CDLL:
 def float_weight(weight: Tensor) -> Weight:
     """The description of a contiguous (out, in) matrix of floats, which must outlive it."""
     assert weight.is_contiguous() and weight.device.type == "cpu"
-    return Weight(FLOATS[weight.dtype], *weight.shape, 0, weight.data_ptr(), None)
+    return Weight(FLOATS[weight.dtype], *weight.shape, weight.data_ptr(), None)
 
 
 def packed_bytes(block_type: str, rows: int, columns: int) -> int:
@@ -132,7 +132,7 @@ def multiply(weight: Weight, x: Tensor) -> Tensor:
 @functools.cache
 def has_matrix_unit() -> bool:
     """Whether `multiply_many` works here: the processor has one for bf16, and lets this process use it."""
-    return bool(kernels().can_multiply_many())
+    return bool(kernels().has_matrix_unit())
 
 
 def multiply_many(weight: Weight, x: Tensor) -> Tensor:
@@ -140,14 +140,14 @@ def multiply_many(weight: Weight, x: Tensor) -> Tensor:
     n_tokens = x.numel() // weight.columns
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], weight.rows, dtype=torch.bfloat16)
-    kernels().multiply_bf16(
+    kernels().multiply_many(
         ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
     )
     return y
 
 
 def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, step: Step) -> None:
-    """Layers [first, stop), or a half of each: 1 is attention, 2 is feed-forward, 3 both."""
+    """Layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both by |."""
     assert step.n_tokens <= FEW, step.n_tokens
     kernels().run_layers(layers, first, stop, halves, ctypes.byref(step))
 
