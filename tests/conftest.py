@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from torch import Tensor
 
 from llama import Llama
 from llama.config import ModelArgs
 from tests.checkpoints import write_meta
 from tests.models import build
+
+# Read when triton is imported: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # For trained tokenizers: words that tests use, and characters that need several bytes.
 TEXTS = [

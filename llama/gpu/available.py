@@ -1,0 +1,18 @@
+"""Whether Triton kernels run on a device; the kernels themselves are imported only where they do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+# Ampere: the oldest with bfloat16 and with tensor cores as the kernels use them.
+OLDEST = (8, 0)
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels written in Triton run on this device; LLAMA_KERNELS=0 says that none are to."""
+    if device.type != "cuda" or os.environ.get("LLAMA_KERNELS") == "0" or torch.version.cuda is None:
+        return False
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= OLDEST
