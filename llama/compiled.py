@@ -29,22 +29,20 @@ class CompiledLayers:
         self._ready = False
         self._failed = False
 
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         """See `Transformer.run_layers`."""
         if positions.shape[1] > 1 or self._failed:
-            return self.model.run_layers(tokens, positions, rotation, mask, cache)
+            return self.model.run_layers(tokens, positions, rotation, kv_len, cache)
         start = time.perf_counter()
         if not self._ready:
             log.info("compiling the decode step: a minute or so the first time, seconds from the cache")
         try:
-            y = self._step(tokens, positions, rotation, mask, cache)
+            y = self._step(tokens, positions, rotation, kv_len, cache)
         except Exception as error:  # whatever a compiler can raise, also when another shape makes it compile again
             self._failed = True
             why = " ".join(str(error).split())[:300] or type(error).__name__
             log.warning("--compile failed, so the layers run as they are: %s", why)
-            return self.model.run_layers(tokens, positions, rotation, mask, cache)
+            return self.model.run_layers(tokens, positions, rotation, kv_len, cache)
         if not self._ready:
             self._ready = True
             log.info("compiled the decode step in %.1f s", time.perf_counter() - start)

@@ -37,7 +37,7 @@ class FusedLayers:
 
     def __init__(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
-        self.tok_embeddings = model.tok_embeddings
+        self.tok_embeddings, self.mask = model.tok_embeddings, model.mask
         self._kept: list[Tensor] = []  # what the structures point at, beside the model's own
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._described = (kernels.Layer * len(self.layers))()
@@ -52,9 +52,7 @@ class FusedLayers:
             described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
             self._norms.append(norms)
 
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         """See `Transformer.run_layers`; in fp32."""
         bsz, seqlen = tokens.shape
         residual = self.tok_embeddings(tokens).float().view(bsz * seqlen, -1)  # new memory, which is added to
@@ -63,7 +61,7 @@ class FusedLayers:
         if bsz * seqlen <= kernels.FEW:
             self._few(residual, step)
         else:
-            self._many(residual, step, positions, mask, cache)
+            self._many(residual, step, positions, self.mask(positions, kv_len), cache)
         return residual.view(bsz, seqlen, -1)
 
     def _few(self, x: Tensor, step: kernels.Step) -> None:

@@ -121,7 +121,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
         self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling)
         # What runs the layers instead of their own forward, set from outside: see fused.py and compiled.py.
-        self.fused: Callable[[Tensor, Tensor, Tensor, Tensor | None, KVCache], Tensor] | None = None
+        self.fused: Callable[[Tensor, Tensor, Tensor, int, KVCache], Tensor] | None = None
 
     def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
         """Logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden` and then `logits`."""
@@ -148,22 +148,19 @@ class Transformer(nn.Module):
         # One place further would be the next row's first.
         assert seqlen <= kv_len <= cache.keys.shape[2], (seqlen, kv_len, cache.keys.shape)
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
-        mask = self._mask(positions, kv_len)
         rotation = self.rope(positions, lengths)
         run = self.fused or self.run_layers
-        return self.norm(run(tokens, positions, rotation, mask, cache))
+        return self.norm(run(tokens, positions, rotation, kv_len, cache))
 
-    def run_layers(
-        self, tokens: Tensor, positions: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache
-    ) -> Tensor:
+    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         """The sum after the last layer, (bsz, seqlen, dim), of tokens (bsz, seqlen), whose keys go to the cache."""
         x = self.tok_embeddings(tokens).to(self.dtype)
-        slots = cache.slots(positions)
+        mask, slots = self.mask(positions, kv_len), cache.slots(positions)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache, slots)
         return x
 
-    def _mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
+    def mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
         """Which keys the queries at positions (bsz, seqlen) see: (bsz, 1, seqlen, kv_len); None is plainly causal."""
         window = self.args.sliding_window or kv_len
         if kv_len == positions.shape[1] <= window:  # all rows start at 0
