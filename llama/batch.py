@@ -6,18 +6,19 @@ Knows nothing of text; stop tokens are ids like any other.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.context import Context
 from llama.footprint import MOST_POSITIONS
 from llama.predictions import FinishReason
-from llama.sampling import INVALID, SamplingParams, log_probs, sample
+from llama.sampling import INVALID, SamplingParams
 from llama.speculation import Pace, Proposer
 from llama.statistics import Statistics
+from llama.steps import Picked, Steps
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,6 @@ class Row:
     def generated(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
-    def next_uniforms(self, count: int) -> Tensor:
-        """The random numbers of the next `count` tokens, (count,); 0 for those beyond the limit."""
-        uniforms = self.uniforms[self.generated : self.generated + count]
-        return torch.nn.functional.pad(uniforms, (0, count - len(uniforms)))
-
 
 # Tokens that a row gets in one step, with their log-probabilities.
 Run = list[tuple[int, float | None]]
@@ -65,7 +61,7 @@ class Batch:
 
     def __init__(
         self,
-        context: Context,
+        steps: Steps,
         rows: list[Row],
         params: SamplingParams,
         stop_tokens: Collection[int],
@@ -73,26 +69,34 @@ class Batch:
         statistics: Statistics,
         proposer: Proposer | None = None,
     ) -> None:
-        self.context = context
+        self.steps, self.context = steps, steps.context
         self.running = list(rows)
         self.params = params
         self.stop_tokens = stop_tokens
         self.logprobs = logprobs
         self.statistics = statistics
-        self.proposer = proposer if context.steady else None  # otherwise guesses would change the keys before them
+        self.proposer = proposer if self.context.steady else None  # otherwise guesses would change the keys before them
         self.pace = Pace()
         self.count = 0  # tokens to guess for each row in the next step
+        self.under_way = False  # a step was launched that is not collected
+        self.began = 0.0  # when the host last had nothing to wait for
 
     def run(self, echo: bool) -> Iterator[Chosen]:
         """Complete the rows. With echo their prompts come first. NaN logits raise ValueError."""
         rows, start, computed = list(self.running), time.perf_counter(), self.context.computed
-        hidden, scores = self.context.read([row.prompt for row in rows], scored=echo and self.logprobs)
+        prompts = [row.prompt for row in rows]
+        uniforms = self._uniforms()
+        self.steps.begin(self.params, self.logprobs, uniforms)
+        hidden, scores = self.context.read(prompts, scored=echo and self.logprobs)
         computed = self.context.computed - computed
         if self.params.max_gen_len == 0:
             self.running.clear()
-        new = self._choose(hidden[:, None], [[] for _ in rows]) if self.running else []
-        if self.proposer is not None and self.running:
-            self.proposer.begin([row.prompt for row in rows])
+        new: list[Run] = []
+        if self.running:
+            picked = self.steps.choose(hidden[:, None], [len(prompt) - 1 for prompt in prompts], self._next_count())
+            new = self._accept(picked, [[] for _ in rows])
+            if self.proposer is not None:
+                self.proposer.begin(prompts, self.params, uniforms)
         self.statistics.prefill_seconds += time.perf_counter() - start
         self.statistics.prompt_tokens += computed
         self.statistics.reused_tokens += sum(len(row.prompt) for row in rows) - computed
@@ -105,12 +109,22 @@ class Batch:
             for row in rows:
                 yield Chosen(row.place, None, finish_reason="length")
         while self.running:
-            yield from self._take(new)
+            ended = yield from self._take(new)
+            # A step that was launched ahead has the rows that were running then.
+            late = self._collect(go_on=False) if ended and self.under_way else None
+            self._remove(ended, late)
             if self.running:
-                new = self._decode()
+                new = self._decode(late)
 
-    def _take(self, new: list[Run]) -> Iterator[Chosen]:
-        """Give each running row its new tokens, and end those that are complete."""
+    def _uniforms(self) -> Tensor:
+        """Each row's random numbers, at the positions of the tokens after which they choose: (bsz, length)."""
+        uniforms = torch.zeros(len(self.running), self.context.cache.max_seq_len)
+        for numbers, row in zip(uniforms, self.running, strict=True):
+            numbers[len(row.prompt) - 1 :][: row.limit] = row.uniforms
+        return uniforms
+
+    def _take(self, new: list[Run]) -> Generator[Chosen, None, list[int]]:
+        """Give each running row its new tokens; which rows are complete now."""
         ended = []
         for i, (row, run) in enumerate(zip(self.running, new, strict=True)):
             reason: FinishReason | None = None
@@ -123,27 +137,61 @@ class Batch:
             if reason is not None:
                 yield Chosen(row.place, None, finish_reason=reason)
                 ended.append(i)
+        return ended
+
+    def _remove(self, ended: list[int], picked: Picked | None) -> None:
+        """End rows: the last running row takes the place of each, also in what a step chose before that was known."""
+        columns: list[list[Any]] = [picked.tokens, picked.scores or []] if picked is not None else []
         for i in reversed(ended):
-            moved = self.running.pop()
-            if i < len(self.running):
-                for rows in (self.context, self.proposer):
+            moved, last = self.running.pop(), len(self.running)
+            for values in filter(None, columns):
+                values[i] = values[last]
+                values.pop()
+            if i < last:
+                for rows in (self.steps, self.proposer):
                     if rows is not None:
-                        rows.move_row(len(self.running), i, len(moved.tokens) - 1)
+                        rows.move_row(last, i, len(moved.tokens) - (picked is None))
                 self.running[i] = moved
 
-    def _decode(self) -> list[Run]:
-        """The next tokens of each running row: one from its newest, and one from each guess that was right."""
-        start = time.perf_counter()
-        proposals = self._propose()
-        newest = [[row.tokens[-1], *proposal] for row, proposal in zip(self.running, proposals, strict=True)]
+    def _decode(self, picked: Picked | None) -> list[Run]:
+        """The next tokens of each running row: one from its newest, and one from each guess that was right.
+
+        picked: what a step chose that was launched ahead, if it is collected already.
+        """
         resting = self.pace.resting
-        hidden = self.context.step(newest, [len(row.tokens) - 1 for row in self.running])
-        new = self._choose(hidden, proposals)
-        seconds = time.perf_counter() - start
+        proposals: list[list[int]] = [[] for _ in self.running]
+        if picked is None:
+            if not self.under_way:
+                self.began = time.perf_counter()
+                proposals = self._launch()
+            picked = self._collect(go_on=True)
+        new = self._accept(picked, proposals)
+        now = time.perf_counter()
+        seconds, self.began = now - self.began, now
         tokens, proposed = sum(len(run) for run in new), sum(len(proposal) for proposal in proposals)
         self.pace.record(seconds, len(new), proposed, tokens - len(new))
         self.statistics.add_step(seconds, tokens, proposed, tokens - len(new), resting)
         return new
+
+    def _launch(self) -> list[list[int]]:
+        """Launch a step that reads each row's newest token and guesses of what follows it, which are returned."""
+        proposals = self._propose()
+        newest = [[row.tokens[-1], *proposal] for row, proposal in zip(self.running, proposals, strict=True)]
+        self.steps.launch(newest, [len(row.tokens) - 1 for row in self.running], self._next_count())
+        return proposals
+
+    def _collect(self, go_on: bool) -> Picked:
+        """What the step under way chose. go_on: the next one is launched before, where every row is sure to need it."""
+        ahead = go_on and self.steps.runs_ahead and self.proposer is None
+        ahead = ahead and all(row.generated + 1 < row.limit for row in self.running)
+        if ahead:
+            self.steps.go_on()
+        self.under_way = ahead
+        return self.steps.collect()
+
+    def _next_count(self) -> int:
+        """Tokens to guess after the step that is about to be launched; the first rank's holds, as clocks differ."""
+        return 0 if self.proposer is None else self.pace.next_count()
 
     def _propose(self) -> list[list[int]]:
         """Guesses for each running row; none beyond its limit, nor where the cache has no room for all."""
@@ -151,39 +199,25 @@ class Batch:
         count = min(self.count, self.context.cache.max_seq_len - longest, MOST_POSITIONS // len(self.running) - 1)
         if self.proposer is None or count < 1:
             return [[] for _ in self.running]
-        uniforms = torch.stack([row.next_uniforms(count) for row in self.running])
-        proposals = self.proposer.propose([row.tokens for row in self.running], uniforms, self.params)
+        proposals = self.proposer.propose([row.tokens for row in self.running], count)
         return [
             proposal[: row.limit - row.generated - 1] for row, proposal in zip(self.running, proposals, strict=True)
         ]
 
-    def _choose(self, hidden: Tensor, proposals: list[list[int]]) -> list[Run]:
-        """The next tokens of each running row: those of its proposal that the model chooses, too, and one more.
-
-        hidden: (bsz, seqlen, dim), the final states of the newest tokens and of the proposals after them.
-        """
-        model, params = self.context.model, self.params
-        bsz, seqlen, _ = hidden.shape
-        logits = model.logits(hidden.flatten(0, 1))  # (bsz * seqlen, vocab_size)
-        uniform = torch.cat([row.next_uniforms(seqlen) for row in self.running]).to(logits.device)
-        tokens = sample(logits, params.temperature, params.top_p, uniform)
-        if self.proposer is not None:
-            tokens = torch.cat([tokens, tokens.new_tensor([self.pace.next_count()])])
-        tokens = model.parallel.broadcast(tokens)  # rounding and clocks differ between ranks, their texts may not
-        if self.proposer is not None:
-            self.count = int(tokens[-1])
-        tokens = tokens[: bsz * seqlen]
-        scores = log_probs(logits, tokens.clamp(min=0)).tolist() if self.logprobs else [None] * len(tokens)
-        chosen, new = tokens.tolist(), []
+    def _accept(self, picked: Picked, proposals: list[list[int]]) -> list[Run]:
+        """The next tokens of each running row: those of its proposal that the model chooses, too, and one more."""
+        self.count = picked.note
+        new = []
         for i, (row, proposal) in enumerate(zip(self.running, proposals, strict=True)):
-            run = slice(i * seqlen, i * seqlen + agreed(proposal, chosen[i * seqlen :], self.stop_tokens) + 1)
-            if INVALID in chosen[run]:
-                length = len(row.tokens) + chosen[run].index(INVALID)
+            chosen = picked.tokens[i][: agreed(proposal, picked.tokens[i], self.stop_tokens) + 1]
+            if INVALID in chosen:
+                length = len(row.tokens) + chosen.index(INVALID)
                 raise ValueError(
                     f"the logits of prompt {row.place} are NaN or infinite after {length} tokens: the weights are "
                     "damaged, or too large for this dtype (try --dtype float32)"
                 )
-            new.append(list(zip(chosen[run], scores[run], strict=True)))
+            scores = picked.scores[i] if picked.scores is not None else [None] * len(chosen)
+            new.append(list(zip(chosen, scores, strict=False)))
         return new
 
 

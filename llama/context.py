@@ -44,6 +44,10 @@ class Context:
             return self.cache.nbytes
         return self.cache.nbytes // self.cache.max_seq_len * max(len(held) for held in self.held)
 
+    def has_room(self, bsz: int, length: int) -> bool:
+        """Whether a batch of bsz rows of `length` positions fits into the cache."""
+        return bsz <= len(self.held) and length <= self.cache.max_seq_len
+
     def make_room(self, length: int) -> None:
         """Let rows have `length` positions at least, and hold what they held."""
         if length > self.cache.max_seq_len:
@@ -73,6 +77,17 @@ class Context:
     def step(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
         """Read a few tokens of each of the first rows in one pass; all final states, (bsz, seqlen, dim)."""
         return self._pass(tokens, start_pos)
+
+    def forget(self, start_pos: Sequence[int]) -> None:
+        """The first rows hold nothing from start_pos on: it is about to be written over."""
+        for held, start in zip(self.held, start_pos, strict=False):
+            del held[start:]
+
+    def hold(self, tokens: Sequence[Sequence[int]]) -> None:
+        """The first rows hold these tokens, too, behind those that they held."""
+        for held, row in zip(self.held, tokens, strict=False):
+            held.extend(row)
+            self.computed += len(row)
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Put the first `length` tokens of row `source` in the place of row `target`."""
@@ -110,8 +125,7 @@ class Context:
     def _pass(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], lengths: Tensor | None = None) -> Tensor:
         """Final states of tokens, (bsz, seqlen, dim), short rows padded on the right; from here on they are held."""
         device, seqlen = self.model.device, max(len(row) for row in tokens)
-        for held, start in zip(self.held, start_pos, strict=False):
-            del held[start:]
+        self.forget(start_pos)
         hidden = self.model.hidden(
             torch.tensor([[*row, *[0] * (seqlen - len(row))] for row in tokens], device=device),  # any token pads
             torch.tensor(start_pos, device=device),
@@ -119,9 +133,7 @@ class Context:
             max(start_pos) + seqlen,
             lengths,
         )
-        for held, row in zip(self.held, tokens, strict=False):
-            held.extend(row)
-            self.computed += len(row)
+        self.hold(tokens)
         return hidden
 
     def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:

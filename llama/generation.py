@@ -5,6 +5,7 @@ Knows nothing of file formats, of process groups or of terminals.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,7 @@ from llama.build import build_draft, build_model, check_room
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
 from llama.context import Context
 from llama.footprint import Job
+from llama.graphs import CudaGraphs, GraphSteps, can_record
 from llama.infilling import infilling_tokens
 from llama.model import Transformer
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
@@ -22,7 +24,11 @@ from llama.prompts import check_prompts, encode_texts
 from llama.sampling import SamplingParams, uniforms
 from llama.speculation import Draft, Lookup, Proposer, check_speculation
 from llama.statistics import Statistics
+from llama.steps import PlainSteps, Steps
 from llama.tokenizer import StreamDecoder, Tokenizer
+
+# Positions of a cache that recorded steps run on are a multiple of it.
+LENGTHS = 256
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "Step"]
 
@@ -53,7 +59,7 @@ class Llama:
             range(tokenizer.n_words, model.args.vocab_size)
         )
         self._rows_seeded = 0
-        self._kept: list[Context] | None = None  # of the last stream that was to be kept: the model's, the draft's
+        self._kept: list[Steps] | None = None  # of the last stream: the model's, the draft's
 
     @staticmethod
     def build(
@@ -278,11 +284,11 @@ class Llama:
         length = max(len(row.prompt) + row.limit for row in rows)
         guessed = self.speculate is not None or self.draft is not None
         job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs, guessed)
-        contexts = self._contexts(job, keep)
+        steps = self._steps(job, keep)
         proposer: Proposer | None = Lookup() if self.speculate == "lookup" else None
         if self.draft is not None:
-            proposer = Draft(contexts[1])
-        batch = Batch(contexts[0], rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics, proposer)
+            proposer = Draft(steps[1])
+        batch = Batch(steps[0], rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics, proposer)
         try:
             for new in batch.run(echo):
                 decoder, text = decoders[new.place], ""
@@ -292,18 +298,37 @@ class Llama:
                     text = decoder.push(new.token)
                 yield Step(new.place, new.token, text, new.logprob, new.finish_reason)
         finally:
-            if keep:
-                self._kept = contexts
+            if keep or any(each.runs_ahead for each in steps):
+                self._kept = steps
 
-    def _contexts(self, job: Job, keep: bool) -> list[Context]:
-        """Where the model and the draft model read a batch: the ones kept, while no other stream has them, or new."""
-        contexts: list[Context] | None = None
-        if keep:
-            contexts, self._kept = self._kept, None
-        check_room(self.model, job, sum(each.bytes_in_use for each in contexts or []), self.draft)
-        if contexts is None:
-            models = [self.model] if self.draft is None else [self.model, self.draft]
-            return [Context(model, job.bsz, job.length) for model in models]
-        for context in contexts:
-            context.make_room(job.length)
-        return contexts
+    def _steps(self, job: Job, keep: bool) -> list[Steps]:
+        """Steps of the model and the draft model with room for a batch: those of the last stream, or new ones.
+
+        A stream that is to be kept goes on with what the last one read. Recorded steps are worth keeping anyway, but
+        then their rows are read anew, so that a call's results do not depend on those before it.
+        """
+        recorded = [can_record(model) for model in self._models]
+        steps: list[Steps] | None = None
+        if keep or any(recorded):
+            steps, self._kept = self._kept, None  # no other stream has them now
+        if any(recorded):  # the next job may be a little longer
+            job = dataclasses.replace(job, length=min(self.model.args.max_seq_len, -(-job.length // LENGTHS) * LENGTHS))
+        if steps is not None and not keep:
+            for each in steps:
+                each.context.forget([0] * len(each.context.held))
+            if not all(each.context.has_room(job.bsz, job.length) for each in steps):
+                steps = None
+        check_room(self.model, job, sum(each.context.bytes_in_use for each in steps or []), self.draft)
+        if steps is not None:
+            for each in steps:
+                each.context.make_room(job.length)
+            return steps
+        contexts = [Context(model, job.bsz, job.length) for model in self._models]
+        return [
+            GraphSteps(context, CudaGraphs()) if graphed else PlainSteps(context)
+            for context, graphed in zip(contexts, recorded, strict=True)
+        ]
+
+    @property
+    def _models(self) -> list[Transformer]:
+        return [self.model] if self.draft is None else [self.model, self.draft]

@@ -13,8 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llama.context import Context
-from llama.sampling import SamplingParams, sample
+from llama.context import common
+from llama.sampling import SamplingParams
+from llama.steps import Steps
 
 # Most tokens guessed for one row: with its newest they are 8, which the CPU kernels take in one pass.
 MOST_PROPOSED = 7
@@ -36,10 +37,10 @@ def check_speculation(speculate: str | None, draft: object, draft_quantize: str 
 class Proposer(Protocol):
     """Guesses the next tokens of rows; the running rows are the first ones, in the order of the batch."""
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> None: ...
+    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None: ...
 
-    def propose(self, texts: Sequence[Sequence[int]], uniforms: Tensor, params: SamplingParams) -> list[list[int]]:
-        """At most as many tokens for each text as there are uniforms for it, (bsz, count); the same on every rank."""
+    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """At most `count` tokens for each text; the same on every rank."""
         ...
 
     def move_row(self, source: int, target: int, length: int) -> None: ...
@@ -51,11 +52,11 @@ class Lookup:
     longest = 3  # tokens to find again; two may do
     window = 8192  # tokens to search, from the end: 0.5 ms
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
         pass
 
-    def propose(self, texts: Sequence[Sequence[int]], uniforms: Tensor, params: SamplingParams) -> list[list[int]]:
-        return [self._continuation(text, uniforms.shape[1]) for text in texts]
+    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        return [self._continuation(text, count) for text in texts]
 
     def move_row(self, source: int, target: int, length: int) -> None:
         pass
@@ -79,28 +80,29 @@ class Lookup:
 class Draft:
     """What a smaller model of the same vocabulary says, drawn with the random numbers that the model will use."""
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
-        self.context.read(prompts)
+    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
+        self.steps.begin(params, False, uniforms)
+        self.steps.context.read(prompts)
 
-    def propose(self, texts: Sequence[Sequence[int]], uniforms: Tensor, params: SamplingParams) -> list[list[int]]:
-        model = self.context.model
-        hidden, _ = self.context.read(texts)
-        proposals: list[list[int]] = [[] for _ in texts]
-        for i in range(uniforms.shape[1]):
-            if i > 0:
-                newest = [proposal[-1:] for proposal in proposals]
-                hidden = self.context.step(newest, [len(text) + i - 1 for text in texts])[:, 0]
-            uniform = uniforms[:, i].to(hidden.device)
-            tokens = sample(model.logits(hidden), params.temperature, params.top_p, uniform).clamp(min=0)
-            for proposal, token in zip(proposals, model.parallel.broadcast(tokens).tolist(), strict=True):
-                proposal.append(token)
-        return proposals
+    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        context = self.steps.context
+        new = max(len(text) - common(held, text) for held, text in zip(context.held, texts, strict=False))
+        new = 1 << max(new - 1, 0).bit_length()  # what a recorded step reads without padding
+        if new > MOST_PROPOSED + 1 or new > min(len(text) for text in texts):  # after a rest, or much was accepted
+            context.read([text[:-1] for text in texts])
+            new = 1
+        # Of as many tokens each, some of which are held already.
+        self.steps.launch([text[-new:] for text in texts], [len(text) - new for text in texts])
+        for _ in range(count - 1):
+            self.steps.go_on()
+        picked = [self.steps.collect() for _ in range(count)]
+        return [[max(each.tokens[i][-1], 0) for each in picked] for i in range(len(texts))]
 
     def move_row(self, source: int, target: int, length: int) -> None:
-        self.context.move_row(source, target, min(length, len(self.context.held[source])))
+        self.steps.move_row(source, target, min(length, len(self.steps.context.held[source])))
 
 
 class Pace:

@@ -195,7 +195,7 @@ def test_wrong_choices_are_told_before_anything_is_read() -> None:
     ids=str,
 )
 def test_lookup_goes_on_as_after_the_last_place_with_the_same_tokens(text: list[int], guess: list[int]) -> None:
-    assert Lookup().propose([text], torch.zeros(1, 4), batch.SamplingParams()) == [guess]
+    assert Lookup().propose([text], 4) == [guess]
 
 
 def test_guesses_that_cost_more_than_they_give_rest(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

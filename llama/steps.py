@@ -1,0 +1,151 @@
+"""Steps of a batch: the newest tokens of each row are read, and what follows each of them is chosen.
+
+Knows nothing of guesses, of limits or of when rows end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama.context import Context
+from llama.gpu.available import has_triton
+from llama.model import Transformer
+from llama.sampling import SamplingParams, log_probs, sample
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What a step chose after each token that it read: a list for each row."""
+
+    tokens: list[list[int]]  # INVALID where logits are NaN or infinite
+    scores: list[list[float]] | None  # log-probabilities, if they were asked for
+    note: int  # the first rank's
+
+
+class Steps(Protocol):
+    """Steps over the first rows of a context. What is launched is collected in the same order, on every rank alike."""
+
+    context: Context
+    runs_ahead: bool  # whether a step may be launched before the one before it is collected, and it pays
+
+    def begin(self, params: SamplingParams, logprobs: bool, uniforms: Tensor) -> None:
+        """Begin a batch. uniforms: (bsz, length), the number that chooses what follows a row's token at a position."""
+        ...
+
+    def choose(self, hidden: Tensor, start_pos: Sequence[int], note: int = 0) -> Picked:
+        """What follows tokens that were read already: final states (bsz, seqlen, dim) from start_pos on."""
+        ...
+
+    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], note: int = 0) -> None:
+        """Read a few tokens of each row from start_pos on; what is chosen after a shorter row's last means nothing."""
+        ...
+
+    def go_on(self) -> None:
+        """Launch a step that reads what the last one launched chose, after rows of as many tokens: a power of two."""
+        ...
+
+    def collect(self) -> Picked:
+        """What the oldest step that was launched chose."""
+        ...
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Put row `source`, of `length` tokens, in the place of row `target`; no step may be under way."""
+        ...
+
+
+class Chooser:
+    """Chooses tokens from final states: on every rank those of the first, since rounding differs between ranks."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.params, self.logprobs = SamplingParams(), False
+        # On the device, so that a recorded step serves all values.
+        self._temperature, self._top_p = (torch.zeros((), device=model.device) for _ in range(2))
+        self._on_gpu = has_triton(model.device)
+
+    def set(self, params: SamplingParams, logprobs: bool) -> None:
+        self.params, self.logprobs = params, logprobs
+        self._temperature.fill_(params.temperature)
+        self._top_p.fill_(params.top_p)
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """What decides which operations run; of the parameters all else is data."""
+        return self.params.temperature == 0, self.params.top_p == 1, self.logprobs
+
+    def __call__(self, hidden: Tensor, uniform: Tensor, note: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (n,) and behind them the note (1,), together (n + 1,), and the tokens' log-probabilities (n,).
+
+        hidden: (n, dim); uniform: (n,).
+        """
+        logits = self.model.logits(hidden)
+        picked = self.model.parallel.broadcast(torch.cat([self._sample(logits, uniform), note]))
+        return picked, log_probs(logits, picked[:-1].clamp(min=0)) if self.logprobs else None
+
+    def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        if not self._on_gpu:
+            return sample(logits, self.params.temperature, self.params.top_p, uniform)
+        from llama.gpu import sampling
+
+        if self.params.temperature == 0:
+            return sampling.greedy(logits)
+        if self.params.top_p == 1:
+            return sampling.sample_all(logits, self._temperature, uniform)
+        return sampling.sample(logits, self._temperature, self._top_p, uniform)
+
+
+class PlainSteps:
+    """Steps that are computed as they are launched."""
+
+    runs_ahead = False
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._chooser = Chooser(context.model)
+        self._picked: deque[Picked] = deque()
+        self._end: list[int] = []  # positions that the last step launched read up to
+
+    def begin(self, params: SamplingParams, logprobs: bool, uniforms: Tensor) -> None:
+        self._chooser.set(params, logprobs)
+        self._uniforms = uniforms.to(self.context.model.device)
+
+    def choose(self, hidden: Tensor, start_pos: Sequence[int], note: int = 0) -> Picked:
+        starts = torch.tensor(start_pos, device=hidden.device)
+        noted = torch.tensor([note], device=hidden.device)
+        uniform = uniforms_at(self._uniforms, starts, hidden.shape[1])
+        picked, scores = self._chooser(hidden.flatten(0, 1), uniform.flatten(), noted)
+        return as_picked(picked.cpu(), None if scores is None else scores.cpu(), hidden.shape[1], len(start_pos))
+
+    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], note: int = 0) -> None:
+        hidden = self.context.step(tokens, start_pos)
+        self._picked.append(self.choose(hidden, start_pos, note))
+        self._end = [start + hidden.shape[1] for start in start_pos]
+
+    def go_on(self) -> None:
+        self.launch([[max(row[-1], 0)] for row in self._picked[-1].tokens], self._end)
+
+    def collect(self) -> Picked:
+        return self._picked.popleft()
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        self.context.move_row(source, target, length)
+        self._uniforms[target] = self._uniforms[source]
+
+
+def uniforms_at(uniforms: Tensor, start_pos: Tensor, seqlen: int) -> Tensor:
+    """Of uniforms (rows, length), those of positions start_pos (bsz,) and after: (bsz, seqlen); padding gets any."""
+    positions = start_pos[:, None] + torch.arange(seqlen, device=start_pos.device)
+    return uniforms[: len(start_pos)].gather(1, positions.clamp(max=uniforms.shape[1] - 1))
+
+
+def as_picked(picked: Tensor, scores: Tensor | None, seqlen: int, bsz: int) -> Picked:
+    """What a Chooser gave, on the host: the first bsz rows of seqlen tokens."""
+    tokens = picked[:-1].view(-1, seqlen)[:bsz].tolist()
+    rows = None if scores is None else scores.view(-1, seqlen)[:bsz].tolist()
+    return Picked(tokens, rows, int(picked[-1]))

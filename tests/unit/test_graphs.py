@@ -1,0 +1,184 @@
+"""Recorded steps give what plain steps give: the same tokens, scores and ends, whatever is replayed and moved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llama import Llama, generation
+from llama.speculation import Pace
+from tests.checkpoints import TINY, random_state, write_meta
+from tests.models import BYTE_BOS, BYTE_EOS, build, random_tokens
+
+PROMPTS = [
+    [BYTE_BOS, *b"one two three, one two three, one"],
+    [BYTE_BOS, *b"ab"],
+    [7] * 20,
+    random_tokens(17, vocab_size=256, seed=5).tolist(),
+    [9, 9, 8],
+]
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does: the operations on the tensors of one moment, and nothing of Python, run again there."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        with self:
+            run()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def __call__(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                    old.copy_(new)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model whose rows end at times, and a draft of fewer layers that is right at times."""
+    top = tmp_path_factory.mktemp("graphs")
+    state = random_state(TINY)
+    for name in state:
+        if name.endswith(("wo.weight", "w2.weight")):
+            state[name] *= 0.3
+    state["output.weight"][BYTE_EOS] *= 1.5
+    write_meta(top / "model", state=state)
+    first = {name: weight for name, weight in state.items() if not name.startswith("layers.1.")}
+    write_meta(top / "draft", dataclasses.replace(TINY, n_layers=1), state=first)
+    return {"model": top / "model", "draft": top / "draft"}
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Steps are recorded here, too."""
+    tapes: list[Tape] = []
+
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        tapes.append(Tape(run))  # runs it once, as what records a CUDA graph does
+        return tapes[-1]
+
+    monkeypatch.setattr(generation, "can_record", lambda model: True)
+    monkeypatch.setattr(generation, "CudaGraphs", lambda: record)
+    return tapes
+
+
+@pytest.fixture(autouse=True)
+def operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the CPU kernels are no operations that a tape can see."""
+    monkeypatch.setattr("llama.linear.library", lambda: None)
+
+
+def build_llama(folder: Path, **options: Any) -> Llama:
+    llm = build(folder, **{"max_seq_len": 56, "max_batch_size": 5, **options})
+    for model in filter(None, (llm.model, llm.draft)):
+        model.fused = None
+    return llm
+
+
+GREEDY: dict[str, Any] = {"temperature": 0}
+SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "seed": 3}
+FROM_ALL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seed": 4}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert found[0] == expected[0]
+    for row, wanted in zip(found[1], expected[1], strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, FROM_ALL], ids=str)
+@pytest.mark.parametrize("bsz", [1, 5])
+def test_recorded_steps_give_the_tokens_and_scores_of_plain_ones(
+    folders: dict[str, Path], request: pytest.FixtureRequest, bsz: int, options: dict[str, Any]
+) -> None:
+    """Rows end apart, also by stop tokens that the host sees when the next step is under way, and move."""
+    cases = [(PROMPTS[:bsz], None), (PROMPTS[:bsz], 1), (PROMPTS[-bsz:], 7)]
+    plain = build_llama(folders["model"])
+    expected = [plain.generate(prompts, n, logprobs=True, echo=True, **options) for prompts, n in cases]
+    assert bsz == 1 or len({len(row) for row in expected[0][0]}) > 1
+    tapes = request.getfixturevalue("tapes")
+    llm = build_llama(folders["model"])
+    for (prompts, n), wanted in zip(cases, expected, strict=True):
+        assert_same(llm.generate(prompts, n, logprobs=True, echo=True, **options), wanted)
+    assert len(tapes) <= {1: 1, 5: 4}[bsz]  # for 5, 4, 2 and 1 rows
+    assert llm.statistics.decoded_tokens == plain.statistics.decoded_tokens
+
+
+@pytest.mark.parametrize("way", ["lookup", "draft", "same"])
+@pytest.mark.parametrize("options", [GREEDY, {**SAMPLED, "temperature": 0.1}], ids=str)
+def test_guesses_are_checked_by_recorded_steps(
+    folders: dict[str, Path],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    options: dict[str, Any],
+) -> None:
+    """A draft model runs on without the host, and steps of several tokens are padded, but not over a cache's end."""
+    monkeypatch.setattr(Pace, "next_count", lambda self: 5)
+    prompts = PROMPTS[:3]
+    expected = build_llama(folders["model"]).generate(prompts, None, logprobs=True, **options)
+    request.getfixturevalue("tapes")
+    ways = {"lookup": {"speculate": "lookup"}, "draft": {"draft_ckpt_dir": folders["draft"]}}
+    llm = build_llama(folders["model"], **ways.get(way, {"draft_ckpt_dir": folders["model"]}))
+    assert_same(llm.generate(prompts, None, logprobs=True, **options), expected)
+    assert 0 < llm.statistics.accepted <= llm.statistics.proposed
+
+
+def test_tapes_of_one_call_serve_the_next(folders: dict[str, Path], tapes: list[Tape]) -> None:
+    """Of other prompts, fewer rows, and another temperature; only another kind of sampling needs others."""
+    llm = build_llama(folders["model"], max_seq_len=40)
+    llm.generate(PROMPTS[1:3], 6, **SAMPLED)
+    recorded = len(tapes)
+    llm.generate(PROMPTS[4:], 9, **{**SAMPLED, "temperature": 0.2, "top_p": 0.5})
+    assert len(tapes) == recorded + 1  # one row
+    llm.generate([PROMPTS[3], PROMPTS[4]], 9, **SAMPLED)
+    assert len(tapes) == recorded + 1
+    llm.generate(PROMPTS[4:], 9, **GREEDY)
+    assert len(tapes) == recorded + 2
+
+
+def test_a_conversation_that_outgrows_its_cache_goes_on(
+    folders: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of the old cache would write to memory that is another's by then."""
+    monkeypatch.setattr(generation, "LENGTHS", 8)
+    turns = [[BYTE_BOS, *b"one two"], [BYTE_BOS, *b"one two three one two three, one"], [BYTE_BOS, *b"one two t" * 4]]
+    plain = build_llama(folders["model"])
+    expected = [[step.token for step in plain.stream([turn], 9, temperature=0)] for turn in turns]
+    request.getfixturevalue("tapes")
+    llm = build_llama(folders["model"])
+    lengths = set()
+    for turn, wanted in zip(turns, expected, strict=True):
+        assert [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)] == wanted
+        lengths.add((llm._kept or [])[0].context.cache.max_seq_len)
+    assert len(lengths) == 2
+    assert llm.statistics.reused_tokens > 0
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind(folders: dict[str, Path], tapes: list[Tape]) -> None:
+    """The step under way then was once collected as the first of the next stream."""
+    llm = build_llama(folders["model"])
+    llm.tokenizer.stop_tokens = frozenset()
+    expected = llm.generate(PROMPTS[1:2], 6, **GREEDY)
+    for keep in (False, True):
+        left = llm.stream(PROMPTS[2:3], 12, keep=keep, **GREEDY)
+        for _ in range(4):
+            next(left)
+        left.close()  # type: ignore[attr-defined]  # a generator
+        assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == expected
+        again = [step.token for step in llm.stream(PROMPTS[2:3], 12, keep=True, **GREEDY)]
+        assert again[:-1] == llm.generate(PROMPTS[2:3], 12, **GREEDY)[0][0]
