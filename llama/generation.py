@@ -5,30 +5,24 @@ Knows nothing of file formats, of process groups or of terminals.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from llama.batch import Batch, Row
-from llama.build import build_draft, build_model, check_room
+from llama.build import build_draft, build_model
 from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
-from llama.context import Context
 from llama.footprint import Job
-from llama.graphs import CudaGraphs, GraphSteps, can_record
 from llama.infilling import infilling_tokens
+from llama.kept import Kept
 from llama.model import Transformer
 from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
 from llama.prompts import check_prompts, encode_texts
 from llama.sampling import SamplingParams, uniforms
 from llama.speculation import Draft, Lookup, Proposer, check_speculation
 from llama.statistics import Statistics
-from llama.steps import PlainSteps, Steps
 from llama.tokenizer import StreamDecoder, Tokenizer
-
-# Positions of a cache that recorded steps run on are a multiple of it.
-LENGTHS = 256
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "Step"]
 
@@ -59,7 +53,7 @@ class Llama:
             range(tokenizer.n_words, model.args.vocab_size)
         )
         self._rows_seeded = 0
-        self._kept: list[Steps] | None = None  # of the last stream: the model's, the draft's
+        self._kept = Kept(model, draft)
 
     @staticmethod
     def build(
@@ -284,7 +278,7 @@ class Llama:
         length = max(len(row.prompt) + row.limit for row in rows)
         guessed = self.speculate is not None or self.draft is not None
         job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs, guessed)
-        steps = self._steps(job, keep)
+        steps = self._kept.take(job, keep)
         proposer: Proposer | None = Lookup() if self.speculate == "lookup" else None
         if self.draft is not None:
             proposer = Draft(steps[1])
@@ -298,37 +292,4 @@ class Llama:
                     text = decoder.push(new.token)
                 yield Step(new.place, new.token, text, new.logprob, new.finish_reason)
         finally:
-            if keep or any(each.runs_ahead for each in steps):
-                self._kept = steps
-
-    def _steps(self, job: Job, keep: bool) -> list[Steps]:
-        """Steps of the model and the draft model with room for a batch: those of the last stream, or new ones.
-
-        A stream that is to be kept goes on with what the last one read. Recorded steps are worth keeping anyway, but
-        then their rows are read anew, so that a call's results do not depend on those before it.
-        """
-        recorded = [can_record(model) for model in self._models]
-        steps: list[Steps] | None = None
-        if keep or any(recorded):
-            steps, self._kept = self._kept, None  # no other stream has them now
-        if any(recorded):  # the next job may be a little longer
-            job = dataclasses.replace(job, length=min(self.model.args.max_seq_len, -(-job.length // LENGTHS) * LENGTHS))
-        if steps is not None and not keep:
-            for each in steps:
-                each.context.forget([0] * len(each.context.held))
-            if not all(each.context.has_room(job.bsz, job.length) for each in steps):
-                steps = None
-        check_room(self.model, job, sum(each.context.bytes_in_use for each in steps or []), self.draft)
-        if steps is not None:
-            for each in steps:
-                each.context.make_room(job.length)
-            return steps
-        contexts = [Context(model, job.bsz, job.length) for model in self._models]
-        return [
-            GraphSteps(context, CudaGraphs()) if graphed else PlainSteps(context)
-            for context, graphed in zip(contexts, recorded, strict=True)
-        ]
-
-    @property
-    def _models(self) -> list[Transformer]:
-        return [self.model] if self.draft is None else [self.model, self.draft]
+            self._kept.give_back(steps, keep)

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama import Llama, generation
+from llama import Llama, kept
 from llama.speculation import Pace
 from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import BYTE_BOS, BYTE_EOS, build, random_tokens
@@ -71,8 +71,8 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         tapes.append(Tape(run))  # runs it once, as what records a CUDA graph does
         return tapes[-1]
 
-    monkeypatch.setattr(generation, "can_record", lambda model: True)
-    monkeypatch.setattr(generation, "CudaGraphs", lambda: record)
+    monkeypatch.setattr(kept, "can_record", lambda model: True)
+    monkeypatch.setattr(kept, "CudaGraphs", lambda: record)
     return tapes
 
 
@@ -118,8 +118,11 @@ def test_recorded_steps_give_the_tokens_and_scores_of_plain_ones(
     assert llm.statistics.decoded_tokens == plain.statistics.decoded_tokens
 
 
-@pytest.mark.parametrize("way", ["lookup", "draft", "same"])
-@pytest.mark.parametrize("options", [GREEDY, {**SAMPLED, "temperature": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [("lookup", GREEDY), ("draft", GREEDY), ("draft", {**SAMPLED, "temperature": 0.1}), ("same", SAMPLED)],
+    ids=str,
+)
 def test_guesses_are_checked_by_recorded_steps(
     folders: dict[str, Path],
     request: pytest.FixtureRequest,
@@ -155,7 +158,7 @@ def test_a_conversation_that_outgrows_its_cache_goes_on(
     folders: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Graphs of the old cache would write to memory that is another's by then."""
-    monkeypatch.setattr(generation, "LENGTHS", 8)
+    monkeypatch.setattr(kept, "LENGTHS", 8)
     turns = [[BYTE_BOS, *b"one two"], [BYTE_BOS, *b"one two three one two three, one"], [BYTE_BOS, *b"one two t" * 4]]
     plain = build_llama(folders["model"])
     expected = [[step.token for step in plain.stream([turn], 9, temperature=0)] for turn in turns]
@@ -164,7 +167,7 @@ def test_a_conversation_that_outgrows_its_cache_goes_on(
     lengths = set()
     for turn, wanted in zip(turns, expected, strict=True):
         assert [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)] == wanted
-        lengths.add((llm._kept or [])[0].context.cache.max_seq_len)
+        lengths.add((llm._kept.steps or [])[0].context.cache.max_seq_len)
     assert len(lengths) == 2
     assert llm.statistics.reused_tokens > 0
 
