@@ -19,9 +19,11 @@ from typing import Any
 import fairscale.nn.model_parallel  # noqa: F401  (imported here so that the ranks need not)
 import torch
 
-from llama import Llama, batch
+from llama import Llama, batch, kept, steps
 from llama.checkpoint.format import kind
 from llama.linear import BlockWeight, PackedWeight
+
+DRAFT = {"draft": True}
 
 
 def run_rank(job: dict[str, Any], rank: int) -> None:
@@ -43,6 +45,7 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
         if job.get("guess"):
             result["plain"] = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
             result["guessed"] = guess(job, rank)
+            result["perturbed"] = perturbed(job, rank)
     except ValueError as error:
         result = {"error": str(error)}
     torch.save(result, f"{job['out']}.{rank}")
@@ -66,6 +69,31 @@ def guess(job: dict[str, Any], rank: int) -> list[Any]:
         llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32", **way)
         tokens = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
         found.append((tokens, llm.statistics.proposed, llm.statistics.accepted))
+    return found
+
+
+def perturbed(job: dict[str, Any], rank: int) -> list[Any]:
+    """Tokens where every rank but the first has damaged weights and chooses other tokens than its logits say.
+
+    By plain steps, by steps that are recorded and launched ahead, and with guesses.
+    """
+    choose = steps.sample
+
+    def other(logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        return (choose(logits, *args) + rank) % logits.shape[-1]
+
+    found = []
+    for recorded, way in ((False, {}), (True, {}), (True, {"speculate": "lookup"}), (True, DRAFT)):
+        options = {"draft_ckpt_dir": job["folder"]} if way is DRAFT else way
+        llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32", **options)
+        if rank > 0:
+            generator = torch.Generator().manual_seed(rank)
+            llm.model.norm.weight.mul_(1 + torch.rand(llm.model.args.dim, generator=generator))
+        steps.sample = other
+        kept.can_record = lambda model, recorded=recorded: recorded
+        kept.CudaGraphs = lambda: lambda run: run  # type: ignore[assignment,misc]
+        found.append(llm.generate(job["prompts"], 24, temperature=0.4, seed=1))
+        steps.sample = choose
     return found
 
 

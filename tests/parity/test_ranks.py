@@ -146,6 +146,16 @@ def test_ranks_guess_alike_whatever_their_clocks_say(
         assert rank["guessed"][1][2] > 0
 
 
+@pytest.mark.parametrize(("name", "size"), GUESSES)
+def test_ranks_never_disagree_on_a_token(results: dict[tuple[str, int], list[Any]], name: str, size: int) -> None:
+    """Whatever rounding, or damage, makes a rank choose: the first rank's tokens are everybody's next input."""
+    first = results[name, size][0]["perturbed"]
+    assert len({str(tokens) for tokens, _ in first}) == 1  # of plain steps, recorded ones and guesses
+    for rank in results[name, size][1:]:
+        assert rank["perturbed"] == first
+    assert first[0][0] != results[name, 1][0]["sampled"][0]
+
+
 def test_heads_that_cannot_be_split_end_every_rank_with_the_sizes_that_work(
     results: dict[tuple[str, int], list[Any]],
 ) -> None:
