@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"cache", "config", "linear", "parallel", "rope"},
     "fused": {"cache", "kernels", "linear", "model", "parallel"},
     "compiled": {"cache", "model"},
+    "gpu": set(),
     "infilling": {"tokenizer"},
     "chat_template": {"tokenizer"},
     "chat": {"chat_template", "tokenizer"},

@@ -1,0 +1,182 @@
+"""What lies between the matrix products of a layer on a GPU, each in one pass: sums and norms, rotations, gates."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VECTOR = 1024  # values of a program of 4 warps: 16 bytes of bf16 a thread
+
+
+def add_and_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor | None:
+    """x (n_tokens, dim), fp32, grows by delta of any dtype; the sum's RMS norm times weight (dim,), in `dtype`.
+
+    All are contiguous. No norm without a weight. Computed in fp32, a token at a time.
+    """
+    n_tokens, dim = x.shape
+    assert x.dtype == torch.float32 and x.is_contiguous() and (delta is None or delta.is_contiguous())
+    y = None if weight is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+    # Something must be given for what is not there, and is not read.
+    _add_and_norm[(n_tokens,)](
+        x,
+        x if delta is None else delta,
+        x if weight is None else weight,
+        x if y is None else y,
+        dim,
+        eps,
+        BLOCK=triton.next_power_of_2(dim),
+        ADD=delta is not None,
+        NORM=weight is not None,
+        num_warps=4 if dim <= 2048 else 8 if dim <= 8192 else 16,
+    )
+    return y
+
+
+def rotate_and_keep(
+    qkv: Tensor,
+    rotation: Tensor,
+    start_pos: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+) -> Tensor:
+    """Rotated queries (bsz, seqlen, n_heads, head_dim); rotated keys, and values, go to the cache from start_pos on.
+
+    qkv: (bsz * seqlen, (n_heads + 2 * n_kv_heads) * head_dim), contiguous, as one product made it.
+    rotation: complex64 (bsz, seqlen, 1, head_dim / 2), as `llama.rope.rotate` takes it.
+    start_pos: (bsz,), int64. keys, values: (at least bsz, max_seq_len, n_kv_heads, head_dim), of any strides but the
+    last. Nothing is written past a row's end.
+    """
+    bsz, seqlen = rotation.shape[:2]
+    _, max_seq_len, _, head_dim = keys.shape
+    heads = n_heads + 2 * n_kv_heads
+    assert qkv.is_contiguous() and qkv.shape == (bsz * seqlen, heads * head_dim), (qkv.shape, rotation.shape)
+    assert keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(3) == 1
+    q = qkv.new_empty(bsz, seqlen, n_heads, head_dim)
+    block_d = triton.next_power_of_2(head_dim)
+    block_heads = max(1, VECTOR // block_d)
+    _rotate_and_keep[(bsz * seqlen, triton.cdiv(heads, block_heads))](
+        qkv,
+        torch.view_as_real(rotation.contiguous()),
+        start_pos,
+        q,
+        keys,
+        values,
+        seqlen,
+        max_seq_len,
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        N_HEADS=n_heads,
+        N_KV_HEADS=n_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_HEADS=block_heads,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return q
+
+
+def gate(both: Tensor) -> Tensor:
+    """silu(gates) * ups of both (n_tokens, 2 * hidden), contiguous, gates first: (n_tokens, hidden), in its dtype."""
+    assert both.is_contiguous()
+    n_tokens, hidden = both.shape[0], both.shape[1] // 2
+    y = both.new_empty(n_tokens, hidden)
+    _gate[(n_tokens, triton.cdiv(hidden, VECTOR))](both, y, hidden, BLOCK=VECTOR, num_warps=4)
+    return y
+
+
+@triton.jit
+def _add_and_norm(
+    x_ptr: tl.tensor,
+    delta_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    dim: tl.tensor,
+    eps: tl.tensor,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+) -> None:
+    """One token of x, delta, y (n_tokens, dim); weight: (dim,). BLOCK is at least dim."""
+    at = tl.arange(0, BLOCK)
+    exists = at < dim
+    row = tl.program_id(0).to(tl.int64) * dim
+    x = tl.load(x_ptr + row + at, mask=exists, other=0.0)
+    if ADD:
+        x += tl.load(delta_ptr + row + at, mask=exists, other=0.0).to(tl.float32)
+        tl.store(x_ptr + row + at, x, mask=exists)
+    if NORM:
+        scale = 1 / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
+        weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row + at, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["seqlen", "max_seq_len"])
+def _rotate_and_keep(
+    qkv_ptr: tl.tensor,
+    rotation_ptr: tl.tensor,
+    start_pos_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    seqlen: tl.tensor,
+    max_seq_len: tl.tensor,
+    stride_row: tl.tensor,
+    stride_position: tl.tensor,
+    stride_head: tl.tensor,
+    N_HEADS: tl.constexpr,
+    N_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """BLOCK_HEADS heads of one token of qkv (n_tokens, heads, HEAD_DIM): queries, then keys, then values.
+
+    rotation: (n_tokens, HEAD_DIM / 2, 2), cosines and sines; q: (n_tokens, N_HEADS, HEAD_DIM).
+    """
+    token = tl.program_id(0)
+    row = token // seqlen
+    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (d < HEAD_DIM)[None, :]
+    exists = (heads < N_HEADS + 2 * N_KV_HEADS)[:, None] & inside
+    first = token.to(tl.int64) * ((N_HEADS + 2 * N_KV_HEADS) * HEAD_DIM)
+    x = tl.load(qkv_ptr + first + heads[:, None] * HEAD_DIM + d[None, :], mask=exists, other=0.0).to(tl.float32)
+
+    rotation = tl.load(rotation_ptr + token.to(tl.int64) * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
+    cos, sin = tl.split(tl.reshape(rotation, (1, BLOCK_D // 2, 2)))
+    even, odd = tl.split(tl.reshape(x, (BLOCK_HEADS, BLOCK_D // 2, 2)))
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    turned = tl.reshape(turned, (BLOCK_HEADS, BLOCK_D))
+
+    q_place = token.to(tl.int64) * (N_HEADS * HEAD_DIM) + heads[:, None] * HEAD_DIM + d[None, :]
+    is_query = (heads < N_HEADS)[:, None] & inside
+    tl.store(q_ptr + q_place, turned.to(q_ptr.dtype.element_ty), mask=is_query)
+
+    position = tl.load(start_pos_ptr + row) + token % seqlen
+    place = row.to(tl.int64) * stride_row + position * stride_position + d[None, :]
+    kept = inside & (position < max_seq_len)
+    head = (heads - N_HEADS)[:, None]
+    is_key = kept & (head >= 0) & (head < N_KV_HEADS)
+    tl.store(keys_ptr + place + head * stride_head, turned.to(keys_ptr.dtype.element_ty), mask=is_key)
+    head -= N_KV_HEADS
+    is_value = kept & (head >= 0) & (head < N_KV_HEADS)
+    tl.store(values_ptr + place + head * stride_head, x.to(values_ptr.dtype.element_ty), mask=is_value)
+
+
+@triton.jit
+def _gate(both_ptr: tl.tensor, y_ptr: tl.tensor, hidden: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """BLOCK values of one token of both (n_tokens, 2 * hidden) and y (n_tokens, hidden)."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = at < hidden
+    row = tl.program_id(0).to(tl.int64) * hidden
+    gates = tl.load(both_ptr + 2 * row + at, mask=exists, other=0.0).to(tl.float32)
+    ups = tl.load(both_ptr + 2 * row + hidden + at, mask=exists, other=0.0).to(tl.float32)
+    y = gates / (1 + tl.exp(-gates)) * ups
+    tl.store(y_ptr + row + at, y.to(y_ptr.dtype.element_ty), mask=exists)

@@ -1,0 +1,141 @@
+"""What lies between products: sums, norms, rotations and gates on a GPU are those of torch and of llama.rope."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama.rope import Rotary, rotate
+from tests.gpu_compile import Ahead, compiled_kernels
+
+pytest.importorskip("triton", reason="GPU kernels are written in Triton")
+from llama.gpu import elementwise
+from llama.gpu.elementwise import add_and_norm, gate, rotate_and_keep
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# A rounding of the result, and of fp32 before it.
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+EPS = 1e-5
+dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE)
+
+
+def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    """wanted: in fp64."""
+    assert actual.shape == wanted.shape
+    assert torch.allclose(actual.double(), wanted, rtol=BOUNDS[actual.dtype], atol=1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [12, 576, 4096, 5000])
+def test_a_sum_and_its_norm_are_those_of_torch(dim: int, dtype: torch.dtype) -> None:
+    x, delta, weight = randn(3, dim), randn(3, dim).to(dtype) * 3, randn(dim).to(dtype)
+    wanted = x.double() + delta.double()
+    y = add_and_norm(x, delta, weight, EPS, dtype)
+    assert y is not None and y.dtype == dtype
+    assert torch.allclose(x.double(), wanted, rtol=1e-6, atol=1e-6)  # in place
+    close(y, F.rms_norm(wanted, (dim,), weight.double(), EPS))
+
+
+def test_a_norm_needs_no_delta_and_a_sum_no_norm() -> None:
+    x, delta, weight = randn(3, 36), randn(3, 36).half(), randn(36).bfloat16()
+    before = x.clone()
+    y = add_and_norm(x, None, weight, EPS, torch.float16)
+    assert torch.equal(x, before) and y is not None
+    close(y, F.rms_norm(x.double(), (36,), weight.double(), EPS))
+    assert add_and_norm(x, delta, None, EPS, torch.float16) is None
+    assert torch.equal(x, before + delta.float())
+
+
+def test_a_row_of_zeros_has_a_norm_of_zeros() -> None:
+    """A row that is padding holds nothing, and 0 / 0 would spread."""
+    y = add_and_norm(torch.zeros(2, 36, device=DEVICE), None, randn(36), EPS, torch.bfloat16)
+    assert y is not None and not y.any()
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("seqlen", "n_heads", "n_kv_heads", "head_dim"),
+    [(1, 32, 8, 128), (1, 9, 3, 64), (3, 4, 4, 12), (5, 7, 1, 80), (2, 3, 1, 256)],
+)
+def test_queries_and_keys_are_rotated_and_keys_and_values_kept(
+    seqlen: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Nothing but the rows' own places changes in the cache of a layer, which has a row more."""
+    bsz, max_seq_len = 3, 20
+    qkv = randn(bsz * seqlen, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
+    start_pos = torch.tensor([7, 0, max_seq_len - seqlen], device=DEVICE)
+    positions = start_pos[:, None] + torch.arange(seqlen, device=DEVICE)
+    rotation = Rotary(head_dim, 10000.0, None).to(DEVICE)(positions, None)
+    cache = randn(2, 2, bsz + 1, max_seq_len, n_kv_heads, head_dim).to(dtype)
+
+    by_head = qkv.view(bsz, seqlen, -1, head_dim).double()
+    q, k, v = by_head.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
+    pairs = torch.view_as_complex(torch.cat([q, k], dim=2).unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * rotation.to(torch.complex128)).flatten(-2)
+    wanted = cache.double()
+    for row, start in enumerate(start_pos.tolist()):
+        wanted[0, 1, row, start : start + seqlen] = turned[row, :, n_heads:]
+        wanted[1, 1, row, start : start + seqlen] = v[row]
+
+    rotated = rotate_and_keep(qkv, rotation, start_pos, cache[0, 1], cache[1, 1], n_heads, n_kv_heads)
+    assert rotated.dtype == dtype
+    close(rotated, turned[:, :, :n_heads])
+    close(rotated, rotate(q.to(dtype), rotation).double())
+    close(cache[0], wanted[0])
+    assert torch.equal(cache[1].double(), wanted[1])
+
+
+def test_nothing_is_kept_past_the_end_of_a_row() -> None:
+    """It would be the next row's first place."""
+    qkv, cache = randn(2 * 4, 3 * 16), torch.zeros(2, 2, 10, 1, 16, device=DEVICE)
+    rotation = torch.ones(2, 4, 1, 8, dtype=torch.complex64, device=DEVICE)
+    rotate_and_keep(qkv, rotation, torch.tensor([8, 2], device=DEVICE), cache[0], cache[1], 1, 1)
+    written = cache.abs().sum(dim=(0, 3, 4)).bool()
+    assert written.nonzero().tolist() == [[0, 8], [0, 9], [1, 2], [1, 3], [1, 4], [1, 5]]
+
+
+@dtypes
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("hidden", [12, 1024, 1536, 1100])
+def test_a_gate_is_silu_of_the_first_half_times_the_second(hidden: int, dtype: torch.dtype) -> None:
+    both = (randn(3, 2 * hidden) * 4).to(dtype)
+    both[1, :3] = torch.tensor([-1000.0, 1000.0, 0.0])  # exp overflows
+    gates, ups = both.double().chunk(2, dim=1)
+    y = gate(both)
+    assert y.dtype == dtype
+    close(y, F.silu(gates) * ups)
+
+
+def ahead_of_time() -> Iterator[Ahead]:
+    """At the shapes of Llama 3 8B and of a model of 135M."""
+    for dim, num_warps in ((4096, 8), (576, 4), (16384, 16)):
+        norm = {"x_ptr": "*fp32", "delta_ptr": "*bf16", "weight_ptr": "*bf16", "y_ptr": "*bf16", "dim": "i32:16"}
+        constants = {"BLOCK": 1 << (dim - 1).bit_length(), "ADD": True, "NORM": True}
+        yield Ahead(f"norm {dim}", elementwise._add_and_norm, norm | {"eps": "fp32"}, constants, num_warps)
+    rotation = {
+        **{name: "*bf16" for name in ("qkv_ptr", "q_ptr", "keys_ptr", "values_ptr")},
+        **{"rotation_ptr": "*fp32", "start_pos_ptr": "*i64", "seqlen": "i32", "max_seq_len": "i32"},
+        **{"stride_row": "i64:16", "stride_position": "i32:16", "stride_head": "i32:16"},
+    }
+    for n_heads, n_kv_heads, head_dim in ((32, 8, 128), (9, 3, 64)):
+        constants = {"N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": head_dim}
+        constants["BLOCK_HEADS"] = elementwise.VECTOR // head_dim
+        yield Ahead(f"rotation {head_dim}", elementwise._rotate_and_keep, rotation, constants)
+    gate_types = {"both_ptr": "*bf16", "y_ptr": "*bf16", "hidden": "i32:16"}
+    yield Ahead("gate", elementwise._gate, gate_types, {"BLOCK": elementwise.VECTOR})
+
+
+def test_kernels_move_16_bytes_at_once_and_spill_no_registers() -> None:
+    kernels = compiled_kernels("tests.unit.test_gpu_elementwise")
+    assert len(kernels) == 12
+    for name, kernel in kernels.items():
+        assert kernel.spills == 0, name
+        assert "ld.global.v4.b32" in kernel.ptx and "st.global.v4.b32" in kernel.ptx, name
