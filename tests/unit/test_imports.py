@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"cache", "config", "linear", "parallel", "rope"},
     "fused": {"cache", "kernels", "linear", "model", "parallel"},
     "compiled": {"cache", "model"},
+    "gpu": {"sampling"},
     "infilling": {"tokenizer"},
     "chat_template": {"tokenizer"},
     "chat": {"chat_template", "tokenizer"},
