@@ -29,8 +29,10 @@ BLOCK_TYPES = {
     "Q4_K": BlockType("Q4_K", 256, 144),
     "Q6_K": BlockType("Q6_K", 256, 210),
 }
-# What --quantize makes.
+# What --quantize makes, and can be stored.
 QUANTIZE = {"int8": "Q8_0", "int4": "Q4_1"}
+# Floats of 8 bits, with a scale a row that is counted apart: made where a GPU computes with them (gpu/planes.py).
+F8_E4M3 = BlockType("F8_E4M3", 1, 1)
 
 Q5_0_SIZE = 22
 # Values quantized at once: their temporaries take some 32 MB, and torch's threads rarely wait for each other.

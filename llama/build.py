@@ -17,10 +17,11 @@ from llama.chat import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.format import QUANTIZED, dtype_name
 from llama.checkpoint.load import Storage
-from llama.compiled import CompiledLayers
+from llama.compiled import CompiledLayers, has_own_kernels
 from llama.config import ModelArgs
 from llama.footprint import Job
 from llama.fused import FusedLayers, can_fuse
+from llama.gpu.available import has_fp8, has_triton
 from llama.kernels.compile import library
 from llama.memory import free_bytes
 from llama.model import Transformer
@@ -31,7 +32,7 @@ from llama.tokenizer import Tokenizer
 log = logging.getLogger("llama")
 
 SAME_FILES = "give every host the same files"
-FIXES = {"kernels": "install a C++ compiler on every host, or set LLAMA_KERNELS=0 on all"}
+FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, or set LLAMA_KERNELS=0 on all"}
 
 
 def build_model(
@@ -77,7 +78,7 @@ def build_model(
         " and ".join(model.weight_types),
         dtype_name(source.storage.dtype),
         source.device,
-        "own kernels" if isinstance(model.fused, FusedLayers) else "torch's operations",
+        "own kernels" if has_own_kernels(model) else "torch's operations",
         torch.get_num_threads(),
     )
     return model, source.tokenizer
@@ -87,8 +88,13 @@ def _speed_up(model: Transformer, compile: bool) -> None:
     """Set what runs the model's layers here."""
     if can_fuse(model):
         model.fused = FusedLayers(model)
-        if compile:
-            log.info("--compile has nothing to add: the CPU kernels run the layers, and are compiled")
+    elif has_triton(model.device):
+        from llama import gpu_layers
+
+        if gpu_layers.can_run(model):
+            model.fused = gpu_layers.GpuLayers(model)
+    if compile and model.fused is not None:
+        log.info("--compile has nothing to add: kernels of our own run the layers, and are compiled")
     elif compile:
         model.fused = CompiledLayers(model)
 
@@ -238,5 +244,7 @@ def open_source(
         max_batch_size=max_batch_size,
     )
     computed = parallel.choose_dtype(dtype, place, checkpoint.dtype)
-    storage = Storage(computed, quantize, packed=place.type == "cpu" and library() is not None)
+    if quantize == "fp8" and not has_fp8(place):
+        raise ValueError(f"quantize fp8 needs a CUDA device of capability 8.9 and Triton, got {place}: use int8 instead")
+    storage = Storage(computed, quantize, packed=library() is not None if place.type == "cpu" else has_triton(place))
     return Source(checkpoint, tokenizer, args, place, storage)

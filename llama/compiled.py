@@ -17,6 +17,11 @@ from llama.model import Transformer
 log = logging.getLogger("llama")
 
 
+def has_own_kernels(model: Transformer) -> bool:
+    """Whether kernels of ours run a model's layers, and not torch's operations, compiled or not."""
+    return model.fused is not None and not isinstance(model.fused, CompiledLayers)
+
+
 class CompiledLayers:
     """Runs a Transformer's layers. What Inductor builds is kept on disk, so a later process has it in seconds.
 

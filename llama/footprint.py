@@ -11,14 +11,17 @@ from dataclasses import dataclass
 import torch
 
 from llama.config import ModelArgs
+from llama.gpu.available import has_triton
+from llama.gpu.planes import DENSE_AT_ONCE
 from llama.parallel import ModelParallel
 
 # Positions whose logits are held at once while scoring a prompt: 128 MiB for a vocabulary of 128k.
 SCORED_AT_ONCE = 256
 
-# Positions of all rows together that are read at once: enough that a matrix product is as fast as it gets on a CPU.
-# On CUDA they are all read at once: its fused kernels take no mask where query heads share KV heads.
+# Positions of all rows together that are read at once: enough that a matrix product is as fast as it gets there.
+# On CUDA without Triton they are all read at once: torch's fused kernels take no mask where query heads share KV heads.
 READ_AT_ONCE = 2048
+READ_AT_ONCE_GPU = 8192
 
 # Positions in one step of speculation, of all rows together: more of them take a CPU as long as separate steps.
 MOST_POSITIONS = 16
@@ -43,7 +46,9 @@ class Job:
 
 def read_at_once(bsz: int, device: torch.device) -> int:
     """Positions of each of bsz rows that are read at once."""
-    return sys.maxsize if device.type == "cuda" else max(1, READ_AT_ONCE // bsz)
+    if device.type == "cuda" and not has_triton(device):
+        return sys.maxsize
+    return max(1, (READ_AT_ONCE_GPU if device.type == "cuda" else READ_AT_ONCE) // bsz)
 
 
 def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, job: Job) -> int:
@@ -63,7 +68,8 @@ def activation_bytes(
 
     Counted per position that the prefill reads at once, which is where it peaks: a layer's input, the sum after
     attention and the normalised sum, and what is computed from them. After the first chunk there is a mask, too.
-    With kernels (fused.py) the sum is one, in fp32, and norms and rotations make nothing beside their results.
+    With kernels (fused.py, gpu_layers.py) the sum is one, in fp32, and norms and rotations make nothing beside their
+    results.
     """
     half = dtype != torch.float32
     x = args.dim * dtype.itemsize
@@ -84,13 +90,18 @@ def activation_bytes(
     attend = 2 * x + 3 * q * dtype.itemsize + scores
     feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize
     layer = max(norm, rotate_k, rotate_q, attend, feed_forward)
-    if kernels:
-        hidden = parallel.part(args.hidden_dim, parallel.block) * dtype.itemsize
+    dense = 0
+    hidden = parallel.part(args.hidden_dim, parallel.block) * dtype.itemsize
+    if kernels and device.type == "cuda":
+        kept = 8 * args.head_dim + 32  # no mask
+        layer = 4 * args.dim + 2 * x + max(3 * q + 2 * kv, 3 * hidden // dtype.itemsize) * dtype.itemsize
+        dense = DENSE_AT_ONCE * dtype.itemsize  # of quantized weights
+    elif kernels:
         packed = 0 if masked else 2 * (q - kv) * dtype.itemsize * half  # without a mask, for all query heads
         attend = max(3 * q * dtype.itemsize, 2 * q * dtype.itemsize + scores + packed)
         layer = 4 * args.dim + x + max(attend, x + 2 * hidden)
     n_tokens = job.bsz * seqlen
-    prefill = n_tokens * (kept + layer)
+    prefill = n_tokens * (kept + layer) + dense
     sampled = max(job.bsz, MOST_POSITIONS * job.guessed) * SAMPLED
     logits = args.vocab_size * max(sampled, min(seqlen, SCORED_AT_ONCE) * SCORED if job.scored else 0)
     peak = max(prefill, n_tokens * x + logits)

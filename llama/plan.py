@@ -15,9 +15,10 @@ import torch
 from llama.blocks import BlockType
 from llama.checkpoint.format import Reading, StoredCheckpoint, kind, shard_dim
 from llama.checkpoint.load import Storage, check_weights, part_length, part_span
+from llama.compiled import has_own_kernels
 from llama.config import ModelArgs
 from llama.footprint import Job, activation_bytes, cache_bytes
-from llama.fused import FusedLayers
+from llama.gpu.planes import planar_bytes
 from llama.kernels.operations import packed_bytes
 from llama.memory import readable
 from llama.model import Transformer
@@ -108,7 +109,10 @@ class Planner:
         """Bytes of a part held in blocks, and what making it takes on the way."""
         rows, columns = shape
         raw = rows * columns // block_type.elements * block_type.size
-        held = packed_bytes(block_type.name, rows, columns) if self.storage.packed else raw
+        held = raw
+        if self.storage.packed:
+            on_cpu = self.device.type == "cpu"
+            held = packed_bytes(block_type.name, rows, columns) if on_cpu else planar_bytes(block_type, rows, columns)
         if self.checkpoint.block_type(name) == block_type:
             return held, raw
         read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)
@@ -211,7 +215,7 @@ def check_job(model: Transformer, job: Job, free: int, draft: Transformer | None
 
     def needed(job: Job) -> int:  # the larger model's activations
         setup = model.args, model.parallel, model.dtype, model.device, job
-        return caches(job) + activation_bytes(*setup, kernels=isinstance(model.fused, FusedLayers))
+        return caches(job) + activation_bytes(*setup, kernels=has_own_kernels(model))
 
     if needed(job) > free:
         bsz = largest(lambda n: needed(dataclasses.replace(job, bsz=n)) <= free, job.bsz)

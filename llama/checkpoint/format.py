@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from llama.blocks import BLOCK_TYPES, QUANTIZE, BlockType
+from llama.blocks import BLOCK_TYPES, F8_E4M3, QUANTIZE, BlockType
 from llama.config import ModelArgs
 from llama.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ SHARD_DIM = {
 QUANTIZED = {
     mode: {kind: BLOCK_TYPES["Q8_0" if kind in ("tok_embeddings", "output") else name] for kind in SHARD_DIM}
     for mode, name in QUANTIZE.items()
-}
+} | {"fp8": dict.fromkeys(SHARD_DIM, F8_E4M3)}
 
 # What weights may be stored in, where they are not blocks.
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}

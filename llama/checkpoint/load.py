@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.blocks import BlockType, quantize
+from llama.blocks import F8_E4M3, BlockType, quantize
 from llama.checkpoint.format import Checkpoint, StoredCheckpoint, dtype_name, kind, quantized_type, shard_dim
 from llama.config import ModelArgs
-from llama.linear import BlockWeight, PackedWeight
+from llama.gpu.planes import Fp8Weight, PlanarWeight
+from llama.linear import BlockWeight, PackedWeight, Weight
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 
@@ -27,7 +28,7 @@ class Storage:
     """How a rank holds weights: floats of `dtype`, or quantized blocks."""
 
     dtype: torch.dtype
-    quantize: str | None = None  # int8 or int4: what floats, and larger blocks, become
+    quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
     packed: bool = False  # there are kernels here, for which blocks are packed; else files' own blocks become floats
 
     def block_type(
@@ -68,7 +69,7 @@ def load_weights(
         module = model.get_submodule(parent)
         block_type = storage.block_type(checkpoint, name, model.args, model.parallel)
         parameter = getattr(module, attribute)
-        held: Tensor | BlockWeight | PackedWeight
+        held: Weight
         if block_type is None:
             part = read_part(checkpoint, name, model.args, model.parallel)
             held = torch.nn.Parameter(part.to(device, storage.dtype).contiguous(), requires_grad=False)
@@ -93,12 +94,17 @@ def _read_blocks(
     device: torch.device,
     storage: Storage,
     block_type: BlockType,
-) -> BlockWeight | PackedWeight:
+) -> Weight:
     if checkpoint.block_type(name) == block_type:
-        blocks = read_part(checkpoint, name, model.args, model.parallel, block_type)
+        blocks = read_part(checkpoint, name, model.args, model.parallel, block_type).to(device)
     else:
-        blocks = quantize(read_part(checkpoint, name, model.args, model.parallel), block_type)
-    return PackedWeight(blocks, block_type) if storage.packed else BlockWeight(blocks.to(device), block_type)
+        values = read_part(checkpoint, name, model.args, model.parallel).to(device)  # a GPU is quick to quantize
+        if block_type == F8_E4M3:
+            return Fp8Weight.of(values)
+        blocks = quantize(values, block_type)
+    if not storage.packed:
+        return BlockWeight(blocks, block_type)
+    return PackedWeight(blocks, block_type) if device.type == "cpu" else PlanarWeight(blocks, block_type)
 
 
 def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:

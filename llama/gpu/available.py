@@ -9,6 +9,7 @@ import torch
 
 # Ampere: the oldest with bfloat16 and with tensor cores as the kernels use them.
 OLDEST = (8, 0)
+OLDEST_WITH_FP8 = (8, 9)  # Ada
 
 
 def has_triton(device: torch.device) -> bool:
@@ -16,3 +17,8 @@ def has_triton(device: torch.device) -> bool:
     if device.type != "cuda" or os.environ.get("LLAMA_KERNELS") == "0" or torch.version.cuda is None:
         return False
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether kernels read floats of 8 bits there."""
+    return has_triton(device) and torch.cuda.get_device_capability(device) >= OLDEST_WITH_FP8

@@ -130,7 +130,7 @@ def test_ranks_that_differ_in_kernels_are_told(results: dict[tuple[str, int], li
     """Blocks dealt out by one and floats by the other would be other features: a wrong text, without a word."""
     said = (
         "the ranks differ in kernels, none against own kernels: "
-        "install a C++ compiler on every host, or set LLAMA_KERNELS=0 on all"
+        "install a C++ compiler, or for GPUs Triton, on every host, or set LLAMA_KERNELS=0 on all"
     )
     assert results["differ", 2] == [{"error": said}] * 2
 

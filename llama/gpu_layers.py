@@ -1,0 +1,157 @@
+"""The layers of a model on a GPU, run by kernels in Triton: set as `Transformer.fused`, from outside.
+
+Nine kernels a layer for a few tokens, which find all lengths on the device, so that a step can be recorded (graphs.py).
+The sum over layers is fp32. Of many tokens, torch multiplies the matrices and the kernels do what lies between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llama.cache import KVCache
+from llama.gpu import attention, elementwise, products
+from llama.gpu.available import has_triton
+from llama.gpu.one_shot import OneShot, open_one_shot
+from llama.gpu.planes import Fp8Weight, PlanarWeight
+from llama.linear import Weight, linear
+from llama.model import Transformer, TransformerBlock, attend
+from llama.parallel import ColumnParallelLinear, RowParallelLinear
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 256  # the kernels hold a whole head
+
+
+def can_run(model: Transformer) -> bool:
+    """Whether there are kernels for this model here."""
+    return has_triton(model.device) and model.dtype in DTYPES and model.args.head_dim <= LARGEST_HEAD
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Linears of the same input whose weights lie one below another, where they are stored alike."""
+
+    weights: list[Weight]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (n_tokens, in) times all weights: (n_tokens, all outputs)."""
+        parts = [multiply(x, weight) for weight in self.weights]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+class GpuLayers:
+    """Runs a Transformer's layers. It joins their weights in place: a model whose weights change drops it."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
+        self.tok_embeddings = model.tok_embeddings
+        self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
+        self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
+        self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
+        self._one_shot: OneShot | None = None
+        if self.parallel.group is not None and self.parallel.size > 1 and model.device.type == "cuda":
+            self._one_shot = open_one_shot(self.parallel.group, products.FEW * self.args.dim, model.device)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+        """See `Transformer.run_layers`; in fp32."""
+        bsz, seqlen = tokens.shape
+        x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
+        start_pos = positions[:, 0].contiguous()
+        delta: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            h = self._norm(x, delta, layer.attention_norm.weight)
+            q = elementwise.rotate_and_keep(
+                self._qkv[i](h),
+                rotation,
+                start_pos,
+                cache.keys[i],
+                cache.values[i],
+                layer.attention.n_local_heads,
+                layer.attention.n_local_kv_heads,
+            )
+            y = self._attend(q, start_pos, kv_len, cache, i).view(bsz * seqlen, -1)
+            delta = self._sum(y, layer.attention.wo)
+            h = self._norm(x, delta, layer.ffn_norm.weight)
+            delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2)
+        elementwise.add_and_norm(x, delta, None, self.args.norm_eps, self.dtype)
+        return x.view(bsz, seqlen, -1)
+
+    def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        h = elementwise.add_and_norm(x, delta, weight, self.args.norm_eps, self.dtype)
+        assert h is not None
+        return h
+
+    def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int) -> Tensor:
+        bsz, seqlen = q.shape[:2]
+        window = self.args.sliding_window
+        if seqlen == kv_len > attention.FEW and q.dtype != torch.float32 and (window is None or window >= kv_len):
+            # A whole prompt: torch has flash attention for it, but in fp32 a matrix of all scores.
+            return attend(q, *cache.read(layer, bsz, kv_len), None)
+        return attention.attend(q, cache.keys[layer], cache.values[layer], start_pos, window)
+
+    def _gated(self, h: Tensor, gates: Joined) -> Tensor:
+        """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
+        if len(gates.weights) == 1 and gates.bias is None and is_few(h, gates.weights[0]):
+            return products.multiply_gated(h, gates.weights[0])
+        return elementwise.gate(gates(h))
+
+    def _sum(self, x: Tensor, last: RowParallelLinear) -> Tensor:
+        """x times the weight, summed over the ranks: in fp32 for few tokens."""
+        delta = multiply(x, last.weight, torch.float32)
+        if self._one_shot is not None and self._one_shot.takes(delta):
+            delta = self._one_shot(delta)
+        else:
+            delta = self.parallel.all_reduce(delta)
+        return delta if last.bias is None else delta + last.bias
+
+
+def is_few(x: Tensor, weight: Weight) -> bool:
+    """Whether x (n_tokens, in) is multiplied by our kernels: tensor cores do it for more tokens where they decode, too."""
+    return len(x) <= (products.FEW if isinstance(weight, Tensor) else products.MOST)
+
+
+def multiply(x: Tensor, weight: Weight, few_dtype: torch.dtype | None = None) -> Tensor:
+    """x (n_tokens, in) times weight (out, in) transposed, in x's dtype, or of few tokens in few_dtype."""
+    if not isinstance(weight, Tensor | PlanarWeight | Fp8Weight) or not is_few(x, weight):
+        return linear(x, weight)
+    return products.multiply(x, weight, out_dtype=few_dtype)
+
+
+def join(linears: Sequence[ColumnParallelLinear]) -> Joined:
+    """Join the weights of neighbours that are stored alike; those of the linears become parts of the joined ones."""
+    runs: list[list[ColumnParallelLinear]] = []
+    for each in linears:
+        if runs and _alike(runs[-1][0].weight, each.weight):
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    weights = [_join_run(run) for run in runs]
+    biases = [each.bias for each in linears]
+    return Joined(weights, torch.cat(cast("list[Tensor]", biases)) if biases[0] is not None else None)
+
+
+def _alike(one: Weight, other: Weight) -> bool:
+    if isinstance(one, PlanarWeight) and isinstance(other, PlanarWeight):
+        return one.block_type == other.block_type
+    return type(one) is type(other) and isinstance(one, nn.Parameter | Fp8Weight)
+
+
+def _join_run(linears: list[ColumnParallelLinear]) -> Weight:
+    weights = [each.weight for each in linears]
+    if len(weights) == 1:
+        return weights[0]
+    joined = torch.cat(weights) if isinstance(weights[0], Tensor) else type(weights[0]).join(weights)
+    start = 0
+    for each in linears:
+        stop = start + each.weight.shape[0]
+        part = joined[start:stop] if isinstance(joined, Tensor) else joined.part(start, stop)
+        del each.weight
+        each.weight = nn.Parameter(part, requires_grad=False) if isinstance(part, Tensor) else part
+        start = stop
+    return joined
