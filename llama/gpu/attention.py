@@ -99,8 +99,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: i
         max_seq_len,
         window or 0,
         keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
+        # Constants, so that Triton sees how far places are aligned: of head_dim 100, to 4 values.
+        STRIDE_POSITION=keys.stride(1),
+        STRIDE_HEAD=keys.stride(2),
         N_KV_HEADS=n_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -153,8 +154,8 @@ def _attend(
     max_seq_len: tl.tensor,
     window: tl.tensor,
     stride_row: tl.tensor,
-    stride_position: tl.tensor,
-    stride_head: tl.tensor,
+    STRIDE_POSITION: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -198,7 +199,7 @@ def _attend(
         at = (seen + (split + splits - seen % splits) % splits) * BLOCK_N
     step = splits * BLOCK_N
 
-    offset = row.to(tl.int64) * stride_row + kv_head * stride_head
+    offset = row.to(tl.int64) * stride_row + kv_head * STRIDE_HEAD
     keys_ptr += offset
     values_ptr += offset
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -207,11 +208,11 @@ def _attend(
     if WHOLE:
         whole = tl.minimum(first_pos + 1, max_seq_len) // BLOCK_N * BLOCK_N
         for key in range(at, whole, step):
-            scores, v = _meet(q, keys_ptr, values_ptr, key, stop, stride_position, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+            scores, v = _meet(q, keys_ptr, values_ptr, key, stop, STRIDE_POSITION, HEAD_DIM, BLOCK_N, BLOCK_D, False)
             acc, highest, total = _add(acc, highest, total, scores, v)
         at += tl.cdiv(tl.maximum(whole - at, 0), step) * step
     for key in range(at, stop, step):
-        scores, v = _meet(q, keys_ptr, values_ptr, key, stop, stride_position, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        scores, v = _meet(q, keys_ptr, values_ptr, key, stop, STRIDE_POSITION, HEAD_DIM, BLOCK_N, BLOCK_D, True)
         key_positions = key + tl.arange(0, BLOCK_N)[None, :]
         sees = key_positions <= positions[:, None]
         if WINDOW:
@@ -237,7 +238,7 @@ def _meet(
     values_ptr: tl.tensor,
     first: tl.tensor,
     stop: tl.tensor,
-    stride_position: tl.tensor,
+    STRIDE_POSITION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -245,8 +246,8 @@ def _meet(
 ) -> tl.tensor:
     """Scores of BLOCK_N keys from `first` on, as powers of two, and the values; LAST: keys from `stop` on are zeros."""
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    offset = tl.cast(first, tl.int64) * stride_position
-    offsets = n[:, None] * stride_position + d[None, :]
+    offset = tl.cast(first, tl.int64) * STRIDE_POSITION
+    offsets = n[:, None] * STRIDE_POSITION + d[None, :]
     # A head_dim that is a power of two needs no mask of its own.
     exists = (d < HEAD_DIM)[None, :]
     if LAST:

@@ -70,8 +70,8 @@ def rotate_and_keep(
         seqlen,
         max_seq_len,
         keys.stride(0),
-        keys.stride(1),
-        keys.stride(2),
+        STRIDE_POSITION=keys.stride(1),
+        STRIDE_HEAD=keys.stride(2),
         N_HEADS=n_heads,
         N_KV_HEADS=n_kv_heads,
         HEAD_DIM=head_dim,
@@ -128,8 +128,8 @@ def _rotate_and_keep(
     seqlen: tl.tensor,
     max_seq_len: tl.tensor,
     stride_row: tl.tensor,
-    stride_position: tl.tensor,
-    stride_head: tl.tensor,
+    STRIDE_POSITION: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
     N_HEADS: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -160,14 +160,14 @@ def _rotate_and_keep(
     tl.store(q_ptr + q_place, turned.to(q_ptr.dtype.element_ty), mask=is_query)
 
     position = tl.load(start_pos_ptr + row) + token % seqlen
-    place = row.to(tl.int64) * stride_row + position * stride_position + d[None, :]
+    place = row.to(tl.int64) * stride_row + position * STRIDE_POSITION + d[None, :]
     kept = inside & (position < max_seq_len)
     head = (heads - N_HEADS)[:, None]
     is_key = kept & (head >= 0) & (head < N_KV_HEADS)
-    tl.store(keys_ptr + place + head * stride_head, turned.to(keys_ptr.dtype.element_ty), mask=is_key)
+    tl.store(keys_ptr + place + head * STRIDE_HEAD, turned.to(keys_ptr.dtype.element_ty), mask=is_key)
     head -= N_KV_HEADS
     is_value = kept & (head >= 0) & (head < N_KV_HEADS)
-    tl.store(values_ptr + place + head * stride_head, x.to(values_ptr.dtype.element_ty), mask=is_value)
+    tl.store(values_ptr + place + head * STRIDE_HEAD, x.to(values_ptr.dtype.element_ty), mask=is_value)
 
 
 @triton.jit

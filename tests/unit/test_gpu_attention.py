@@ -133,11 +133,11 @@ def test_rows_beyond_two_to_the_31_values_are_read() -> None:
     close(attend(q, keys, keys, start_pos, None), expected(q, keys, keys, start_pos, None))
 
 
-# Types of head_dim 128 and of Llama 3 8B's heads.
 def ahead_of_time() -> Iterator[Ahead]:
+    """At the shape of Llama 3 8B: a step with splits and a prompt without."""
     pointers = ("q_ptr", "keys_ptr", "values_ptr", "out_ptr")
     numbers = {"seqlen": "i32", "max_seq_len": "i32", "window": "i32"}
-    strides = {"stride_row": "i64:16", "stride_position": "i32:16", "stride_head": "i32:16"}
+    strides = {"stride_row": "i64:16"}
     parts = {"start_pos_ptr": "*i64", "partial_ptr": "*fp32", "weights_ptr": "*fp32"}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         signature = {pointer: f"*{name}" for pointer in pointers} | parts | numbers | strides
@@ -145,6 +145,7 @@ def ahead_of_time() -> Iterator[Ahead]:
             for capability in CAPABILITIES:
                 tile = tile_for(dtype, 128, 4, seqlen, capability)
                 constants = {
+                    **{"STRIDE_POSITION": 1024, "STRIDE_HEAD": 128},
                     **{"N_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128},
                     **{"BLOCK_M": tile.rows, "BLOCK_N": tile.keys},
                     **{"WINDOW": False, "SPLIT": seqlen == 1, "WHOLE": seqlen > FEW},

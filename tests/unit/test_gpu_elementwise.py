@@ -123,10 +123,11 @@ def ahead_of_time() -> Iterator[Ahead]:
     rotation = {
         **{name: "*bf16" for name in ("qkv_ptr", "q_ptr", "keys_ptr", "values_ptr")},
         **{"rotation_ptr": "*fp32", "start_pos_ptr": "*i64", "seqlen": "i32", "max_seq_len": "i32"},
-        **{"stride_row": "i64:16", "stride_position": "i32:16", "stride_head": "i32:16"},
+        **{"stride_row": "i64:16"},
     }
     for n_heads, n_kv_heads, head_dim in ((32, 8, 128), (9, 3, 64)):
         constants = {"N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": head_dim}
+        constants |= {"STRIDE_POSITION": n_kv_heads * head_dim, "STRIDE_HEAD": head_dim}
         constants["BLOCK_HEADS"] = elementwise.VECTOR // head_dim
         yield Ahead(f"rotation {head_dim}", elementwise._rotate_and_keep, rotation, constants)
     gate_types = {"both_ptr": "*bf16", "y_ptr": "*bf16", "hidden": "i32:16"}

@@ -119,6 +119,13 @@ def test_the_first_and_the_last_uniform_give_the_ends_of_the_nucleus(top_p: floa
     assert drawn(logits, 1.0, top_p, torch.tensor([0.0, JUST_BELOW_ONE])) == [1, order[last]]
 
 
+def test_a_nucleus_of_everything_and_a_uniform_of_one_end_with_the_last_possible_token() -> None:
+    logits = torch.tensor([1.0, 0.0, -math.inf, 0.0, -math.inf]).expand(3, -1).to(DEVICE)
+    uniform = torch.tensor([0.0, JUST_BELOW_ONE, 1.0], device=DEVICE)
+    assert sample(logits, on_device(1.0), on_device(1.0), uniform).tolist() == [0, 3, 3]
+    assert sample_all(logits, on_device(1.0), uniform).tolist() == [0, 3, 3]
+
+
 @pytest.mark.parametrize("temperature", [1e-8, 1e-38, 0.0])
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
 def test_a_tiny_temperature_is_greedy_and_never_nan(temperature: float, top_p: float) -> None:
