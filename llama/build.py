@@ -245,6 +245,8 @@ def open_source(
     )
     computed = parallel.choose_dtype(dtype, place, checkpoint.dtype)
     if quantize == "fp8" and not has_fp8(place):
-        raise ValueError(f"quantize fp8 needs a CUDA device of capability 8.9 and Triton, got {place}: use int8 instead")
+        raise ValueError(
+            f"quantize fp8 needs a CUDA device of capability 8.9 and Triton, got {place}: use int8 instead"
+        )
     storage = Storage(computed, quantize, packed=library() is not None if place.type == "cpu" else has_triton(place))
     return Source(checkpoint, tokenizer, args, place, storage)

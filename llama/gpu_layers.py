@@ -112,7 +112,7 @@ class GpuLayers:
 
 
 def is_few(x: Tensor, weight: Weight) -> bool:
-    """Whether x (n_tokens, in) is multiplied by our kernels: tensor cores do it for more tokens where they decode, too."""
+    """Whether our kernels multiply x (n_tokens, in): of what is stored in codes, more tokens than of floats."""
     return len(x) <= (products.FEW if isinstance(weight, Tensor) else products.MOST)
 
 

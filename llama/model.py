@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.config import ModelArgs
-from llama.linear import BlockWeight, PackedWeight, Weight
+from llama.linear import Quantized, Weight
 from llama.parallel import ColumnParallelLinear, ModelParallel, RowParallelLinear, VocabParallelEmbedding
 from llama.rope import Rotary, rotate
 
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
 
     def _weights(self) -> list[Weight]:
         """Every weight once, those in blocks as one."""
-        blocks = [module for module in self.modules() if isinstance(module, BlockWeight | PackedWeight)]
+        blocks = [module for module in self.modules() if isinstance(module, Quantized)]
         return [*self.parameters(), *blocks]
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:

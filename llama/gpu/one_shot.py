@@ -40,7 +40,9 @@ def open_one_shot(group: dist.ProcessGroup, numel: int, device: torch.device) ->
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     hosts_gpus = size <= torch.cuda.device_count()
     peers = [peer for peer in range(torch.cuda.device_count()) if peer != device.index]
-    if not _all_agree(group, hosts_gpus and all(torch.cuda.can_device_access_peer(device, peer) for peer in peers), device):
+    if not _all_agree(
+        group, hosts_gpus and all(torch.cuda.can_device_access_peer(device, peer) for peer in peers), device
+    ):
         return None
     try:
         one_shot = OneShot(group, numel, device)

@@ -89,6 +89,9 @@ def build_llama(folder: Path, **options: Any) -> Llama:
     return llm
 
 
+# Operations that take a value from the device, or one to it.
+WAITS = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh", "masked_select", "unique")
+
 GREEDY: dict[str, Any] = {"temperature": 0}
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "seed": 3}
 FROM_ALL: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seed": 4}
@@ -152,6 +155,16 @@ def test_tapes_of_one_call_serve_the_next(folders: dict[str, Path], tapes: list[
     assert len(tapes) == recorded + 1
     llm.generate(PROMPTS[4:], 9, **GREEDY)
     assert len(tapes) == recorded + 2
+
+
+def test_a_step_neither_waits_for_a_value_nor_brings_one(folders: dict[str, Path], tapes: list[Tape]) -> None:
+    """Either would end a capture."""
+    llm = build_llama(folders["model"])
+    for options in (GREEDY, SAMPLED, FROM_ALL):
+        llm.generate(PROMPTS[:2], 4, logprobs=True, **options)
+    names = {str(func) for tape in tapes for func, *_ in tape.calls}
+    assert "aten.index_copy_.default" in names
+    assert not {name for name in names for waits in WAITS if name.startswith(f"aten.{waits}.")}
 
 
 def test_a_conversation_that_outgrows_its_cache_goes_on(

@@ -1,0 +1,152 @@
+"""Layers run by the GPU's kernels give the model's own logits; on a CPU Triton's interpreter runs the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+from llama.blocks import BLOCK_TYPES, QUANTIZE, quantize
+from llama.checkpoint.load import global_shapes
+from llama.config import ModelArgs
+from llama.gpu import elementwise, products
+from llama.gpu.planes import Fp8Weight, PlanarWeight
+from llama.gpu_layers import GpuLayers
+from llama.model import Transformer
+from tests.checkpoints import random_state
+from tests.models import random_tokens, transformer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARGS = ModelArgs(dim=64, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=64, hidden_dim=96, head_dim=16)
+
+
+@pytest.fixture(autouse=True)
+def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a few rows as for many."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(products, "ROWS", 64)
+        monkeypatch.setattr(elementwise, "VECTOR", 4096)
+
+
+def state_of(args: ModelArgs) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = global_shapes(args)
+    biases = {name: torch.randn(shape, generator=generator) / 8 for name, shape in shapes.items() if "bias" in name}
+    return random_state(args) | biases
+
+
+MODELS = {
+    "floats": ARGS,
+    "biases": dataclasses.replace(ARGS, attention_bias=True, mlp_bias=True),
+    "window": dataclasses.replace(ARGS, sliding_window=7),
+    "tied": dataclasses.replace(ARGS, tied_embeddings=True),
+}
+
+
+def pair(args: ModelArgs, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Transformer]:
+    """A model run by torch's operations, and the same run by the kernels."""
+    plain, other = (transformer(args, state_of(args)).to(DEVICE, dtype) for _ in range(2))
+    other.fused = GpuLayers(other)
+    return plain, other
+
+
+def logits(model: Transformer) -> list[Tensor]:
+    """Of ragged prompts, and then of steps of one and of three tokens, at positions of each row's own."""
+    cache = model.new_cache(3, 32)
+    tokens = random_tokens(3, 24, vocab_size=64).to(DEVICE)
+    start_pos = torch.tensor([12, 4, 9], device=DEVICE)
+    found = [model(tokens[:, :12], torch.zeros_like(start_pos), cache)]
+    for seqlen in (3, 1):  # nine tokens, and three
+        found.append(model(tokens[:, :seqlen], start_pos, cache))
+        start_pos += seqlen
+    found.append(model(tokens[:2, :11], start_pos[:2], cache))  # a chunk of a prompt
+    return found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_by_kernels_give_the_models_own_logits(name: str) -> None:
+    plain, other = pair(MODELS[name])
+    for found, expected in zip(logits(other), logits(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_in_bf16_the_kernels_are_as_near_to_fp32_as_torch() -> None:
+    """Prompts, too, which take torch's own attention."""
+    plain, other = pair(ARGS, torch.bfloat16)
+    state = {name: weight.bfloat16() for name, weight in random_state(ARGS).items()}
+    exact = transformer(ARGS, {name: weight.float() for name, weight in state.items()}).to(DEVICE)
+    for found, expected, truth in zip(logits(other), logits(plain), logits(exact), strict=True):
+        # Two ways of rounding: neither is nearer everywhere.
+        assert (found - truth).square().mean() <= 2 * (expected - truth).square().mean()
+
+
+def hold(model: Transformer, how: dict[str, str]) -> Transformer:
+    """Hold linears as `how` says by their names; the same model in fp32 on their values."""
+    dense = transformer(model.args, {name: weight.clone() for name, weight in model.state_dict().items()}).to(DEVICE)
+    for layer, other in zip(model.layers, dense.layers, strict=True):
+        for name, kind in how.items():
+            half = "attention" if name in ("wq", "wk", "wv", "wo") else "feed_forward"
+            linear: Any = getattr(getattr(layer, half), name)
+            held: PlanarWeight | Fp8Weight
+            if kind == "fp8":
+                held = Fp8Weight.of(linear.weight)
+            else:
+                held = PlanarWeight(quantize(linear.weight, BLOCK_TYPES[QUANTIZE[kind]]), BLOCK_TYPES[QUANTIZE[kind]])
+            del linear.weight
+            linear.weight = held
+            getattr(getattr(other, half), name).weight.copy_(held.dense(torch.float32))
+    model.fused = GpuLayers(model)
+    return dense
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict.fromkeys(("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "int4"),
+        dict.fromkeys(("wq", "wk", "wv", "wo", "w1", "w2", "w3"), "fp8"),
+        {"wq": "int4", "wk": "int4", "wv": "int8", "w1": "int8", "w2": "int8"},  # as Q4_K_M mixes types
+    ],
+    ids=["int4", "fp8", "mixed"],
+)
+def test_quantized_layers_give_the_logits_of_their_values(how: dict[str, str]) -> None:
+    args = MODELS["biases"] if "wo" not in how else ARGS
+    model = transformer(args, state_of(args)).to(DEVICE)
+    dense = hold(model, how)
+    for found, expected in zip(logits(model), logits(dense), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_joined_weights_are_held_once() -> None:
+    model = transformer(ARGS, random_state(ARGS)).to(DEVICE)
+    before = model.weight_bytes
+    model.fused = GpuLayers(model)
+    attention: Any = model.layers[0].attention
+    assert attention.wk.weight.data_ptr() == attention.wq.weight.data_ptr() + attention.wq.weight.nbytes
+    assert model.weight_bytes == before
+    assert {name: weight.shape for name, weight in model.state_dict().items()} == {
+        name: weight.shape for name, weight in random_state(ARGS).items()
+    }
+
+
+@torch.inference_mode()
+def test_a_token_is_the_same_alone_and_among_guesses() -> None:
+    """To the bit: so that checking guesses changes no text."""
+    _, model = pair(ARGS, torch.bfloat16)
+    tokens = random_tokens(1, 12, vocab_size=64).to(DEVICE)
+    start = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    one, many = model.new_cache(1, 32), model.new_cache(1, 32)
+    for cache in (one, many):
+        model(tokens[:, :7], start, cache)
+    together = model(tokens[:, 7:], start + 7, many)
+    for i in range(5):
+        alone = model(tokens[:, 7 + i : 8 + i], start + 7 + i, one)
+        assert torch.equal(alone[:, 0], together[:, i])
