@@ -14,7 +14,7 @@ from torch import Tensor
 from llama.cache import KVCache
 from llama.kernels import operations as kernels
 from llama.kernels.compile import library
-from llama.linear import BlockWeight, PackedWeight
+from llama.linear import PackedWeight, Quantized
 from llama.model import Transformer, TransformerBlock, attend
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -27,7 +27,7 @@ def can_fuse(model: Transformer) -> bool:
     return (
         model.device.type == "cpu"
         and model.dtype in kernels.FLOATS
-        and not any(isinstance(module, BlockWeight) for module in model.modules())
+        and all(isinstance(module, PackedWeight) for module in model.modules() if isinstance(module, Quantized))
         and library() is not None
     )
 
@@ -112,7 +112,7 @@ class FusedLayers:
 
     def _describe(self, linear: ColumnParallelLinear | RowParallelLinear) -> kernels.Weight:
         weight = linear.weight
-        assert not isinstance(weight, BlockWeight), "see can_fuse"
+        assert isinstance(weight, Tensor | PackedWeight), "see can_fuse"
         described = weight.describe() if isinstance(weight, PackedWeight) else kernels.float_weight(weight)
         # A bias of a sum over ranks is added once, after it.
         if linear.bias is not None and (isinstance(linear, ColumnParallelLinear) or self.parallel.size == 1):

@@ -6,6 +6,7 @@ The sum over layers is fp32. Of many tokens, torch multiplies the matrices and t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,9 +19,11 @@ from llama.gpu import attention, elementwise, products
 from llama.gpu.available import has_triton
 from llama.gpu.one_shot import OneShot, open_one_shot
 from llama.gpu.planes import Fp8Weight, PlanarWeight
-from llama.linear import Weight, linear
+from llama.linear import Quantized, linear
 from llama.model import Transformer, TransformerBlock, attend
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
+
+GpuWeight = Tensor | PlanarWeight | Fp8Weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256  # the kernels hold a whole head
@@ -28,14 +31,20 @@ LARGEST_HEAD = 256  # the kernels hold a whole head
 
 def can_run(model: Transformer) -> bool:
     """Whether there are kernels for this model here."""
-    return has_triton(model.device) and model.dtype in DTYPES and model.args.head_dim <= LARGEST_HEAD
+    blocks = [module for module in model.modules() if isinstance(module, Quantized)]
+    return (
+        has_triton(model.device)
+        and model.dtype in DTYPES
+        and model.args.head_dim <= LARGEST_HEAD
+        and all(isinstance(weight, PlanarWeight | Fp8Weight) for weight in blocks)
+    )
 
 
 @dataclass(frozen=True)
 class Joined:
     """Linears of the same input whose weights lie one below another, where they are stored alike."""
 
-    weights: list[Weight]
+    weights: list[GpuWeight]
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ class GpuLayers:
 
     def _sum(self, x: Tensor, last: RowParallelLinear) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""
-        delta = multiply(x, last.weight, torch.float32)
+        delta = multiply(x, held(last), torch.float32)
         if self._one_shot is not None and self._one_shot.takes(delta):
             delta = self._one_shot(delta)
         else:
@@ -111,47 +120,58 @@ class GpuLayers:
         return delta if last.bias is None else delta + last.bias
 
 
-def is_few(x: Tensor, weight: Weight) -> bool:
+def is_few(x: Tensor, weight: GpuWeight) -> bool:
     """Whether our kernels multiply x (n_tokens, in): of what is stored in codes, more tokens than of floats."""
     return len(x) <= (products.FEW if isinstance(weight, Tensor) else products.MOST)
 
 
-def multiply(x: Tensor, weight: Weight, few_dtype: torch.dtype | None = None) -> Tensor:
+def multiply(x: Tensor, weight: GpuWeight, few_dtype: torch.dtype | None = None) -> Tensor:
     """x (n_tokens, in) times weight (out, in) transposed, in x's dtype, or of few tokens in few_dtype."""
-    if not isinstance(weight, Tensor | PlanarWeight | Fp8Weight) or not is_few(x, weight):
-        return linear(x, weight)
-    return products.multiply(x, weight, out_dtype=few_dtype)
+    return products.multiply(x, weight, out_dtype=few_dtype) if is_few(x, weight) else linear(x, weight)
+
+
+def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:
+    weight = linear.weight
+    assert isinstance(weight, Tensor | PlanarWeight | Fp8Weight), "see can_run"
+    return weight
 
 
 def join(linears: Sequence[ColumnParallelLinear]) -> Joined:
     """Join the weights of neighbours that are stored alike; those of the linears become parts of the joined ones."""
     runs: list[list[ColumnParallelLinear]] = []
     for each in linears:
-        if runs and _alike(runs[-1][0].weight, each.weight):
+        if runs and _stored_as(held(runs[-1][0])) == _stored_as(held(each)):
             runs[-1].append(each)
         else:
             runs.append([each])
-    weights = [_join_run(run) for run in runs]
-    biases = [each.bias for each in linears]
-    return Joined(weights, torch.cat(cast("list[Tensor]", biases)) if biases[0] is not None else None)
+    biases = [each.bias for each in linears if each.bias is not None]
+    return Joined([_join_run(run) for run in runs], torch.cat(biases) if biases else None)
 
 
-def _alike(one: Weight, other: Weight) -> bool:
-    if isinstance(one, PlanarWeight) and isinstance(other, PlanarWeight):
-        return one.block_type == other.block_type
-    return type(one) is type(other) and isinstance(one, nn.Parameter | Fp8Weight)
+def _stored_as(weight: GpuWeight) -> object:
+    return weight.dtype if isinstance(weight, Tensor) else weight.block_type
 
 
-def _join_run(linears: list[ColumnParallelLinear]) -> Weight:
-    weights = [each.weight for each in linears]
+def _join_run(linears: list[ColumnParallelLinear]) -> GpuWeight:
+    weights = [held(each) for each in linears]
     if len(weights) == 1:
         return weights[0]
-    joined = torch.cat(weights) if isinstance(weights[0], Tensor) else type(weights[0]).join(weights)
+    stops = itertools.accumulate(weight.shape[0] for weight in weights)
+    joined = _below_another(weights)
     start = 0
-    for each in linears:
-        stop = start + each.weight.shape[0]
-        part = joined[start:stop] if isinstance(joined, Tensor) else joined.part(start, stop)
+    for each, stop in zip(linears, stops, strict=True):
         del each.weight
-        each.weight = nn.Parameter(part, requires_grad=False) if isinstance(part, Tensor) else part
+        if isinstance(joined, Tensor):
+            each.weight = nn.Parameter(joined[start:stop], requires_grad=False)
+        else:
+            each.weight = joined.part(start, stop)
         start = stop
     return joined
+
+
+def _below_another(weights: Sequence[GpuWeight]) -> GpuWeight:
+    if isinstance(weights[0], PlanarWeight):
+        return PlanarWeight.join(cast("list[PlanarWeight]", weights))
+    if isinstance(weights[0], Fp8Weight):
+        return Fp8Weight.join(cast("list[Fp8Weight]", weights))
+    return torch.cat(cast("list[Tensor]", weights))

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.blocks import BlockType, dequantize
+from llama.gpu.available import has_triton
+from llama.gpu.planes import FEW, Fp8Weight, PlanarWeight
 from llama.kernels import operations as kernels
 from llama.kernels.compile import library
 
@@ -77,7 +79,8 @@ class PackedWeight(nn.Module):
         return self.tiles.nbytes
 
 
-Weight = Tensor | BlockWeight | PackedWeight
+Quantized = BlockWeight | PackedWeight | PlanarWeight | Fp8Weight
+Weight = Tensor | Quantized
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -98,6 +101,10 @@ def _times_floats(x: Tensor, weight: Tensor) -> Tensor:
         # twice as long as the one loop that Inductor makes of a sum.
         y = (weight.float() * x.float()).sum(-1) if compiling else torch.mv(weight, x.view(-1).type_as(weight))
         return y.view(*x.shape[:-1], -1)
+    if not on_cpu and not compiling and x.numel() <= FEW * x.shape[-1] and has_triton(weight.device):
+        from llama.gpu.products import multiply
+
+        return multiply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
     return F.linear(x.type_as(weight), weight)
 
 

@@ -1,0 +1,252 @@
+"""Products of few tokens on a GPU are those of the values that its weights store, at a token's own pace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.blocks import BLOCK_TYPES, BlockType, dequantize
+from llama.gpu import planes
+from llama.gpu.planes import FEW, MOST, Fp8Weight, PlanarWeight
+from llama.linear import linear
+from tests.gpu_compile import Ahead, compiled_kernels
+from tests.unit.test_kernels import random_blocks
+
+pytest.importorskip("triton", reason="triton is not installed")
+from llama.gpu import products
+
+TYPES = list(BLOCK_TYPES.values())
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# No multiple of a program's rows; three blocks of 256 columns, so that the last step of a program is not full.
+ROWS, COLUMNS = 22, 768
+KINDS = [*TYPES, planes.F8_E4M3]
+
+
+def each_type(types: list[BlockType]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("block_type", types, ids=lambda kind: kind.name)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def blocks_of(block_type: BlockType, rows: int = ROWS) -> Tensor:
+    return random_blocks(block_type, rows, COLUMNS).to(DEVICE)
+
+
+def stored(block_type: BlockType, rows: int = ROWS) -> tuple[PlanarWeight | Fp8Weight, Tensor]:
+    """A weight (rows, COLUMNS), and its values in fp64 by another way."""
+    if block_type == planes.F8_E4M3:
+        weight = Fp8Weight.of(random(rows, COLUMNS))
+        return weight, weight.codes.double() * weight.scales.double()
+    blocks = blocks_of(block_type, rows)
+    return PlanarWeight(blocks, block_type), dequantize(blocks, block_type).double()
+
+
+def close(actual: Tensor, expected: Tensor, bound: float = 2e-6) -> None:
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected).abs().max() <= bound * expected.abs().max()
+
+
+def gated(x: Tensor, values: Tensor) -> Tensor:
+    gate, up = (x.double() @ values.t()).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@each_type(TYPES)
+def test_planes_keep_every_value(block_type: BlockType) -> None:
+    blocks = blocks_of(block_type)
+    weight, expected = PlanarWeight(blocks, block_type), dequantize(blocks, block_type)
+    assert torch.equal(weight.dense(torch.float32), expected)
+    assert torch.equal(products.dense(weight, torch.float32), expected)
+    assert torch.equal(products.dense(weight, torch.float16, 5, 8), expected[5:8].half())
+    ids = torch.tensor([[21, 0, 17], [5, 5, 20]], device=DEVICE)
+    assert torch.equal(weight.rows(ids), expected[ids])
+    assert blocks.nbytes <= weight.nbytes <= 1.03 * blocks.nbytes
+
+
+@each_type(KINDS)
+def test_rows_lie_together_once(block_type: BlockType) -> None:
+    """wq, wk and wv are parts of one weight: a second copy would cost the memory that quantizing saved."""
+    whole, values = stored(block_type)
+    parts = [whole.part(0, 16), whole.part(16, 21), whole.part(21, ROWS)]
+    joined = type(whole).join(parts)
+    assert joined.shape == whole.shape == (ROWS, COLUMNS)
+    assert torch.equal(joined.dense(torch.float32), whole.dense(torch.float32))
+    part = joined.part(16, 21)
+    assert part.codes.data_ptr() == joined.codes[16:].data_ptr()
+    assert part.nbytes * ROWS == joined.nbytes * 5
+    x = random(3, COLUMNS)
+    close(products.multiply(x, part), x.double() @ values[16:21].t())
+
+
+@each_type(KINDS)
+def test_few_tokens_are_multiplied_in_fp32(block_type: BlockType) -> None:
+    weight, values = stored(block_type)
+    x, bias = random(FEW, COLUMNS) / 16, random(ROWS)
+    for n_tokens in (1, 3, FEW):
+        close(products.multiply(x[:n_tokens], weight), x[:n_tokens].double() @ values.t())
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = x[2:4].to(dtype)
+        expected = rounded.double() @ values.t()
+        close(products.multiply(rounded, weight, bias, torch.float32), expected + bias)
+        # Triton's interpreter cuts bits off where GPUs round to bfloat16.
+        close(products.multiply(rounded, weight), expected, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("n_tokens", [FEW + 1, 40, MOST])
+@each_type(KINDS)
+def test_more_tokens_are_multiplied_in_their_dtype(block_type: BlockType, n_tokens: int) -> None:
+    """bfloat16 is left to GPUs: Triton's interpreter multiplies its bits as integers."""
+    weight, values = stored(block_type)
+    x, bias = random(n_tokens, COLUMNS), random(ROWS)
+    close(products.multiply(x, weight, bias), x.double() @ values.t() + bias)
+    dtypes = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
+    for dtype in dtypes:
+        bound = torch.finfo(dtype).eps
+        close(products.multiply(x.to(dtype), weight, out_dtype=torch.float32), x.to(dtype).double() @ values.t(), bound)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 20])
+@each_type(KINDS)
+def test_gates_and_their_product_are_one_kernel(block_type: BlockType, n_tokens: int) -> None:
+    """An odd hidden size: the last program's rows of w1 end where those of w3 begin."""
+    weight, values = stored(block_type, 2 * (ROWS + 1))
+    x = random(n_tokens, COLUMNS) / values.abs().max()  # the gates are neither open nor shut
+    close(products.multiply_gated(x, weight), gated(x, values), 5e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 15, 32, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_with_floats_are_torchs(dtype: torch.dtype, columns: int) -> None:
+    weight, bias = random(ROWS, columns, dtype=dtype), random(ROWS)
+    for x_dtype in (torch.float32, torch.bfloat16):
+        x = random(3, columns, dtype=x_dtype)
+        close(products.multiply(x, weight, bias, torch.float32), x.double() @ weight.double().t() + bias)
+        close(products.multiply_gated(x, weight, torch.float32), gated(x, weight.double()), 5e-6)
+
+
+def test_a_row_of_8_bit_floats_may_have_any_length() -> None:
+    weight = Fp8Weight.of(random(ROWS, 71))
+    x, values = random(12, 71), weight.codes.double() * weight.scales.double()
+    for n_tokens in (2, 12):
+        close(products.multiply(x[:n_tokens], weight), x[:n_tokens].double() @ values.t())
+    assert torch.equal(products.dense(weight, torch.float32), weight.dense(torch.float32))
+
+
+@each_type([*KINDS, BlockType("BF16", 1, 2)])
+def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockType) -> None:
+    """Else a speculated token could differ from the plain one."""
+    weight = random(6, COLUMNS).bfloat16() if block_type.name == "BF16" else stored(block_type, 6)[0]
+    x = random(FEW, COLUMNS, dtype=torch.bfloat16)
+    for multiply in (products.multiply, products.multiply_gated):
+        together = multiply(x, weight, out_dtype=torch.float32)
+        for n_tokens in (1, 2, 3, 5):
+            assert torch.equal(multiply(x[-n_tokens:], weight, out_dtype=torch.float32), together[-n_tokens:])
+
+
+def test_tokens_may_lie_apart() -> None:
+    """One position of each row of a batch, cut out of all."""
+    weight, values = stored(BLOCK_TYPES["Q4_0"])
+    x = random(3, 2, COLUMNS)[:, 1]
+    close(products.multiply(x, weight), x.double() @ values.t())
+
+
+@each_type(KINDS)
+def test_a_layer_takes_any_number_of_tokens(block_type: BlockType, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, values = stored(block_type)
+    monkeypatch.setattr(planes, "DENSE_AT_ONCE", 10 * COLUMNS)  # in four pieces
+    x = random(1, MOST + 1, COLUMNS)
+    for by_kernels in (False, True):
+        monkeypatch.setattr(planes, "has_triton", lambda device, answer=by_kernels: answer)
+        for n_tokens in (1, 30, MOST + 1):
+            y = linear(x[:, :n_tokens], weight)
+            close(y, x[:, :n_tokens].double() @ values.t())
+
+
+def test_8_bit_floats_are_the_nearest() -> None:
+    values = random(ROWS, 48) * torch.logspace(-6, 6, ROWS, device=DEVICE)[:, None]
+    values[3] = 0
+    weight = Fp8Weight.of(values.bfloat16())
+    values = values.bfloat16().float()
+    dense = weight.dense(torch.float32)
+    assert dense.isfinite().all() and torch.equal(dense[3], values[3])
+    # Half a unit of 3 bits; and what lies below the normal numbers, half their smallest step.
+    error = (dense - values).abs()
+    assert (
+        error <= torch.maximum(values.abs() / 16, values.abs().amax(dim=1, keepdim=True) / 448 / 1024) * 1.001
+    ).all()
+    assert torch.equal(weight.rows(torch.tensor([5, 0], device=DEVICE)), dense[[5, 0]])
+    with pytest.raises(ValueError, match="not finite"):
+        Fp8Weight.of(torch.full((2, 16), float("inf")))
+
+
+def test_every_8_bit_float_is_decoded() -> None:
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite().nonzero().flatten().cpu()] if DEVICE.type == "cpu" else codes
+    weight = Fp8Weight(codes[None], torch.ones(1, 1, device=DEVICE))
+    values = products.dense(weight, torch.float32)
+    finite = weight.codes.float().isfinite()
+    assert torch.equal(values[finite], weight.codes.float()[finite]) and finite.sum() == 254
+
+
+def test_the_hardwares_product_of_8_bit_floats() -> None:
+    """Tokens of zeros included; torch runs the same operation on a CPU."""
+    weight = Fp8Weight.of(random(48, 64))
+    x = random(70, 64)
+    x[7] = 0
+    y = planes.multiply_fp8(x, weight)
+    assert not y[7].any()
+    close(y.float(), x.double() @ weight.dense(torch.float64).t(), 0.05)
+
+
+POINTERS = {
+    "Q4_0": {"scales_ptr": "*fp16"},
+    "Q4_1": {"scales_ptr": "*i32"},
+    "Q8_0": {"scales_ptr": "*fp16"},
+    "Q4_K": {"scales_ptr": "*i32", "sub_scales_ptr": "*i16"},
+    "Q6_K": {"scales_ptr": "*fp16", "sub_scales_ptr": "*i16", "high_ptr": "*u8"},
+    "F8_E4M3": {"scales_ptr": "*fp32"},
+    "FLOAT": {},
+}
+
+
+def ahead_of_time() -> Iterator[Ahead]:
+    """All kernels, as the 8B model launches them: even rows, of multiples of 16, and bf16 activations."""
+    sizes = {"n_out": "i32:16", "n_in": "i32:16", "x_stride": "i32:16", "n_tokens": "i32", "magic": "i32"}
+    for kind, pointers in POINTERS.items():
+        codes = "*bf16" if kind == "FLOAT" else "*u8"
+        absent = dict.fromkeys({"high_ptr", "scales_ptr", "sub_scales_ptr"} - pointers.keys())
+        tensors = {"x_ptr": "*bf16", "y_ptr": "*bf16", "codes_ptr": codes, **pointers}
+        # What is gated differs in rows and in the last step alone.
+        for gated in (False, True) if kind in ("FLOAT", "Q4_0") else (False,):
+            constants = {**absent, "bias_ptr": None, "KIND": kind, "GATED": gated}
+            for n_tokens in (1, FEW):
+                lanes = {"TOKENS": n_tokens, "ROWS": products.ROWS, "LANES": 128, "VECTOR": 8, "EVEN": True}
+                name = f"few {kind} {n_tokens}{' gated' * gated}"
+                yield Ahead(name, products._few_kernel, tensors | sizes, constants | lanes)
+            if kind != "FLOAT":
+                tiles = {"TOKENS": MOST, "ROWS": products.DOT_ROWS, "GROUPS": products.DOT_GROUPS}
+                name = f"most {kind}{' gated' * gated}"
+                yield Ahead(name, products._most_kernel, tensors | sizes, constants | tiles)
+    tensors = {"codes_ptr": "*u8", **POINTERS["Q6_K"], "values_ptr": "*bf16"}
+    constants = {"KIND": "Q6_K", "GROUPS": products.DENSE_GROUPS}
+    sizes = {"first": "i32", "n_in": "i32:16", "magic": "i32"}
+    yield Ahead("dense Q6_K", products._dense_kernel, tensors | sizes, constants)
+
+
+def test_kernels_compile_for_gpus_and_spill_nothing() -> None:
+    """At one token, weights are read in vectors of 8 codes or 8 floats."""
+    for name, kernel in compiled_kernels(__name__).items():
+        assert not kernel.spills, (name, kernel.registers, kernel.spills)
+        # What GPUs other than A100 and H100 give a program.
+        assert kernel.shared <= 99 * 1024, (name, kernel.shared)
+        if name.startswith("few"):
+            vector = "ld.global.v4.b32" if "FLOAT" in name else "ld.global.v2.b32"
+            assert kernel.ptx.count(vector) >= products.ROWS, name
+            assert "ld.global.v4.b32" in kernel.ptx and ".local" not in kernel.ptx, name
