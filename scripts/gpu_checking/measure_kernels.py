@@ -1,0 +1,137 @@
+"""Kernels alone: products against cuBLAS, attention, what lies between, and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_checking.bench import Bench
+from gpu_checking.clock import UNCACHED, copy_gb_s, seconds_each
+from gpu_checking.random_models import Maker
+from gpu_checking.sizes import FLOATS
+from llama.config import ModelArgs
+from llama.gpu import attention, elementwise, products
+from llama.gpu import sampling as gpu_sampling
+from llama.rope import Rotary
+
+N_TOKENS = (1, products.FEW)
+
+
+# --- products ------------------------------------------------------------------------------------------------------
+
+
+def linears(args: ModelArgs) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the weights of a layer as they are multiplied, and of the output."""
+    q, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    return {
+        "wq wk wv": (q + 2 * kv, args.dim),
+        "wo": (args.dim, q),
+        "w1 w3": (2 * args.hidden_dim, args.dim),
+        "w2": (args.dim, args.hidden_dim),
+        "output": (args.vocab_size, args.dim),
+    }
+
+
+def measure_linears(bench: Bench) -> None:
+    for form in bench.size.forms[:1] if bench.quick else bench.size.forms:
+        for name, shape in linears(bench.size.args).items():
+            what = f"{name} in {bench.shown(form)} alone"
+            if bench.report.has_time(what):
+                bench.report.measure(what, measure_linear, bench, form, name, *shape)
+
+
+@torch.inference_mode()
+def measure_linear(bench: Bench, form: str, name: str, rows: int, columns: int) -> None:
+    """GB/s of weights in turn that no cache holds together; the gates' are ours with the gate."""
+    make = Maker(form, bench.device, bench.dtype)
+    weights = [make(name, (rows, columns))]
+    many = UNCACHED // weights[0].nbytes if bench.device.type == "cuda" else 0
+    weights += [make(name, (rows, columns)) for _ in range(many)]
+    for n in N_TOKENS:
+        x = torch.randn(n, columns, device=bench.device, dtype=bench.dtype)
+        multiply = products.multiply_gated if name == "w1 w3" else products.multiply
+        ours = seconds_each([partial(multiply, x, weight) for weight in weights], bench)
+        cublas: float | None = None
+        if form == FLOATS:
+            floats = [weight for weight in weights if isinstance(weight, Tensor)]
+            cublas = weights[0].nbytes / seconds_each([partial(F.linear, x, weight) for weight in floats], bench) / 1e9
+        bench.report.add(
+            "linears",
+            form=bench.shown(form),
+            name=name,
+            rows=rows,
+            columns=columns,
+            n_tokens=n,
+            us=1e6 * ours,
+            gb_s=weights[0].nbytes / ours / 1e9,
+            cublas_gb_s=cublas,
+        )
+
+
+# --- the rest ------------------------------------------------------------------------------------------------------
+
+
+def measure_kernels(bench: Bench) -> None:
+    for context in bench.size.contexts[-2:]:
+        bench.report.measure(f"attention alone at {context}", measure_attention, bench, context)
+    bench.report.measure("kernels between products", measure_between, bench)
+    for vocab_size in bench.size.vocab_sizes:
+        bench.report.measure("sampling alone", measure_sampling, bench, vocab_size)
+
+
+@torch.inference_mode()
+def measure_attention(bench: Bench, context: int) -> None:
+    """One token against the keys of layers in turn."""
+    args = bench.size.args
+    shape = args.n_layers, 1, context, args.n_kv_heads, args.head_dim
+    keys, values = torch.randn(2, *shape, device=bench.device, dtype=bench.dtype)
+    start_pos = torch.tensor([context - 1], device=bench.device)
+    q = torch.randn(1, 1, args.n_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
+    runs = [partial(attention.attend, q, k, v, start_pos, None) for k, v in zip(keys, values, strict=True)]
+    took = seconds_each(runs, bench)
+    gb_s = 2 * keys[0].nbytes / took / 1e9
+    percent = 100 * gb_s / copy_gb_s(bench)
+    bench.report.add("kernels", name=f"attention at {context}", us=1e6 * took, gb_s=gb_s, percent_of_copy=percent)
+
+
+def time_kernel(bench: Bench, name: str, run: Callable[[], object]) -> None:
+    bench.report.add("kernels", name=name, us=1e6 * seconds_each([run], bench), gb_s=None, percent_of_copy=None)
+
+
+@torch.inference_mode()
+def measure_between(bench: Bench) -> None:
+    args = bench.size.args
+    for n in N_TOKENS:
+        x, delta = (torch.randn(n, args.dim, device=bench.device) for _ in range(2))
+        weight = torch.ones(args.dim, device=bench.device, dtype=bench.dtype)
+        run: Callable[[], object] = partial(elementwise.add_and_norm, x, delta, weight, args.norm_eps, bench.dtype)
+        time_kernel(bench, f"sum and norm, tokens: {n}", run)
+        both = torch.randn(n, 2 * args.hidden_dim, device=bench.device, dtype=bench.dtype)
+        time_kernel(bench, f"gate, tokens: {n}", partial(elementwise.gate, both))
+        start_pos = torch.zeros(n, device=bench.device, dtype=torch.long)
+        rotation = Rotary(args.head_dim, args.rope_theta, None).to(bench.device)(start_pos[:, None])
+        columns = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
+        qkv = torch.randn(n, columns, device=bench.device, dtype=bench.dtype)
+        cache = torch.zeros(2, n, 8, args.n_kv_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
+        heads = args.n_heads, args.n_kv_heads
+        run = partial(elementwise.rotate_and_keep, qkv, rotation, start_pos, cache[0], cache[1], *heads)
+        time_kernel(bench, f"rotation, tokens: {n}", run)
+
+
+@torch.inference_mode()
+def measure_sampling(bench: Bench, vocab_size: int) -> None:
+    for n in N_TOKENS:
+        logits = 4 * torch.randn(n, vocab_size, device=bench.device)
+        uniform = torch.rand(n, device=bench.device)
+        temperature, top_p = (torch.tensor(value, device=bench.device) for value in (0.7, 0.9))
+        runs: dict[str, Callable[[], object]] = {
+            "greedy": partial(gpu_sampling.greedy, logits),
+            "sampled": partial(gpu_sampling.sample, logits, temperature, top_p, uniform),
+            "sampled of all": partial(gpu_sampling.sample_all, logits, temperature, uniform),
+        }
+        for name, run in runs.items():
+            time_kernel(bench, f"{name} of {vocab_size}, tokens: {n}", run)

@@ -1,0 +1,128 @@
+"""Weights of random values, never zeros, made where they are used, and models of them that keep activations sane."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_checking.sizes import FLOATS
+from llama.blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize
+from llama.config import ModelArgs
+from llama.gpu.planes import Fp8Weight, PlanarWeight
+from llama.gpu_layers import GpuLayers, GpuWeight
+from llama.model import RMSNorm, Transformer
+from llama.parallel import ModelParallel
+
+LOGITS = 3.0  # their standard deviation
+# Where blocks that no code here quantizes have their halves, and how these are to each other: Q4_K's codes are 7.5 on
+# average, and its minima are subtracted.
+HALVES = {"Q4_0": {0: 1.0}, "Q4_K": {0: 1.0, 2: 7.5}, "Q6_K": {208: 1.0}}
+MEASURED_ROWS = 64  # of random blocks, to learn how large their values are
+
+
+def random_values(shape: tuple[int, ...], std: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype).mul_(std)
+
+
+def random_blocks(block_type: BlockType, rows: int, columns: int, std: float, device: torch.device) -> Tensor:
+    """Blocks (rows, bytes) of normal values, quantized, or of random codes and scales with one scale over them."""
+    if block_type.name in QUANTIZE.values():
+        return quantize(random_values((rows, columns), std, device, torch.float32), block_type)
+    n_blocks = columns // block_type.elements
+    blocks = torch.randint(0, 256, (rows, n_blocks, block_type.size), dtype=torch.uint8, device=device)
+    _set_halves(blocks, block_type, 1.0)
+    _set_halves(blocks, block_type, std / float(dequantize(blocks[:MEASURED_ROWS].flatten(1), block_type).std()))
+    return blocks.flatten(1)
+
+
+def _set_halves(blocks: Tensor, block_type: BlockType, scale: float) -> None:
+    for at, times in HALVES[block_type.name].items():
+        half = torch.tensor([times * scale], dtype=torch.float16).view(torch.uint8)
+        blocks[..., at : at + 2] = half.to(blocks.device)
+
+
+def block_type_of(form: str) -> BlockType:
+    return BLOCK_TYPES[QUANTIZE.get(form, form)]
+
+
+def random_weight(form: str, rows: int, columns: int, device: torch.device) -> tuple[GpuWeight, Tensor]:
+    """A weight whose products with normal values are as large as these, and its values in fp64, otherwise decoded."""
+    std = columns**-0.5
+    if form in ("bf16", "fp16"):
+        dtype = torch.bfloat16 if form == "bf16" else torch.float16
+        weight = random_values((rows, columns), std, device, dtype)
+        return weight, weight.double()
+    if form == "fp8":
+        fp8 = Fp8Weight.of(random_values((rows, columns), std, device, torch.float32))
+        return fp8, fp8.codes.double() * fp8.scales.double()
+    blocks = random_blocks(block_type_of(form), rows, columns, std, device)
+    return PlanarWeight(blocks, block_type_of(form)), dequantize(blocks, block_type_of(form)).double()
+
+
+def random_model(
+    args: ModelArgs, form: str, device: torch.device, dtype: torch.dtype, parallel: ModelParallel | None = None
+) -> Transformer:
+    """A model that computes in dtype and is run by the GPU's kernels; its embedding is in floats, unless it is tied."""
+    with torch.device("meta"):
+        model = Transformer(args, parallel)
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    for norm in norms:
+        _set(norm, 1 + random_values(norm.weight.shape, 0.1, device, dtype))
+    make = Maker(form, device, dtype)
+    layers: list[Any] = list(model.layers)
+    for layer in layers:
+        for half in (layer.attention, layer.feed_forward):
+            for name, linear in half.named_children():
+                _set(linear, make(name, linear.weight.shape))
+    output, table = model.output, model.tok_embeddings
+    table_shape = table.weight.shape
+    _set(output, make("output", output.weight.shape, times=LOGITS))
+    if args.tied_embeddings:
+        table.weight = output.weight
+    else:
+        _set(table, random_values(table_shape, 1.0, device, dtype))
+    model.rope.to(device)
+    model.fused = GpuLayers(model)
+    return model
+
+
+class Maker:
+    """Makes the weights of a model. Blocks of one name are made once: layers have them with their rows in turn."""
+
+    def __init__(self, form: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.form, self.device, self.dtype = form, device, dtype
+        self._blocks: dict[str, Tensor] = {}
+        self._turns = itertools.count(1, 7)
+
+    def __call__(self, name: str, shape: tuple[int, ...], times: float = 1.0) -> GpuWeight:
+        rows, columns = shape
+        std = times * columns**-0.5
+        if self.form == FLOATS:
+            return random_values((rows, columns), std, self.device, self.dtype)
+        if self.form == "fp8":
+            return Fp8Weight.of(random_values((rows, columns), std, self.device, torch.bfloat16))
+        block_type = block_type_of(self.form)
+        if name not in self._blocks:
+            self._blocks[name] = random_blocks(block_type, rows, columns, std, self.device)
+        return PlanarWeight(self._blocks[name].roll(next(self._turns), 0), block_type)
+
+
+def in_floats(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model on the same values in floats of dtype, run by torch's operations."""
+    with torch.device("meta"):
+        floats = Transformer(model.args, model.parallel)
+    held = dict(model.named_modules())
+    for name, module in floats.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            weight: Any = held[name].weight
+            _set(module, weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype))
+    floats.rope.to(model.device)
+    return floats
+
+
+def _set(module: Any, weight: GpuWeight) -> None:
+    del module.weight  # a parameter is not replaced by a module
+    module.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight

@@ -1,0 +1,86 @@
+"""Which shapes are checked and measured; those of "tiny" are for Triton's interpreter, on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from llama.checkpoint.presets import PRESETS
+from llama.config import ModelArgs
+
+FLOATS = "floats"  # weights in the dtype that is computed in
+
+
+@dataclass(frozen=True)
+class Size:
+    """Lengths are in tokens."""
+
+    args: ModelArgs  # of the model that is measured
+    checked: ModelArgs  # of the model whose logits and tokens are checked
+    forms: tuple[str, ...]  # what weights are held in, the most important first
+    products: tuple[tuple[int, int], ...]  # (rows, columns) of weights: 4 n + 1 rows, and columns of whole blocks
+    heads: tuple[tuple[int, int, int], ...]  # (n_heads, n_kv_heads, head_dim) of attention
+    read: tuple[int, ...]  # positions that queries see
+    queries: tuple[int, ...]  # of a row
+    vocab_sizes: tuple[int, ...]
+    graphed: tuple[str, ...]  # forms of the models whose tokens are checked
+    kinds: tuple[str, ...]  # of sampling
+    limits: tuple[int, ...]  # new tokens of each row of a batch
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prompts: tuple[int, ...]  # prefills that are measured
+    steps: int  # of decoding that are measured
+    peer_steps: int  # of a run that peers are compared by
+    repeats: int  # of what is measured alone
+    copied: int  # bytes of a buffer that is larger than any cache
+
+
+FORMS = (FLOATS, "int4", "int8", "Q4_K", "fp8", "Q6_K")
+LLAMA_8B, LLAMA_1B = (PRESETS[name].args for name in ("llama-3.1-8b", "llama-3.2-1b"))
+# Three heads to a KV head, and rows of whole groups of 32.
+TINY = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=160, vocab_size=300)
+
+_LARGE = Size(
+    args=LLAMA_8B,
+    checked=LLAMA_1B,
+    forms=FORMS,
+    products=((1021, 4096), (333, 14336)),
+    heads=((32, 8, 128), (21, 3, 80)),
+    read=(100, 4096),
+    queries=(1, 8, 300),
+    vocab_sizes=(128256,),
+    graphed=(FLOATS, "int4"),
+    kinds=("greedy", "sampled", "sampled of all"),
+    limits=(24, 7, 30, 13, 40),
+    batches=(1, 8, 64),
+    contexts=(128, 4096, 32768),
+    prompts=(512, 2048, 8192),
+    steps=12,
+    peer_steps=96,
+    repeats=7,
+    copied=2 << 30,
+)
+SIZES = {
+    "8b": _LARGE,
+    "1b": dataclasses.replace(_LARGE, args=LLAMA_1B),
+    "tiny": Size(
+        args=TINY,
+        checked=TINY,
+        forms=(FLOATS, "int4"),  # blocks of 256 values are longer than its rows
+        products=((21, 256),),
+        heads=((6, 2, 16),),
+        read=(100,),
+        queries=(1, 8, 20),
+        vocab_sizes=(300,),
+        graphed=("int4",),
+        kinds=("sampled",),
+        limits=(2, 4, 3),
+        batches=(1, 3),
+        contexts=(16,),
+        prompts=(24,),
+        steps=2,
+        peer_steps=1,
+        repeats=1,
+        copied=1 << 20,
+    ),
+}
