@@ -21,7 +21,7 @@ from llama.gpu.one_shot import OneShot, open_one_shot
 from llama.gpu.planes import Fp8Weight, PlanarWeight
 from llama.linear import Quantized, linear
 from llama.model import Transformer, TransformerBlock, attend
-from llama.parallel import ColumnParallelLinear, RowParallelLinear
+from llama.parallel import ColumnParallelLinear, RowParallelLinear, local_world_size
 
 GpuWeight = Tensor | PlanarWeight | Fp8Weight
 
@@ -65,7 +65,8 @@ class GpuLayers:
         self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
         self._one_shot: OneShot | None = None
         if self.parallel.group is not None and self.parallel.size > 1 and model.device.type == "cuda":
-            self._one_shot = open_one_shot(self.parallel.group, products.FEW * self.args.dim, model.device)
+            numel = products.FEW * self.args.dim
+            self._one_shot = open_one_shot(self.parallel.group, numel, model.device, local_world_size())
 
     def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         """See `Transformer.run_layers`; in fp32."""
@@ -144,7 +145,7 @@ def join(linears: Sequence[ColumnParallelLinear]) -> Joined:
             runs[-1].append(each)
         else:
             runs.append([each])
-    biases = [each.bias for each in linears if each.bias is not None]
+    biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
     return Joined([_join_run(run) for run in runs], torch.cat(biases) if biases else None)
 
 

@@ -30,6 +30,11 @@ class BlockWeight(nn.Module):
         self.register_buffer("blocks", blocks)
         self.shape = _matrix_shape(blocks, block_type)
 
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        return rows * columns // block_type.elements * block_type.size
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) times the matrix transposed: (..., out) in x's dtype."""
         parts = self.blocks.split(max(1, DENSE_AT_ONCE // self.shape[1]))
@@ -54,6 +59,11 @@ class PackedWeight(nn.Module):
         self.block_type = block_type
         self.shape = _matrix_shape(blocks, block_type)
         self.register_buffer("tiles", kernels.pack(blocks, block_type.name, self.shape[1]))
+
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        return kernels.packed_bytes(block_type.name, rows, columns)
 
     def describe(self) -> kernels.Weight:
         return kernels.Weight(kernels.BLOCKS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -12,6 +13,7 @@ OLDEST = (8, 0)
 OLDEST_WITH_FP8 = (8, 9)  # Ada
 
 
+@functools.cache  # asked for every product
 def has_triton(device: torch.device) -> bool:
     """Whether kernels written in Triton run on this device; LLAMA_KERNELS=0 says that none are to."""
     if device.type != "cuda" or os.environ.get("LLAMA_KERNELS") == "0" or torch.version.cuda is None:

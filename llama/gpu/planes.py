@@ -68,6 +68,14 @@ class PlanarWeight(nn.Module):
         joined = {name: torch.cat([plane[name] for plane in planes]) for name in planes[0]}
         return cls._of(dict.fromkeys(PLANES) | joined, block_type)
 
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        if block_type == F8_E4M3:  # an Fp8Weight, where there are the same kernels
+            return rows * (columns + 4)
+        unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
+        return rows * columns // block_type.elements * (block_type.size + unpacked)
+
     def part(self, start: int, stop: int) -> PlanarWeight:
         """Rows from start to stop, in the same memory."""
         rows = {name: plane[start:stop] for name, plane in self.named_buffers()}
@@ -150,14 +158,6 @@ class Fp8Weight(nn.Module):
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
-
-
-def planar_bytes(block_type: BlockType, rows: int, columns: int) -> int:
-    """What a matrix takes on a GPU."""
-    if block_type == F8_E4M3:
-        return rows * (columns + 4)
-    unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
-    return rows * columns // block_type.elements * (block_type.size + unpacked)
 
 
 PLANES = ("codes", "high", "scales", "sub_scales")

@@ -37,11 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"blocks", "config", "gpu", "linear", "model", "parallel", "rope", "tokenizer"},
     "footprint": {"config", "gpu", "parallel"},
     "plan": {
-        *{"blocks", "checkpoint", "compiled", "config", "footprint", "gpu", "kernels", "memory", "model", "parallel"},
+        *{"blocks", "checkpoint", "compiled", "config", "footprint", "linear", "memory", "model", "parallel"},
     },
     "build": {
-        *{"chat", "checkpoint", "compiled", "config", "footprint", "fused", "gpu", "gpu_layers", "kernels", "memory"},
-        *{"model", "parallel", "plan", "tokenizer"},
+        *{"chat", "checkpoint", "compiled", "config", "footprint", "fused", "gpu", "gpu_layers", "kernels", "linear"},
+        *{"memory", "model", "parallel", "plan", "tokenizer"},
     },
     "context": {"config", "footprint", "model", "sampling"},
     "steps": {"context", "gpu", "model", "sampling"},
