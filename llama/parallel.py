@@ -269,8 +269,8 @@ class ColumnParallelLinear(nn.Module):
         self.weight: Weight = _weight(local_out_features, in_features)
         self.bias = _weight(local_out_features) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, dtype)
 
 
 class RowParallelLinear(nn.Module):

@@ -84,8 +84,9 @@ def test_in_bf16_the_kernels_are_as_near_to_fp32_as_torch() -> None:
     state = {name: weight.bfloat16() for name, weight in random_state(ARGS).items()}
     exact = transformer(ARGS, {name: weight.float() for name, weight in state.items()}).to(DEVICE)
     for found, expected, truth in zip(logits(other), logits(plain), logits(exact), strict=True):
-        # Two ways of rounding: neither is nearer everywhere.
-        assert (found - truth).square().mean() <= 2 * (expected - truth).square().mean()
+        # The interpreter cuts off the bits that a GPU rounds, which doubles an error.
+        factor = 1.2 if DEVICE == "cuda" else 2
+        assert (found - truth).norm() <= factor * (expected - truth).norm()
 
 
 def hold(model: Transformer, how: dict[str, str]) -> Transformer:
