@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "context": {"config", "footprint", "model", "sampling"},
     "steps": {"context", "gpu", "model", "sampling"},
-    "graphs": {"context", "gpu", "model", "sampling", "steps"},
+    "graphs": {"compiled", "context", "model", "sampling", "steps"},
     "kept": {"build", "context", "footprint", "graphs", "model", "steps"},
     "speculation": {"context", "sampling", "steps"},
     "batch": {"footprint", "predictions", "sampling", "speculation", "statistics", "steps"},
