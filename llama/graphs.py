@@ -28,6 +28,9 @@ MOST_TOKENS = 8
 # From here on graphs are made for multiples of it, below it for powers of two.
 ROWS = 8
 
+# Seconds; with kernels that are compiled already recording takes far less.
+WORTH_TELLING = 1.0
+
 # Takes what a step does on the device and runs it once; the result runs it again, on the same memory.
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -148,7 +151,9 @@ class GraphSteps:
             self._graphs[key] = self._record(lambda: self._step(rows, seqlen))
             self._tokens.copy_(state[0])
             self._start_pos.copy_(state[1])
-            log.debug("recorded a step of %d x %d tokens in %.2f s", rows, seqlen, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            if seconds > WORTH_TELLING:
+                log.info("compiled and recorded a step in %.1f s; Triton keeps what it compiles", seconds)
         self._graphs[key]()
         found = [self._picked[: rows * seqlen + 1]]
         if self._chooser.logprobs:
