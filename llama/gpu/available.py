@@ -12,7 +12,6 @@ import torch
 OLDEST = (8, 0)
 # Tokens in a vocabulary: up to 2**44 units of mass each are summed in int64 (sampling_kernels.py).
 LARGEST_VOCAB = 2**18
-OLDEST_WITH_FP8 = (8, 9)  # Ada
 
 
 @functools.cache  # asked for every product
@@ -23,8 +22,3 @@ def has_triton(device: torch.device) -> bool:
     if os.environ.get("LLAMA_KERNELS") == "0":
         return False
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= OLDEST
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether kernels read floats of 8 bits there."""
-    return has_triton(device) and torch.cuda.get_device_capability(device) >= OLDEST_WITH_FP8

@@ -125,6 +125,12 @@ def test_an_unknown_quantization_is_told(tmp_path: Path, value: object) -> None:
         build(tmp_path, quantize=value)
 
 
+def test_8_bit_floats_are_refused_where_no_gpu_reads_them(tmp_path: Path) -> None:
+    write_meta(tmp_path, SMALL)
+    with pytest.raises(ValueError, match=r"^quantize fp8 needs a CUDA device and Triton kernels, got cpu: use int8"):
+        build(tmp_path, quantize="fp8")
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("kind_name", "mode", "linear", "tables"),
