@@ -21,7 +21,7 @@ from llama.compiled import CompiledLayers, has_own_kernels
 from llama.config import ModelArgs
 from llama.footprint import Job
 from llama.fused import FusedLayers, can_fuse
-from llama.gpu.available import has_fp8, has_triton
+from llama.gpu.available import has_triton
 from llama.gpu.planes import PlanarWeight
 from llama.kernels.compile import library
 from llama.linear import PackedWeight
