@@ -21,8 +21,10 @@ from llama.compiled import CompiledLayers, has_own_kernels
 from llama.config import ModelArgs
 from llama.footprint import Job
 from llama.fused import FusedLayers, can_fuse
-from llama.gpu.available import has_fp8, has_triton
+from llama.gpu.available import has_triton
+from llama.gpu.planes import PlanarWeight
 from llama.kernels.compile import library
+from llama.linear import PackedWeight
 from llama.memory import free_bytes
 from llama.model import Transformer
 from llama.parallel import ModelParallel, local_world_size
@@ -176,7 +178,7 @@ def check_alike(source: Source) -> None:
         "device": source.device.type,
         "dtype": dtype_name(source.storage.dtype),
         "quantize": str(source.storage.quantize),
-        "kernels": "own kernels" if source.storage.packed else "none",
+        "kernels": "own kernels" if source.storage.packs else "none",
         "architecture": str(source.args),
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
     }
@@ -225,7 +227,7 @@ def open_source(
     quantize: str | None = None,
 ) -> Source:
     if quantize is not None and quantize not in QUANTIZED:
-        raise ValueError(f"quantize must be {' or '.join(QUANTIZED)}, got {quantize!r}")
+        raise ValueError(f"quantize must be one of {', '.join(QUANTIZED)}, got {quantize!r}")
     place = parallel.choose_device(device)
     checkpoint = open_checkpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
@@ -244,9 +246,13 @@ def open_source(
         max_batch_size=max_batch_size,
     )
     computed = parallel.choose_dtype(dtype, place, checkpoint.dtype)
-    if quantize == "fp8" and not has_fp8(place):
-        raise ValueError(
-            f"quantize fp8 needs a CUDA device of capability 8.9 and Triton, got {place}: use int8 instead"
-        )
-    storage = Storage(computed, quantize, packed=library() is not None if place.type == "cpu" else has_triton(place))
-    return Source(checkpoint, tokenizer, args, place, storage)
+    if quantize == "fp8" and not has_triton(place):
+        raise ValueError(f"quantize fp8 needs a CUDA device and Triton kernels, got {place}: use int8 instead")
+    return Source(checkpoint, tokenizer, args, place, Storage(computed, quantize, _packs(place)))
+
+
+def _packs(device: torch.device) -> type[PackedWeight] | type[PlanarWeight] | None:
+    """What kernels that run there take blocks as."""
+    if device.type == "cpu":
+        return PackedWeight if library() is not None else None
+    return PlanarWeight if has_triton(device) else None

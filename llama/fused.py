@@ -37,7 +37,7 @@ class FusedLayers:
 
     def __init__(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
-        self.tok_embeddings, self.mask = model.tok_embeddings, model.mask
+        self.tok_embeddings, self.norm, self.mask = model.tok_embeddings, model.norm, model.mask
         self._kept: list[Tensor] = []  # what the structures point at, beside the model's own
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._described = (kernels.Layer * len(self.layers))()
@@ -62,7 +62,7 @@ class FusedLayers:
             self._few(residual, step)
         else:
             self._many(residual, step, positions, self.mask(positions, kv_len), cache)
-        return residual.view(bsz, seqlen, -1)
+        return self.norm(residual.view(bsz, seqlen, -1))
 
     def _few(self, x: Tensor, step: kernels.Step) -> None:
         if self.parallel.size == 1:

@@ -21,7 +21,7 @@ from llama.gpu.one_shot import OneShot, open_one_shot
 from llama.gpu.planes import Fp8Weight, PlanarWeight
 from llama.linear import Quantized, linear
 from llama.model import Transformer, TransformerBlock, attend
-from llama.parallel import ColumnParallelLinear, RowParallelLinear
+from llama.parallel import ColumnParallelLinear, RowParallelLinear, local_world_size
 
 GpuWeight = Tensor | PlanarWeight | Fp8Weight
 
@@ -59,16 +59,17 @@ class GpuLayers:
 
     def __init__(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
-        self.tok_embeddings = model.tok_embeddings
+        self.tok_embeddings, self.norm = model.tok_embeddings, model.norm
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
         self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
         self._one_shot: OneShot | None = None
         if self.parallel.group is not None and self.parallel.size > 1 and model.device.type == "cuda":
-            self._one_shot = open_one_shot(self.parallel.group, products.FEW * self.args.dim, model.device)
+            numel = products.FEW * self.args.dim
+            self._one_shot = open_one_shot(self.parallel.group, numel, model.device, local_world_size())
 
     def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        """See `Transformer.run_layers`; in fp32."""
+        """See `Transformer.run_layers`."""
         bsz, seqlen = tokens.shape
         x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
         start_pos = positions[:, 0].contiguous()
@@ -88,8 +89,7 @@ class GpuLayers:
             delta = self._sum(y, layer.attention.wo)
             h = self._norm(x, delta, layer.ffn_norm.weight)
             delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2)
-        elementwise.add_and_norm(x, delta, None, self.args.norm_eps, self.dtype)
-        return x.view(bsz, seqlen, -1)
+        return self._norm(x, delta, self.norm.weight).view(bsz, seqlen, -1)
 
     def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         h = elementwise.add_and_norm(x, delta, weight, self.args.norm_eps, self.dtype)
@@ -144,7 +144,7 @@ def join(linears: Sequence[ColumnParallelLinear]) -> Joined:
             runs[-1].append(each)
         else:
             runs.append([each])
-    biases = [each.bias for each in linears if each.bias is not None]
+    biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
     return Joined([_join_run(run) for run in runs], torch.cat(biases) if biases else None)
 
 

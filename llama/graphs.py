@@ -6,17 +6,21 @@ its random numbers. A step leaves them as the next one needs them, so a step can
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from llama.compiled import has_own_kernels
 from llama.context import Context
-from llama.gpu.available import has_triton
 from llama.model import Transformer
 from llama.sampling import SamplingParams
-from llama.steps import Chooser, Picked, as_picked, uniforms_at
+from llama.steps import Chooser, Picked, as_picked, samples_on_gpu, uniforms_at
+
+log = logging.getLogger("llama")
 
 # Most tokens of a row in a step.
 MOST_TOKENS = 8
@@ -24,13 +28,16 @@ MOST_TOKENS = 8
 # From here on graphs are made for multiples of it, below it for powers of two.
 ROWS = 8
 
+# Seconds; with kernels that are compiled already recording takes far less.
+WORTH_TELLING = 1.0
+
 # Takes what a step does on the device and runs it once; the result runs it again, on the same memory.
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def can_record(model: Transformer) -> bool:
     """Whether a step of this model can be a CUDA graph: its kernels must find lengths on the device."""
-    return model.fused is not None and has_triton(model.device)
+    return samples_on_gpu(model) and has_own_kernels(model)
 
 
 class CudaGraphs:
@@ -66,10 +73,11 @@ class GraphSteps:
 
     def _bind(self) -> None:
         """Make the buffers that belong to the context's cache; graphs of another cache are of no use."""
-        self._keys = self.context.cache.keys
+        keys = self.context.cache.keys
+        self._bound_to = self._cache_place()
         self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         self._under_way: deque[tuple[list[Tensor], torch.cuda.Event | None, int, int]] = deque()
-        rows, length, device = self._keys.shape[1], self._keys.shape[2], self._keys.device
+        rows, length, device = keys.shape[1], keys.shape[2], keys.device
         self._tokens = torch.zeros(rows, MOST_TOKENS, dtype=torch.long, device=device)
         self._start_pos = torch.zeros(rows, dtype=torch.long, device=device)
         self._running = torch.zeros(rows, dtype=torch.long, device=device)  # 1, or 0 for rows that only fill up a graph
@@ -78,8 +86,13 @@ class GraphSteps:
         self._picked = torch.zeros(rows * MOST_TOKENS + 1, dtype=torch.long, device=device)
         self._scores = torch.zeros(rows * MOST_TOKENS, device=device)
 
+    def _cache_place(self) -> tuple[object, ...]:
+        """Where the cache lies: a reference to it would keep the memory of one that has grown since."""
+        cache = self.context.cache
+        return cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape
+
     def begin(self, params: SamplingParams, logprobs: bool, uniforms: Tensor) -> None:
-        if self._keys is not self.context.cache.keys:
+        if self._bound_to != self._cache_place():
             self._bind()
         self._under_way.clear()  # of a batch that was interrupted
         self._chooser.set(params, logprobs)
@@ -133,10 +146,14 @@ class GraphSteps:
         rows = self._rows(bsz)
         key = (rows, seqlen, *self._chooser.kind)
         if key not in self._graphs:
+            start = time.perf_counter()
             state = self._tokens.clone(), self._start_pos.clone()
             self._graphs[key] = self._record(lambda: self._step(rows, seqlen))
             self._tokens.copy_(state[0])
             self._start_pos.copy_(state[1])
+            seconds = time.perf_counter() - start
+            if seconds > WORTH_TELLING:
+                log.info("compiled and recorded a step in %.1f s; Triton keeps what it compiles", seconds)
         self._graphs[key]()
         found = [self._picked[: rows * seqlen + 1]]
         if self._chooser.logprobs:
@@ -157,7 +174,7 @@ class GraphSteps:
         self._start_pos[:rows] += seqlen * self._running[:rows]
 
     def _upload(self, values: Sequence[object]) -> Tensor:
-        device = self._keys.device
+        device = self._note.device
         return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 

@@ -46,9 +46,10 @@ class Kept:
                 steps = None
         check_room(self.model, job, sum(each.context.bytes_in_use for each in steps or []), self.draft)
         if steps is None:
+            record = CudaGraphs() if any(recorded) else None
             contexts = [Context(model, job.bsz, job.length) for model in models]
             return [
-                GraphSteps(context, CudaGraphs()) if graphed else PlainSteps(context)
+                GraphSteps(context, record) if graphed and record else PlainSteps(context)
                 for context, graphed in zip(contexts, recorded, strict=True)
             ]
         for each in steps:

@@ -30,6 +30,11 @@ class BlockWeight(nn.Module):
         self.register_buffer("blocks", blocks)
         self.shape = _matrix_shape(blocks, block_type)
 
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        return rows * columns // block_type.elements * block_type.size
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) times the matrix transposed: (..., out) in x's dtype."""
         parts = self.blocks.split(max(1, DENSE_AT_ONCE // self.shape[1]))
@@ -54,6 +59,11 @@ class PackedWeight(nn.Module):
         self.block_type = block_type
         self.shape = _matrix_shape(blocks, block_type)
         self.register_buffer("tiles", kernels.pack(blocks, block_type.name, self.shape[1]))
+
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        return kernels.packed_bytes(block_type.name, rows, columns)
 
     def describe(self) -> kernels.Weight:
         return kernels.Weight(kernels.BLOCKS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)
@@ -83,16 +93,16 @@ Quantized = BlockWeight | PackedWeight | PlanarWeight | Fp8Weight
 Weight = Tensor | Quantized
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out) in x's dtype."""
-    if not isinstance(weight, Tensor):
-        y = weight(x)
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x (..., in) times weight (out, in) transposed, plus bias (out,): (..., out) in `dtype`, or else in x's."""
+    if isinstance(weight, PlanarWeight | Fp8Weight):
+        y = weight(x, dtype)
     else:
-        y = _times_floats(x, weight).type_as(x)
+        y = (_times_floats(x, weight, dtype) if isinstance(weight, Tensor) else weight(x)).to(dtype or x.dtype)
     return y if bias is None else y + bias
 
 
-def _times_floats(x: Tensor, weight: Tensor) -> Tensor:
+def _times_floats(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     on_cpu, compiling = weight.device.type == "cpu", torch.compiler.is_compiling()
     if on_cpu and not compiling and _is_few(x) and library() is not None:
         return kernels.multiply(kernels.float_weight(weight), x)
@@ -104,7 +114,7 @@ def _times_floats(x: Tensor, weight: Tensor) -> Tensor:
     if not on_cpu and not compiling and x.numel() <= FEW * x.shape[-1] and has_triton(weight.device):
         from llama.gpu.products import multiply
 
-        return multiply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
     return F.linear(x.type_as(weight), weight)
 
 

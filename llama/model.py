@@ -150,15 +150,15 @@ class Transformer(nn.Module):
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
         rotation = self.rope(positions, lengths)
         run = self.fused or self.run_layers
-        return self.norm(run(tokens, positions, rotation, kv_len, cache))
+        return run(tokens, positions, rotation, kv_len, cache)
 
     def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        """The sum after the last layer, (bsz, seqlen, dim), of tokens (bsz, seqlen), whose keys go to the cache."""
+        """Final states, (bsz, seqlen, dim), of tokens (bsz, seqlen) at positions, whose keys go to the cache."""
         x = self.tok_embeddings(tokens).to(self.dtype)
         mask, slots = self.mask(positions, kv_len), cache.slots(positions)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache, slots)
-        return x
+        return self.norm(x)
 
     def mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
         """Which keys the queries at positions (bsz, seqlen) see: (bsz, 1, seqlen, kv_len); None is plainly causal."""
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""
-        return self.parallel.all_gather(self.output(hidden))[..., : self.args.vocab_size].float()
+        return self.parallel.all_gather(self.output(hidden, torch.float32))[..., : self.args.vocab_size]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         self.fused = None  # it knows the weights where they were

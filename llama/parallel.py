@@ -25,6 +25,9 @@ from llama.threads import share_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# One tensor for all parts: a CUDA graph holds it. Its name until torch 2.12 warns in later ones.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # A chat may wait for its user over a weekend; a dead rank is torchrun's to notice, not a timeout's.
 CONTROL_TIMEOUT = timedelta(days=7)
 
@@ -190,12 +193,12 @@ class ModelParallel:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's x, joined along the last dimension in rank order."""
+        """Every rank's x (n, ..., size), joined along the last dimension in rank order."""
         if self.size > 1:
             staged = self._stage(x.contiguous())
-            parts = [torch.empty_like(staged) for _ in range(self.size)]
-            dist.all_gather(parts, staged, group=self.group)
-            x = torch.cat(parts, dim=-1).to(x.device)
+            parts = staged.new_empty(self.size * staged.shape[0], *staged.shape[1:])
+            _gather(parts, staged, group=self.group)
+            x = parts.unflatten(0, (self.size, -1)).movedim(0, -2).flatten(-2).to(x.device)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -269,8 +272,8 @@ class ColumnParallelLinear(nn.Module):
         self.weight: Weight = _weight(local_out_features, in_features)
         self.bias = _weight(local_out_features) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, dtype)
 
 
 class RowParallelLinear(nn.Module):

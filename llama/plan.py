@@ -18,8 +18,7 @@ from llama.checkpoint.load import Storage, check_weights, part_length, part_span
 from llama.compiled import has_own_kernels
 from llama.config import ModelArgs
 from llama.footprint import Job, activation_bytes, cache_bytes
-from llama.gpu.planes import planar_bytes
-from llama.kernels.operations import packed_bytes
+from llama.linear import BlockWeight
 from llama.memory import readable
 from llama.model import Transformer
 from llama.parallel import ModelParallel
@@ -70,7 +69,7 @@ class Planner:
 
     def plan(self, job: Job) -> Plan:
         cache = cache_bytes(self.args, self.parallel, self.dtype, job)
-        kernels = self.storage.packed
+        kernels = self.storage.packs is not None
         activations = activation_bytes(self.args, self.parallel, self.dtype, self.device, job, kernels)
         return Plan(self.weights, cache, activations, self.free)
 
@@ -109,10 +108,7 @@ class Planner:
         """Bytes of a part held in blocks, and what making it takes on the way."""
         rows, columns = shape
         raw = rows * columns // block_type.elements * block_type.size
-        held = raw
-        if self.storage.packed:
-            on_cpu = self.device.type == "cpu"
-            held = packed_bytes(block_type.name, rows, columns) if on_cpu else planar_bytes(block_type, rows, columns)
+        held = (self.storage.packs or BlockWeight).bytes_of(block_type, rows, columns)
         if self.checkpoint.block_type(name) == block_type:
             return held, raw
         read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)

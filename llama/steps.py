@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.context import Context
-from llama.gpu.available import has_triton
+from llama.gpu.available import LARGEST_VOCAB, has_triton
 from llama.model import Transformer
 from llama.sampling import SamplingParams, log_probs, sample
 
@@ -59,6 +59,11 @@ class Steps(Protocol):
         ...
 
 
+def samples_on_gpu(model: Transformer) -> bool:
+    """Whether tokens are chosen by kernels that let nobody wait."""
+    return has_triton(model.device) and model.args.vocab_size <= LARGEST_VOCAB
+
+
 class Chooser:
     """Chooses tokens from final states: on every rank those of the first, since rounding differs between ranks."""
 
@@ -67,7 +72,7 @@ class Chooser:
         self.params, self.logprobs = SamplingParams(), False
         # On the device, so that a recorded step serves all values.
         self._temperature, self._top_p = (torch.zeros((), device=model.device) for _ in range(2))
-        self._on_gpu = has_triton(model.device)
+        self._on_gpu = samples_on_gpu(model)
 
     def set(self, params: SamplingParams, logprobs: bool) -> None:
         self.params, self.logprobs = params, logprobs

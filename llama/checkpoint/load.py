@@ -29,7 +29,8 @@ class Storage:
 
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
-    packed: bool = False  # there are kernels here, for which blocks are packed; else files' own blocks become floats
+    # What kernels here take blocks as; without any, files' own blocks become floats.
+    packs: type[PackedWeight] | type[PlanarWeight] | None = None
 
     def block_type(
         self, checkpoint: StoredCheckpoint, name: str, args: ModelArgs, parallel: ModelParallel
@@ -39,7 +40,7 @@ class Storage:
         if len(shape) != 2:
             return None
         asked = quantized_type(name, shape, self.quantize) if self.quantize else None
-        held = stored if self.packed or self.quantize else None
+        held = stored if self.packs or self.quantize else None
         if asked is not None and (held is None or asked.size * held.elements < held.size * asked.elements):
             held = asked
         if held is None or shard_dim(name) != 1 or parallel.size == 1:
@@ -102,9 +103,7 @@ def _read_blocks(
         if block_type == F8_E4M3:
             return Fp8Weight.of(values)
         blocks = quantize(values, block_type)
-    if not storage.packed:
-        return BlockWeight(blocks, block_type)
-    return PackedWeight(blocks, block_type) if device.type == "cpu" else PlanarWeight(blocks, block_type)
+    return (storage.packs or BlockWeight)(blocks, block_type)
 
 
 def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:

@@ -35,14 +35,15 @@ class OneShot:
         return torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", self._name).view_as(x)
 
 
-def open_one_shot(group: dist.ProcessGroup, numel: int, device: torch.device) -> OneShot | None:
-    """A OneShot that was seen to work on every rank of the group, or None; every rank gets the same answer."""
+def open_one_shot(group: dist.ProcessGroup, numel: int, device: torch.device, local_ranks: int) -> OneShot | None:
+    """A OneShot that was seen to work on every rank of the group, or None; every rank gets the same answer.
+
+    local_ranks: how many ranks of the job each host runs.
+    """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    hosts_gpus = size <= torch.cuda.device_count()
     peers = [peer for peer in range(torch.cuda.device_count()) if peer != device.index]
-    if not _all_agree(
-        group, hosts_gpus and all(torch.cuda.can_device_access_peer(device, peer) for peer in peers), device
-    ):
+    reach = size <= local_ranks and all(torch.cuda.can_device_access_peer(device, peer) for peer in peers)
+    if not _all_agree(group, reach, device):
         return None
     try:
         one_shot = OneShot(group, numel, device)

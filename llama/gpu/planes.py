@@ -68,14 +68,22 @@ class PlanarWeight(nn.Module):
         joined = {name: torch.cat([plane[name] for plane in planes]) for name in planes[0]}
         return cls._of(dict.fromkeys(PLANES) | joined, block_type)
 
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        if block_type == F8_E4M3:  # an Fp8Weight, where there are the same kernels
+            return rows * (columns + 4)
+        unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
+        return rows * columns // block_type.elements * (block_type.size + unpacked)
+
     def part(self, start: int, stop: int) -> PlanarWeight:
         """Rows from start to stop, in the same memory."""
         rows = {name: plane[start:stop] for name, plane in self.named_buffers()}
         return self._of(dict.fromkeys(PLANES) | rows, self.block_type)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) times the matrix transposed: (..., out) in x's dtype."""
-        return _multiply(x, self)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x (..., in) times the matrix transposed: (..., out) in `dtype`, or else in x's."""
+        return _multiply(x, self, dtype or x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """fp32 rows (*ids.shape, in)."""
@@ -131,12 +139,12 @@ class Fp8Weight(nn.Module):
         """Rows from start to stop, in the same memory."""
         return Fp8Weight(self.codes[start:stop], self.scales[start:stop])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) times the matrix transposed: (..., out) in x's dtype."""
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x (..., in) times the matrix transposed: (..., out) in `dtype`, or else in x's."""
         n_tokens = x.numel() // x.shape[-1]
         if n_tokens > MOST and _multiplies_fp8(x.device) and not any(size % 16 for size in self.shape):
-            return multiply_fp8(x.reshape(n_tokens, -1), self).to(x.dtype).view(*x.shape[:-1], -1)
-        return _multiply(x, self)
+            return multiply_fp8(x.reshape(n_tokens, -1), self).to(dtype or x.dtype).view(*x.shape[:-1], -1)
+        return _multiply(x, self, dtype or x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """fp32 rows (*ids.shape, in)."""
@@ -152,14 +160,6 @@ class Fp8Weight(nn.Module):
         return self.codes.nbytes + self.scales.nbytes
 
 
-def planar_bytes(block_type: BlockType, rows: int, columns: int) -> int:
-    """What a matrix takes on a GPU."""
-    if block_type == F8_E4M3:
-        return rows * (columns + 4)
-    unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
-    return rows * columns // block_type.elements * (block_type.size + unpacked)
-
-
 PLANES = ("codes", "high", "scales", "sub_scales")
 
 
@@ -172,18 +172,18 @@ def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:
     return torch._scaled_mm(codes, weight.codes.t(), scales, weight.scales.t(), out_dtype=torch.bfloat16)
 
 
-def _multiply(x: Tensor, weight: PlanarWeight | Fp8Weight) -> Tensor:
+def _multiply(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
     """By kernels where they run, at most MOST tokens from the codes; else pieces of rows are made dense."""
     by_kernels = not torch.compiler.is_compiling() and has_triton(x.device)
     if by_kernels:
         from llama.gpu.products import dense, multiply
 
         if x.numel() <= MOST * x.shape[-1]:
-            return multiply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+            return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
     step = max(1, DENSE_AT_ONCE // weight.shape[1])
     parts = [weight.part(first, first + step) for first in range(0, weight.shape[0], step)]
     products = [F.linear(x, dense(part, x.dtype) if by_kernels else part.dense(x.dtype)) for part in parts]
-    return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
+    return (torch.cat(products, dim=-1) if len(products) > 1 else products[0]).to(dtype)
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

@@ -13,16 +13,16 @@ from torch import Tensor
 from llama.gpu.decoding import stored_codes, stored_scales, stored_values
 from llama.gpu.planes import FEW, GROUP, MOST, Fp8Weight, PlanarWeight
 
-# Rows of a program for few tokens: each piece of x that is read serves 4 rows, and one row more would cost the
-# registers of a warp.
-ROWS = 4
+# Rows of a program for few tokens: what is read of x serves them all. 8 tokens with 8 rows would spill registers, and
+# so would 8 tokens in fp32 with 4 rows.
+ROWS = {2: 4, 4: 2}  # by the bytes of a value of x
 # Warps that share those rows. With fewer rows than 8192 two would leave an H100's 132 multiprocessors without enough
-# loads under way; with more, four would spend a quarter of their time on the sums across them.
+# loads under way; with more, four would spend a quarter of their instructions on the sums across them.
 ROWS_FOR_TWO_WARPS = 8192
 # For tensor cores: rows of a program, and groups of each row that are decoded at once. Three stages of loads fit into
-# the 99 KB of shared memory of the smaller GPUs.
+# the 99 KB of shared memory of the smaller GPUs; products in fp32, which they do without, hold all in registers.
 DOT_ROWS = 32
-DOT_GROUPS = 4
+DOT_GROUPS = {2: 4, 4: 1}
 DENSE_GROUPS = 128
 # The bits of 2^23: a float whose lowest bits are then a whole number. It is an argument, as an instruction takes one
 # constant only, and (code & 15 | MAGIC) is one instruction when the other comes from a register.
@@ -70,16 +70,18 @@ def _launch(x: Tensor, weight: Tensor | PlanarWeight | Fp8Weight, bias: Tensor |
     limit = FEW if isinstance(weight, Tensor) else MOST
     assert n_in == weight.shape[1] and 0 < n_tokens <= limit and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
     kind, *planes = _describe(weight)
-    arguments = (x, *planes, bias, y, n_tokens, y.shape[1], n_in, x.stride(0), MAGIC)
+    x_stride = x.stride(0) if n_tokens > 1 else n_in  # a single row's stride may be anything
+    arguments = (x, *planes, bias, y, n_tokens, y.shape[1], n_in, x_stride, MAGIC)
     if n_tokens <= FEW:
+        rows = ROWS[x.element_size()]
         num_warps = 2 if n_rows >= ROWS_FOR_TWO_WARPS or n_in <= 64 * GROUP else 4
         lanes = 32 * num_warps
-        _few_kernel[(triton.cdiv(n_rows, ROWS),)](
+        _few_kernel[(triton.cdiv(n_rows, rows),)](
             *arguments,
             KIND=kind,
             GATED=gated,
             TOKENS=triton.next_power_of_2(n_tokens),
-            ROWS=ROWS,
+            ROWS=rows,
             LANES=lanes,
             # 16 bytes of x: more would be spread over several threads, and what is multiplied by it as well.
             VECTOR=16 // x.element_size(),
@@ -93,7 +95,7 @@ def _launch(x: Tensor, weight: Tensor | PlanarWeight | Fp8Weight, bias: Tensor |
             GATED=gated,
             TOKENS=max(16, triton.next_power_of_2(n_tokens)),
             ROWS=DOT_ROWS,
-            GROUPS=DOT_GROUPS,
+            GROUPS=DOT_GROUPS[x.element_size()],
             num_warps=4,
             num_stages=3,
         )

@@ -7,9 +7,9 @@ import triton
 from torch import Tensor
 
 from llama.gpu import sampling_kernels as kernels
+from llama.gpu.available import LARGEST_VOCAB
 
 CHUNK, BITS, BINS, DIGITS = (c.value for c in (kernels.CHUNK, kernels.BITS, kernels.BINS, kernels.DIGITS))
-MAX_VOCAB_SIZE = 2**18  # tokens of up to 2**44 units of mass, which int64 holds
 WARPS = 4  # a program's; 8 tokens a thread
 
 
@@ -91,7 +91,7 @@ def _weigh(logits: Tensor, temperature: Tensor, uniform: Tensor, masses: Tensor,
 def _grid(logits: Tensor) -> tuple[int, int]:
     """(bsz, chunks)."""
     bsz, vocab_size = logits.shape
-    assert logits.dtype == torch.float32 and logits.stride(1) == 1 and vocab_size <= MAX_VOCAB_SIZE, logits.shape
+    assert logits.dtype == torch.float32 and logits.stride(1) == 1 and vocab_size <= LARGEST_VOCAB, logits.shape
     return bsz, triton.cdiv(vocab_size, CHUNK)
 
 

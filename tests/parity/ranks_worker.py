@@ -21,6 +21,7 @@ import torch
 
 from llama import Llama, batch, kept, steps
 from llama.checkpoint.format import kind
+from llama.gpu.one_shot import open_one_shot
 from llama.linear import BlockWeight, PackedWeight
 
 DRAFT = {"draft": True}
@@ -42,6 +43,8 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
             result["logits"] = llm.model(tokens, start_pos, llm.model.new_cache(*tokens.shape))
         result["greedy"] = llm.generate(job["prompts"], 6, temperature=0, logprobs=True)
         result["sampled"] = llm.generate(job["prompts"], 6, temperature=1.0, top_p=0.95)
+        if llm.model.parallel.group is not None and llm.model.parallel.size > 1:
+            result["one_shot"] = open_one_shot(llm.model.parallel.group, 64, torch.device("cpu"), job["size"])
         if job.get("guess"):
             result["plain"] = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
             result["guessed"] = guess(job, rank)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, kept
 from llama.parallel import choose_dtype
+from llama.speculation import Pace
 from tests.checkpoints import TINY, write_meta
 
 pytestmark = [
@@ -84,3 +85,35 @@ def test_more_ranks_than_cuda_devices_end_in_one_line(folder: Path) -> None:
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: {ranks} ranks on this host, but {ranks - 1} CUDA devices: start {ranks - 1}, or use --device cpu"
     ]
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_graphs_give_the_tokens_of_steps_that_are_not_recorded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], temperature: float
+) -> None:
+    """Rows end apart; the second batch runs on the graphs of the first."""
+    llm = Llama.build(folder, dtype="float32", **options)  # type: ignore[arg-type]
+    graphed = [llm.generate(prompts, 24, temperature, logprobs=True, seed=3) for prompts in (PROMPTS, PROMPTS[1:])]
+    steps = llm._kept.steps
+    assert steps is not None and steps[0].runs_ahead
+    monkeypatch.setattr(kept, "can_record", lambda model: False)
+    plain = Llama(llm.model, llm.tokenizer)
+    for (tokens, scores), prompts in zip(graphed, (PROMPTS, PROMPTS[1:]), strict=True):
+        expected, wanted = plain.generate(prompts, 24, temperature, logprobs=True, seed=3)
+        assert tokens == expected
+        for row, other in zip(scores or [], wanted or [], strict=True):
+            assert row == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("way", [{"speculate": "lookup"}, {"draft": True}], ids=str)
+def test_guesses_on_cuda_change_no_token(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, str | bool]
+) -> None:
+    monkeypatch.setattr(Pace, "next_count", lambda self: 5)
+    prompt = [[7, 8, 9, 10] * 6]
+    expected = Llama.build(folder).generate(prompt, 40, temperature=0.2, seed=1)
+    options = {"draft_ckpt_dir": folder} if way.get("draft") else {"speculate": "lookup"}
+    llm = Llama.build(folder, **options)  # type: ignore[arg-type]
+    assert llm.generate(prompt, 40, temperature=0.2, seed=1) == expected
+    assert llm.statistics.proposed > 0

@@ -156,6 +156,13 @@ def test_ranks_never_disagree_on_a_token(results: dict[tuple[str, int], list[Any
     assert first[0][0] != results[name, 1][0]["sampled"][0]
 
 
+def test_ranks_that_cannot_read_each_others_memory_sum_by_their_backend(
+    results: dict[tuple[str, int], list[Any]],
+) -> None:
+    """All of them find out, and none waits for another."""
+    assert [rank["one_shot"] for rank in results["sixteen_heads", 4]] == [None] * 4
+
+
 def test_heads_that_cannot_be_split_end_every_rank_with_the_sizes_that_work(
     results: dict[tuple[str, int], list[Any]],
 ) -> None:

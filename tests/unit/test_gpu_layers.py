@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ from llama.gpu import elementwise, products
 from llama.gpu.planes import Fp8Weight, PlanarWeight
 from llama.gpu_layers import GpuLayers
 from llama.model import Transformer
-from tests.checkpoints import random_state
-from tests.models import random_tokens, transformer
+from tests.checkpoints import TINY, random_state, write_meta
+from tests.models import build, random_tokens, transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=64, hidden_dim=96, head_dim=16)
@@ -29,7 +30,7 @@ ARGS = ModelArgs(dim=64, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=64, hid
 def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a few rows as for many."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(products, "ROWS", 64)
+        monkeypatch.setattr(products, "ROWS", dict.fromkeys(products.ROWS, 64))
         monkeypatch.setattr(elementwise, "VECTOR", 4096)
 
 
@@ -83,8 +84,9 @@ def test_in_bf16_the_kernels_are_as_near_to_fp32_as_torch() -> None:
     state = {name: weight.bfloat16() for name, weight in random_state(ARGS).items()}
     exact = transformer(ARGS, {name: weight.float() for name, weight in state.items()}).to(DEVICE)
     for found, expected, truth in zip(logits(other), logits(plain), logits(exact), strict=True):
-        # Two ways of rounding: neither is nearer everywhere.
-        assert (found - truth).square().mean() <= 2 * (expected - truth).square().mean()
+        # The interpreter cuts off the bits that a GPU rounds, which doubles an error.
+        factor = 1.2 if DEVICE == "cuda" else 2
+        assert (found - truth).norm() <= factor * (expected - truth).norm()
 
 
 def hold(model: Transformer, how: dict[str, str]) -> Transformer:
@@ -150,3 +152,24 @@ def test_a_token_is_the_same_alone_and_among_guesses() -> None:
     for i in range(5):
         alone = model(tokens[:, 7 + i : 8 + i], start + 7 + i, one)
         assert torch.equal(alone[:, 0], together[:, i])
+
+
+def test_a_checkpoint_is_built_and_completed_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks in planes, layers by kernels, steps that are recorded and launched ahead."""
+    write_meta(tmp_path, dataclasses.replace(TINY, n_heads=4, n_kv_heads=2, multiple_of=64, hidden_dim=None))
+    prompts, options = [[5, 6, 7], [8]], {"temperature": 0.8, "top_p": 0.9, "seed": 2}
+    expected = build(tmp_path, quantize="int8").generate(prompts, 4, logprobs=True, **options)
+    for module in ("llama.build", "llama.gpu_layers"):
+        monkeypatch.setattr(f"{module}.has_triton", lambda device: True)
+    monkeypatch.setattr("llama.build.library", lambda: None)
+    monkeypatch.setattr("llama.build.can_fuse", lambda model: False)
+    monkeypatch.setattr("llama.build._packs", lambda device: PlanarWeight)
+    monkeypatch.setattr("llama.kept.can_record", lambda model: isinstance(model.fused, GpuLayers))
+    monkeypatch.setattr("llama.kept.CudaGraphs", lambda: lambda run: run)
+    llm = build(tmp_path, quantize="int8")
+    assert llm.model.weight_types[0] == "Q8_0"
+    tokens, scores = llm.generate(prompts, 4, logprobs=True, **options)
+    assert llm._kept.steps is not None and llm._kept.steps[0].runs_ahead
+    assert tokens == expected[0]
+    for row, wanted in zip(scores or [], expected[1] or [], strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from llama import sampling
 from llama.gpu import sampling_kernels as kernels
-from llama.gpu.sampling import CHUNK, DIGITS, MAX_VOCAB_SIZE, greedy, sample, sample_all
+from llama.gpu.sampling import CHUNK, DIGITS, LARGEST_VOCAB, greedy, sample, sample_all
 from llama.sampling import INVALID
 from tests.gpu_compile import Ahead, compiled_kernels
 
@@ -107,7 +107,7 @@ def test_equal_tokens_are_kept_and_drawn_by_id(vocab_size: int, top_p: float) ->
 
 def test_the_largest_vocabulary_does_not_overflow() -> None:
     uniform = torch.tensor([JUST_BELOW_ONE])
-    assert drawn(torch.zeros(1, MAX_VOCAB_SIZE), 1.0, 1.0, uniform) == [MAX_VOCAB_SIZE - 1]
+    assert drawn(torch.zeros(1, LARGEST_VOCAB), 1.0, 1.0, uniform) == [LARGEST_VOCAB - 1]
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.6, 0.999])

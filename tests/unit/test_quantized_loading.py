@@ -18,8 +18,9 @@ from llama.checkpoint.load import Storage, global_shapes, load_weights
 from llama.checkpoint.write import write_checkpoint, writer
 from llama.checkpoint.write_tokenizer import tokenizer_source
 from llama.config import ModelArgs
+from llama.gpu.planes import PlanarWeight
 from llama.kernels.compile import library
-from llama.linear import BlockWeight, PackedWeight
+from llama.linear import BlockWeight, PackedWeight, Quantized
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 from llama.plan import Planner
@@ -62,7 +63,7 @@ def matrices(model: Transformer) -> dict[str, Any]:
 
 
 def held_bytes(model: Transformer) -> int:
-    blocks = [module for module in model.modules() if isinstance(module, BlockWeight | PackedWeight)]
+    blocks = [module for module in model.modules() if isinstance(module, Quantized)]
     return sum(weight.nbytes for weight in [*model.parameters(), *blocks])
 
 
@@ -120,8 +121,14 @@ def test_rows_that_are_not_whole_blocks_are_held_as_floats(tmp_path: Path) -> No
 @pytest.mark.parametrize("value", ["int2", "INT8", "", 8])
 def test_an_unknown_quantization_is_told(tmp_path: Path, value: object) -> None:
     write_meta(tmp_path, SMALL)
-    with pytest.raises(ValueError, match=r"^quantize must be int8 or int4, got"):
+    with pytest.raises(ValueError, match=r"^quantize must be one of int8, int4, fp8, got"):
         build(tmp_path, quantize=value)
+
+
+def test_8_bit_floats_are_refused_where_no_gpu_reads_them(tmp_path: Path) -> None:
+    write_meta(tmp_path, SMALL)
+    with pytest.raises(ValueError, match=r"^quantize fp8 needs a CUDA device and Triton kernels, got cpu: use int8"):
+        build(tmp_path, quantize="fp8")
 
 
 @needs_kernels
@@ -148,13 +155,15 @@ def test_blocks_of_a_file_that_are_smaller_stay_as_they_are(
             torch.testing.assert_close(weight.rows(rows), stored[name], rtol=1e-6, atol=1e-6)
 
 
+# What holds a file's blocks: the GPU's planes can be decoded anywhere.
+PACKS = [pytest.param(PackedWeight, marks=needs_kernels), PlanarWeight, None]
 PLANNED = [("Q4_0", None), ("Q4_K", None), ("Q5_0", "int4"), ("Q6_K", "int4"), ("meta", "int8"), ("meta", "int4")]
 
 
-@pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_kernels), False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("packs", PACKS, ids=["cpu", "gpu", "torch"])
 @pytest.mark.parametrize(("kind_name", "mode"), PLANNED)
 def test_planned_weights_are_the_bytes_of_the_blocks(
-    tmp_path: Path, kind_name: str, mode: str | None, packed: bool
+    tmp_path: Path, kind_name: str, mode: str | None, packs: Any
 ) -> None:
     """On every rank of some, where shares of hidden features are uneven and padded with blocks of zeros."""
     if kind_name == "meta":
@@ -162,8 +171,17 @@ def test_planned_weights_are_the_bytes_of_the_blocks(
     else:
         write(tmp_path, kind_name)
     checkpoint = open_checkpoint(tmp_path if kind_name == "meta" else tmp_path / "m.gguf")
-    storage = Storage(torch.float32, mode, packed)
-    for size in (1, 2, 3):
+    check_planned(checkpoint, Storage(torch.float32, mode, packs))
+
+
+def test_planned_weights_are_the_bytes_of_8_bit_floats(tmp_path: Path) -> None:
+    """On a GPU: elsewhere they are refused."""
+    write_meta(tmp_path, dtype=torch.bfloat16)
+    check_planned(open_checkpoint(tmp_path), Storage(torch.float32, "fp8", PlanarWeight), sizes=(1, 2))
+
+
+def check_planned(checkpoint: Any, storage: Storage, sizes: tuple[int, ...] = (1, 2, 3)) -> None:
+    for size in sizes:
         for rank in {0, size - 1}:
             parallel = storage.deal(checkpoint, checkpoint.args, ModelParallel(rank, size))
             planner = Planner(checkpoint, checkpoint.args, parallel, storage, CPU, free=10**9)
@@ -171,22 +189,22 @@ def test_planned_weights_are_the_bytes_of_the_blocks(
                 model = Transformer(checkpoint.args, parallel)
             load_weights(model, checkpoint, CPU, storage)
             assert planner.weights.total == held_bytes(model), (rank, size)
-            in_blocks = any(isinstance(weight, BlockWeight | PackedWeight) for weight in matrices(model).values())
-            assert in_blocks == (packed or mode is not None)
+            in_blocks = any(isinstance(weight, Quantized) for weight in matrices(model).values())
+            assert in_blocks == (storage.packs is not None or storage.quantize is not None)
 
 
-@pytest.mark.parametrize("packed", [pytest.param(True, marks=needs_kernels), False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("packs", PACKS, ids=["cpu", "gpu", "torch"])
 @pytest.mark.parametrize(
     ("kind_name", "size", "floats"), [("Q4_K", 2, {"wo"}), ("Q4_K", 3, set()), ("Q4_0", 2, {"wo"})]
 )
 def test_ranks_cut_rows_between_blocks_or_hold_floats(
-    tmp_path: Path, kind_name: str, size: int, floats: set[str], packed: bool
+    tmp_path: Path, kind_name: str, size: int, floats: set[str], packs: Any
 ) -> None:
     """Put together, the ranks' parts are the file's values, each once, and zeros."""
     path, stored = write(tmp_path, kind_name)
     checkpoint = open_checkpoint(path)
     # Without kernels blocks are kept where they are asked for.
-    storage = Storage(torch.float32, None if packed else "int8", packed)
+    storage = Storage(torch.float32, None if packs else "int8", packs)
     ranks = []
     for rank in range(size):
         parallel = storage.deal(checkpoint, checkpoint.args, ModelParallel(rank, size))
