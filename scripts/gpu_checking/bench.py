@@ -52,4 +52,4 @@ def prepare_interpreter() -> None:
     """Large programs, as it takes as long for a few rows as for many."""
     if not triton.knobs.runtime.interpret:
         raise ValueError("on a CPU Triton's interpreter runs the kernels: set TRITON_INTERPRET=1, and give --size tiny")
-    products.ROWS, elementwise.VECTOR = 256, 4096
+    products.ROWS, elementwise.VECTOR = dict.fromkeys(products.ROWS, 256), 4096

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +25,9 @@ from llama.steps import PlainSteps, Steps
 CHECKED = (FLOATS, "int4", "int8", "Q4_K", "fp8")
 # Against the error of torch's operations in the same dtype: another way of rounding, neither nearer everywhere.
 TIMES_TORCHS = 1.5
+# Where rows go on, and by how many tokens at once.
+STARTS = (20, 4, 13)
+STEPS = (1, 2, 3)
 # A lead is clear where it is so many times the error of torch's operations.
 CLEAR = 8
 KINDS = {
@@ -49,9 +50,8 @@ def check_logits(bench: Bench) -> None:
 @torch.inference_mode()
 def check_logits_of(bench: Bench, form: str) -> None:
     model = random_model(bench.size.checked, form, bench.device, bench.dtype)
-    found = some_logits(model)
-    with by_torch_alone():
-        rounded, exact = (some_logits(in_floats(model, dtype)) for dtype in (bench.dtype, torch.float32))
+    found = logits_by_kernels(model)
+    rounded, exact = (logits_by_torch(in_floats(model, dtype)) for dtype in (bench.dtype, torch.float32))
     for what in found:
         scale = float(exact[what].square().mean().sqrt())
         error, torchs = (float((logits[what] - exact[what]).square().mean().sqrt()) for logits in (found, rounded))
@@ -64,29 +64,39 @@ def check_logits_of(bench: Bench, form: str) -> None:
         bench.report.check(f"{name}, other tokens of {int(clear.sum())} that lead clearly", 0, float, others)
 
 
-def some_logits(model: Transformer) -> dict[str, Tensor]:
-    """Of three prompts, and of steps at positions of each row's own; a prompt stays below what fp8 rounds."""
+def some_texts(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Prompts, (3, 20), fewer tokens than fp8 rounds; and what is read behind the beginnings of them, (3, 6)."""
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(model.args.vocab_size, (3, 32), generator=generator).to(model.device)
-    cache = model.new_cache(3, 64)
-    start_pos = torch.tensor([20, 4, 13], device=model.device)
-    found = {"prompts": model(tokens[:, :20], torch.zeros_like(start_pos), cache)}
-    for seqlen in (1, 2, 3):
-        found[f"steps of {seqlen}"] = model(tokens[:, 20 : 20 + seqlen], start_pos, cache)
-        start_pos = start_pos + seqlen
+    tokens = torch.randint(model.args.vocab_size, (len(STARTS), 26), generator=generator).to(model.device)
+    return tokens[:, :20], tokens[:, 20:]
+
+
+def logits_by_kernels(model: Transformer) -> dict[str, Tensor]:
+    """Of prompts, and of steps at positions of each row's own."""
+    prompts, new = some_texts(model)
+    cache = model.new_cache(len(prompts), 32)
+    start_pos = torch.tensor(STARTS, device=model.device)
+    found = {"prompts": model(prompts, torch.zeros_like(start_pos), cache)}
+    read = 0
+    for seqlen in STEPS:
+        found[f"steps of {seqlen}"] = model(new[:, read : read + seqlen], start_pos + read, cache)
+        read += seqlen
     return found
 
 
-@contextlib.contextmanager
-def by_torch_alone() -> Iterator[None]:
-    before = os.environ.get("LLAMA_KERNELS")
-    os.environ["LLAMA_KERNELS"] = "0"
-    try:
-        yield
-    finally:
-        del os.environ["LLAMA_KERNELS"]
-        if before is not None:
-            os.environ["LLAMA_KERNELS"] = before
+def logits_by_torch(model: Transformer) -> dict[str, Tensor]:
+    """The same of whole texts in one pass: of so many tokens no product is ours."""
+    prompts, new = some_texts(model)
+    texts = torch.cat([prompts, torch.zeros_like(new)], dim=1)
+    for row, start in enumerate(STARTS):
+        texts[row, start : start + new.shape[1]] = new[row]
+    start_pos = torch.zeros(len(STARTS), dtype=torch.long, device=model.device)
+    found = {"prompts": model(prompts, start_pos, model.new_cache(*prompts.shape))}
+    logits = model(texts, start_pos, model.new_cache(*texts.shape))
+    of_new = torch.stack([logits[row, start : start + new.shape[1]] for row, start in enumerate(STARTS)])
+    for seqlen, part in zip(STEPS, of_new.split(list(STEPS), dim=1), strict=True):
+        found[f"steps of {seqlen}"] = part
+    return found
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------

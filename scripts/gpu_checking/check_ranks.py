@@ -15,7 +15,7 @@ from llama.context import Context
 from llama.gpu import products
 from llama.gpu.one_shot import OneShot, open_one_shot
 from llama.graphs import GraphSteps
-from llama.parallel import ModelParallel, from_all_ranks, join_job, join_model_parallel
+from llama.parallel import ModelParallel, from_all_ranks, join_job, join_model_parallel, local_world_size
 
 SUM_BOUND = 1e-6
 
@@ -27,7 +27,7 @@ def check_ranks(bench: Bench) -> None:
     assert ranks.group is not None
     one_shot = None
     if bench.device.type == "cuda":
-        one_shot = open_one_shot(ranks.group, products.FEW * bench.size.args.dim, bench.device)
+        one_shot = open_one_shot(ranks.group, products.FEW * bench.size.args.dim, bench.device, local_world_size())
     if one_shot is None:
         bench.report.left_out.append("sums between GPUs in one kernel: these GPUs do not read each other's memory")
     else:
