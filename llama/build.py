@@ -67,7 +67,7 @@ def build_model(
         if quantize is not None:
             log.info("quantizing to %s; scripts/convert_checkpoint.py --quantize does it once for all", quantize)
         changes = load_weights(model, source.checkpoint, source.device, source.storage)
-    _speed_up(model, compile)
+        _speed_up(model, compile)
     for (stored, held), count in sorted(changes.items()):
         log.info("%s held as %s: %d matrices", stored, held, count)
     log.info(

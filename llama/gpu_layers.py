@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -48,9 +49,10 @@ class Joined:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (n_tokens, in) times all weights: (n_tokens, all outputs)."""
-        parts = [multiply(x, weight) for weight in self.weights]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs)."""
+        if len(self.weights) == 1:
+            return multiply(x, self.weights[0], self.bias)
+        y = torch.cat([multiply(x, weight) for weight in self.weights], dim=-1)
         return y if self.bias is None else y + self.bias
 
 
@@ -63,14 +65,25 @@ class GpuLayers:
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
         self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
-        self._one_shot: OneShot | None = None
-        if self.parallel.group is not None and self.parallel.size > 1 and model.device.type == "cuda":
-            numel = products.FEW * self.args.dim
-            self._one_shot = open_one_shot(self.parallel.group, numel, model.device, local_world_size())
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # the weights before they were joined: too small for torch to use for larger ones
+
+    @cached_property
+    def _one_shot(self) -> OneShot | None:
+        """Opened by all ranks at once, when they first compute."""
+        if self.parallel.group is None or self.parallel.size == 1:
+            return None
+        numel = products.FEW * self.args.dim
+        return open_one_shot(self.parallel.group, numel, self.norm.weight.device, local_world_size())
 
     def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         """See `Transformer.run_layers`."""
+        with torch.cuda.device_of(tokens):
+            return self._run(tokens, positions, rotation, kv_len, cache)
+
+    def _run(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         bsz, seqlen = tokens.shape
+        sums = self._one_shot  # before anything is recorded
         x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
         start_pos = positions[:, 0].contiguous()
         delta: Tensor | None = None
@@ -85,16 +98,14 @@ class GpuLayers:
                 layer.attention.n_local_heads,
                 layer.attention.n_local_kv_heads,
             )
-            y = self._attend(q, start_pos, kv_len, cache, i).view(bsz * seqlen, -1)
-            delta = self._sum(y, layer.attention.wo)
+            y = self._attend(q, start_pos, kv_len, cache, i).reshape(bsz * seqlen, -1)
+            delta = self._sum(y, layer.attention.wo, sums)
             h = self._norm(x, delta, layer.ffn_norm.weight)
-            delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2)
+            delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2, sums)
         return self._norm(x, delta, self.norm.weight).view(bsz, seqlen, -1)
 
     def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
-        h = elementwise.add_and_norm(x, delta, weight, self.args.norm_eps, self.dtype)
-        assert h is not None
-        return h
+        return elementwise.add_and_norm(x, delta, weight, self.args.norm_eps, self.dtype)
 
     def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int) -> Tensor:
         bsz, seqlen = q.shape[:2]
@@ -110,11 +121,11 @@ class GpuLayers:
             return products.multiply_gated(h, gates.weights[0])
         return elementwise.gate(gates(h))
 
-    def _sum(self, x: Tensor, last: RowParallelLinear) -> Tensor:
+    def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""
-        delta = multiply(x, held(last), torch.float32)
-        if self._one_shot is not None and self._one_shot.takes(delta):
-            delta = self._one_shot(delta)
+        delta = multiply(x, held(last), few_dtype=torch.float32)
+        if sums is not None and sums.takes(delta):
+            delta = sums(delta)
         else:
             delta = self.parallel.all_reduce(delta)
         return delta if last.bias is None else delta + last.bias
@@ -125,9 +136,9 @@ def is_few(x: Tensor, weight: GpuWeight) -> bool:
     return len(x) <= (products.FEW if isinstance(weight, Tensor) else products.MOST)
 
 
-def multiply(x: Tensor, weight: GpuWeight, few_dtype: torch.dtype | None = None) -> Tensor:
-    """x (n_tokens, in) times weight (out, in) transposed, in x's dtype, or of few tokens in few_dtype."""
-    return products.multiply(x, weight, out_dtype=few_dtype) if is_few(x, weight) else linear(x, weight)
+def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: torch.dtype | None = None) -> Tensor:
+    """x (n_tokens, in) times weight (out, in) transposed, plus bias, in x's dtype, or of few tokens in few_dtype."""
+    return products.multiply(x, weight, bias, few_dtype) if is_few(x, weight) else linear(x, weight, bias)
 
 
 def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:

@@ -6,12 +6,14 @@ its random numbers. A step leaves them as the next one needs them, so a step can
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llama.compiled import has_own_kernels
@@ -36,28 +38,39 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def can_record(model: Transformer) -> bool:
-    """Whether a step of this model can be a CUDA graph: its kernels must find lengths on the device."""
-    return samples_on_gpu(model) and has_own_kernels(model)
+    """Whether a step of this model can be a CUDA graph: its kernels must find lengths on the device, as NCCL does."""
+    together = model.parallel.group if model.parallel.size > 1 else None
+    return samples_on_gpu(model) and has_own_kernels(model) and (not together or dist.get_backend(together) == "nccl")
 
 
 class CudaGraphs:
     """Records work as CUDA graphs, which share one pool of memory: no two of them run at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        # Compiles kernels, and lets libraries allocate what they keep: neither may happen during a capture.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls are watched: those of others, NCCL's watchdog for one, may do what they like.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            run()
+        with torch.cuda.device(self._device):
+            stream, current = _side_stream(self._device), torch.cuda.current_stream()
+            # Compiles kernels, and lets libraries allocate what they keep: neither may happen during a capture.
+            stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(stream):
+                    run()
+            finally:
+                current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread's calls are watched: those of others, NCCL's watchdog for one, may do what they like.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                run()
         return graph.replay
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep a workspace for each stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 class GraphSteps:
@@ -66,18 +79,14 @@ class GraphSteps:
     runs_ahead = True
 
     def __init__(self, context: Context, record: Record) -> None:
+        """Steps of the context's cache as it is: one that has grown needs others."""
         self.context = context
         self._record = record
         self._chooser = Chooser(context.model)
-        self._bind()
-
-    def _bind(self) -> None:
-        """Make the buffers that belong to the context's cache; graphs of another cache are of no use."""
-        keys = self.context.cache.keys
-        self._bound_to = self._cache_place()
         self._graphs: dict[tuple[object, ...], Callable[[], None]] = {}
         self._under_way: deque[tuple[list[Tensor], torch.cuda.Event | None, int, int]] = deque()
-        rows, length, device = keys.shape[1], keys.shape[2], keys.device
+        _, rows, length, *_ = context.cache.keys.shape
+        device = context.model.device
         self._tokens = torch.zeros(rows, MOST_TOKENS, dtype=torch.long, device=device)
         self._start_pos = torch.zeros(rows, dtype=torch.long, device=device)
         self._running = torch.zeros(rows, dtype=torch.long, device=device)  # 1, or 0 for rows that only fill up a graph
@@ -86,14 +95,7 @@ class GraphSteps:
         self._picked = torch.zeros(rows * MOST_TOKENS + 1, dtype=torch.long, device=device)
         self._scores = torch.zeros(rows * MOST_TOKENS, device=device)
 
-    def _cache_place(self) -> tuple[object, ...]:
-        """Where the cache lies: a reference to it would keep the memory of one that has grown since."""
-        cache = self.context.cache
-        return cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape
-
     def begin(self, params: SamplingParams, logprobs: bool, uniforms: Tensor) -> None:
-        if self._bound_to != self._cache_place():
-            self._bind()
         self._under_way.clear()  # of a batch that was interrupted
         self._chooser.set(params, logprobs)
         self._uniforms[: uniforms.shape[0], : uniforms.shape[1]] = uniforms.to(self._uniforms.device)
@@ -117,9 +119,9 @@ class GraphSteps:
         self._start_pos[: bsz + idle] = self._upload([*start_pos, *[0] * idle])
         self._running[: bsz + idle] = self._upload([1] * bsz + [0] * idle)
         self._note.copy_(self._upload([note]))
-        self.context.forget(start_pos)
-        self.context.hold(tokens)
+        self.context.forget([*start_pos, *[0] * idle])
         self._replay(bsz, seqlen)
+        self.context.hold(tokens)  # only now: recording takes time, in which a user may interrupt
 
     def go_on(self) -> None:
         self._replay(self._under_way[-1][2], 1)
@@ -154,11 +156,12 @@ class GraphSteps:
             seconds = time.perf_counter() - start
             if seconds > WORTH_TELLING:
                 log.info("compiled and recorded a step in %.1f s; Triton keeps what it compiles", seconds)
-        self._graphs[key]()
         found = [self._picked[: rows * seqlen + 1]]
         if self._chooser.logprobs:
             found.append(self._scores[: rows * seqlen])
-        self._under_way.append((*_download(found), bsz, seqlen))
+        with torch.cuda.device_of(self._note):
+            self._graphs[key]()
+            self._under_way.append((*_download(found), bsz, seqlen))
 
     def _step(self, rows: int, seqlen: int) -> None:
         """What a graph does: read, choose, and leave the newest tokens and their positions for a step of one token."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llama.blocks import BlockType, dequantize
 from llama.gpu.available import has_triton
-from llama.gpu.planes import FEW, Fp8Weight, PlanarWeight
+from llama.gpu.planes import FEW, Fp8Weight, PlanarWeight, times
 from llama.kernels import operations as kernels
 from llama.kernels.compile import library
 
@@ -114,8 +114,9 @@ def _times_floats(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tenso
     if not on_cpu and not compiling and x.numel() <= FEW * x.shape[-1] and has_triton(weight.device):
         from llama.gpu.products import multiply
 
-        return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
-    return F.linear(x.type_as(weight), weight)
+        with torch.cuda.device_of(x):
+            return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
+    return times(x, weight, dtype or x.dtype)
 
 
 def embed(ids: Tensor, weight: Weight) -> Tensor:

@@ -100,6 +100,7 @@ class Planner:
             total += part
             if on_cpu:
                 mapped += part if is_mapped else 0
+            if on_cpu or block_type is not None:  # a GPU takes blocks apart itself
                 loading = max(loading, total + on_the_way)
             tensor = max(tensor, on_the_way if on_cpu else on_the_way + part)
         return Weights(total, mapped, tensor, max(loading, total))

@@ -82,7 +82,8 @@ class Chooser:
     @property
     def kind(self) -> tuple[bool, bool, bool]:
         """What decides which operations run; of the parameters all else is data."""
-        return self.params.temperature == 0, self.params.top_p == 1, self.logprobs
+        greedy = self.params.temperature == 0
+        return greedy, greedy or self.params.top_p == 1, self.logprobs
 
     def __call__(self, hidden: Tensor, uniform: Tensor, note: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (n,) and behind them the note (1,), together (n + 1,), and the tokens' log-probabilities (n,).
@@ -90,7 +91,9 @@ class Chooser:
         hidden: (n, dim); uniform: (n,).
         """
         logits = self.model.logits(hidden)
-        picked = self.model.parallel.broadcast(torch.cat([self._sample(logits, uniform), note]))
+        with torch.cuda.device_of(logits):
+            tokens = self._sample(logits, uniform)
+        picked = self.model.parallel.broadcast(torch.cat([tokens, note]))
         return picked, log_probs(logits, picked[:-1].clamp(min=0)) if self.logprobs else None
 
     def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:

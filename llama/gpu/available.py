@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import logging
 import os
 
 import torch
@@ -14,11 +14,26 @@ OLDEST = (8, 0)
 LARGEST_VOCAB = 2**18
 
 
+log = logging.getLogger("llama")
+
+
 @functools.cache  # asked for every product
 def has_triton(device: torch.device) -> bool:
-    """Whether kernels written in Triton run on this device; LLAMA_KERNELS=0 says that none are to."""
+    """Whether kernels written in Triton run on this device; a warning says why not, where they might.
+
+    LLAMA_KERNELS=0 says that none are to.
+    """
     if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return False
-    if os.environ.get("LLAMA_KERNELS") == "0":
+    if os.environ.get("LLAMA_KERNELS") == "0" or torch.cuda.get_device_capability(device) < OLDEST:
         return False
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= OLDEST
+    try:
+        from llama.gpu.elementwise import gate
+
+        with torch.cuda.device(device):
+            gate(torch.zeros(1, 2, device=device)).item()
+    except Exception as error:  # there is no Triton, or it finds no C compiler, Python.h or driver to its liking
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        log.warning("no GPU kernels, so torch's operations do the work: Triton does not run here: %s", why)
+        return False
+    return True

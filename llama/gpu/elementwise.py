@@ -10,27 +10,23 @@ from torch import Tensor
 VECTOR = 1024  # values of a program of 4 warps: 16 bytes of bf16 a thread
 
 
-def add_and_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
-) -> Tensor | None:
+def add_and_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x (n_tokens, dim), fp32, grows by delta of any dtype; the sum's RMS norm times weight (dim,), in `dtype`.
 
-    All are contiguous. No norm without a weight. Computed in fp32, a token at a time.
+    All are contiguous. Computed in fp32, a token at a time.
     """
     n_tokens, dim = x.shape
     assert x.dtype == torch.float32 and x.is_contiguous() and (delta is None or delta.is_contiguous())
-    y = None if weight is None else torch.empty(x.shape, dtype=dtype, device=x.device)
-    # Something must be given for what is not there, and is not read.
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     _add_and_norm[(n_tokens,)](
         x,
-        x if delta is None else delta,
-        x if weight is None else weight,
-        x if y is None else y,
+        x if delta is None else delta,  # not read then
+        weight,
+        y,
         dim,
         eps,
         BLOCK=triton.next_power_of_2(dim),
         ADD=delta is not None,
-        NORM=weight is not None,
         num_warps=4 if dim <= 2048 else 8 if dim <= 8192 else 16,
     )
     return y
@@ -101,7 +97,6 @@ def _add_and_norm(
     eps: tl.tensor,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
-    NORM: tl.constexpr,
 ) -> None:
     """One token of x, delta, y (n_tokens, dim); weight: (dim,). BLOCK is at least dim."""
     at = tl.arange(0, BLOCK)
@@ -111,10 +106,9 @@ def _add_and_norm(
     if ADD:
         x += tl.load(delta_ptr + row + at, mask=exists, other=0.0).to(tl.float32)
         tl.store(x_ptr + row + at, x, mask=exists)
-    if NORM:
-        scale = 1 / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
-        weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
-        tl.store(y_ptr + row + at, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=exists)
+    scale = 1 / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
+    weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row + at, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["seqlen", "max_seq_len"])

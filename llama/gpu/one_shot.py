@@ -42,7 +42,7 @@ def open_one_shot(group: dist.ProcessGroup, numel: int, device: torch.device, lo
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     peers = [peer for peer in range(torch.cuda.device_count()) if peer != device.index]
-    reach = size <= local_ranks and all(torch.cuda.can_device_access_peer(device, peer) for peer in peers)
+    reach = local_ranks % size == 0 and all(torch.cuda.can_device_access_peer(device, peer) for peer in peers)
     if not _all_agree(group, reach, device):
         return None
     try:

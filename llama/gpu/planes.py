@@ -19,6 +19,8 @@ FEW = 8
 MOST = 64
 # Beyond: values that are made dense at once, 128 MB in 16 bits.
 DENSE_AT_ONCE = 1 << 26
+# Values that are taken apart, or rounded to 8 bits, at once: their temporaries are a few bytes each.
+QUANTIZED_AT_ONCE = 1 << 24
 
 GROUP = 32  # values whose codes lie together; a lower and an upper half of 16 each
 
@@ -43,9 +45,20 @@ class PlanarWeight(nn.Module):
     def __init__(self, blocks: Tensor, block_type: BlockType) -> None:
         """blocks: uint8 (out, bytes of a row)."""
         super().__init__()
-        n_blocks, rest = divmod(blocks.shape[1], block_type.size)
-        assert not rest, (blocks.shape, block_type)
-        self._hold(_take_apart(blocks.unflatten(1, (n_blocks, block_type.size)), block_type), block_type)
+        n_rows, n_bytes = blocks.shape
+        n_blocks, rest = divmod(n_bytes, block_type.size)
+        assert not rest and n_rows, (blocks.shape, block_type)
+        planes: dict[str, Tensor | None] = {}
+        step = max(1, QUANTIZED_AT_ONCE // (n_blocks * block_type.elements))
+        for first in range(0, n_rows, step):
+            part = blocks[first : first + step].unflatten(1, (n_blocks, block_type.size))
+            for name, plane in _take_apart(part, block_type).items():
+                if first == 0:
+                    planes[name] = None if plane is None else plane.new_empty(n_rows, *plane.shape[1:])
+                whole = planes[name]
+                if whole is not None and plane is not None:
+                    whole[first : first + step] = plane
+        self._hold(planes, block_type)
 
     @classmethod
     def _of(cls, planes: dict[str, Tensor | None], block_type: BlockType) -> PlanarWeight:
@@ -122,9 +135,7 @@ class Fp8Weight(nn.Module):
 
         ValueError where values are not finite.
         """
-        step = max(1, DENSE_AT_ONCE // values.shape[1])
-        codes, scales = zip(*(_to_fp8(part) for part in values.split(step)), strict=True)
-        weight = cls(torch.cat(codes), torch.cat(scales))
+        weight = cls(*_to_fp8(values))
         if not weight.scales.isfinite().all():
             raise ValueError("values that are not finite cannot be stored as 8-bit floats")
         return weight
@@ -163,6 +174,14 @@ class Fp8Weight(nn.Module):
 PLANES = ("codes", "high", "scales", "sub_scales")
 
 
+def times(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) times floats (out, in) transposed: (..., out), rounded once, to `dtype`, where torch can."""
+    if dtype == torch.float32 and weight.dtype != dtype and x.device.type == "cuda" and torch.version.cuda is not None:
+        y = torch.mm(x.reshape(-1, x.shape[-1]).type_as(weight), weight.t(), out_dtype=dtype)
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x.type_as(weight), weight).to(dtype)
+
+
 def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:
     """x (n_tokens, in), rounded to 8 bits token by token, times the matrix transposed: bf16 (n_tokens, out).
 
@@ -179,11 +198,17 @@ def _multiply(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -
         from llama.gpu.products import dense, multiply
 
         if x.numel() <= MOST * x.shape[-1]:
-            return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
-    step = max(1, DENSE_AT_ONCE // weight.shape[1])
-    parts = [weight.part(first, first + step) for first in range(0, weight.shape[0], step)]
-    products = [F.linear(x, dense(part, x.dtype) if by_kernels else part.dense(x.dtype)) for part in parts]
-    return (torch.cat(products, dim=-1) if len(products) > 1 else products[0]).to(dtype)
+            with torch.cuda.device_of(x):
+                return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
+    n_out, n_in = weight.shape
+    y = x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
+    step = max(1, DENSE_AT_ONCE // n_in)
+    for first in range(0, n_out, step):
+        part = weight.part(first, first + step)
+        with torch.cuda.device_of(x):
+            values = dense(part, x.dtype) if by_kernels else part.dense(x.dtype)
+        y[..., first : first + step] = times(x, values, dtype)
+    return y
 
 
 def _multiplies_fp8(device: torch.device) -> bool:
@@ -192,12 +217,18 @@ def _multiplies_fp8(device: torch.device) -> bool:
 
 
 def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn codes, fp32 scales (n, 1)) of rows (n, size)."""
-    values = values.float()
+    """(float8_e4m3fn codes, fp32 scales (n, 1)) of rows (n, size), a few of them at once."""
     largest = torch.finfo(torch.float8_e4m3fn).max
-    # Not below the normal numbers, whose inverse is finite: rows of zeros stay zeros.
-    scales = (values.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    return (values / scales).clamp_(-largest, largest).to(torch.float8_e4m3fn), scales
+    codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
+    scales = torch.empty(len(values), 1, device=values.device)
+    step = max(1, QUANTIZED_AT_ONCE // values.shape[1])
+    for first in range(0, len(values), step):
+        part = values[first : first + step].float()
+        # Not below the normal numbers, whose inverse is finite: rows of zeros stay zeros.
+        scale = (part.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+        codes[first : first + step] = (part / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn)
+        scales[first : first + step] = scale
+    return codes, scales
 
 
 def _take_apart(blocks: Tensor, block_type: BlockType) -> dict[str, Tensor | None]:

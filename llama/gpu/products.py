@@ -54,13 +54,13 @@ def multiply_gated(
     return y
 
 
-def dense(weight: PlanarWeight | Fp8Weight, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
-    """Rows from first to last (by default all) as values (last - first, in), to the bit those of torch."""
+def dense(weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """All values (out, in), to the bit those of torch."""
     n_out, n_in = weight.shape
-    values = torch.empty((n_out if last is None else last) - first, n_in, dtype=dtype, device=weight.codes.device)
-    grid = (len(values), triton.cdiv(n_in, DENSE_GROUPS * GROUP))
+    values = torch.empty(n_out, n_in, dtype=dtype, device=weight.codes.device)
+    grid = (n_out, triton.cdiv(n_in, DENSE_GROUPS * GROUP))
     kind, *planes = _describe(weight)
-    _dense_kernel[grid](*planes, values, first, n_in, MAGIC, KIND=kind, GROUPS=DENSE_GROUPS, num_warps=4)
+    _dense_kernel[grid](*planes, values, n_in, MAGIC, KIND=kind, GROUPS=DENSE_GROUPS, num_warps=4)
     return values
 
 
@@ -223,32 +223,29 @@ def _most_kernel(
     _store(sums, rows, scales_ptr, bias_ptr, y_ptr, n_tokens, n_out, KIND, GATED, TOKENS, ROWS)
 
 
-@triton.jit(do_not_specialize=["first", "magic"])
+@triton.jit(do_not_specialize=["magic"])
 def _dense_kernel(
     codes_ptr: tl.tensor,
     high_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     sub_scales_ptr: tl.tensor,
     values_ptr: tl.tensor,
-    first: tl.tensor,
     n_in: tl.tensor,
     magic: tl.tensor,
     KIND: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
-    """A program decodes GROUPS groups of row `first + program_id(0)` into values (rows, n_in)."""
-    to_row = tl.program_id(0).to(tl.int64)
+    """A program decodes GROUPS groups of a row into values (n_out, n_in)."""
+    row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
     at = tl.arange(0, 16)[None, :]
-    lower, upper = stored_values(
-        codes_ptr, high_ptr, scales_ptr, sub_scales_ptr, first + to_row, group, at, n_in, magic, KIND
-    )
+    lower, upper = stored_values(codes_ptr, high_ptr, scales_ptr, sub_scales_ptr, row, group, at, n_in, magic, KIND)
     if KIND == "F8_E4M3":
-        scale = tl.load(scales_ptr + first + to_row)
+        scale = tl.load(scales_ptr + row)
         lower *= scale
         upper *= scale
     column = group * 32 + at
-    to = values_ptr + to_row * n_in + column
+    to = values_ptr + row * n_in + column
     tl.store(to, lower.to(values_ptr.dtype.element_ty), mask=column < n_in)
     tl.store(to + 16, upper.to(values_ptr.dtype.element_ty), mask=column + 16 < n_in)
 

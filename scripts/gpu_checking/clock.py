@@ -23,7 +23,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.count, self.seconds = 0, 0.0
         self._device = device
-        self._graphs: Record | None = CudaGraphs() if device.type == "cuda" else None
+        self._graphs: Record | None = CudaGraphs(device) if device.type == "cuda" else None
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         start = now(self._device)

@@ -94,7 +94,7 @@ def perturbed(job: dict[str, Any], rank: int) -> list[Any]:
             llm.model.norm.weight.mul_(1 + torch.rand(llm.model.args.dim, generator=generator))
         steps.sample = other
         kept.can_record = lambda model, recorded=recorded: recorded
-        kept.CudaGraphs = lambda: lambda run: run  # type: ignore[assignment,misc]
+        kept.CudaGraphs = lambda device: lambda run: run  # type: ignore[assignment,misc]
         found.append(llm.generate(job["prompts"], 24, temperature=0.4, seed=1))
         steps.sample = choose
     return found

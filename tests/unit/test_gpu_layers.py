@@ -165,11 +165,11 @@ def test_a_checkpoint_is_built_and_completed_as_on_a_cpu(tmp_path: Path, monkeyp
     monkeypatch.setattr("llama.build.can_fuse", lambda model: False)
     monkeypatch.setattr("llama.build._packs", lambda device: PlanarWeight)
     monkeypatch.setattr("llama.kept.can_record", lambda model: isinstance(model.fused, GpuLayers))
-    monkeypatch.setattr("llama.kept.CudaGraphs", lambda: lambda run: run)
+    monkeypatch.setattr("llama.kept.CudaGraphs", lambda device: lambda run: run)
     llm = build(tmp_path, quantize="int8")
     assert llm.model.weight_types[0] == "Q8_0"
     tokens, scores = llm.generate(prompts, 4, logprobs=True, **options)
-    assert llm._kept.steps is not None and llm._kept.steps[0].runs_ahead
+    assert llm._kept.entries[False].steps[0].runs_ahead
     assert tokens == expected[0]
     for row, wanted in zip(scores or [], expected[1] or [], strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)

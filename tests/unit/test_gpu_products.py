@@ -64,7 +64,7 @@ def test_planes_keep_every_value(block_type: BlockType) -> None:
     weight, expected = PlanarWeight(blocks, block_type), dequantize(blocks, block_type)
     assert torch.equal(weight.dense(torch.float32), expected)
     assert torch.equal(products.dense(weight, torch.float32), expected)
-    assert torch.equal(products.dense(weight, torch.float16, 5, 8), expected[5:8].half())
+    assert torch.equal(products.dense(weight.part(5, 8), torch.float16), expected[5:8].half())
     ids = torch.tensor([[21, 0, 17], [5, 5, 20]], device=DEVICE)
     assert torch.equal(weight.rows(ids), expected[ids])
     assert blocks.nbytes <= weight.nbytes <= 1.03 * blocks.nbytes
@@ -242,7 +242,7 @@ def ahead_of_time() -> Iterator[Ahead]:
     tiles = {"TOKENS": MOST, "ROWS": products.DOT_ROWS, "GROUPS": products.DOT_GROUPS[4]}
     yield Ahead("most Q6_K fp32", products._most_kernel, tensors | sizes, constants | tiles)
     signature = {"codes_ptr": "*u8", **POINTERS["Q6_K"], "values_ptr": "*bf16"}
-    signature |= {"first": "i32", "n_in": "i32:16", "magic": "i32"}
+    signature |= {"n_in": "i32:16", "magic": "i32"}
     constants = {"KIND": "Q6_K", "GROUPS": products.DENSE_GROUPS}
     yield Ahead("dense Q6_K", products._dense_kernel, signature, constants)
 

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama import Llama, kept
+from llama.context import Context
+from llama.graphs import GraphSteps
+from llama.sampling import SamplingParams
 from llama.speculation import Pace
 from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import BYTE_BOS, BYTE_EOS, build, random_tokens
@@ -72,7 +75,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         return tapes[-1]
 
     monkeypatch.setattr(kept, "can_record", lambda model: True)
-    monkeypatch.setattr(kept, "CudaGraphs", lambda: record)
+    monkeypatch.setattr(kept, "CudaGraphs", lambda device: record)
     return tapes
 
 
@@ -180,7 +183,7 @@ def test_a_conversation_that_outgrows_its_cache_goes_on(
     lengths = set()
     for turn, wanted in zip(turns, expected, strict=True):
         assert [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)] == wanted
-        lengths.add((llm._kept.steps or [])[0].context.cache.max_seq_len)
+        lengths.add(llm._kept.entries[True].steps[0].context.cache.max_seq_len)
     assert len(lengths) == 2
     assert llm.statistics.reused_tokens > 0
 
@@ -198,3 +201,65 @@ def test_a_stream_that_is_left_leaves_nothing_behind(folders: dict[str, Path], t
         assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == expected
         again = [step.token for step in llm.stream(PROMPTS[2:3], 12, keep=True, **GREEDY)]
         assert again[:-1] == llm.generate(PROMPTS[2:3], 12, **GREEDY)[0][0]
+
+
+class Interrupted(BaseException):
+    """As a user's Ctrl-C."""
+
+
+def test_an_interrupt_while_a_step_is_recorded_leaves_a_conversation_true(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token was once held before its key was there: the next turn saw a key of zeros."""
+    llm = build_llama(folders["model"])
+    first = next(iter(llm.stream(PROMPTS[2:3], 8, **GREEDY))).token
+    turn = [[*PROMPTS[2], *filter(None, [first])]]
+    plain = [step.token for step in llm.stream(turn, 7, **GREEDY)]
+
+    def interrupted(run: Callable[[], None]) -> Callable[[], None]:
+        raise Interrupted
+
+    monkeypatch.setattr(kept, "can_record", lambda model: True)
+    monkeypatch.setattr(kept, "CudaGraphs", lambda device: interrupted)
+    with pytest.raises(Interrupted):
+        list(llm.stream(PROMPTS[2:3], 8, keep=True, **GREEDY))
+    steps = llm._kept.entries[True].steps[0]
+    assert steps.context.held == [PROMPTS[2]]
+    steps._record = Tape  # type: ignore[attr-defined]
+    assert [step.token for step in llm.stream(turn, 7, keep=True, **GREEDY)] == plain
+
+
+def test_a_batch_between_two_turns_takes_nothing_from_the_conversation(
+    folders: dict[str, Path], tapes: list[Tape]
+) -> None:
+    """Its rows were once the conversation's, all of which grew with it."""
+    llm = build_llama(folders["model"])
+    turn = PROMPTS[2]
+    llm.generate(PROMPTS, 4, **GREEDY)
+    list(llm.stream([turn], 4, keep=True, **GREEDY))
+    llm.generate(PROMPTS, 6, **GREEDY)
+    reused = llm.statistics.reused_tokens
+    list(llm.stream([[*turn, 5, 6]], 4, keep=True, **GREEDY))
+    assert llm.statistics.reused_tokens == reused + len(turn)
+    assert len(llm._kept.entries[True].steps[0].context.held) == 1
+
+
+def test_rows_that_only_fill_up_a_graph_hold_nothing(folders: dict[str, Path], tapes: list[Tape]) -> None:
+    """Their first positions are written over."""
+    context = Context(build_llama(folders["model"]).model, 4, 32)
+    with torch.inference_mode():
+        steps = GraphSteps(context, Tape)
+        steps.begin(SamplingParams(temperature=0), False, torch.zeros(4, 32))
+        context.read([[5, 6, 7], [5, 6], [8], [9, 9]])
+        steps.launch([[1], [2], [3]], [3, 2, 1])
+    assert [len(row) for row in context.held] == [4, 3, 2, 0]
+
+
+def test_steps_of_a_model_that_was_changed_are_not_run_again(folders: dict[str, Path], tapes: list[Tape]) -> None:
+    """Graphs know the weights where they were."""
+    llm = build_llama(folders["model"])
+    before = llm.generate(PROMPTS[1:2], 6, **GREEDY)
+    recorded = len(tapes)
+    llm.model.fused = lambda *args: llm.model.run_layers(*args)
+    assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == before
+    assert len(tapes) == recorded + 1
