@@ -54,10 +54,11 @@ def main(
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
         quantize: int8 or int4: weights in blocks of 8.5 or 5 bits a value; blocks that are no larger stay as they are.
+            On a GPU fp8, too: floats of 8 bits.
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
-        draft_quantize: int8 or int4: hold the draft model so; then it may be the model itself.
+        draft_quantize: int8, int4 or fp8: hold the draft model so; then it may be the model itself.
         model_parallel_size: ranks that share one copy of the model; default: all.
         dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """

@@ -76,8 +76,8 @@ class Llama:
         """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split over torchrun's ranks.
 
         Left out: the tokenizer is looked for beside or inside the weights, model_parallel_size is the world size,
-        device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. quantize int8 or
-        int4 holds weights in blocks of so many bits; compile lets torch compile the decode step; speculate "lookup"
+        device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. quantize int8, int4
+        or, on a GPU, fp8 holds weights in so many bits; compile lets torch compile the decode step; speculate "lookup"
         guesses tokens from those before, draft_ckpt_dir with a smaller model, or with the same and draft_quantize:
         texts stay the same. Whatever is wrong with the files or the choices raises ValueError or FileNotFoundError,
         on every rank if on one.

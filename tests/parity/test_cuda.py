@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from llama import Llama, kept
+from llama.config import ModelArgs
 from llama.parallel import choose_dtype
 from llama.speculation import Pace
-from tests.checkpoints import TINY, write_meta
+from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, write_meta
 
 pytestmark = [
     pytest.mark.gpu,
@@ -116,3 +117,37 @@ def test_guesses_on_cuda_change_no_token(
     llm = Llama.build(folder, **options)  # type: ignore[arg-type]
     assert llm.generate(prompt, 40, temperature=0.2, seed=1) == expected
     assert llm.statistics.proposed > 0
+
+
+def test_one_graph_serves_all_temperatures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read on the device."""
+    llm = Llama.build(folder, dtype="float32")
+    ways = [(0.8, 0.9), (0.3, 0.5), (1.5, 0.99)]
+    found = [llm.generate(PROMPTS, 12, temperature, top_p, seed=5) for temperature, top_p in ways]
+    monkeypatch.setattr(kept, "can_record", lambda model: False)
+    plain = Llama(llm.model, llm.tokenizer)
+    assert found == [plain.generate(PROMPTS, 12, temperature, top_p, seed=5) for temperature, top_p in ways]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_heads_of_any_size_complete_prompts_of_any_length(tmp_path: Path, dtype: str) -> None:
+    """Torch's flash attention pads a head of 100 to 104, and its result has gaps; more rows than 8 go to cuBLAS."""
+    args = ModelArgs(dim=300, n_layers=2, n_heads=3, n_kv_heads=1, vocab_size=BYTE_VOCAB_SIZE, multiple_of=32)
+    write_meta(tmp_path, args)
+    llm = Llama.build(tmp_path, dtype=dtype, max_seq_len=600)
+    exact = Llama.build(tmp_path, dtype="float32", device="cpu", max_seq_len=600)
+    prompts = [[5 + i] * (3 + 13 * i) for i in range(12)]
+    found, scores = llm.generate(prompts, 1, temperature=0, logprobs=True, echo=True)
+    _, wanted = exact.generate(prompts, 1, temperature=0, logprobs=True, echo=True)
+    for row, other, prompt in zip(scores or [], wanted or [], prompts, strict=True):
+        assert row[: len(prompt)] == pytest.approx(other[: len(prompt)], abs=0.1)
+    assert [len(row) for row in llm.generate(prompts, 300, temperature=0)[0]]  # beyond 256 positions
+
+
+def test_a_conversation_goes_on_when_its_cache_grows(folder: Path) -> None:
+    llm, fresh = (Llama.build(folder, dtype="float32", max_seq_len=600) for _ in range(2))
+    turns = [[7, 8, 9] * 20, [7, 8, 9] * 90, [7, 8, 9] * 180]
+    for turn in turns:
+        said = [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)]
+        assert said == [step.token for step in fresh.stream([turn], 9, temperature=0)]
+    assert llm.statistics.reused_tokens > 0
