@@ -1,6 +1,6 @@
 """Sums of small tensors over the GPUs of a host, which read each other's memory: one kernel instead of NCCL's hops.
 
-It is tried once, when a model is built, and what does not work or gives a wrong sum is left to NCCL.
+It is tried once, when a model first computes, and what does not work or gives a wrong sum is left to NCCL.
 """
 
 from __future__ import annotations
