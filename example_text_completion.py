@@ -59,8 +59,7 @@ def main(
         seed: the same seed gives the same completions.
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
-        quantize: int8 or int4: weights in blocks of 8.5 or 5 bits a value; blocks that are no larger stay as they are.
-            On a GPU fp8, too: floats of 8 bits.
+        quantize: int8, int4 or, on GPUs, fp8: 8.5, 5 or 8 bits a value; blocks that are no larger stay as they are.
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup guesses tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which guesses tokens instead.
