@@ -101,10 +101,7 @@ class GraphSteps:
         self._uniforms[: uniforms.shape[0], : uniforms.shape[1]] = uniforms.to(self._uniforms.device)
 
     def choose(self, hidden: Tensor, start_pos: Sequence[int], note: int = 0) -> Picked:
-        starts, noted = self._upload(start_pos), self._upload([note])
-        uniform = uniforms_at(self._uniforms, starts, hidden.shape[1])
-        picked, scores = self._chooser(hidden.flatten(0, 1), uniform.flatten(), noted)
-        return as_picked(picked.cpu(), None if scores is None else scores.cpu(), hidden.shape[1], len(start_pos))
+        return self._chooser.choose(hidden, self._uniforms, start_pos, note)
 
     def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], note: int = 0) -> None:
         assert not self._under_way, "only what was chosen on the device can be read ahead"

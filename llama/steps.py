@@ -96,6 +96,13 @@ class Chooser:
         picked = self.model.parallel.broadcast(torch.cat([tokens, note]))
         return picked, log_probs(logits, picked[:-1].clamp(min=0)) if self.logprobs else None
 
+    def choose(self, hidden: Tensor, uniforms: Tensor, start_pos: Sequence[int], note: int) -> Picked:
+        """See `Steps.choose`; uniforms as in `Steps.begin`."""
+        bsz, seqlen, _ = hidden.shape
+        starts, noted = (torch.tensor(values, device=hidden.device) for values in (start_pos, [note]))
+        picked, scores = self(hidden.flatten(0, 1), uniforms_at(uniforms, starts, seqlen).flatten(), noted)
+        return as_picked(picked.cpu(), None if scores is None else scores.cpu(), seqlen, bsz)
+
     def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         if not self._on_gpu:
             return sample(logits, self.params.temperature, self.params.top_p, uniform)
@@ -124,11 +131,7 @@ class PlainSteps:
         self._uniforms = uniforms.to(self.context.model.device)
 
     def choose(self, hidden: Tensor, start_pos: Sequence[int], note: int = 0) -> Picked:
-        starts = torch.tensor(start_pos, device=hidden.device)
-        noted = torch.tensor([note], device=hidden.device)
-        uniform = uniforms_at(self._uniforms, starts, hidden.shape[1])
-        picked, scores = self._chooser(hidden.flatten(0, 1), uniform.flatten(), noted)
-        return as_picked(picked.cpu(), None if scores is None else scores.cpu(), hidden.shape[1], len(start_pos))
+        return self._chooser.choose(hidden, self._uniforms, start_pos, note)
 
     def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], note: int = 0) -> None:
         hidden = self.context.step(tokens, start_pos)

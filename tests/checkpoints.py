@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama.config import ModelArgs
+from tests.models import BYTE_EOS
 
 # 256 single bytes and Llama 3's 256 special tokens.
 BYTE_VOCAB_SIZE = 512
@@ -114,3 +115,16 @@ def write_meta(
     (folder / "params.json").write_text(json.dumps(params))
     write_byte_tokenizer(folder)
     return state
+
+
+def write_model_and_draft(top: Path) -> dict[str, Path]:
+    """Folders of a model that goes in circles at times and ends at times, and of its first layer as its draft."""
+    state = random_state(TINY)
+    for name in state:
+        if name.endswith(("wo.weight", "w2.weight")):
+            state[name] *= 0.3  # the newest token says most of what follows
+    state["output.weight"][BYTE_EOS] *= 1.5
+    write_meta(top / "model", state=state)
+    first = {name: weight for name, weight in state.items() if not name.startswith("layers.1.")}
+    write_meta(top / "draft", dataclasses.replace(TINY, n_layers=1), state=first)
+    return {"model": top / "model", "draft": top / "draft"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from llama.context import Context
 from llama.graphs import GraphSteps
 from llama.sampling import SamplingParams
 from llama.speculation import Pace
-from tests.checkpoints import TINY, random_state, write_meta
-from tests.models import BYTE_BOS, BYTE_EOS, build, random_tokens
+from tests.checkpoints import write_model_and_draft
+from tests.models import BYTE_BOS, build, random_tokens
 
 PROMPTS = [
     [BYTE_BOS, *b"one two three, one two three, one"],
@@ -53,16 +52,7 @@ class Tape(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model whose rows end at times, and a draft of fewer layers that is right at times."""
-    top = tmp_path_factory.mktemp("graphs")
-    state = random_state(TINY)
-    for name in state:
-        if name.endswith(("wo.weight", "w2.weight")):
-            state[name] *= 0.3
-    state["output.weight"][BYTE_EOS] *= 1.5
-    write_meta(top / "model", state=state)
-    first = {name: weight for name, weight in state.items() if not name.startswith("layers.1.")}
-    write_meta(top / "draft", dataclasses.replace(TINY, n_layers=1), state=first)
-    return {"model": top / "model", "draft": top / "draft"}
+    return write_model_and_draft(tmp_path_factory.mktemp("graphs"))
 
 
 @pytest.fixture

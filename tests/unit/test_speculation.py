@@ -15,8 +15,8 @@ from llama.config import DynamicScaling
 from llama.context import Context
 from llama.generation import check_speculation
 from llama.speculation import Lookup, Pace
-from tests.checkpoints import TINY, chain_state, random_state, write_meta
-from tests.models import BYTE_BOS, BYTE_EOS, build, random_tokens, transformer
+from tests.checkpoints import TINY, chain_state, random_state, write_meta, write_model_and_draft
+from tests.models import BYTE_BOS, build, random_tokens, transformer
 
 WAYS = ["lookup", "draft", "same"]
 PROMPTS = [
@@ -30,17 +30,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models that go in circles at times and end at times, and a draft of fewer layers that is right at times."""
-    top = tmp_path_factory.mktemp("speculation")
-    state = random_state(TINY)
-    for name in state:
-        if name.endswith(("wo.weight", "w2.weight")):
-            state[name] *= 0.3  # the newest token says most of what follows
-    state["output.weight"][BYTE_EOS] *= 1.5
-    write_meta(top / "model", state=state)
-    write_meta(top / "draft", dataclasses.replace(TINY, n_layers=1), state={
-        name: weight for name, weight in state.items() if not name.startswith("layers.1.")
-    })  # fmt: skip
-    return {"model": top / "model", "draft": top / "draft"}
+    return write_model_and_draft(tmp_path_factory.mktemp("speculation"))
 
 
 @pytest.fixture
