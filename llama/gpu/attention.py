@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.gpu.available import OLDEST
+from llama.gpu.planes import FEW
 
-# Tokens that a step of generation has at most, guesses included: what one of them gets does not depend on the others.
-FEW = 8
 # Programs that a launch aims at: two for each of the 108 to 132 multiprocessors of an A100 or H100.
 PROGRAMS = 256
 MOST_SPLITS = 64  # what a program of `_combine` holds at once

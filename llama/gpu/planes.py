@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from llama.blocks import F8_E4M3, BlockType
 from llama.gpu.available import has_triton
 
-# Tokens that are multiplied in fp32 while the weights pass by, and tokens that tensor cores take from the stored codes.
+# Tokens that are multiplied in fp32 while the weights pass by, and that attention takes in tiles of one shape: what one
+# of them gets does not depend on the others. And tokens that tensor cores take from the stored codes.
 FEW = 8
 MOST = 64
 # Beyond: values that are made dense at once, 128 MB in 16 bits.
