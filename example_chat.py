@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama import Llama, cli
-from llama.build import plan_run
-from llama.chat import UNSAFE_ERROR, Message, check_system
-from llama.parallel import agree, from_first_rank
+from llama import Llama
+from llama.chat.formats import UNSAFE_ERROR, Message, check_system
+from llama.cli import flags as cli
+from llama.distributed.job import agree, from_first_rank
+from llama.engine.build import plan_run
+from llama.engine.speculative import check_speculation
 from llama.sampling import SamplingParams
-from llama.speculation import check_speculation
 
 
 def main(

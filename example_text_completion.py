@@ -6,12 +6,13 @@ import json as json_format
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama import Llama, cli
-from llama.build import plan_run
-from llama.infilling import FILL_MARK, can_infill
-from llama.predictions import CompletionPrediction, InfillingPrediction
+from llama import Llama
+from llama.chat.infilling import FILL_MARK, can_infill
+from llama.cli import flags as cli
+from llama.engine.build import plan_run
+from llama.engine.speculative import check_speculation
+from llama.outputs import CompletionPrediction, InfillingPrediction
 from llama.sampling import SamplingParams
-from llama.speculation import check_speculation
 
 PROMPTS = [
     "The capital of France is",

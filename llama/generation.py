@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from llama.batch import Batch, Row
-from llama.build import build_draft, build_model
-from llama.chat import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
-from llama.footprint import Job
-from llama.infilling import infilling_tokens
-from llama.kept import Kept
+from llama.chat.formats import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
+from llama.chat.infilling import infilling_tokens
+from llama.engine.build import build_draft, build_model
+from llama.engine.metrics import Statistics
+from llama.engine.prompts import check_prompts, encode_texts
+from llama.engine.runner_pool import Kept
+from llama.engine.scheduler import Batch, Row
+from llama.engine.speculative import Draft, Lookup, Proposer, check_speculation
+from llama.memory.estimate import Job
 from llama.model import Transformer
-from llama.predictions import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
-from llama.prompts import check_prompts, encode_texts
+from llama.outputs import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
 from llama.sampling import SamplingParams, uniforms
-from llama.speculation import Draft, Lookup, Proposer, check_speculation
-from llama.statistics import Statistics
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "Step"]

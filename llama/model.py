@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.config import ModelArgs
-from llama.linear import Quantized, Weight
-from llama.parallel import ColumnParallelLinear, ModelParallel, RowParallelLinear, VocabParallelEmbedding
+from llama.distributed.groups import ModelParallel
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from llama.quantization.linear import Quantized, Weight
 from llama.rope import Rotary, rotate
 
 __all__ = ["ModelArgs", "Transformer"]

@@ -24,9 +24,9 @@ from benchmarking import roofline
 from benchmarking.machine import machine_name, read_bandwidth_gb_s
 from benchmarking.prompts import copy_prompts, random_prompts
 from benchmarking.workers import Job, Worker, llama_cpp_worker, torch_worker
-from llama import cli
 from llama.checkpoint import open_checkpoint
-from llama.parallel import choose_device
+from llama.cli import flags as cli
+from llama.distributed.device import choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("transformers", "llama_cpp", "plain")

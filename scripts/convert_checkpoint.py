@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llama import cli
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.files import check_new
+from llama.checkpoint.export.streaming_writers import check_new
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.gguf import GGUFCheckpoint
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.write import write_checkpoint, writer
-from llama.checkpoint.write_tokenizer import tokenizer_source
+from llama.cli import flags as cli
 
 log = logging.getLogger("llama")
 

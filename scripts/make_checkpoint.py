@@ -12,11 +12,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llama import cli
-from llama.checkpoint.files import check_new
-from llama.checkpoint.made_up import MadeUpCheckpoint
-from llama.checkpoint.presets import PRESETS
-from llama.checkpoint.write import write_checkpoint, writer
+from llama.checkpoint.export.streaming_writers import check_new
+from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.cli import flags as cli
+from llama.testing.model_presets import PRESETS
+from llama.testing.random_checkpoint import MadeUpCheckpoint
 
 log = logging.getLogger("llama")
 

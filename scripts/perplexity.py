@@ -19,7 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llama import Llama, cli
+from llama import Llama
+from llama.cli import flags as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_NATS = 700  # of which exp is still a number

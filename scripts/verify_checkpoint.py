@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llama import cli
-from llama.checkpoint.checksums import Finding, write_list
-from llama.checkpoint.verify import bytes_to_read, checked_files, verify
+from llama.checkpoint.verify.checksums import Finding, write_list
+from llama.checkpoint.verify.verify import bytes_to_read, checked_files, verify
+from llama.cli import flags as cli
 
 
 def main(path: str, *, deep: bool = False, write: bool = False) -> None:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.blocks import BLOCK_TYPES, BlockType, requantize_exactly
-from llama.checkpoint.format import Reading, dtype_name
+from llama.checkpoint.base import Reading, dtype_name
 from llama.checkpoint.gguf_config import read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, is_gguf, read_header
+from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, requantize_exactly
 from llama.tokenizer import Tokenizer
 
 __all__ = ["GGUFCheckpoint", "is_gguf"]

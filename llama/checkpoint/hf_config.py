@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.blocks import BLOCK_TYPES, BlockType
 from llama.config import (
     DynamicScaling,
     LinearScaling,
@@ -20,6 +19,7 @@ from llama.config import (
     check_number,
     read_json_object,
 )
+from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 
 log = logging.getLogger("llama")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.blocks import BlockType, dequantize
-from llama.checkpoint.format import FLOATS, Reading, dtype_name
+from llama.checkpoint.base import FLOATS, Reading, dtype_name
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
-from llama.checkpoint.pickles import map_pickle
+from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_json_object
+from llama.quantization.gguf_blocks import BlockType, dequantize
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 # Hugging Face's names of modules, in Meta's.

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.blocks import F8_E4M3, BlockType, quantize
-from llama.checkpoint.format import Checkpoint, StoredCheckpoint, dtype_name, kind, quantized_type, shard_dim
+from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, kind, quantized_type, shard_dim
 from llama.config import ModelArgs
-from llama.gpu.planes import Fp8Weight, PlanarWeight
-from llama.linear import BlockWeight, PackedWeight, Weight
+from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
-from llama.parallel import ModelParallel
+from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
+from llama.quantization.linear import BlockWeight, PackedWeight, Weight
+from llama.quantization.planar import Fp8Weight, PlanarWeight
 
 # Stored by Meta, computed here.
 DERIVED = {"rope.freqs"}

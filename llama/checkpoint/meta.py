@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.blocks import BlockType
-from llama.checkpoint.format import FLOATS, SHARD_DIM, Reading, dtype_name, kind
-from llama.checkpoint.pickles import map_pickle
+from llama.checkpoint.base import FLOATS, SHARD_DIM, Reading, dtype_name, kind
+from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_params
+from llama.quantization.gguf_blocks import BlockType
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from llama.checkpoint.format import StoredCheckpoint
+from llama.checkpoint.base import StoredCheckpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.tokenizer.gguf import GGUFTokens
-from llama.tokenizer.gguf_bpe import GGUFBytePairVocab
-from llama.tokenizer.hf import HuggingFaceVocab
+from llama.tokenizer.added_tokens_vocab import AddedTokensVocab
+from llama.tokenizer.gguf_bpe_vocab import GGUFBytePairVocab
+from llama.tokenizer.gguf_tokens import GGUFTokens
 from llama.tokenizer.hf_config import TokenizerConfig
-from llama.tokenizer.hf_spm import AddedTokensVocab
-from llama.tokenizer.ranks import RanksVocab
-from llama.tokenizer.spm import SentencePieceVocab, proto_from_gguf
+from llama.tokenizer.hf_vocab import HuggingFaceVocab
+from llama.tokenizer.sentencepiece_vocab import SentencePieceVocab, proto_from_gguf
 from llama.tokenizer.stream import StreamDecoder
+from llama.tokenizer.tiktoken_vocab import RanksVocab
 from llama.tokenizer.vocab import END_TOKENS, Vocab
 
 EXPECTED = (

@@ -18,11 +18,11 @@ import torch
 
 from llama import Llama
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.format import dtype_name
-from llama.checkpoint.write import write_checkpoint, writer
-from llama.checkpoint.write_tokenizer import tokenizer_source
-from llama.parallel import choose_device, choose_dtype
-from llama.statistics import peak_memory_mib
+from llama.checkpoint.base import dtype_name
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.distributed.device import choose_device, choose_dtype
+from llama.engine.metrics import peak_memory_mib
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

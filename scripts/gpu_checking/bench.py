@@ -10,9 +10,9 @@ import triton
 
 from gpu_checking.report import Report
 from gpu_checking.sizes import FLOATS, SIZES, Size
-from llama.gpu import elementwise, products
-from llama.gpu.available import has_triton
-from llama.parallel import choose_device
+from llama.backends.cuda import elementwise, products
+from llama.backends.cuda.available import has_triton
+from llama.distributed.device import choose_device
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from gpu_checking.bench import Bench
 from gpu_checking.random_models import random_values
 from gpu_checking.report import differing, relative_error
 from llama import sampling
-from llama.gpu import attention, elementwise
-from llama.gpu import sampling as gpu_sampling
+from llama.backends.cuda import attention, elementwise
+from llama.backends.cuda import sampling as gpu_sampling
 from llama.rope import Rotary
 
 ATTENTION_BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 2e-2}

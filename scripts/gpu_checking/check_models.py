@@ -13,14 +13,14 @@ from gpu_checking.clock import Recorder
 from gpu_checking.random_models import in_floats, random_model
 from gpu_checking.report import free_memory
 from gpu_checking.sizes import FLOATS
-from llama.batch import Batch, Row
-from llama.context import Context
-from llama.graphs import GraphSteps
+from llama.engine.context import Context
+from llama.engine.cuda_graph_runner import GraphSteps
+from llama.engine.metrics import Statistics
+from llama.engine.runner import PlainSteps, Steps
+from llama.engine.scheduler import Batch, Row
+from llama.engine.speculative import Draft, Lookup, Pace, Proposer
 from llama.model import Transformer
 from llama.sampling import SamplingParams, uniforms
-from llama.speculation import Draft, Lookup, Pace, Proposer
-from llama.statistics import Statistics
-from llama.steps import PlainSteps, Steps
 
 CHECKED = (FLOATS, "int4", "int8", "Q4_K", "fp8")
 # Against the error of torch's operations in the same dtype: another way of rounding, neither nearer everywhere.

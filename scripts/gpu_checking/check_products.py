@@ -11,10 +11,10 @@ from torch import Tensor
 from gpu_checking.bench import Bench
 from gpu_checking.random_models import random_weight
 from gpu_checking.report import differing, relative_error
-from llama import gpu_layers
-from llama.gpu import products
-from llama.gpu.planes import MOST
-from llama.gpu_layers import GpuWeight
+from llama.backends.cuda import layers as gpu_layers
+from llama.backends.cuda import products
+from llama.backends.cuda.layers import GpuWeight
+from llama.quantization.planar import MOST
 
 FORMS = ("bf16", "fp16", "int8", "int4", "Q4_0", "Q4_K", "Q6_K", "fp8")
 FEW_BOUND = 1e-5  # of few tokens, which are summed in fp32

@@ -11,11 +11,12 @@ from gpu_checking.clock import Recorder
 from gpu_checking.random_models import random_model
 from gpu_checking.report import relative_error
 from gpu_checking.sizes import FLOATS
-from llama.context import Context
-from llama.gpu import products
-from llama.gpu.one_shot import OneShot, open_one_shot
-from llama.graphs import GraphSteps
-from llama.parallel import ModelParallel, from_all_ranks, join_job, join_model_parallel, local_world_size
+from llama.backends.cuda import products
+from llama.backends.cuda.one_shot import OneShot, open_one_shot
+from llama.distributed.groups import ModelParallel, join_model_parallel
+from llama.distributed.job import from_all_ranks, join_job, local_world_size
+from llama.engine.context import Context
+from llama.engine.cuda_graph_runner import GraphSteps
 
 SUM_BOUND = 1e-6
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpu_checking.bench import Bench
-from llama.graphs import CudaGraphs, Record
+from llama.engine.cuda_graph_runner import CudaGraphs, Record
 
 # Of small kernels together in a graph, so that launching it takes no part of the time.
 LEAST_RUNS = 32

@@ -14,11 +14,11 @@ from gpu_checking.clock import Recorder, now
 from gpu_checking.processes import reply, started
 from gpu_checking.random_models import random_model
 from gpu_checking.sizes import FLOATS
-from llama.batch import Batch, Row
-from llama.context import Context
-from llama.graphs import GraphSteps
+from llama.engine.context import Context
+from llama.engine.cuda_graph_runner import GraphSteps
+from llama.engine.metrics import Statistics
+from llama.engine.scheduler import Batch, Row
 from llama.sampling import SamplingParams, uniforms
-from llama.statistics import Statistics
 
 PROMPT_LEN, N_TOKENS = 30, 3
 SECONDS = 120  # for one process

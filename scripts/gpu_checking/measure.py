@@ -13,14 +13,14 @@ from gpu_checking.bench import Bench
 from gpu_checking.clock import Recorder, copy_gb_s, now, seconds
 from gpu_checking.random_models import random_model
 from gpu_checking.sizes import FLOATS
-from llama.context import Context
-from llama.footprint import Job, cache_bytes
-from llama.graphs import GraphSteps
-from llama.kept import LENGTHS
-from llama.memory import free_bytes
+from llama.engine.context import Context
+from llama.engine.cuda_graph_runner import GraphSteps
+from llama.engine.metrics import peak_memory_mib
+from llama.engine.runner_pool import LENGTHS
+from llama.memory.available import free_bytes
+from llama.memory.estimate import Job, cache_bytes
 from llama.model import Transformer
 from llama.sampling import SamplingParams
-from llama.statistics import peak_memory_mib
 
 PREFILLED = (FLOATS, "int4")
 # Of the device's memory that stays free: graphs, and what a step makes.

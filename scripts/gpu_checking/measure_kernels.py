@@ -13,9 +13,9 @@ from gpu_checking.bench import Bench
 from gpu_checking.clock import UNCACHED, copy_gb_s, seconds_each
 from gpu_checking.random_models import Maker
 from gpu_checking.sizes import FLOATS
+from llama.backends.cuda import attention, elementwise, products
+from llama.backends.cuda import sampling as gpu_sampling
 from llama.config import ModelArgs
-from llama.gpu import attention, elementwise, products
-from llama.gpu import sampling as gpu_sampling
 from llama.rope import Rotary
 
 N_TOKENS = (1, products.FEW)

@@ -13,7 +13,7 @@ from gpu_checking.measure import decode, steps_at
 from gpu_checking.processes import reply, started
 from gpu_checking.random_models import random_model
 from gpu_checking.sizes import FLOATS
-from llama.graphs import GraphSteps
+from llama.engine.cuda_graph_runner import GraphSteps
 
 PEERS = ("transformers", "gpt_fast")
 SECONDS = 150  # to build and compile a peer, or to run it

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gpu_checking.sizes import FLOATS
-from llama.blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize
+from llama.backends.cuda.layers import GpuLayers, GpuWeight
 from llama.config import ModelArgs
-from llama.gpu.planes import Fp8Weight, PlanarWeight
-from llama.gpu_layers import GpuLayers, GpuWeight
+from llama.distributed.groups import ModelParallel
 from llama.model import RMSNorm, Transformer
-from llama.parallel import ModelParallel
+from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize
+from llama.quantization.planar import Fp8Weight, PlanarWeight
 
 LOGITS = 3.0  # their standard deviation
 # Where blocks that no code here quantizes have their halves, and how these are to each other: Q4_K's codes are 7.5 on

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from llama.checkpoint.presets import PRESETS
 from llama.config import ModelArgs
+from llama.testing.model_presets import PRESETS
 
 FLOATS = "floats"  # weights in the dtype that is computed in
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from llama import Llama
-from llama.build import open_source
-from llama.footprint import Job
-from llama.parallel import from_all_ranks, join_job
+from llama.distributed.job import from_all_ranks, join_job
+from llama.engine.build import open_source
+from llama.memory.estimate import Job
 
 
 def status() -> dict[str, int]:

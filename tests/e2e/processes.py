@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama.kernels.compile import library
+from llama.backends.cpu.build import library
 
 ROOT = Path(__file__).parents[2]
 COMPLETION = ROOT / "example_text_completion.py"

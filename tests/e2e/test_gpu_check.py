@@ -22,7 +22,7 @@ import dataclasses, runpy, sys
 sys.argv, scripts = sys.argv[1:], sys.argv[2]
 sys.path.insert(0, scripts)
 from gpu_checking.sizes import SIZES
-from llama.gpu import products
+from llama.backends.cuda import products
 right = products.multiply
 
 def wrong(*arguments, **options):

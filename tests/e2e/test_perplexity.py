@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.write import write_checkpoint, writer
-from llama.checkpoint.write_tokenizer import tokenizer_source
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from tests.e2e.processes import ROOT, torchrun
 from tests.parity.test_perplexity import expected, measured, perplexity
 

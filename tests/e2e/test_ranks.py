@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llama.kernels.compile import library
+from llama.backends.cpu.build import library
 from tests.e2e.conftest import Jobs, RunJobs
 from tests.e2e.processes import (
     COMPLETION,

@@ -19,10 +19,13 @@ from typing import Any
 import fairscale.nn.model_parallel  # noqa: F401  (imported here so that the ranks need not)
 import torch
 
-from llama import Llama, batch, kept, steps
-from llama.checkpoint.format import kind
-from llama.gpu.one_shot import open_one_shot
-from llama.linear import BlockWeight, PackedWeight
+from llama import Llama
+from llama.backends.cuda.one_shot import open_one_shot
+from llama.checkpoint.base import kind
+from llama.engine import runner as steps
+from llama.engine import runner_pool as kept
+from llama.engine import scheduler as batch
+from llama.quantization.linear import BlockWeight, PackedWeight
 
 DRAFT = {"draft": True}
 

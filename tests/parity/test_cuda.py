@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama import Llama, kept
+from llama import Llama
 from llama.config import ModelArgs
-from llama.parallel import choose_dtype
-from llama.speculation import Pace
+from llama.distributed.device import choose_dtype
+from llama.engine import runner_pool as kept
+from llama.engine.speculative import Pace
 from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, write_meta
 
 pytestmark = [

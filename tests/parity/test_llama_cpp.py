@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llama import Llama
-from llama.cli import DEMO_MODEL
+from llama.cli.flags import DEMO_MODEL
 
 CASES = json.loads((Path(__file__).parent / "llama_cpp_greedy.json").read_text(encoding="utf-8"))
 NEAR_TIE = 0.05

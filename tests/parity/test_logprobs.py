@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama import Llama
-from llama.footprint import SCORED_AT_ONCE
+from llama.memory.estimate import SCORED_AT_ONCE
 from tests.checkpoints import TINY
 from tests.hugging_face import hugging_face_model
 from tests.models import BYTE_BOS, BYTE_EOS, build, random_tokens

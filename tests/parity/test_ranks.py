@@ -12,8 +12,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+from llama.backends.cpu.build import library
 from llama.config import ModelArgs
-from llama.kernels.compile import library
 from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.models import random_tokens

@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from llama.blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize, requantize_exactly
+from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize, requantize_exactly
 
 # The library's, about values that scales cannot hold.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

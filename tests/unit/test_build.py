@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama
-from llama.parallel import ModelParallel, choose_device, choose_dtype
+from llama.distributed.device import choose_device, choose_dtype
+from llama.distributed.groups import ModelParallel
 from tests.models import build
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from llama.chat import ChatML, GuessedChat, Llama2Chat, Llama3Chat, check_roles, choose_chat_format
-from llama.chat_template import TemplateChat
+from llama.chat.formats import ChatML, GuessedChat, Llama2Chat, Llama3Chat, check_roles, choose_chat_format
+from llama.chat.template import TemplateChat
 from llama.checkpoint import open_checkpoint
 from llama.tokenizer import Tokenizer
 

@@ -20,9 +20,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llama import chat_template
-from llama.chat import CHAT_FORMATS, GuessedChat, Llama2Chat, check_system, choose_chat_format
-from llama.chat_template import TemplateChat
+from llama.chat import template as chat_template
+from llama.chat.formats import CHAT_FORMATS, GuessedChat, Llama2Chat, check_system, choose_chat_format
+from llama.chat.template import TemplateChat
 from llama.tokenizer import Tokenizer
 
 Dialogs = list[list[dict[str, str]]]

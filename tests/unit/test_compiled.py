@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.compiled import CompiledLayers
+from llama.backends.inductor import CompiledLayers
 from llama.config import ModelArgs
 from llama.model import Transformer
 from tests.checkpoints import random_state

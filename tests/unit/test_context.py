@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, context
+from llama import Llama
 from llama.config import DynamicScaling
+from llama.engine import context
 from tests.checkpoints import TINY, random_state
 from tests.models import build, random_tokens, transformer
 
@@ -73,7 +74,7 @@ def test_chunks_give_what_one_pass_gives(tiny_folder: Path, monkeypatch: pytest.
     options = {"temperature": 0.5, "seed": 3, "logprobs": True, "echo": echo}
     expected = llm.generate(prompts, 8, **options)
     for positions in (1, 12, 28, 40):
-        monkeypatch.setattr("llama.footprint.READ_AT_ONCE", positions)
+        monkeypatch.setattr("llama.memory.estimate.READ_AT_ONCE", positions)
         counted = Counted(llm)
         assert_same(llm.generate(prompts, 8, **options), expected)
         assert counted.largest == max(positions // 4 * 4, 4)
@@ -86,7 +87,7 @@ def test_dynamic_scaling_knows_the_whole_length_in_every_chunk(
     args = dataclasses.replace(TINY, rope_scaling=DynamicScaling(4.0, 16), max_seq_len=64, max_batch_size=4)
     llm = Llama(transformer(args, random_state(TINY)), build(tiny_folder).tokenizer)
     alone = [llm.generate([row], 4, temperature=0, logprobs=True, echo=True) for row in RAGGED]
-    monkeypatch.setattr("llama.footprint.READ_AT_ONCE", 20)
+    monkeypatch.setattr("llama.memory.estimate.READ_AT_ONCE", 20)
     together = llm.generate(RAGGED, 4, temperature=0, logprobs=True, echo=True)
     assert together[1] is not None
     for i, each in enumerate(alone):

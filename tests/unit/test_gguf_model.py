@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import Storage, read_part
 from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
+from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
-from llama.parallel import ModelParallel
 from llama.rope import scaled_frequencies
 from tests.architectures import ARCHITECTURES
 from tests.checkpoints import random_state

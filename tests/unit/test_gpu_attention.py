@@ -12,8 +12,8 @@ from llama import model
 from tests.gpu_compile import CAPABILITIES, Ahead, compiled_kernels
 
 pytest.importorskip("triton", reason="GPU kernels are written in Triton")
-from llama.gpu import attention
-from llama.gpu.attention import FEW, attend, n_splits, tile_for
+from llama.backends.cuda import attention
+from llama.backends.cuda.attention import FEW, attend, n_splits, tile_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

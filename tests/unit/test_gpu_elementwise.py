@@ -12,8 +12,8 @@ from llama.rope import Rotary, rotate
 from tests.gpu_compile import Ahead, compiled_kernels
 
 pytest.importorskip("triton", reason="GPU kernels are written in Triton")
-from llama.gpu import elementwise
-from llama.gpu.elementwise import add_and_norm, gate, rotate_and_keep
+from llama.backends.cuda import elementwise
+from llama.backends.cuda.elementwise import add_and_norm, gate, rotate_and_keep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # A rounding of the result, and of fp32 before it.

@@ -12,13 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from llama.blocks import BLOCK_TYPES, QUANTIZE, quantize
+from llama.backends.cuda import elementwise, products
+from llama.backends.cuda.layers import GpuLayers
 from llama.checkpoint.load import global_shapes
 from llama.config import ModelArgs
-from llama.gpu import elementwise, products
-from llama.gpu.planes import Fp8Weight, PlanarWeight
-from llama.gpu_layers import GpuLayers
 from llama.model import Transformer
+from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, quantize
+from llama.quantization.planar import Fp8Weight, PlanarWeight
 from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import build, random_tokens, transformer
 
@@ -159,13 +159,13 @@ def test_a_checkpoint_is_built_and_completed_as_on_a_cpu(tmp_path: Path, monkeyp
     write_meta(tmp_path, dataclasses.replace(TINY, n_heads=4, n_kv_heads=2, multiple_of=64, hidden_dim=None))
     prompts, options = [[5, 6, 7], [8]], {"temperature": 0.8, "top_p": 0.9, "seed": 2}
     expected = build(tmp_path, quantize="int8").generate(prompts, 4, logprobs=True, **options)
-    for module in ("llama.build", "llama.gpu_layers"):
+    for module in ("llama.engine.build", "llama.backends.cuda.layers"):
         monkeypatch.setattr(f"{module}.has_triton", lambda device: True)
-    monkeypatch.setattr("llama.build.library", lambda: None)
-    monkeypatch.setattr("llama.build.can_fuse", lambda model: False)
-    monkeypatch.setattr("llama.build._packs", lambda device: PlanarWeight)
-    monkeypatch.setattr("llama.kept.can_record", lambda model: isinstance(model.fused, GpuLayers))
-    monkeypatch.setattr("llama.kept.CudaGraphs", lambda device: lambda run: run)
+    monkeypatch.setattr("llama.engine.build.library", lambda: None)
+    monkeypatch.setattr("llama.engine.build.can_fuse", lambda model: False)
+    monkeypatch.setattr("llama.engine.build._packs", lambda device: PlanarWeight)
+    monkeypatch.setattr("llama.engine.runner_pool.can_record", lambda model: isinstance(model.fused, GpuLayers))
+    monkeypatch.setattr("llama.engine.runner_pool.CudaGraphs", lambda device: lambda run: run)
     llm = build(tmp_path, quantize="int8")
     assert llm.model.weight_types[0] == "Q8_0"
     tokens, scores = llm.generate(prompts, 4, logprobs=True, **options)

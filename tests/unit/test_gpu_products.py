@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.blocks import BLOCK_TYPES, BlockType, dequantize
-from llama.gpu import planes
-from llama.gpu.planes import FEW, MOST, Fp8Weight, PlanarWeight
-from llama.linear import linear
+from llama.quantization import planar as planes
+from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
+from llama.quantization.linear import linear
+from llama.quantization.planar import FEW, MOST, Fp8Weight, PlanarWeight
 from tests.gpu_compile import Ahead, compiled_kernels
 from tests.unit.test_kernels import random_blocks
 
 pytest.importorskip("triton", reason="triton is not installed")
-from llama.gpu import products
+from llama.backends.cuda import products
 
 TYPES = list(BLOCK_TYPES.values())
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,8 +17,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from llama import sampling
-from llama.gpu import sampling_kernels as kernels
-from llama.gpu.sampling import CHUNK, DIGITS, LARGEST_VOCAB, greedy, sample, sample_all
+from llama.backends.cuda import sampling_kernels as kernels
+from llama.backends.cuda.sampling import CHUNK, DIGITS, LARGEST_VOCAB, greedy, sample, sample_all
 from llama.sampling import INVALID
 from tests.gpu_compile import Ahead, compiled_kernels
 

@@ -11,11 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama import Llama, kept
-from llama.context import Context
-from llama.graphs import GraphSteps
+from llama import Llama
+from llama.engine import runner_pool as kept
+from llama.engine.context import Context
+from llama.engine.cuda_graph_runner import GraphSteps
+from llama.engine.speculative import Pace
 from llama.sampling import SamplingParams
-from llama.speculation import Pace
 from tests.checkpoints import write_model_and_draft
 from tests.models import BYTE_BOS, build, random_tokens
 
@@ -72,7 +73,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 @pytest.fixture(autouse=True)
 def operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the CPU kernels are no operations that a tape can see."""
-    monkeypatch.setattr("llama.linear.library", lambda: None)
+    monkeypatch.setattr("llama.quantization.linear.library", lambda: None)
 
 
 def build_llama(folder: Path, **options: Any) -> Llama:

@@ -12,8 +12,8 @@ import pytest
 import sentencepiece
 
 from llama import Llama
+from llama.chat.infilling import can_infill, infilling_tokens
 from llama.config import ModelArgs
-from llama.infilling import can_infill, infilling_tokens
 from llama.tokenizer import Tokenizer
 from tests.checkpoints import write_meta
 from tests.conftest import TEXTS

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.blocks import BLOCK_TYPES, BlockType, dequantize
+from llama.backends.cpu import ops as kernels
+from llama.backends.cpu.layers import FusedLayers, can_fuse
 from llama.cache import KVCache
 from llama.config import ModelArgs
-from llama.fused import FusedLayers, can_fuse
-from llama.kernels import operations as kernels
-from llama.linear import BlockWeight, PackedWeight, linear
 from llama.model import Transformer
+from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
+from llama.quantization.linear import BlockWeight, PackedWeight, linear
 from tests.checkpoints import random_state
 from tests.models import random_tokens
 from tests.models import transformer as on_state

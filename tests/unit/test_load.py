@@ -10,8 +10,8 @@ import torch
 
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import Storage
+from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
-from llama.parallel import ModelParallel
 from tests.checkpoints import TINY, write_meta
 from tests.models import build, one_pass, random_tokens, transformer
 

@@ -15,17 +15,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llama import Llama
-from llama.build import check_room, open_source
+from llama.backends.cpu.layers import FusedLayers, can_fuse
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import Storage
 from llama.config import ModelArgs
-from llama.context import Context
-from llama.footprint import HEAP, Job, activation_bytes, cache_bytes
-from llama.fused import FusedLayers, can_fuse
-from llama.memory import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
+from llama.distributed.groups import ModelParallel
+from llama.engine.build import check_room, open_source
+from llama.engine.context import Context
+from llama.memory.available import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
+from llama.memory.estimate import HEAP, Job, activation_bytes, cache_bytes
+from llama.memory.plan import Planner
 from llama.model import Transformer
-from llama.parallel import ModelParallel
-from llama.plan import Planner
 from llama.sampling import sample
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model

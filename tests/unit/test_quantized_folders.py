@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama.blocks import BLOCK_TYPES, dequantize, quantize
 from llama.checkpoint import Checkpoint, open_checkpoint
-from llama.checkpoint.format import kind
+from llama.checkpoint.base import kind
+from llama.checkpoint.export.huggingface import HuggingFaceWriter
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.checkpoint.made_up import MadeUpCheckpoint
-from llama.checkpoint.presets import PRESETS
-from llama.checkpoint.verify import verify
-from llama.checkpoint.write import write_checkpoint, writer
-from llama.checkpoint.write_hf import HuggingFaceWriter
-from llama.checkpoint.write_tokenizer import tokenizer_source
+from llama.checkpoint.verify.verify import verify
 from llama.config import ModelArgs
+from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize, quantize
+from llama.testing.model_presets import PRESETS
+from llama.testing.random_checkpoint import MadeUpCheckpoint
 from tests.checkpoints import write_meta
 from tests.models import build
 from tests.unit.test_hugging_face_damage import edit, load, set_to

@@ -11,19 +11,19 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from llama.blocks import BLOCK_TYPES, dequantize
+from llama.backends.cpu.build import library
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.format import kind
+from llama.checkpoint.base import kind
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.load import Storage, global_shapes, load_weights
-from llama.checkpoint.write import write_checkpoint, writer
-from llama.checkpoint.write_tokenizer import tokenizer_source
 from llama.config import ModelArgs
-from llama.gpu.planes import PlanarWeight
-from llama.kernels.compile import library
-from llama.linear import BlockWeight, PackedWeight, Quantized
+from llama.distributed.groups import ModelParallel
+from llama.memory.plan import Planner
 from llama.model import Transformer
-from llama.parallel import ModelParallel
-from llama.plan import Planner
+from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize
+from llama.quantization.linear import BlockWeight, PackedWeight, Quantized
+from llama.quantization.planar import PlanarWeight
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.models import build, one_pass, random_tokens, transformer

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama.checkpoint.load import read_part
 from llama.checkpoint.meta import MetaCheckpoint
 from llama.config import ModelArgs
-from llama.parallel import ModelParallel
+from llama.distributed.groups import ModelParallel
 from tests.checkpoints import TINY, write_meta
 
 NINE = ModelArgs(dim=72, n_layers=1, n_heads=9, n_kv_heads=3, vocab_size=512, multiple_of=10)

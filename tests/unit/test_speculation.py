@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, batch
+from llama import Llama
 from llama.config import DynamicScaling
-from llama.context import Context
+from llama.engine import scheduler as batch
+from llama.engine.context import Context
+from llama.engine.speculative import Lookup, Pace
 from llama.generation import check_speculation
-from llama.speculation import Lookup, Pace
 from tests.checkpoints import TINY, chain_state, random_state, write_meta, write_model_and_draft
 from tests.models import BYTE_BOS, build, random_tokens, transformer
 

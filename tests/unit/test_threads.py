@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.threads import physical_cores
+from llama.distributed.threads import physical_cores
 
 ALLOWED = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
-from llama.tokenizer.gguf_bpe import PRE_RULES, PreRule
+from llama.tokenizer.gguf_bpe_vocab import PRE_RULES, PreRule
 
 DEMO = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAGRAPHS = [

@@ -135,8 +135,8 @@ def test_a_regex_that_could_explode_is_refused(tmp_path: Path, pattern: str) -> 
 
 
 def test_the_patterns_of_known_models_are_not_refused() -> None:
-    from llama.tokenizer.gguf_bpe import PRE_RULES
-    from llama.tokenizer.hf_pipeline import check_patterns
+    from llama.tokenizer.gguf_bpe_vocab import PRE_RULES
+    from llama.tokenizer.hf_decoder import check_patterns
 
     others = [r"(?=(\d{3})+(?!\d))", r"[(\s|.)+]+", r"\(a+\)+", r"(?i:'s|'t)?\p{L}+", r"(?:ab)+"]
     for pattern in [pattern for rule in PRE_RULES.values() for pattern in rule.splits] + others:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llama.checkpoint.checksums import Finding, write_list
-from llama.checkpoint.made_up import MadeUpCheckpoint
-from llama.checkpoint.presets import PRESETS
-from llama.checkpoint.verify import bytes_to_read, checked_files, verify
-from llama.checkpoint.write import write_checkpoint, writer
-from llama.checkpoint.write_hf import HuggingFaceWriter
+from llama.checkpoint.export.huggingface import HuggingFaceWriter
+from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.checkpoint.verify.checksums import Finding, write_list
+from llama.checkpoint.verify.verify import bytes_to_read, checked_files, verify
+from llama.testing.model_presets import PRESETS
+from llama.testing.random_checkpoint import MadeUpCheckpoint
 from tests.checkpoints import write_meta
 
 

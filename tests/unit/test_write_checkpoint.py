@@ -18,16 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from llama import Llama
 from llama.checkpoint import Checkpoint, open_checkpoint
-from llama.checkpoint.files import ALIGNMENT, Entry, PickleFile, new_path
+from llama.checkpoint.export.huggingface import HuggingFaceWriter, hf_config
+from llama.checkpoint.export.meta import meta_params
+from llama.checkpoint.export.plan import Plan, recognised
+from llama.checkpoint.export.streaming_writers import ALIGNMENT, Entry, PickleFile, new_path
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.hf_config import read_config
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.made_up import MadeUpCheckpoint
-from llama.checkpoint.presets import PRESETS
-from llama.checkpoint.write import write_checkpoint, writer
-from llama.checkpoint.write_hf import HuggingFaceWriter, hf_config
-from llama.checkpoint.write_meta import meta_params
-from llama.checkpoint.write_plan import Plan, recognised
-from llama.checkpoint.write_tokenizer import tokenizer_source
 from llama.config import (
     DynamicScaling,
     FactorScaling,
@@ -37,6 +35,8 @@ from llama.config import (
     YarnScaling,
     read_params,
 )
+from llama.testing.model_presets import PRESETS
+from llama.testing.random_checkpoint import MadeUpCheckpoint
 from tests.checkpoints import TINY, random_state, split_state, write_meta
 
 SCALINGS = [

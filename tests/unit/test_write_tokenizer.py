@@ -15,12 +15,12 @@ import tokenizers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from llama.checkpoint.made_up import made_up_tokenizer
-from llama.checkpoint.presets import PRESETS
-from llama.checkpoint.tokenizer_model import ranks_model, sentencepiece_model
-from llama.checkpoint.write_tokenizer import TokenizerSource, tokenizer_source, write_tokenizer
+from llama.checkpoint.export.tokenizer import TokenizerSource, tokenizer_source, write_tokenizer
+from llama.checkpoint.export.tokenizer_model import ranks_model, sentencepiece_model
+from llama.testing.model_presets import PRESETS
+from llama.testing.random_checkpoint import made_up_tokenizer
 from llama.tokenizer import Tokenizer
-from llama.tokenizer.ranks import PATTERN
+from llama.tokenizer.tiktoken_vocab import PATTERN
 
 PARAGRAPHS = [
     "Hello world, it's the 2nd of May 2024; we'll pay $1,234.56 -- don't DON'T you'Ve.",

@@ -1,0 +1,183 @@
+"""The kernels as functions of tensors. Structures here are those of csrc/*.h, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from llama.backends.cpu.build import library
+
+# Tokens that one pass over the weights can serve, MOST_TOKENS in step.h; of more, matrix products are faster.
+FEW = 16
+TILE = 16  # rows of packed blocks that lie together
+
+# Halves of a layer, for `run_layers`.
+ATTENTION, FEED_FORWARD = 1, 2
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BLOCKS = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6, "Q6_K": 7}
+# Values of a block, and of 16 rows of such blocks the bytes of heads and of codes (weights.h).
+PACKED = {"Q8_0": (32, 32, 512), "Q4_0": (32, 32, 256), "Q4_1": (32, 64, 256), "Q4_K": (256, 320, 2048)}
+PACKED["Q6_K"] = (256, 288, 3072)
+
+
+class Weight(ctypes.Structure):
+    _fields_ = [
+        ("type", c_int32),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("data", c_void_p),
+        ("bias", c_void_p),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Weight) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
+        ("attention_norm", c_void_p),
+        ("ffn_norm", c_void_p),
+    ]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in ("n_tokens", "seqlen", "dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "cache_type")
+        ),
+        ("window", c_int64),
+        *((name, c_void_p) for name in ("positions", "rotation", "keys", "values")),
+        ("layer_stride", c_int64),
+        ("row_stride", c_int64),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("eps", c_float),
+        ("threads", c_int32),
+    ]
+
+
+def kernels() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None, "whoever calls kernels has looked whether there are any"
+    return loaded
+
+
+def float_weight(weight: Tensor) -> Weight:
+    """The description of a contiguous (out, in) matrix of floats, which must outlive it."""
+    assert weight.is_contiguous() and weight.device.type == "cpu"
+    return Weight(FLOATS[weight.dtype], *weight.shape, weight.data_ptr(), None)
+
+
+def packed_bytes(block_type: str, rows: int, columns: int) -> int:
+    elements, head, codes = PACKED[block_type]
+    blocks = columns // elements
+    return -(-rows // TILE) * (-(-blocks * head // 64) * 64 + blocks * codes)
+
+
+def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
+    """Rows of raw blocks, uint8 (rows, row_bytes) in ggml's layout, in the order that the kernels read."""
+    rows = len(blocks)
+    tiles = torch.empty(packed_bytes(block_type, rows, columns), dtype=torch.uint8)
+    blocks = blocks.contiguous()
+    kernels().pack(
+        BLOCKS[block_type],
+        c_void_p(blocks.data_ptr()),
+        rows,
+        columns,
+        c_void_p(tiles.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return tiles
+
+
+def unpack(weight: Weight, first: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows [first, stop) of a packed weight as the columns of a dense matrix (in, stop - first)."""
+    assert first % TILE == 0
+    to = torch.empty(weight.columns, stop - first, dtype=dtype)
+    threads = torch.get_num_threads()
+    kernels().unpack(ctypes.byref(weight), first, stop - first, c_void_p(to.data_ptr()), FLOATS[dtype], threads)
+    return to
+
+
+def look_up(weight: Weight, rows: Tensor) -> Tensor:
+    """Rows of a packed weight by their numbers, int64 of any shape: fp32 (*rows.shape, in)."""
+    rows = rows.contiguous()
+    to = torch.empty(*rows.shape, weight.columns)
+    kernels().look_up(
+        ctypes.byref(weight),
+        c_void_p(rows.data_ptr()),
+        rows.numel(),
+        c_void_p(to.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return to
+
+
+def multiply(weight: Weight, x: Tensor) -> Tensor:
+    """x (..., in) of at most FEW tokens times the weight, plus its bias: fp32 (..., out)."""
+    x = x.float().contiguous()
+    n_tokens = x.numel() // weight.columns
+    assert n_tokens <= FEW, n_tokens
+    y = torch.empty(*x.shape[:-1], weight.rows)
+    kernels().multiply_rows(
+        ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
+    )
+    return y
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether `multiply_many` works here: the processor has one for bf16, and lets this process use it."""
+    return bool(kernels().has_matrix_unit())
+
+
+def multiply_many(weight: Weight, x: Tensor) -> Tensor:
+    """x (..., in), bf16, times a packed weight: bf16 (..., out)."""
+    n_tokens = x.numel() // weight.columns
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], weight.rows, dtype=torch.bfloat16)
+    kernels().multiply_many(
+        ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
+    )
+    return y
+
+
+def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, step: Step) -> None:
+    """Layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both by |."""
+    assert step.n_tokens <= FEW, step.n_tokens
+    kernels().run_layers(layers, first, stop, halves, ctypes.byref(step))
+
+
+def add_and_norm(x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """x (n, dim), fp32, grows by delta; its norm times weight, fp32 (dim,), in `dtype`: (n, dim)."""
+    y = torch.empty(x.shape, dtype=dtype) if weight is not None else x
+    kernels().add_and_norm(
+        c_void_p(x.data_ptr()),
+        c_void_p(delta.data_ptr() if delta is not None else None),
+        c_void_p(weight.data_ptr() if weight is not None else None),
+        c_float(eps),
+        *x.shape,
+        c_void_p(y.data_ptr() if weight is not None else None),
+        FLOATS[dtype],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def gate(gates: Tensor, ups: Tensor) -> Tensor:
+    """silu(gates) * ups, in the place of gates; both contiguous."""
+    n = ctypes.c_size_t(gates.numel())
+    threads = torch.get_num_threads()
+    kernels().gate(c_void_p(gates.data_ptr()), c_void_p(ups.data_ptr()), n, FLOATS[gates.dtype], threads)
+    return gates
+
+
+def rotate_and_keep(step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Rotate q in place; write k, rotated, and v to the cache that `step` points at. All have the cache's dtype."""
+    kernels().rotate_and_keep(
+        ctypes.byref(step), layer, c_void_p(q.data_ptr()), c_void_p(k.data_ptr()), c_void_p(v.data_ptr())
+    )

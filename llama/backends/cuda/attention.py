@@ -1,0 +1,297 @@
+"""Attention over the cache on a GPU: one kernel for a step of few tokens and for a prompt, which reads what is used.
+
+Rows of a tile are (token, head) pairs of the query heads that share a KV head: a key that is read serves all of them.
+Lengths are read on the device: nothing here waits for it, and a CUDA graph of a step holds at every length.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama.backends.cuda.available import OLDEST
+from llama.quantization.planar import FEW
+
+# Programs that a launch aims at: two for each of the 108 to 132 multiprocessors of an A100 or H100.
+PROGRAMS = 256
+MOST_SPLITS = 64  # what a program of `_combine` holds at once
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers; floats of 32 bits it multiplies right.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program holds at once, rows of queries and a block of keys, and how Triton compiles it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By the most of head_dim. `stages - 1` blocks of keys and as many of values lie in shared memory: under 80 KB for few
+# tokens, so that two programs fit a multiprocessor of an A100, and under 130 KB for a prompt on an H100. Compiled for
+# sm_80 and sm_90, larger tiles spill registers.
+# 32 rows are eight tokens of four heads, and too few for wgmma: each row is multiplied as it would be alone.
+FEW_TILES = {128: Tile(32, 64, 4, 3), 256: Tile(32, 32, 4, 3)}
+TILES = {128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)}
+AMPERE_TILES = {128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 3)}  # mma takes keys from registers
+# Without tensor cores a whole product lives in registers.
+FEW_FP32_TILES = {128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)}
+FP32_TILES = {128: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 2)}
+
+
+def tile_for(dtype: torch.dtype, head_dim: int, group: int, seqlen: int, capability: int) -> Tile:
+    """The tile of `seqlen` tokens with `group` query heads a KV head; the same for all of 1 to FEW tokens."""
+    size = 128 if head_dim <= 128 else 256
+    if seqlen > FEW:
+        if dtype == torch.float32:
+            return FP32_TILES[size]
+        return (TILES if capability >= 90 else AMPERE_TILES)[size]
+    tile = (FEW_FP32_TILES if dtype == torch.float32 else FEW_TILES)[size]
+    return replace(tile, rows=min(tile.rows, _padded(FEW * group)))
+
+
+def n_splits(programs: int, max_seq_len: int, keys: int) -> int:
+    """Programs that share the blocks of one sequence: enough for all multiprocessors, and each with a block or more."""
+    return max(1, min(-(-PROGRAMS // programs), -(-max_seq_len // keys), MOST_SPLITS))
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None) -> Tensor:
+    """Causal grouped-query attention over a layer's cache, in which the queries' own keys are written already.
+
+    q: (bsz, seqlen, n_heads, head_dim), and so is the result; head_dim is at most 256.
+    keys, values: (at least bsz, max_seq_len, n_kv_heads, head_dim), of any strides but the last.
+    start_pos: (bsz,), int64, position of each row's first query. A query sees the `window` positions up to its own.
+
+    Which blocks a program sums follows from bsz and the cache's shape: of up to FEW tokens each gets the same bits as
+    alone. A row without a token, at start_pos 0, gets something finite.
+    """
+    bsz, seqlen, n_heads, head_dim = q.shape
+    _, max_seq_len, n_kv_heads, _ = keys.shape
+    group, padded_dim = n_heads // n_kv_heads, _padded(head_dim)
+    assert keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(3) == 1
+    assert keys.shape[0] >= bsz and group * n_kv_heads == n_heads and padded_dim <= 256, (q.shape, keys.shape)
+    q = q.contiguous()
+    tile = tile_for(keys.dtype, head_dim, group, seqlen, _capability(q.device))
+    n_tiles = -(-seqlen * group // tile.rows)
+    programs = bsz * n_kv_heads * (1 if seqlen <= FEW else n_tiles)
+    splits = n_splits(programs, max_seq_len, tile.keys)
+    out = torch.empty_like(q)
+    # Of each (query head, split): the sum of weighted values; the scores' maximum and the sum of weights.
+    partial = q.new_empty((bsz * seqlen * n_heads, splits, head_dim) if splits > 1 else (0,), dtype=torch.float32)
+    weights = q.new_empty((bsz * seqlen * n_heads, splits, 2) if splits > 1 else (0,), dtype=torch.float32)
+    _attend[(n_tiles, splits, bsz * n_kv_heads)](
+        q,
+        keys,
+        values,
+        start_pos,
+        out,
+        partial,
+        weights,
+        seqlen,
+        max_seq_len,
+        window or 0,
+        keys.stride(0),
+        # Constants, so that Triton sees how far places are aligned: of head_dim 100, to 4 values.
+        STRIDE_POSITION=keys.stride(1),
+        STRIDE_HEAD=keys.stride(2),
+        N_KV_HEADS=n_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        BLOCK_D=padded_dim,
+        WINDOW=window is not None,
+        SPLIT=splits > 1,
+        WHOLE=seqlen > FEW and window is None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        _combine[(bsz * seqlen * n_heads,)](
+            partial,
+            weights,
+            out,
+            splits,
+            HEAD_DIM=head_dim,
+            BLOCK_S=MOST_SPLITS,  # not as many as there are: the order of additions is the same in every cache
+            BLOCK_D=padded_dim,
+            num_warps=4,
+        )
+    return out
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """90 of an H100; of a CPU, where Triton's interpreter runs the kernels, any."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else OLDEST
+    return 10 * major + minor
+
+
+def _padded(n: int) -> int:
+    """The power of two that holds n, and the least that tensor cores multiply."""
+    return max(16, triton.next_power_of_2(n))
+
+
+# Not specialized: for another number of tokens the same code runs, and rounds the same.
+@triton.jit(do_not_specialize=["seqlen", "max_seq_len", "window"])
+def _attend(
+    q_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    start_pos_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    seqlen: tl.tensor,
+    max_seq_len: tl.tensor,
+    window: tl.tensor,
+    stride_row: tl.tensor,
+    STRIDE_POSITION: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    N_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """BLOCK_M (token, head) pairs of a row and KV head meet every n_splits-th block of BLOCK_N keys that they see.
+
+    The grid is (tiles of pairs, n_splits, bsz * N_KV_HEADS). q, out: (bsz, seqlen, N_KV_HEADS * GROUP, HEAD_DIM).
+    SPLIT: to partial (bsz * seqlen * n_heads, n_splits, HEAD_DIM) and weights (..., 2) instead of out.
+    WHOLE: blocks that all pairs see whole are not masked. Blocks begin at multiples of BLOCK_N whatever is asked.
+    """
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    row, kv_head = tl.program_id(2) // N_KV_HEADS, tl.program_id(2) % N_KV_HEADS
+    # The last tile sees the most keys: it begins first.
+    first_pair = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    pairs = first_pair + tl.arange(0, BLOCK_M)
+    tokens = pairs // GROUP
+    start_pos = tl.load(start_pos_ptr + row).to(tl.int32)
+    positions = start_pos + tokens
+
+    d = tl.arange(0, BLOCK_D)
+    exists = (tokens < seqlen)[:, None] & (d < HEAD_DIM)[None, :]
+    # Where the pairs are among the (bsz * seqlen * n_heads) rows of q.
+    queries = row.to(tl.int64) * seqlen * (N_KV_HEADS * GROUP)
+    queries += tokens * (N_KV_HEADS * GROUP) + kv_head * GROUP + pairs % GROUP
+    q = tl.load(q_ptr + queries[:, None] * HEAD_DIM + d[None, :], mask=exists, other=0.0)
+    q = q.to(keys_ptr.dtype.element_ty)
+
+    # From the first key that the first token sees to the last of the last one; never outside the row.
+    first_pos = start_pos + first_pair // GROUP
+    last_token = tl.minimum((first_pair + BLOCK_M - 1) // GROUP, seqlen - 1)
+    stop = tl.minimum(start_pos + last_token + 1, max_seq_len)
+    at = split * BLOCK_N
+    if WINDOW:
+        seen = tl.maximum(first_pos - window + 1, 0) // BLOCK_N
+        at = (seen + (split + splits - seen % splits) % splits) * BLOCK_N
+    step = splits * BLOCK_N
+
+    offset = row.to(tl.int64) * stride_row + kv_head * STRIDE_HEAD
+    keys_ptr += offset
+    values_ptr += offset
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WHOLE:
+        whole = tl.minimum(first_pos + 1, max_seq_len) // BLOCK_N * BLOCK_N
+        for key in range(at, whole, step):
+            scores, v = _meet(q, keys_ptr, values_ptr, key, stop, STRIDE_POSITION, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+            acc, highest, total = _add(acc, highest, total, scores, v)
+        at += tl.cdiv(tl.maximum(whole - at, 0), step) * step
+    for key in range(at, stop, step):
+        scores, v = _meet(q, keys_ptr, values_ptr, key, stop, STRIDE_POSITION, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        key_positions = key + tl.arange(0, BLOCK_N)[None, :]
+        sees = key_positions <= positions[:, None]
+        if WINDOW:
+            sees &= key_positions > positions[:, None] - window
+        scores = tl.where(sees, scores, float("-inf"))
+        acc, highest, total = _add(acc, highest, total, scores, v)
+
+    if SPLIT:
+        place = queries * splits + split
+        tl.store(weights_ptr + place * 2, highest, mask=tokens < seqlen)
+        tl.store(weights_ptr + place * 2 + 1, total, mask=tokens < seqlen)
+        # Nothing is stored of what saw no key; _combine reads nothing of it.
+        tl.store(partial_ptr + place[:, None] * HEAD_DIM + d[None, :], acc, mask=exists & (total > 0)[:, None])
+    else:
+        acc = acc / total[:, None]
+        tl.store(out_ptr + queries[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _meet(
+    q: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    first: tl.tensor,
+    stop: tl.tensor,
+    STRIDE_POSITION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LAST: tl.constexpr,
+) -> tl.tensor:
+    """Scores of BLOCK_N keys from `first` on, as powers of two, and the values; LAST: keys from `stop` on are zeros."""
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offset = tl.cast(first, tl.int64) * STRIDE_POSITION
+    offsets = n[:, None] * STRIDE_POSITION + d[None, :]
+    # A head_dim that is a power of two needs no mask of its own.
+    exists = (d < HEAD_DIM)[None, :]
+    if LAST:
+        exists = exists & (n < stop - first)[:, None]
+    k = tl.load(keys_ptr + offset + offsets, mask=exists, other=0.0)
+    v = tl.load(values_ptr + offset + offsets, mask=exists, other=0.0)
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e): exp2 is what the hardware has
+    if INTERPRETED:
+        q, k = q.to(tl.float32), k.to(tl.float32)
+    return tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE, v
+
+
+@triton.jit
+def _add(acc: tl.tensor, highest: tl.tensor, total: tl.tensor, scores: tl.tensor, v: tl.tensor) -> tl.tensor:
+    """The softmax so far, and a block more of it; a block of which nothing is seen changes no bit."""
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: -inf - -inf is no number
+    shrink = tl.exp2(highest - base)
+    weights = tl.exp2(scores - base[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    weights = weights.to(v.dtype)
+    if INTERPRETED:
+        weights, v = weights.to(tl.float32), v.to(tl.float32)
+    acc = tl.dot(weights, v, acc * shrink[:, None], input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(
+    partial_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    splits: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """One query head's parts (splits, HEAD_DIM) and their weights (splits, 2) to its row of out (rows, HEAD_DIM)."""
+    row = tl.program_id(0).to(tl.int64)
+    s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    place = row * splits + s
+    highest = tl.load(weights_ptr + place * 2, mask=s < splits, other=float("-inf"))
+    total = tl.load(weights_ptr + place * 2 + 1, mask=s < splits, other=0.0)
+    exists = (total > 0)[:, None] & (d < HEAD_DIM)[None, :]
+    parts = tl.load(partial_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=exists, other=0.0)
+    weights = tl.exp2(highest - tl.max(highest, 0))
+    y = tl.sum(parts * weights[:, None], 0) / tl.sum(total * weights, 0)
+    tl.store(out_ptr + row * HEAD_DIM + d, y.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)

@@ -1,0 +1,189 @@
+"""The layers of a model on a GPU, run by kernels in Triton: set as `Transformer.fused`, from outside.
+
+Nine kernels a layer for a few tokens, which find all lengths on the device, so that a step can be recorded (graphs.py).
+The sum over layers is fp32. Of many tokens, torch multiplies the matrices and the kernels do what lies between.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llama.backends.cuda import attention, elementwise, products
+from llama.backends.cuda.available import has_triton
+from llama.backends.cuda.one_shot import OneShot, open_one_shot
+from llama.cache import KVCache
+from llama.distributed.job import local_world_size
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.model import Transformer, TransformerBlock, attend
+from llama.quantization.linear import Quantized, linear
+from llama.quantization.planar import Fp8Weight, PlanarWeight
+
+GpuWeight = Tensor | PlanarWeight | Fp8Weight
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD = 256  # the kernels hold a whole head
+
+
+def can_run(model: Transformer) -> bool:
+    """Whether there are kernels for this model here."""
+    blocks = [module for module in model.modules() if isinstance(module, Quantized)]
+    return (
+        has_triton(model.device)
+        and model.dtype in DTYPES
+        and model.args.head_dim <= LARGEST_HEAD
+        and all(isinstance(weight, PlanarWeight | Fp8Weight) for weight in blocks)
+    )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Linears of the same input whose weights lie one below another, where they are stored alike."""
+
+    weights: list[GpuWeight]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs)."""
+        if len(self.weights) == 1:
+            return multiply(x, self.weights[0], self.bias)
+        y = torch.cat([multiply(x, weight) for weight in self.weights], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
+class GpuLayers:
+    """Runs a Transformer's layers. It joins their weights in place: a model whose weights change drops it."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
+        self.tok_embeddings, self.norm = model.tok_embeddings, model.norm
+        self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
+        self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
+        self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # the weights before they were joined: too small for torch to use for larger ones
+
+    @cached_property
+    def _one_shot(self) -> OneShot | None:
+        """Opened by all ranks at once, when they first compute."""
+        if self.parallel.group is None or self.parallel.size == 1:
+            return None
+        numel = products.FEW * self.args.dim
+        return open_one_shot(self.parallel.group, numel, self.norm.weight.device, local_world_size())
+
+    def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+        """See `Transformer.run_layers`."""
+        with torch.cuda.device_of(tokens):
+            return self._run(tokens, positions, rotation, kv_len, cache)
+
+    def _run(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+        bsz, seqlen = tokens.shape
+        sums = self._one_shot  # before anything is recorded
+        x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
+        start_pos = positions[:, 0].contiguous()
+        delta: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            h = self._norm(x, delta, layer.attention_norm.weight)
+            q = elementwise.rotate_and_keep(
+                self._qkv[i](h),
+                rotation,
+                start_pos,
+                cache.keys[i],
+                cache.values[i],
+                layer.attention.n_local_heads,
+                layer.attention.n_local_kv_heads,
+            )
+            y = self._attend(q, start_pos, kv_len, cache, i).reshape(bsz * seqlen, -1)
+            delta = self._sum(y, layer.attention.wo, sums)
+            h = self._norm(x, delta, layer.ffn_norm.weight)
+            delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2, sums)
+        return self._norm(x, delta, self.norm.weight).view(bsz, seqlen, -1)
+
+    def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        return elementwise.add_and_norm(x, delta, weight, self.args.norm_eps, self.dtype)
+
+    def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int) -> Tensor:
+        bsz, seqlen = q.shape[:2]
+        window = self.args.sliding_window
+        if seqlen == kv_len > attention.FEW and q.dtype != torch.float32 and (window is None or window >= kv_len):
+            # A whole prompt: torch has flash attention for it, but in fp32 a matrix of all scores.
+            return attend(q, *cache.read(layer, bsz, kv_len), None)
+        return attention.attend(q, cache.keys[layer], cache.values[layer], start_pos, window)
+
+    def _gated(self, h: Tensor, gates: Joined) -> Tensor:
+        """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
+        if len(gates.weights) == 1 and gates.bias is None and is_few(h, gates.weights[0]):
+            return products.multiply_gated(h, gates.weights[0])
+        return elementwise.gate(gates(h))
+
+    def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
+        """x times the weight, summed over the ranks: in fp32 for few tokens."""
+        delta = multiply(x, held(last), few_dtype=torch.float32)
+        if sums is not None and sums.takes(delta):
+            delta = sums(delta)
+        else:
+            delta = self.parallel.all_reduce(delta)
+        return delta if last.bias is None else delta + last.bias
+
+
+def is_few(x: Tensor, weight: GpuWeight) -> bool:
+    """Whether our kernels multiply x (n_tokens, in): of what is stored in codes, more tokens than of floats."""
+    return len(x) <= (products.FEW if isinstance(weight, Tensor) else products.MOST)
+
+
+def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: torch.dtype | None = None) -> Tensor:
+    """x (n_tokens, in) times weight (out, in) transposed, plus bias, in x's dtype, or of few tokens in few_dtype."""
+    return products.multiply(x, weight, bias, few_dtype) if is_few(x, weight) else linear(x, weight, bias)
+
+
+def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:
+    weight = linear.weight
+    assert isinstance(weight, Tensor | PlanarWeight | Fp8Weight), "see can_run"
+    return weight
+
+
+def join(linears: Sequence[ColumnParallelLinear]) -> Joined:
+    """Join the weights of neighbours that are stored alike; those of the linears become parts of the joined ones."""
+    runs: list[list[ColumnParallelLinear]] = []
+    for each in linears:
+        if runs and _stored_as(held(runs[-1][0])) == _stored_as(held(each)):
+            runs[-1].append(each)
+        else:
+            runs.append([each])
+    biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
+    return Joined([_join_run(run) for run in runs], torch.cat(biases) if biases else None)
+
+
+def _stored_as(weight: GpuWeight) -> object:
+    return weight.dtype if isinstance(weight, Tensor) else weight.block_type
+
+
+def _join_run(linears: list[ColumnParallelLinear]) -> GpuWeight:
+    weights = [held(each) for each in linears]
+    if len(weights) == 1:
+        return weights[0]
+    stops = itertools.accumulate(weight.shape[0] for weight in weights)
+    joined = _below_another(weights)
+    start = 0
+    for each, stop in zip(linears, stops, strict=True):
+        del each.weight
+        if isinstance(joined, Tensor):
+            each.weight = nn.Parameter(joined[start:stop], requires_grad=False)
+        else:
+            each.weight = joined.part(start, stop)
+        start = stop
+    return joined
+
+
+def _below_another(weights: Sequence[GpuWeight]) -> GpuWeight:
+    if isinstance(weights[0], PlanarWeight):
+        return PlanarWeight.join(cast("list[PlanarWeight]", weights))
+    if isinstance(weights[0], Fp8Weight):
+        return Fp8Weight.join(cast("list[Fp8Weight]", weights))
+    return torch.cat(cast("list[Tensor]", weights))

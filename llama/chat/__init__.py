@@ -1,0 +1,1 @@
+"""Dialogs as token ids: chat formats, templates, and prompts for infilling."""

@@ -1,0 +1,249 @@
+"""The chat format that a model brings along: a jinja template, rendered by another process (template_worker.py)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama.tokenizer import Tokenizer
+
+SECONDS = 5.0  # for one prompt, which takes a few milliseconds
+ROLES = ("system", "user", "assistant")
+# Llama 2's tags are plain text, in its vocabulary and in its template.
+TEXT_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+# -S and the caller's own path: jinja2 is found as the caller finds it, and nothing else runs at the start.
+START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+# Matches nowhere, with a group as _any_of has.
+NOTHING = re.compile("((?!))")
+
+
+class TemplateChat:
+    """The tokenizer's own `chat_template`: the prompt that transformers' apply_chat_template renders, as ids.
+
+    A control token in the prompt becomes its id only if the template wrote all of it. What came from a message is
+    text, whatever it spells: whole, in pieces that template and message complete together, or after the template
+    has trimmed, split, sliced, joined, upper-cased or JSON-encoded it. To know where a character came from, the
+    dialog is rendered twice, as it is and with stand-ins for those characters of messages that control tokens are
+    spelled with. Both prompts must be the same but for that, so the ids are always those of the text that transformers
+    renders; where they cannot be, because the template takes a message for a number, say, or looks for a control
+    token in it, that message gets ValueError.
+
+    Two things never get stand-ins: whitespace, which templates trim, and the roles system, user and assistant, from
+    which templates build control tokens. Texts that the template spells as constants and looks for in a message, such
+    as "</think>", get none if the prompts differ otherwise and no control token can overlap them: part of one could
+    then end up in a control token, but only by a template that looks for it, cuts it up, and writes all the rest of
+    the token around what is left.
+
+    Rendering runs no code of the template's outside jinja's sandbox, opens no files, takes at most SECONDS and, on
+    Linux, 512 MiB of a process of its own. A template can still write any prompt it likes.
+
+    Text between control tokens is encoded in one piece; whether SentencePiece's prefix space begins each piece or
+    only the prompt, the tokenizer knows (`restarts`). An added token's lstrip and rstrip are not known here.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError("chat_format template: this model brings no chat template")
+        self.tokenizer = tokenizer
+        self._source = tokenizer.chat_template
+        spelling_of = {token: text for text, token in tokenizer.special_tokens.items()}
+        named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+        self._variables = {name: spelling_of[token] for name, token in named.items() if token in spelling_of}
+        self._spellings = [text for text in tokenizer.special_tokens if text.strip()]
+        self._characters = frozenset("".join(self._spellings))
+        self._renderer = _Renderer()
+
+    def encode(self, dialog: Sequence[Mapping[str, object]]) -> list[int]:
+        """Ids of the prompt. BOS is where the template writes it, and nowhere else."""
+        prompt, originals = self._render(_checked(dialog))
+        ids: list[int] = []
+        for i, part in enumerate(self._control.split(prompt)):
+            if i % 2 == 1:
+                ids.append(self.tokenizer.special_tokens[part])
+            else:
+                continues = i > 0 and not self.tokenizer.restarts
+                ids += self.tokenizer.encode(part.translate(originals), bos=False, eos=False, continues=continues)
+        return ids
+
+    def is_unsafe(self, dialog: Sequence[Mapping[str, object]]) -> bool:
+        """Whether a message spells out tags of Llama 2's that this template writes as plain text."""
+        tags = [tag for tag in TEXT_TAGS if tag in self._source and tag not in self.tokenizer.special_tokens]
+        return any(tag in str(message.get("content")) for message in dialog for tag in tags)
+
+    def _render(self, dialog: list[dict[str, str]]) -> tuple[str, dict[int, str]]:
+        """The prompt with stand-ins for characters of messages, and what each stands for."""
+        typed = [text for message in dialog for text in message.values()]
+        stand_ins = _choose_stand_ins(typed, self._characters, taken=set("".join([self._source, *typed])))
+        originals = {ord(stand_in): original for original, stand_in in stand_ins.items()}
+        table = str.maketrans(stand_ins)
+
+        def disguise(text: str, kept: re.Pattern[str]) -> str:
+            parts = kept.split(text)  # odd ones are kept
+            return "".join([part if i % 2 else part.translate(table) for i, part in enumerate(parts)])
+
+        for keep_constants in (False, True):
+            kept = self._constants if keep_constants else NOTHING
+            disguised = [
+                {
+                    key: text if key == "role" and text in ROLES else disguise(text, kept)
+                    for key, text in message.items()
+                }
+                for message in dialog
+            ]
+            plain, prompt = self._ask([dialog, disguised])["prompts"]
+            if prompt is not None and prompt.translate(originals) == plain:
+                return prompt, originals
+        raise ValueError(
+            "the chat template reads a message in a way that cannot be kept apart from control tokens: "
+            "say it in other words, or choose another chat_format"
+        )
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        return _any_of(self._spellings)
+
+    @functools.cached_property
+    def _constants(self) -> re.Pattern[str]:
+        """Matches the texts that the template spells as constants, in any case, where no control token overlaps."""
+        constants: list[str] = self._ask([])["constants"]
+        return _any_of(_apart(constants, self._spellings), re.IGNORECASE)
+
+    def _ask(self, dialogs: list[list[dict[str, str]]]) -> dict[str, Any]:
+        return self._renderer.ask({"source": self._source, "variables": self._variables, "dialogs": dialogs})
+
+
+class _Renderer:
+    """The process behind a template, started when first needed and again after it had to be killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = _start_process()
+                self._end = weakref.finalize(self, _end_process, self._process)
+            process = self._process
+            assert process.stdin is not None and process.stdout is not None
+            timer = threading.Timer(SECONDS, process.kill)
+            timer.start()
+            line = ""
+            try:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except OSError:
+                pass  # it has ended
+            finally:
+                timer.cancel()
+                if not line.endswith("\n"):  # after Ctrl-C, too: a late answer would be taken for the next one
+                    self._end()
+        if not line.endswith("\n"):
+            raise ValueError(f"the chat template was stopped: it takes more than {SECONDS:g} s or too much memory")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+
+def _start_process() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", START, str(Path(__file__).with_name("template_worker.py")), *sys.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="ascii",
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        _end_process(process)
+        raise ChildProcessError("the process that renders chat templates did not start: is jinja2 installed?")
+    return process
+
+
+def _end_process(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()  # closes its pipes and waits
+
+
+def _checked(dialog: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
+    """Roles and contents, which must be text, with surrogates as `Tokenizer.encode` takes them.
+
+    Everything else about a dialog is for the template to judge.
+    """
+    if not dialog:
+        raise ValueError("a dialog needs at least one message")
+    messages = []
+    for i, message in enumerate(dialog):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"message {i} needs a role and a content that are text, got {role!r} and {content!r:.40}")
+        texts = {"role": role, "content": content}
+        valid = {key: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for key, text in texts.items()}
+        messages.append(valid)
+    return messages
+
+
+def _choose_stand_ins(texts: list[str], characters: frozenset[str], taken: set[str]) -> dict[str, str]:
+    """A character outside `taken` for each one of the texts that is one of `characters`, or becomes one by its case.
+
+    Letters get letters of scripts that hardly anyone uses, so that changing case means the same for both.
+    """
+    taken = taken | characters
+    pairs, singles = _unused_letters(taken), _unused_characters(taken)
+    stand_ins: dict[str, str] = {}
+    for char in sorted(set("".join(texts))):
+        forms = {char, *char.lower(), *char.upper(), *char.title()}
+        if char in stand_ins or char.isspace() or not forms & characters:
+            continue
+        lower, upper = char.lower(), char.upper()
+        if lower != upper and lower.upper() == upper and upper.lower() == lower:
+            stand_ins[lower], stand_ins[upper] = next(pairs, None) or (next(singles), next(singles))
+        else:
+            stand_ins[char] = next(singles)
+    return stand_ins
+
+
+def _unused_letters(taken: set[str]) -> Iterator[tuple[str, str]]:
+    """Lower and upper forms, Deseret's first."""
+    for upper in map(chr, range(0x10400, 0x1E944)):
+        lower = upper.lower()
+        if lower != upper and lower.upper() == upper and not {lower, upper} & taken:
+            yield lower, upper
+
+
+def _unused_characters(taken: set[str]) -> Iterator[str]:
+    """Private-use characters."""
+    for char in map(chr, itertools.chain(range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))):
+        if char not in taken:
+            yield char
+    raise ValueError("a dialog uses all private-use characters of Unicode: leave out some")
+
+
+def _any_of(texts: list[str], flags: int = 0) -> re.Pattern[str]:
+    """One group that matches any of the texts, the longest one at a place."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")", flags)
+
+
+def _apart(texts: list[str], spellings: list[str]) -> list[str]:
+    """The texts that can stand nowhere so that they share a character with one of the spellings, whatever the case."""
+    spellings = [spelling.lower() for spelling in spellings]
+    starts = {spelling[:i] for spelling in spellings for i in range(1, len(spelling) + 1)}
+    ends = {spelling[i:] for spelling in spellings for i in range(len(spelling))}
+
+    def meets(text: str) -> bool:
+        inside = any(text in spelling or spelling in text for spelling in spellings)
+        return inside or any(text[i:] in starts or text[: i + 1] in ends for i in range(len(text)))
+
+    return [text for text in texts if not meets(text.lower())]

@@ -1,0 +1,191 @@
+"""Write one GGUF file of architecture "llama", dense or in the block types that the `gguf` library can make."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.checkpoint.export.plan import Plan, check_finite
+from llama.checkpoint.export.streaming_writers import Progress
+from llama.checkpoint.gguf import NAMES, ROPE_FACTORS
+from llama.checkpoint.load import global_shapes
+from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
+from llama.rope import scaled_frequencies
+
+# --dtype: what llama.cpp calls it, and the code of a file that has mostly that.
+TYPES = {
+    "float32": ("F32", 0),
+    "float16": ("F16", 1),
+    "bfloat16": ("BF16", 32),
+    "q4_0": ("Q4_0", 2),
+    "q4_1": ("Q4_1", 3),
+    "q5_0": ("Q5_0", 8),
+    "q5_1": ("Q5_1", 9),
+    "q8_0": ("Q8_0", 7),
+}
+MODULES = {meta: name for name, meta in NAMES.items()}
+
+# Values quantized at once by a thread: their temporaries stay in its cache.
+QUANTIZED_AT_ONCE = 1 << 18
+
+
+class GGUFFileWriter:
+    """ValueError, when made, for what the format or the block type cannot express."""
+
+    def __init__(self, plan: Plan, type_name: str) -> None:
+        import gguf
+
+        self.plan = plan
+        self.qtype = gguf.GGMLQuantizationType[TYPES[type_name][0]]
+        self.file_type = TYPES[type_name][1]
+        args = plan.args
+        if args.attention_bias or args.mlp_bias:
+            raise ValueError("biases are not written to GGUF: use --format hf")
+        if plan.tokenizer.metadata is None:
+            raise ValueError("this tokenizer cannot be written to GGUF: use --format hf")
+        self.metadata = _metadata(args, plan.context_len)
+        self.shapes = global_shapes(args)
+        elements, _ = gguf.GGML_QUANT_SIZES[self.qtype]
+        for name, shape in self.shapes.items():
+            if len(shape) > 1 and shape[-1] % elements:
+                raise ValueError(f"{name} has rows of {shape[-1]}, {type_name} needs a multiple of {elements}")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._nbytes(shape) for shape in self.shapes.values())
+
+    def write(self, path: Path, progress: Progress) -> None:
+        import gguf
+
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_file_type(self.file_type)
+        if self.qtype.name not in ("F32", "F16", "BF16"):
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        assert self.plan.tokenizer.metadata is not None
+        for key, value in {**self.metadata, **self.plan.tokenizer.metadata}.items():
+            _add(writer, key, value)
+        factors = _rope_factors(self.plan.args)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+        for name, shape in self.shapes.items():
+            writer.add_tensor_info(
+                _name(name), shape, np.dtype(np.float32), self._nbytes(shape), raw_dtype=self._type(shape)
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for name, tensor in self.plan.read_all(self.shapes):
+            shape = self.shapes[name]
+            if self.qtype.name == "F16":
+                check_finite(name, tensor, torch.float16)
+            writer.write_tensor_data(_encode(tensor, self._type(shape)))
+            progress(self._nbytes(shape))
+        writer.flush()
+        for file in writer.fout or ():
+            os.fsync(file.fileno())
+        writer.close()
+
+    def _type(self, shape: tuple[int, ...]) -> Any:
+        """Norms stay in fp32, as llama.cpp asks for."""
+        import gguf
+
+        return self.qtype if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+
+    def _nbytes(self, shape: tuple[int, ...]) -> int:
+        import gguf
+
+        elements, size = gguf.GGML_QUANT_SIZES[self._type(shape)]
+        return torch.Size(shape).numel() // elements * size
+
+
+def _encode(tensor: Tensor, qtype: Any) -> np.ndarray:
+    from gguf import GGML_QUANT_SIZES, quantize
+
+    dense = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(qtype.name)
+    if dense is not None:
+        return tensor.to(dense).contiguous().view(torch.uint8).numpy()
+    elements, size = GGML_QUANT_SIZES[qtype]
+    values = tensor.float().contiguous().view(-1, elements).numpy()
+    blocks = np.empty((len(values), size), np.uint8)
+    step = QUANTIZED_AT_ONCE // elements
+
+    def encode(first: int) -> None:
+        blocks[first : first + step] = quantize(values[first : first + step], qtype)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(encode, range(0, len(values), step)))
+    return blocks
+
+
+def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "llama.vocab_size": args.vocab_size,
+        "llama.context_length": context_len,
+        "llama.embedding_length": args.dim,
+        "llama.block_count": args.n_layers,
+        "llama.feed_forward_length": args.hidden_dim,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.n_kv_heads,
+        "llama.attention.key_length": args.head_dim,
+        "llama.attention.value_length": args.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
+        "llama.rope.dimension_count": args.head_dim,
+        "llama.rope.freq_base": float(args.rope_theta),
+    }
+    if args.sliding_window is not None:
+        metadata["llama.attention.sliding_window"] = args.sliding_window
+    scaling = args.rope_scaling
+    if isinstance(scaling, LinearScaling):
+        metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
+    elif isinstance(scaling, YarnScaling) and scaling.attention_factor is None and scaling.truncate:
+        metadata |= {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": float(scaling.factor),
+            "llama.rope.scaling.original_context_length": scaling.old_context_len,
+            "llama.rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
+            "llama.rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
+        }
+    elif scaling is not None and _rope_factors(args) is None:
+        raise ValueError(f"GGUF has no place for {scaling}: use --format hf")
+    return metadata
+
+
+def _rope_factors(args: ModelArgs) -> np.ndarray | None:
+    """Llama 3.1's rule as GGUF stores it, a wavelength factor for each rotated pair."""
+    if isinstance(args.rope_scaling, FactorScaling):
+        return np.array(args.rope_scaling.factors, np.float32)
+    if not isinstance(args.rope_scaling, Llama3Scaling):
+        return None
+    plain = scaled_frequencies(args.head_dim, args.rope_theta, None).double()
+    return (plain / scaled_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)).float().numpy()
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _name(name: str) -> str:
+    """layers.3.attention.wq.weight -> blk.3.attn_q.weight"""
+    module, _, attribute = name.rpartition(".")
+    layer = ""
+    if module.startswith("layers."):
+        number, _, module = module.removeprefix("layers.").partition(".")
+        layer = f"blk.{number}."
+    return f"{layer}{MODULES[module]}.{attribute}"

@@ -1,0 +1,75 @@
+"""What all written formats share: the checkpoint to write, in which dtype, and what about it can be recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.export.tokenizer import TokenizerSource
+from llama.config import FactorScaling, Llama3Scaling, ModelArgs, RopeScaling
+from llama.rope import scaled_frequencies
+
+# Pages of a mapped file that were read count as the process's memory until the file is closed.
+READ_BEFORE_REOPENING = 1 << 28
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint to be written. context_len is what the model was trained for, which weights do not tell.
+
+    reopen: opens the checkpoint once more, so that what was read of a file can leave the memory.
+    """
+
+    checkpoint: Checkpoint
+    reopen: Callable[[], Checkpoint]
+    args: ModelArgs
+    tokenizer: TokenizerSource
+    dtype: torch.dtype
+    context_len: int
+
+    def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, as stored, in that order."""
+        checkpoint, read = self.reopen(), 0
+        for name in names:
+            if read > READ_BEFORE_REOPENING:
+                checkpoint, read = self.reopen(), 0
+            tensor = checkpoint.read(name)
+            read += tensor.nbytes
+            yield name, tensor
+            del tensor
+
+
+def check_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in that dtype; ValueError when float16 cannot hold a value."""
+    if dtype == torch.float16 and tensor.dtype != dtype:
+        low, high = (float(value) for value in torch.aminmax(tensor))
+        largest = max(-low, high)
+        if torch.finfo(dtype).max < largest < float("inf"):
+            raise ValueError(f"float16 cannot hold {name}, whose largest value is {largest:g}: use bfloat16")
+    return tensor.to(dtype)
+
+
+def recognised(args: ModelArgs) -> RopeScaling | None:
+    """The RoPE scaling; factors for each pair, as GGUF has them, as Llama 3.1's rule where they came from it."""
+    if not isinstance(args.rope_scaling, FactorScaling):
+        return args.rope_scaling
+    found = scaled_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
+    scaling = Llama3Scaling(factor=float(max(args.rope_scaling.factors)))  # that of the longest wavelengths
+    # GGUF has the factors in fp32.
+    if torch.allclose(found, scaled_frequencies(args.head_dim, args.rope_theta, scaling), rtol=1e-6, atol=0):
+        return scaling
+    return args.rope_scaling
+
+
+def usual_context_len(args: ModelArgs) -> int:
+    """The context that models of this kind were trained for; where a format does not say it, as Meta's."""
+    scaling = recognised(args)
+    if isinstance(scaling, Llama3Scaling):
+        return 131072
+    if args.sliding_window is not None:
+        return 32768
+    return {500000.0: 8192, 1000000.0: 16384}.get(args.rope_theta, 2048 if args.norm_eps == 1e-6 else 4096)

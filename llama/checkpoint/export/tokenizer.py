@@ -1,0 +1,161 @@
+"""Write a checkpoint's tokenizer into another format: files are copied where both formats have them, else made.
+
+What is made goes through one form, the keys of a GGUF file's metadata, and must give the same ids on probe texts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.export.tokenizer_json import tokenizer_config, tokenizer_json
+from llama.checkpoint.export.tokenizer_model import metadata_of, ranks_model, sentencepiece_model
+from llama.checkpoint.gguf import GGUFCheckpoint, split_files
+from llama.checkpoint.gguf_header import read_header
+from llama.tokenizer import Tokenizer, find_tokenizer
+
+log = logging.getLogger("llama")
+
+Format = Literal["meta", "hf"]
+
+MAIN_FILES = ("tokenizer.json", "tokenizer.model")
+# What a folder may hold beside them.
+SMALL_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+PROBES = (
+    "Hello world, it's the 2nd of May 2024; we'll pay $1,234.56 -- DON'T.\n\n\n   \tdef f(x):\r\n\treturn x ** 2 # ok ",
+    "Zürich naïve e\u0301 İstanbul Привет Γειά שלום مرحبا नमस्ते สวัสดี 你好，世界！ こんにちは 안녕 👩‍👩‍👧 🇫🇷 \U00020bb7",
+    "  leading spaces, aaaaaaaa bbbbbbb 111111111 ======== \x00\x01\x7f\x85\ufffd\u00a0\u3000",
+    "",
+    " ",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A tokenizer that is to be written: as the files it comes in, or as GGUF metadata, or both."""
+
+    tokenizer: Tokenizer
+    path: Path | None  # tokenizer.model or tokenizer.json
+    metadata: Mapping[str, Any] | None  # None: the files can only be copied
+
+    @property
+    def is_sentencepiece(self) -> bool:
+        return self.metadata is not None and self.metadata.get("tokenizer.ggml.model") == "llama"
+
+
+def tokenizer_source(checkpoint: Checkpoint, path: Path | None = None) -> TokenizerSource:
+    """The tokenizer of a checkpoint, or the file at `path`; FileNotFoundError when there is none."""
+    if path is None and isinstance(checkpoint, GGUFCheckpoint):
+        metadata = read_header(split_files(checkpoint.path)[0]).metadata
+        kept = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+        return TokenizerSource(checkpoint.tokenizer(), None, kept)
+    path = find_tokenizer(path or checkpoint.path) if path is None or path.is_dir() else path
+    tokenizer = Tokenizer(path)
+    return TokenizerSource(tokenizer, path, None if is_json(path) else metadata_of(path, tokenizer))
+
+
+def is_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16).lstrip().startswith(b"{")
+
+
+def write_tokenizer(source: TokenizerSource, folder: Path, format: Format) -> None:
+    """ValueError when the format cannot have a tokenizer with the same ids."""
+    if source.path is not None:
+        _copy(source.path, folder, format)
+    if format == "hf" and source.metadata is not None and not (folder / "tokenizer.json").exists():
+        _write_hf(source, folder)
+    elif format == "meta" and not (folder / "tokenizer.model").exists():
+        _write_meta(source, folder)
+
+
+def _copy(path: Path, folder: Path, format: Format) -> None:
+    """The tokenizer's own file; for Meta's format, tokenizer.model alone where there is one."""
+    if path.name not in MAIN_FILES:
+        shutil.copyfile(path, folder / MAIN_FILES[not is_json(path)])
+        return
+    model = path.with_name("tokenizer.model")
+    main = (model.name,) if format == "meta" and model.is_file() else MAIN_FILES
+    for name in (*main, *SMALL_FILES):
+        if path.with_name(name).is_file():
+            shutil.copyfile(path.with_name(name), folder / name)
+
+
+def _write_hf(source: TokenizerSource, folder: Path) -> None:
+    assert source.metadata is not None
+    if source.is_sentencepiece and not (folder / "tokenizer.model").exists():
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(source.metadata))
+    path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    had_config = config_path.exists()
+    try:
+        content = tokenizer_json(source.metadata, source.tokenizer)
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        if not had_config:
+            config = tokenizer_config(source.metadata, source.tokenizer)
+            config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+        _check_same(source.tokenizer, path)
+    except ValueError as error:
+        if not (folder / "tokenizer.model").exists():
+            raise
+        log.warning("no tokenizer.json is written, tokenizer.model alone: %s", error)
+        path.unlink(missing_ok=True)
+        if not had_config:
+            config_path.unlink(missing_ok=True)
+
+
+def _write_meta(source: TokenizerSource, folder: Path) -> None:
+    """A tokenizer.model where there can be one, else a tokenizer.json."""
+    path, template = folder / "tokenizer.model", source.tokenizer.chat_template
+    if source.is_sentencepiece:
+        assert source.metadata is not None
+        path.write_bytes(sentencepiece_model(source.metadata))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        _check_same(source.tokenizer, path)
+    elif not _write_ranks(source.tokenizer, path):
+        log.info("this tokenizer has no form as a tokenizer.model: a tokenizer.json is written, for this package alone")
+        if source.metadata is not None:
+            _write_hf(source, folder)
+    elif template is not None and source.path is None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_ranks(tokenizer: Tokenizer, path: Path) -> bool:
+    """Whether there is a tokenizer.model of Llama 3's kind with the same ids, which is then written."""
+    ranks = ranks_model(tokenizer)
+    if ranks is None:
+        return False
+    path.write_bytes(ranks)
+    try:
+        _check_same(tokenizer, path)
+    except ValueError:
+        path.unlink()
+        return False
+    path.with_name("tokenizer.json").unlink(missing_ok=True)
+    return True
+
+
+def _check_same(tokenizer: Tokenizer, path: Path) -> None:
+    written = Tokenizer(path)
+    for name in ("n_words", "bos_id", "eos_id", "add_bos"):
+        found, expected = getattr(written, name), getattr(tokenizer, name)
+        if found != expected:
+            raise ValueError(f"a {path.name} of this tokenizer has {name} {found!r}, not {expected!r}")
+    if set(written.special_tokens.values()) != set(tokenizer.special_tokens.values()):
+        raise ValueError(f"a {path.name} of this tokenizer has other control tokens")
+    for text in (*PROBES, *tokenizer.special_tokens):
+        if written.encode(text, bos=False, eos=False) != tokenizer.encode(text, bos=False, eos=False):
+            raise ValueError(f"a {path.name} of this tokenizer gives other ids for {text[:40]!r}")

@@ -1,0 +1,131 @@
+"""The ranks that hold one model together: which part of a tensor is whose, and the collectives over activations.
+
+fairscale keeps the groups; their backend suits the device. Knows nothing of the model's architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# One tensor for all parts: a CUDA graph holds it. Its name until torch 2.12 warns in later ones.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class ModelParallel:
+    """This rank's place among the ranks that hold one model together; the default is a rank alone."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    block: int = 1  # hidden features of feed-forwards are dealt out in multiples of it: whole quantized blocks
+
+    def span(self, total: int, block: int = 1) -> tuple[int, int]:
+        """The [start, stop) of `total` rows that are this rank's; the last ranks' may be short or empty."""
+        part = self.part(total, block)
+        return min(self.rank * part, total), min((self.rank + 1) * part, total)
+
+    def part(self, total: int, block: int = 1) -> int:
+        """Rows per rank when `total` rows are split evenly, in multiples of `block`, the last part padded."""
+        return total if self.size == 1 else -(-total // (self.size * block)) * block
+
+    def heads(self, n_heads: int) -> int:
+        """Query heads per rank. Heads are never padded, so a size that does not divide them is a ValueError."""
+        if n_heads % self.size:
+            sizes = ", ".join(str(size) for size in range(1, n_heads + 1) if n_heads % size == 0)
+            raise ValueError(f"{n_heads} heads cannot be split over {self.size} ranks: use one of {sizes}")
+        return n_heads // self.size
+
+    def kv_heads(self, n_heads: int, n_kv_heads: int) -> list[int]:
+        """The KV head of each of this rank's KV slots; every slot serves the same number of its query heads.
+
+        Heads repeat where ranks outnumber them, and where a rank's query heads do not start on a group's edge.
+        """
+        local, group = self.heads(n_heads), n_heads // n_kv_heads
+        per_slot = math.gcd(local, group)
+        first = self.rank * local
+        return [head // group for head in range(first, first + local, per_slot)]
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks; x itself may be overwritten."""
+        if self.size > 1:
+            staged = self._stage(x)
+            dist.all_reduce(staged, group=self.group)
+            x = staged.to(x.device)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's x (n, ..., size), joined along the last dimension in rank order."""
+        if self.size > 1:
+            staged = self._stage(x.contiguous())
+            parts = staged.new_empty(self.size * staged.shape[0], *staged.shape[1:])
+            _gather(parts, staged, group=self.group)
+            x = parts.unflatten(0, (self.size, -1)).movedim(0, -2).flatten(-2).to(x.device)
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The first rank's x; x itself may be overwritten."""
+        if self.size > 1:
+            staged = self._stage(x)
+            dist.broadcast(staged, group_src=0, group=self.group)
+            x = staged.to(x.device)
+        return x
+
+    def share(self, value: Any) -> Any:
+        """The first rank's value, a small object."""
+        if self.size > 1:
+            values = [value]
+            dist.broadcast_object_list(values, group_src=0, group=self.group)
+            value = values[0]
+        return value
+
+    def _stage(self, x: Tensor) -> Tensor:
+        """x where the group's backend can reach it: gloo cannot read MPS memory."""
+        return x.cpu() if x.device.type == "mps" else x
+
+
+def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel:
+    """Split the job into model-parallel groups of `size` consecutive ranks; None means all ranks.
+
+    NCCL where every rank of the host has a CUDA device of its own, gloo otherwise. ValueError when `size` does not
+    divide the world. Called again with another size it regroups the ranks; models built before keep their groups.
+    """
+    from fairscale.nn.model_parallel import initialize
+
+    world_size = dist.get_world_size()
+    size = world_size if size is None else size
+    if type(size) is not int or size < 1 or world_size % size:
+        raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    if not _are_grouped(size, backend):
+        initialize.destroy_model_parallel()
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines that help nobody
+            initialize.initialize_model_parallel(
+                size, model_parallel_backend=backend, pipeline_backend=backend, ddp_backend=backend
+            )
+    return ModelParallel(
+        rank=initialize.get_model_parallel_rank(),
+        size=initialize.get_model_parallel_world_size(),
+        group=initialize.get_model_parallel_group(),
+    )
+
+
+def _are_grouped(size: int, backend: str) -> bool:
+    """Whether fairscale has such groups already, of process groups that are still there."""
+    from fairscale.nn.model_parallel import initialize
+
+    if not initialize.model_parallel_is_initialized():
+        return False
+    try:
+        group = initialize.get_model_parallel_group()
+        return dist.get_world_size(group) == size and dist.get_backend(group) == backend
+    except (ValueError, RuntimeError):  # groups of a job that was ended since
+        return False

@@ -1,0 +1,291 @@
+"""Weights as the GPU kernels read them: quantized blocks taken apart into planes, and floats in 8 bits.
+
+Knows no kernels until a product is asked for on a device that runs them; elsewhere torch decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.backends.cuda.available import has_triton
+from llama.quantization.gguf_blocks import F8_E4M3, BlockType
+
+# Tokens that are multiplied in fp32 while the weights pass by, and that attention takes in tiles of one shape: what one
+# of them gets does not depend on the others. And tokens that tensor cores take from the stored codes.
+FEW = 8
+MOST = 64
+# Beyond: values that are made dense at once, 128 MB in 16 bits.
+DENSE_AT_ONCE = 1 << 26
+# Values that are taken apart, or rounded to 8 bits, at once: their temporaries are a few bytes each.
+QUANTIZED_AT_ONCE = 1 << 24
+
+GROUP = 32  # values whose codes lie together; a lower and an upper half of 16 each
+
+
+class PlanarWeight(nn.Module):
+    """A matrix (out, in) of quantized blocks whose codes and scales lie apart, so that both can be read as vectors.
+
+    The values are those of llama.blocks.dequantize, at the bytes of the blocks (Q4_K: 148 for 144). The planes:
+    codes       uint8 (out, in / 2): byte j of a group's 16 holds its value j, and value j + 16 in the upper bits;
+                Q8_0: int8 (out, in)
+    high        Q6_K alone: uint8 (out, in / 4): byte t of a group's 8 holds the upper two bits of its values t, t + 8,
+                t + 16 and t + 24, from the lowest bits on
+    scales      fp16 (out, in / elements of a block, 1), or, of types with minima, (.., 2): scale and minimum
+    sub_scales  Q4_K: uint8 (out, in / 32, 2): a group's scale and minimum; Q6_K: int8 (out, in / 32, 2): its halves'
+    """
+
+    codes: Tensor
+    high: Tensor | None
+    scales: Tensor
+    sub_scales: Tensor | None
+
+    def __init__(self, blocks: Tensor, block_type: BlockType) -> None:
+        """blocks: uint8 (out, bytes of a row)."""
+        super().__init__()
+        n_rows, n_bytes = blocks.shape
+        n_blocks, rest = divmod(n_bytes, block_type.size)
+        assert not rest and n_rows, (blocks.shape, block_type)
+        planes: dict[str, Tensor | None] = {}
+        step = max(1, QUANTIZED_AT_ONCE // (n_blocks * block_type.elements))
+        for first in range(0, n_rows, step):
+            part = blocks[first : first + step].unflatten(1, (n_blocks, block_type.size))
+            for name, plane in _take_apart(part, block_type).items():
+                if first == 0:
+                    planes[name] = None if plane is None else plane.new_empty(n_rows, *plane.shape[1:])
+                whole = planes[name]
+                if whole is not None and plane is not None:
+                    whole[first : first + step] = plane
+        self._hold(planes, block_type)
+
+    @classmethod
+    def _of(cls, planes: dict[str, Tensor | None], block_type: BlockType) -> PlanarWeight:
+        weight = cls.__new__(cls)
+        nn.Module.__init__(weight)
+        weight._hold(planes, block_type)
+        return weight
+
+    def _hold(self, planes: dict[str, Tensor | None], block_type: BlockType) -> None:
+        self.block_type = block_type
+        for name, plane in planes.items():
+            self.register_buffer(name, plane)
+        self.shape = torch.Size((len(self.scales), self.scales.shape[1] * block_type.elements))
+
+    @classmethod
+    def join(cls, parts: Sequence[PlanarWeight]) -> PlanarWeight:
+        """The rows of all parts, which are of one type, one below another."""
+        (block_type,) = {part.block_type for part in parts}
+        planes = [dict(part.named_buffers()) for part in parts]
+        joined = {name: torch.cat([plane[name] for plane in planes]) for name in planes[0]}
+        return cls._of(dict.fromkeys(PLANES) | joined, block_type)
+
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        if block_type == F8_E4M3:  # an Fp8Weight, where there are the same kernels
+            return rows * (columns + 4)
+        unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
+        return rows * columns // block_type.elements * (block_type.size + unpacked)
+
+    def part(self, start: int, stop: int) -> PlanarWeight:
+        """Rows from start to stop, in the same memory."""
+        rows = {name: plane[start:stop] for name, plane in self.named_buffers()}
+        return self._of(dict.fromkeys(PLANES) | rows, self.block_type)
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x (..., in) times the matrix transposed: (..., out) in `dtype`, or else in x's."""
+        return _multiply(x, self, dtype or x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """fp32 rows (*ids.shape, in)."""
+        return _decode({name: plane[ids] for name, plane in self.named_buffers()}, self.block_type)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """All values (out, in), by torch alone."""
+        return _decode(dict(self.named_buffers()), self.block_type).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plane.nbytes for plane in self.buffers())
+
+
+class Fp8Weight(nn.Module):
+    """A matrix (out, in) of floats in 8 bits (e4m3, as torch.float8_e4m3fn), with one fp32 scale a row.
+
+    Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),
+    activations are rounded to 8 bits as well, each token with a scale of its own.
+    """
+
+    codes: Tensor  # float8_e4m3fn (out, in)
+    scales: Tensor  # fp32 (out, 1)
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__()
+        assert codes.dtype == torch.float8_e4m3fn and scales.shape == (len(codes), 1), (codes.dtype, scales.shape)
+        self.block_type = F8_E4M3
+        self.shape = codes.shape
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @classmethod
+    def of(cls, values: Tensor) -> Fp8Weight:
+        """The nearest codes of values (out, in) of any floating dtype; a row's largest is 448.
+
+        ValueError where values are not finite.
+        """
+        weight = cls(*_to_fp8(values))
+        if not weight.scales.isfinite().all():
+            raise ValueError("values that are not finite cannot be stored as 8-bit floats")
+        return weight
+
+    @classmethod
+    def join(cls, parts: Sequence[Fp8Weight]) -> Fp8Weight:
+        """The rows of all parts, one below another."""
+        codes = torch.cat([part.codes.view(torch.uint8) for part in parts])
+        return cls(codes.view(torch.float8_e4m3fn), torch.cat([part.scales for part in parts]))
+
+    def part(self, start: int, stop: int) -> Fp8Weight:
+        """Rows from start to stop, in the same memory."""
+        return Fp8Weight(self.codes[start:stop], self.scales[start:stop])
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x (..., in) times the matrix transposed: (..., out) in `dtype`, or else in x's."""
+        n_tokens = x.numel() // x.shape[-1]
+        if n_tokens > MOST and _multiplies_fp8(x.device) and not any(size % 16 for size in self.shape):
+            return multiply_fp8(x.reshape(n_tokens, -1), self).to(dtype or x.dtype).view(*x.shape[:-1], -1)
+        return _multiply(x, self, dtype or x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """fp32 rows (*ids.shape, in)."""
+        codes = self.codes.view(torch.uint8)[ids].view(torch.float8_e4m3fn)  # torch indexes no 8-bit floats
+        return codes.float() * self.scales[ids]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """All values (out, in), by torch alone."""
+        return (self.codes.float() * self.scales).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+PLANES = ("codes", "high", "scales", "sub_scales")
+
+
+def times(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) times floats (out, in) transposed: (..., out), rounded once, to `dtype`, where torch can."""
+    if dtype == torch.float32 and weight.dtype != dtype and x.device.type == "cuda" and torch.version.cuda is not None:
+        y = torch.mm(x.reshape(-1, x.shape[-1]).type_as(weight), weight.t(), out_dtype=dtype)
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x.type_as(weight), weight).to(dtype)
+
+
+def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:
+    """x (n_tokens, in), rounded to 8 bits token by token, times the matrix transposed: bf16 (n_tokens, out).
+
+    Both sizes of the weight are multiples of 16, which the hardware's product asks for.
+    """
+    codes, scales = _to_fp8(x)
+    return torch._scaled_mm(codes, weight.codes.t(), scales, weight.scales.t(), out_dtype=torch.bfloat16)
+
+
+def _multiply(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """By kernels where they run, at most MOST tokens from the codes; else pieces of rows are made dense."""
+    by_kernels = not torch.compiler.is_compiling() and has_triton(x.device)
+    if by_kernels:
+        from llama.backends.cuda.products import dense, multiply
+
+        if x.numel() <= MOST * x.shape[-1]:
+            with torch.cuda.device_of(x):
+                return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
+    n_out, n_in = weight.shape
+    y = x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
+    step = max(1, DENSE_AT_ONCE // n_in)
+    for first in range(0, n_out, step):
+        part = weight.part(first, first + step)
+        with torch.cuda.device_of(x):
+            values = dense(part, x.dtype) if by_kernels else part.dense(x.dtype)
+        y[..., first : first + step] = times(x, values, dtype)
+    return y
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    """Whether torch has a product of 8-bit floats with a scale a row there."""
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fn codes, fp32 scales (n, 1)) of rows (n, size), a few of them at once."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
+    scales = torch.empty(len(values), 1, device=values.device)
+    step = max(1, QUANTIZED_AT_ONCE // values.shape[1])
+    for first in range(0, len(values), step):
+        part = values[first : first + step].float()
+        # Not below the normal numbers, whose inverse is finite: rows of zeros stay zeros.
+        scale = (part.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+        codes[first : first + step] = (part / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn)
+        scales[first : first + step] = scale
+    return codes, scales
+
+
+def _take_apart(blocks: Tensor, block_type: BlockType) -> dict[str, Tensor | None]:
+    """The planes of blocks (out, n_blocks, size); llama.blocks has the layouts."""
+    high = sub_scales = None
+    if block_type.name == "Q8_0":
+        scales, codes = blocks.split([2, 32], dim=-1)
+        codes = codes.view(torch.int8)
+    elif block_type.name == "Q4_0":
+        scales, codes = blocks.split([2, 16], dim=-1)
+    elif block_type.name == "Q4_1":
+        scales, codes = blocks.split([4, 16], dim=-1)
+    elif block_type.name == "Q4_K":
+        scales, packed, codes = blocks.split([4, 12, 128], dim=-1)
+        a, b, c = packed.split(4, dim=-1)
+        of_groups = torch.cat([a & 63, c & 15 | a >> 2 & 48], dim=-1)
+        lows = torch.cat([b & 63, c >> 4 | b >> 2 & 48], dim=-1)
+        sub_scales = torch.stack([of_groups, lows], dim=-1).flatten(1, 2)  # (out, in / 32, 2)
+        codes = codes.unflatten(-1, (4, 32))
+        # 32 bytes hold two groups: the lower bits of all are the first.
+        codes = _joined(torch.stack([codes & 15, codes >> 4], dim=-2))
+    else:
+        assert block_type.name == "Q6_K", block_type
+        low, upper, sub, scales = blocks.split([128, 64, 16, 2], dim=-1)
+        low, upper = low.unflatten(-1, (2, 2, 32)), upper.unflatten(-1, (2, 32))
+        codes = _joined(torch.cat([low & 15, low >> 4], dim=-2))  # of groups (.., 2, 4, 32)
+        upper = torch.stack([upper >> shift & 3 for shift in (0, 2, 4, 6)], dim=-2).unflatten(-1, (4, 8))
+        high = (upper[..., 0, :] | upper[..., 1, :] << 2 | upper[..., 2, :] << 4 | upper[..., 3, :] << 6).flatten(1)
+        sub_scales = sub.contiguous().view(torch.int8).view(len(blocks), -1, 2)
+    halves = scales.contiguous().view(torch.float16)  # (out, n_blocks, 1 or 2)
+    return {"codes": codes.flatten(1).contiguous(), "high": high, "scales": halves, "sub_scales": sub_scales}
+
+
+def _joined(groups: Tensor) -> Tensor:
+    """Bytes (..., 16) of the 4-bit codes of groups (..., 32)."""
+    return groups[..., :16] | groups[..., 16:] << 4
+
+
+def _decode(planes: dict[str, Tensor], block_type: BlockType) -> Tensor:
+    """fp32 values (..., in) of planes whose rows are (...); products are exact, as in llama.blocks."""
+    name, codes, scales = block_type.name, planes["codes"], planes["scales"].float()
+    if name == "Q8_0":
+        groups = codes.unflatten(-1, (-1, GROUP))
+    else:
+        nibbles = codes.unflatten(-1, (-1, GROUP // 2))
+        groups = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)  # (..., in / 32, 32)
+    if name == "Q6_K":
+        high = planes["high"].unflatten(-1, (-1, GROUP // 4))
+        high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+        groups = ((groups | high << 4).to(torch.int8) - 32).unflatten(-1, (2, 16))
+        of_halves = scales.repeat_interleave(8, dim=-2) * planes["sub_scales"]  # (..., in / 32, 2)
+        return (of_halves.unsqueeze(-1) * groups).flatten(-3)
+    if name == "Q4_0":
+        groups = groups.to(torch.int8) - 8
+    if name == "Q4_K":
+        scales = scales.repeat_interleave(8, dim=-2) * planes["sub_scales"]
+        return (scales[..., :1] * groups).sub_(scales[..., 1:]).flatten(-2)
+    values = scales[..., :1] * groups
+    return (values.add_(scales[..., 1:]) if name == "Q4_1" else values).flatten(-2)

@@ -1,0 +1,169 @@
+"""SentencePiece: Llama 1, Llama 2 and Code Llama's `tokenizer.model`, and GGUF's "llama" kind turned into one.
+
+A model is a protobuf message. The few fields needed are read and written by hand: sentencepiece's generated module
+cannot be imported in a process that has imported transformers' copy of it (the descriptor pool refuses the second).
+"""
+
+import struct
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType, array
+from llama.tokenizer.vocab import MARKERS
+
+SPACE = "▁"
+BEFORE = "☺"
+# Field numbers of sentencepiece_model.proto.
+PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3  # in ModelProto
+PIECE, SCORE, TYPE = 1, 2, 3  # in ModelProto.SentencePiece
+MODEL_TYPE, BYTE_FALLBACK = 3, 35  # in TrainerSpec
+ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 3, 4  # in NormalizerSpec
+BPE = 2
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
+
+
+class SentencePieceVocab:
+    def __init__(self, proto: bytes, name: str, control: Collection[int] = ()) -> None:
+        """name: where the proto comes from, for errors. control: ids to keep out of text, as control pieces."""
+        import sentencepiece
+
+        try:
+            proto, spec = _prepare(proto, control)
+            self._sp = sentencepiece.SentencePieceProcessor()
+            self._sp.LoadFromSerializedProto(proto)
+        except (ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0] if str(error) else "damaged"
+            raise ValueError(f"{name} is no whole SentencePiece model: {why}") from None
+        self.n_words = self._sp.vocab_size()
+        self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
+        self.add_bos = self.restarts = True
+        ids = list(range(self.n_words))
+        self.special_tokens = {self._sp.id_to_piece(i): i for i in ids if self._sp.is_control(i)}
+        self.unk_id = self._sp.unk_id()
+        self._unk = {self.unk_id: self._sp.decode([self.unk_id]).encode()}
+        # Both default to true.
+        self._drops_space = bool(spec.get(ADD_DUMMY_PREFIX, 1) or spec.get(REMOVE_EXTRA_WHITESPACES, 1))
+
+    def encode(self, s: str, continues: bool) -> list[int]:
+        """A continuation as Meta's Code Llama encodes it: after a character that joins no other, taken away again."""
+        if not continues:
+            return self._sp.encode(s)
+        return self._sp.encode(BEFORE + s)[len(self._sp.encode(BEFORE)) :]
+
+    def ids(self) -> dict[str, int]:
+        """Every piece's id by its text."""
+        return {self._sp.id_to_piece(i): i for i in range(self.n_words)}
+
+    def token_bytes(self, token: int, at_start: bool) -> bytes:
+        if self._sp.is_control(token):
+            return b""
+        if token in self._unk:
+            return self._unk[token]
+        piece = self._sp.id_to_piece(token)
+        if self._sp.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # "<0x0A>"
+        if at_start and self._drops_space:
+            piece = piece.removeprefix(SPACE)
+        return piece.replace(SPACE, " ").encode()
+
+
+def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
+    """The SentencePiece model that a GGUF file's tokens, scores and types came from."""
+    scores = array(metadata, "scores", (float, int), len(tokens.texts))
+    types = list(tokens.types)
+    if TokenType.UNKNOWN not in types and tokens.unk_id >= 0:
+        types[tokens.unk_id] = TokenType.UNKNOWN
+    try:
+        packed = [struct.pack("<f", score) for score in scores]
+    except OverflowError as error:
+        raise ValueError(f"{PREFIX}scores: {error}") from None
+    known = frozenset(TokenType)
+    pieces = [
+        _field(PIECE, text.encode())
+        + _tag(SCORE, FIXED32)
+        + score
+        + _field(TYPE, kind if kind in known else TokenType.NORMAL)
+        for text, score, kind in zip(tokens.texts, packed, types, strict=True)
+    ]
+    trainer = _field(MODEL_TYPE, BPE) + _field(BYTE_FALLBACK, TokenType.BYTE in types)
+    normalizer = _field(ADD_DUMMY_PREFIX, bool(metadata.get(PREFIX + "add_space_prefix", True)))
+    normalizer += _field(REMOVE_EXTRA_WHITESPACES, bool(metadata.get(PREFIX + "remove_extra_whitespaces", False)))
+    body = b"".join([_field(PIECES, piece) for piece in pieces])
+    return body + _field(TRAINER_SPEC, trainer) + _field(NORMALIZER_SPEC, normalizer)
+
+
+def _prepare(proto: bytes, control: Collection[int]) -> tuple[bytes, dict[int, int]]:
+    """The model with its `MARKERS` and the ids of control made control pieces, and the numbers of its normalizer spec.
+
+    Code Llama's markers are ordinary pieces with merges that lead to them: typed text would become control ids.
+    Raises ValueError when the message is cut off or lacks its specs (without them SentencePiece takes the defaults,
+    another algorithm).
+    """
+    markers = tuple(_field(PIECE, text.encode()) for text in MARKERS)
+    as_control = _field(TYPE, TokenType.CONTROL)
+    parts, copied, piece = [], 0, -1
+    specs: dict[int, dict[int, int]] = {}
+    for number, begin, start, end in _fields(proto, 0, len(proto)):
+        piece += number == PIECES
+        if number == PIECES and (proto.startswith(markers, start, end) or piece in control):
+            # The last value of a field counts, so that appending the type sets it.
+            parts += [proto[copied:begin], _field(PIECES, proto[start:end] + as_control)]
+            copied = end
+        elif number in (TRAINER_SPEC, NORMALIZER_SPEC):
+            specs[number] = {field: proto[at] for field, _, at, stop in _fields(proto, start, end) if stop - at == 1}
+    missing = [name for n, name in ((TRAINER_SPEC, "trainer"), (NORMALIZER_SPEC, "normalizer")) if n not in specs]
+    if missing:
+        raise ValueError(f"it ends before its {missing[0]} spec")
+    return b"".join([*parts, proto[copied:]]), specs[NORMALIZER_SPEC]
+
+
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(number, begin, start, end) of each field in data[at:end]: begin is its tag's place, start:end its value's."""
+    while at < end:
+        begin = at
+        tag, at = _read_varint(data, at, end)
+        wire, start = tag & 7, at
+        if wire == VARINT:
+            _, at = _read_varint(data, at, end)
+        elif wire in (FIXED64, FIXED32):
+            at += 8 if wire == FIXED64 else 4
+        elif wire == BYTES:
+            length, start = _read_varint(data, at, end)
+            at = start + length
+        else:
+            raise ValueError(f"no protobuf field at byte {begin}")
+        if at > end:
+            raise ValueError(f"it is cut off at byte {end}")
+        yield tag >> 3, begin, start, at
+
+
+def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            raise ValueError(f"it is cut off at byte {end}")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError(f"no protobuf number at byte {at}")
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _tag(number: int, wire: int) -> bytes:
+    return _varint(number << 3 | wire)
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, bytes):
+        return _tag(number, BYTES) + _varint(len(value)) + value
+    return _tag(number, VARINT) + _varint(value)
