@@ -14,6 +14,7 @@ from llama.chat.formats import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, 
 from llama.chat.infilling import infilling_tokens
 from llama.engine.build import build_draft, build_model
 from llama.engine.metrics import Statistics
+from llama.engine.options import BuildOptions
 from llama.engine.prompts import check_prompts, encode_texts
 from llama.engine.runner_pool import Kept
 from llama.engine.scheduler import Batch, Row
@@ -82,23 +83,38 @@ class Llama:
         texts stay the same. Whatever is wrong with the files or the choices raises ValueError or FileNotFoundError,
         on every rank if on one.
         """
-        check_speculation(speculate, draft_ckpt_dir, draft_quantize)
-        model, tokenizer = build_model(
-            ckpt_dir,
-            tokenizer_path,
-            max_seq_len,
-            max_batch_size,
-            model_parallel_size,
-            device=device,
-            dtype=dtype,
-            chat_format=chat_format,
-            quantize=quantize,
-            compile=compile,
+        return Llama.from_options(
+            BuildOptions(
+                ckpt_dir,
+                tokenizer_path,
+                max_seq_len,
+                max_batch_size,
+                model_parallel_size,
+                seed,
+                device=device,
+                dtype=dtype,
+                chat_format=chat_format,
+                quantize=quantize,
+                compile=compile,
+                speculate=speculate,
+                draft_ckpt_dir=draft_ckpt_dir,
+                draft_quantize=draft_quantize,
+            )
         )
-        draft = None
-        if draft_ckpt_dir is not None:
-            draft = build_draft(draft_ckpt_dir, model, tokenizer, dtype=dtype, quantize=draft_quantize, compile=compile)
-        return Llama(model, tokenizer, seed=seed, chat_format=chat_format, speculate=speculate, draft=draft)
+
+    @staticmethod
+    def from_options(options: BuildOptions) -> Llama:
+        """Load a checkpoint as `build` does, from choices that travel together."""
+        model, tokenizer = build_model(options)
+        draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
+        return Llama(
+            model,
+            tokenizer,
+            seed=options.seed,
+            chat_format=options.chat_format,
+            speculate=options.speculate,
+            draft=draft,
+        )
 
     def stream(
         self,

@@ -18,12 +18,23 @@ TOP_K_PREFIX = 512
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose each next token; wrong values raise ValueError."""
+    """How to choose each next token; wrong values raise ValueError.
 
-    temperature: float = 0.6  # 0 is greedy
-    top_p: float = 0.9  # nucleus mass, in (0, 1]
-    max_gen_len: int | None = None  # None: as many as max_seq_len leaves room for
-    seed: int | None = None  # None: continue the model's own sequence of seeds
+    Args:
+        temperature: 0 is greedy; higher is more varied.
+        top_p: probability mass of the nucleus that tokens are drawn from, in (0, 1].
+        max_gen_len: most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
+        seed: the same seed gives the same texts; None goes on with the model's own sequence of seeds.
+        logprobs: also give the log-probability of every token.
+        echo: repeat the prompt in the completion.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_gen_len: int | None = None
+    seed: int | None = None
+    logprobs: bool = False
+    echo: bool = False
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:

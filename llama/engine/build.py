@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from llama.backends.cuda.available import has_triton
 from llama.backends.inductor import CompiledLayers, has_own_kernels
 from llama.chat.formats import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
-from llama.checkpoint.base import QUANTIZED, dtype_name
+from llama.checkpoint.base import dtype_name
 from llama.checkpoint.load import Storage
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel, join_model_parallel
 from llama.distributed.job import agree, from_all_ranks, join_job, local_world_size
+from llama.engine.options import BuildOptions
 from llama.memory.available import free_bytes
 from llama.memory.estimate import Job
 from llama.memory.plan import Planner, check_job, table
@@ -38,37 +38,25 @@ SAME_FILES = "give every host the same files"
 FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, or set LLAMA_KERNELS=0 on all"}
 
 
-def build_model(
-    ckpt_dir: str | os.PathLike[str],
-    tokenizer_path: str | os.PathLike[str] | None,
-    max_seq_len: int,
-    max_batch_size: int,
-    model_parallel_size: int | None,
-    *,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    chat_format: str | None = None,
-    quantize: str | None = None,
-    compile: bool = False,
-) -> tuple[Transformer, Tokenizer]:
-    """This rank's share of the model, and the tokenizer that belongs to it; arguments as for `Llama.build`."""
+def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
+    """Load this rank's share of a model, and the tokenizer that belongs to it."""
     start = time.perf_counter()
     join_job()
     with agree():
-        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, quantize)
-        choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
+        source = open_source(options)
+        choose_chat_format(source.tokenizer, options.chat_format)  # checked before gigabytes are read
     check_alike(source)
-    ranks = source.deal(join_model_parallel(model_parallel_size, source.device))
+    ranks = source.deal(join_model_parallel(options.model_parallel_size, source.device))
     # In a block of its own: no rank loads before all have seen what is free.
     with agree():
         source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
     with agree():
         with torch.device("meta"):
             model = Transformer(source.args, ranks)
-        if quantize is not None:
-            log.info("quantizing to %s; scripts/convert_checkpoint.py --quantize does it once for all", quantize)
+        if options.quantize is not None:
+            log.info("quantizing to %s; llama convert --quantize does it once for all", options.quantize)
         changes = load_weights(model, source.checkpoint, source.device, source.storage)
-        _speed_up(model, compile)
+        _speed_up(model, options.compile)
     for (stored, held), count in sorted(changes.items()):
         log.info("%s held as %s: %d matrices", stored, held, count)
     log.info(
@@ -103,18 +91,7 @@ def _speed_up(model: Transformer, compile: bool) -> None:
 
 
 def plan_run(
-    ckpt_dir: str | os.PathLike[str],
-    tokenizer_path: str | os.PathLike[str] | None,
-    max_seq_len: int,
-    max_batch_size: int,
-    model_parallel_size: int | None,
-    *,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    prompts: Sequence[str] = (),
-    max_gen_len: int | None = None,
-    scored: bool = False,
-    quantize: str | None = None,
+    options: BuildOptions, prompts: Sequence[str] = (), max_gen_len: int | None = None, scored: bool = False
 ) -> tuple[str, bool]:
     """A table of the memory that each rank would need, and whether it has it; no weight is read.
 
@@ -124,8 +101,8 @@ def plan_run(
     join_job()
     world_size = dist.get_world_size()
     with agree():
-        source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, quantize)
-        size = world_size if model_parallel_size is None else model_parallel_size
+        source = open_source(options)
+        size = world_size if options.model_parallel_size is None else options.model_parallel_size
         if type(size) is not int or size < 1 or (world_size > 1 and world_size % size):
             raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
         free = free_bytes(source.device, size if world_size == 1 else local_world_size(), local_world_size())
@@ -138,30 +115,30 @@ def plan_run(
         return table(planner, jobs), planner.plan(next(iter(jobs.values()))).fits
 
 
-def build_draft(
-    ckpt_dir: str | os.PathLike[str],
-    model: Transformer,
-    tokenizer: Tokenizer,
-    *,
-    dtype: str | torch.dtype | None,
-    quantize: str | None,
-    compile: bool,
-) -> Transformer:
-    """This rank's share of a smaller model that guesses what `model` will say; ValueError if its tokens are others."""
-    args = model.args
-    with agree():
-        draft = open_source(ckpt_dir, None, args.max_seq_len, args.max_batch_size, model.device, dtype)
-        sizes = draft.args.vocab_size, args.vocab_size
-        if sizes[0] != sizes[1] or not draft.tokenizer.has_tokens_of(tokenizer):
-            raise ValueError(
-                f"the draft model in {draft.checkpoint.path} has another vocabulary ({sizes[0]} tokens) than the model "
-                f"({sizes[1]} tokens): give one of the same family"
-            )
-    limits = args.max_seq_len, args.max_batch_size, model.parallel.size
-    built, _ = build_model(
-        ckpt_dir, None, *limits, device=model.device, dtype=dtype, quantize=quantize, compile=compile
+def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer) -> Transformer:
+    """Load this rank's share of the draft model; ValueError where its tokens are not those of `model`."""
+    assert options.draft_ckpt_dir is not None
+    draft = dataclasses.replace(
+        options,
+        ckpt_dir=options.draft_ckpt_dir,
+        tokenizer_path=None,
+        model_parallel_size=model.parallel.size,
+        device=model.device,
+        chat_format=None,
+        quantize=options.draft_quantize,
+        speculate=None,
+        draft_ckpt_dir=None,
+        draft_quantize=None,
     )
-    return built
+    with agree():
+        source = open_source(draft)
+        sizes = source.args.vocab_size, model.args.vocab_size
+        if sizes[0] != sizes[1] or not source.tokenizer.has_tokens_of(tokenizer):
+            raise ValueError(
+                f"the draft model in {source.checkpoint.path} has another vocabulary ({sizes[0]} tokens) than the "
+                f"model ({sizes[1]} tokens): give one of the same family"
+            )
+    return build_model(draft)[0]
 
 
 def check_room(model: Transformer, job: Job, kept: int = 0, draft: Transformer | None = None) -> None:
@@ -218,20 +195,12 @@ class Source:
         return Job(min(len(prompts), self.args.max_batch_size), longest, length, scored)
 
 
-def open_source(
-    ckpt_dir: str | os.PathLike[str],
-    tokenizer_path: str | os.PathLike[str] | None,
-    max_seq_len: int,
-    max_batch_size: int,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    quantize: str | None = None,
-) -> Source:
-    if quantize is not None and quantize not in QUANTIZED:
-        raise ValueError(f"quantize must be one of {', '.join(QUANTIZED)}, got {quantize!r}")
-    place = choose_device(device)
-    checkpoint = open_checkpoint(ckpt_dir)
-    tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
+def open_source(options: BuildOptions) -> Source:
+    """Open the files that the options name; ValueError or FileNotFoundError where they do not go together."""
+    place = choose_device(options.device)
+    checkpoint = open_checkpoint(options.ckpt_dir)
+    given = options.tokenizer_path
+    tokenizer = Tokenizer(given) if given is not None else checkpoint.tokenizer()
     tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
     vocab_size = checkpoint.args.vocab_size
     padded = checkpoint.pads_vocab and vocab_size > tokenizer.n_words
@@ -243,13 +212,13 @@ def open_source(
     args = dataclasses.replace(
         checkpoint.args,
         vocab_size=vocab_size if padded else tokenizer.n_words,
-        max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size,
+        max_seq_len=options.max_seq_len,
+        max_batch_size=options.max_batch_size,
     )
-    computed = choose_dtype(dtype, place, checkpoint.dtype)
-    if quantize == "fp8" and not has_triton(place):
+    computed = choose_dtype(options.dtype, place, checkpoint.dtype)
+    if options.quantize == "fp8" and not has_triton(place):
         raise ValueError(f"quantize fp8 needs a CUDA device and Triton kernels, got {place}: use int8 instead")
-    return Source(checkpoint, tokenizer, args, place, Storage(computed, quantize, _packs(place)))
+    return Source(checkpoint, tokenizer, args, place, Storage(computed, options.quantize, _packs(place)))
 
 
 def _packs(device: torch.device) -> type[PackedWeight] | type[PlanarWeight] | None:
