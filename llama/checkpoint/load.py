@@ -14,10 +14,11 @@ from torch import Tensor
 from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, kind, quantized_type, shard_dim
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
+from llama.distributed.layers import set_quantized_weight, tie_output
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
-from llama.quantization.linear import BlockWeight, PackedWeight, Weight
-from llama.quantization.planar import Fp8Weight, PlanarWeight
+from llama.quantization.planar import Fp8Weight
+from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
 
 # Stored by Meta, computed here.
 DERIVED = {"rope.freqs"}
@@ -30,7 +31,7 @@ class Storage:
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
     # What kernels here take blocks as; without any, files' own blocks become floats.
-    packs: type[PackedWeight] | type[PlanarWeight] | None = None
+    packs: type[QuantizedWeight] | None = None
 
     def block_type(
         self, checkpoint: StoredCheckpoint, name: str, args: ModelArgs, parallel: ModelParallel
@@ -52,7 +53,7 @@ class Storage:
         """The ranks, with hidden features dealt out so that w2's rows are cut between blocks."""
         alone = ModelParallel()
         types = [self.block_type(checkpoint, name, args, alone) for name in global_shapes(args) if kind(name) == "w2"]
-        return dataclasses.replace(parallel, block=max((held.elements for held in types if held), default=1))
+        return dataclasses.replace(parallel, ffn_multiple=max((held.elements for held in types if held), default=1))
 
 
 def load_weights(
@@ -74,16 +75,15 @@ def load_weights(
         if block_type is None:
             part = read_part(checkpoint, name, model.args, model.parallel)
             held = torch.nn.Parameter(part.to(device, storage.dtype).contiguous(), requires_grad=False)
+            setattr(module, attribute, held)
         else:
             held = _read_blocks(checkpoint, name, model, device, storage, block_type)
+            set_quantized_weight(module, held)
         assert held.shape == parameter.shape, (name, held.shape, parameter.shape)
-        delattr(module, attribute)
-        setattr(module, attribute, held)
         if len(shape) > 1:
             changes[checkpoint.stored_as(name), block_type.name if block_type else dtype_name(storage.dtype)] += 1
     if model.args.tied_embeddings:
-        del model.output.weight
-        model.output.weight = model.tok_embeddings.weight
+        tie_output(model.output, model.tok_embeddings)
     model.to(device)  # what is computed and not loaded: the rotary frequencies
     return Counter({change: count for change, count in changes.items() if change[0] != change[1]})
 
@@ -95,7 +95,7 @@ def _read_blocks(
     device: torch.device,
     storage: Storage,
     block_type: BlockType,
-) -> Weight:
+) -> QuantizedWeight:
     if checkpoint.block_type(name) == block_type:
         blocks = read_part(checkpoint, name, model.args, model.parallel, block_type).to(device)
     else:
@@ -130,7 +130,7 @@ def part_span(name: str, total: int, parallel: ModelParallel) -> tuple[int, int]
 
 
 def _block(name: str, parallel: ModelParallel) -> int:
-    return parallel.block if kind(name) in ("w1", "w2", "w3") else 1
+    return parallel.ffn_multiple if kind(name) in ("w1", "w2", "w3") else 1
 
 
 def read_part(
