@@ -15,7 +15,7 @@ from llama.memory.estimate import SCORED_AT_ONCE, read_at_once
 from llama.model import Transformer
 from llama.sampling import log_probs
 
-# A shorter common beginning is read by every row: copying it takes a pass of its own.
+# Tokens of a common beginning from which it is read once and copied: see D26.
 WORTH_SHARING = 16
 
 
@@ -33,7 +33,7 @@ class Context:
 
     @property
     def steady(self) -> bool:
-        """Whether a key depends on nothing after it: only then is it the same in a longer text, or in another row."""
+        """Whether a key depends on nothing after it, and is the same in a longer text or another row: see D28."""
         scaling = self.model.args.rope_scaling
         return not isinstance(scaling, DynamicScaling) or self.cache.max_seq_len <= scaling.old_context_len
 

@@ -18,12 +18,11 @@ from llama.quantization.planar import DENSE_AT_ONCE
 # Positions whose logits are held at once while scoring a prompt: 128 MiB for a vocabulary of 128k.
 SCORED_AT_ONCE = 256
 
-# Positions of all rows together that are read at once: enough that a matrix product is as fast as it gets there.
-# On CUDA without Triton they are all read at once: torch's fused kernels take no mask where query heads share KV heads.
+# Positions of all rows together that are read at once; on CUDA without Triton they all are: see D27.
 READ_AT_ONCE = 2048
 READ_AT_ONCE_GPU = 8192
 
-# Positions in one step of speculation, of all rows together: more of them take a CPU as long as separate steps.
+# Positions in one step of speculation, of all rows together: see D25.
 MOST_POSITIONS = 16
 
 # The constants below, and the sums in `activation_bytes`, were measured with torch's memory profiler on a CPU.

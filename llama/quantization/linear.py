@@ -107,8 +107,7 @@ def _times_floats(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tenso
     if on_cpu and not compiling and _is_few(x) and library() is not None:
         return kernels.multiply(kernels.float_weight(weight), x)
     if on_cpu and x.numel() == x.shape[-1]:
-        # For one token a CPU's bf16 matrix product takes 1.5 to 2 times as long as its matrix-vector product, and that
-        # twice as long as the one loop that Inductor makes of a sum.
+        # A matrix-vector product, or the one loop that Inductor makes of a sum: see D6.
         y = (weight.float() * x.float()).sum(-1) if compiling else torch.mv(weight, x.view(-1).type_as(weight))
         return y.view(*x.shape[:-1], -1)
     if not on_cpu and not compiling and x.numel() <= FEW * x.shape[-1] and has_triton(weight.device):
