@@ -1,4 +1,4 @@
-"""Decisions that code cites are written down in docs/decisions, each once, with its reasons."""
+"""Decisions that code cites are written down in docs/decisions, each once, with its reasons; files they name exist."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
 DECIDED = re.compile(r"^\*\*(D\d+)\.", re.MULTILINE)
 CITED = re.compile(r"\bsee (D\d+(?:(?:,| and) D\d+)*)")
+NAMED = re.compile(r"`((?:llama|scripts|tests)/[\w./-]*\w)`")
 LISTED = re.compile(r"^\| (D\d+) \|.*\((\d+-[a-z-]+\.md)\) \|$", re.MULTILINE)
 
 
@@ -48,3 +49,10 @@ def test_the_index_leads_to_every_decision() -> None:
 def test_a_decision_tells_its_reasons(path: Path) -> None:
     headings = re.findall(r"^## (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert headings == ["Context", "Decision", "Measured", "Rejected"]
+
+
+@pytest.mark.parametrize("path", [*FILES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
+def test_files_that_a_document_names_exist(path: Path) -> None:
+    """Modules move, and a path in prose is nobody's import."""
+    named = set(NAMED.findall(path.read_text(encoding="utf-8")))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
