@@ -4,7 +4,8 @@ The protocol, so that figures can be compared: the whole file is encoded once, a
 is cut into windows that do not overlap, of --window tokens each; the last may be shorter. Where the tokenizer begins
 texts with BOS, so does each window, and the BOS counts as one of its tokens. Every token of a window but the first is
 scored, given those before it in the window: the logarithm of its softmax over fp32 logits. Perplexity is exp of minus
-the mean over all scored tokens of all windows. A longer window gives a lower figure, so compare at the same one.
+the mean over all scored tokens of all windows. A longer window gives a lower figure, so compare at the same one, and
+on the same text: without --text it is tests/data/perplexity.txt.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from llama import Llama
 from llama.cli import flags as cli
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXT = ROOT / "tests" / "data" / "perplexity.txt"  # 27 kB of prose; a test pins its sha256
 MOST_NATS = 700  # of which exp is still a number
 
 
 def main(
     *,
-    text: str,
+    text: str | None = None,
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     window: int = 512,
@@ -41,7 +43,7 @@ def main(
     """Perplexity of a text file under a model, in windows that do not overlap; alone or under torchrun.
 
     Args:
-        text: a file of UTF-8 text.
+        text: a file of UTF-8 text; default: tests/data/perplexity.txt, which never changes.
         ckpt_dir: as for the examples; default: the demo model.
         tokenizer_path: as for the examples; default: the one beside or inside the weights.
         window: tokens that are read at once, the first of which is not scored.
@@ -55,14 +57,15 @@ def main(
         raise ValueError(f"--window must be at least 2, got {window}: its first token is not scored")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max_tokens must be at least 2, got {max_tokens}: the first is not scored")
-    content = read_text(Path(text))
+    file = TEXT if text is None else Path(text)
+    content = read_text(file)
     path = ckpt_dir if ckpt_dir is not None else cli.demo_model(ROOT)
     build: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
     llm = Llama.build(path, tokenizer_path, window, 1, device=device, dtype=dtype, **build)
     tokens = llm.tokenizer.encode(content, bos=False, eos=False)[:max_tokens]
     windows = cut(tokens, window, [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else [])
     if not windows:
-        raise ValueError(f"{text} has {len(tokens)} token{'s' * (len(tokens) != 1)}: the first cannot be scored")
+        raise ValueError(f"{file} has {len(tokens)} token{'s' * (len(tokens) != 1)}: the first cannot be scored")
     scores = list(scored(llm, windows))
     mean = statistics.fmean(scores)
     if not mean > -MOST_NATS:  # NaN is not, either

@@ -41,7 +41,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 # ggml types that are torch dtypes; all others are blocks.
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Values decoded at once by a thread: their temporaries stay in its cache (docs/benchmarks.md).
+# Values decoded at once by a thread, whose temporaries stay in its cache: see D10.
 DECODED_AT_ONCE = 1 << 18
 
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")

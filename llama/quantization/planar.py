@@ -15,8 +15,7 @@ from llama.backends.cuda.available import has_triton
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType
 from llama.quantization.weights import QuantizedWeight
 
-# Tokens that are multiplied in fp32 while the weights pass by, and that attention takes in tiles of one shape: what one
-# of them gets does not depend on the others. And tokens that tensor cores take from the stored codes.
+# Tokens whose results do not depend on each other, and tokens that tensor cores take from the stored codes: see D41.
 FEW = 8
 MOST = 64
 # Beyond: values that are made dense at once, 128 MB in 16 bits.
