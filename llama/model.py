@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
-        hidden_dim = parallel.part(args.hidden_dim, parallel.block)
+        hidden_dim = parallel.part(args.hidden_dim, parallel.ffn_multiple)
         self.w1 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
         self.w2 = RowParallelLinear(hidden_dim, args.dim, parallel, args.mlp_bias)
         self.w3 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)

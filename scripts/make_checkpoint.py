@@ -16,7 +16,7 @@ from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.cli import flags as cli
 from llama.testing.model_presets import PRESETS
-from llama.testing.random_checkpoint import MadeUpCheckpoint
+from llama.testing.random_checkpoint import RandomCheckpoint
 
 log = logging.getLogger("llama")
 
@@ -48,7 +48,7 @@ def main(
     check_new(path)
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path} must end in .gguf: this format is one file")
-    checkpoint = MadeUpCheckpoint(preset, PRESETS[preset], seed)
+    checkpoint = RandomCheckpoint(preset, PRESETS[preset], seed)
     made = writer(
         checkpoint,
         checkpoint.tokenizer_source(),

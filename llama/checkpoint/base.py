@@ -37,7 +37,7 @@ QUANTIZED = {
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 
 
-def kind(name: str) -> str:
+def module_name(name: str) -> str:
     """What a tensor is, whatever its layer: "layers.3.attention.wq.weight" -> "wq"."""
     return name.rpartition(".")[0].rpartition(".")[2]
 
@@ -48,7 +48,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def shard_dim(name: str) -> int | None:
     """Along which dimension ranks split a tensor; None: whole everywhere, as are norms and biases of split inputs."""
-    dim = SHARD_DIM.get(kind(name))
+    dim = SHARD_DIM.get(module_name(name))
     return None if dim == 1 and name.endswith(".bias") else dim
 
 
@@ -57,13 +57,13 @@ def quantized_type(name: str, shape: tuple[int, ...], mode: str) -> BlockType | 
 
     None where it stays in floats: norms, biases, and weights whose rows are not whole blocks.
     """
-    block_type = QUANTIZED[mode].get(kind(name))
+    block_type = QUANTIZED[mode].get(module_name(name))
     whole = block_type is not None and len(shape) == 2 and shape[1] % block_type.elements == 0
     return block_type if whole else None
 
 
 # What a read tensor is: contiguous memory of a mapped file, columns of one, or memory that reading takes.
-Reading = Literal["mapped", "columns", "made"]
+Reading = Literal["zero_copy", "strided", "copy"]
 
 
 class Checkpoint(Protocol):

@@ -107,8 +107,8 @@ class GGUFCheckpoint:
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         type_name = self._tensors[name].type_name
         if type_name not in DTYPES:
-            return torch.float32, "made"
-        return DTYPES[type_name], "columns" if dim else "mapped"
+            return torch.float32, "copy"
+        return DTYPES[type_name], "strided" if dim else "zero_copy"
 
     def stored_as(self, name: str) -> str:
         type_name = self._tensors[name].type_name

@@ -141,8 +141,8 @@ class HuggingFaceCheckpoint:
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         if self.block_type(name) is not None:
-            return torch.float32, "made"
-        return self._tensors[name].dtype, "made" if _has_pairs(name) else "columns" if dim else "mapped"
+            return torch.float32, "copy"
+        return self._tensors[name].dtype, "copy" if _has_pairs(name) else "strided" if dim else "zero_copy"
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(find_tokenizer(self.path))

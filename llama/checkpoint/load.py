@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, kind, quantized_type, shard_dim
+from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, module_name, quantized_type, shard_dim
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
@@ -24,13 +24,13 @@ DERIVED = {"rope.freqs"}
 
 
 @dataclass(frozen=True)
-class Storage:
+class WeightFormat:
     """How a rank holds weights: floats of `dtype`, or quantized blocks."""
 
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
     # What kernels here take blocks as; without any, files' own blocks become floats.
-    packs: type[PackedWeight] | type[PlanarWeight] | None = None
+    weight_cls: type[PackedWeight] | type[PlanarWeight] | None = None
 
     def block_type(
         self, checkpoint: StoredCheckpoint, name: str, args: ModelArgs, parallel: ModelParallel
@@ -40,7 +40,7 @@ class Storage:
         if len(shape) != 2:
             return None
         asked = quantized_type(name, shape, self.quantize) if self.quantize else None
-        held = stored if self.packs or self.quantize else None
+        held = stored if self.weight_cls or self.quantize else None
         if asked is not None and (held is None or asked.size * held.elements < held.size * asked.elements):
             held = asked
         if held is None or shard_dim(name) != 1 or parallel.size == 1:
@@ -48,15 +48,19 @@ class Storage:
         # Ranks cut rows only between blocks.
         return held if part_length(name, shape[1], parallel) % held.elements == 0 else None
 
-    def deal(self, checkpoint: StoredCheckpoint, args: ModelArgs, parallel: ModelParallel) -> ModelParallel:
+    def with_ffn_multiple(
+        self, checkpoint: StoredCheckpoint, args: ModelArgs, parallel: ModelParallel
+    ) -> ModelParallel:
         """The ranks, with hidden features dealt out so that w2's rows are cut between blocks."""
         alone = ModelParallel()
-        types = [self.block_type(checkpoint, name, args, alone) for name in global_shapes(args) if kind(name) == "w2"]
-        return dataclasses.replace(parallel, block=max((held.elements for held in types if held), default=1))
+        types = [
+            self.block_type(checkpoint, name, args, alone) for name in global_shapes(args) if module_name(name) == "w2"
+        ]
+        return dataclasses.replace(parallel, ffn_multiple=max((held.elements for held in types if held), default=1))
 
 
 def load_weights(
-    model: Transformer, checkpoint: StoredCheckpoint, device: torch.device, storage: Storage
+    model: Transformer, checkpoint: StoredCheckpoint, device: torch.device, storage: WeightFormat
 ) -> Counter[tuple[str, str]]:
     """Assign every parameter of a meta-device model; ValueError names missing, unexpected and mis-shaped tensors.
 
@@ -93,7 +97,7 @@ def _read_blocks(
     name: str,
     model: Transformer,
     device: torch.device,
-    storage: Storage,
+    storage: WeightFormat,
     block_type: BlockType,
 ) -> Weight:
     if checkpoint.block_type(name) == block_type:
@@ -103,7 +107,7 @@ def _read_blocks(
         if block_type == F8_E4M3:
             return Fp8Weight.of(values)
         blocks = quantize(values, block_type)
-    return (storage.packs or BlockWeight)(blocks, block_type)
+    return (storage.weight_cls or BlockWeight)(blocks, block_type)
 
 
 def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -130,7 +134,7 @@ def part_span(name: str, total: int, parallel: ModelParallel) -> tuple[int, int]
 
 
 def _block(name: str, parallel: ModelParallel) -> int:
-    return parallel.block if kind(name) in ("w1", "w2", "w3") else 1
+    return parallel.ffn_multiple if module_name(name) in ("w1", "w2", "w3") else 1
 
 
 def read_part(
@@ -148,7 +152,7 @@ def read_part(
     dim = shard_dim(name)
     if dim is None or parallel.size == 1:
         return read(name)
-    if kind(name) in ("wk", "wv"):
+    if module_name(name) in ("wk", "wv"):
         return _read_kv_heads(read, name, args, parallel)
     total = checkpoint.shape(name)[dim]
     start, stop = part_span(name, total, parallel)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import FLOATS, SHARD_DIM, Reading, dtype_name, kind
+from llama.checkpoint.base import FLOATS, SHARD_DIM, Reading, dtype_name, module_name
 from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_params
 from llama.quantization.gguf_blocks import BlockType
@@ -58,8 +58,8 @@ class MetaCheckpoint:
         stop = self.shape(name)[dim] if stop is None else stop
         size = pieces[0].shape[dim]
         if len(pieces) > 1 and (dim != split_dim or start // size < (stop - 1) // size):
-            return pieces[0].dtype, "made"
-        return pieces[0].dtype, "mapped" if dim == 0 or stop - start == size else "columns"
+            return pieces[0].dtype, "copy"
+        return pieces[0].dtype, "zero_copy" if dim == 0 or stop - start == size else "strided"
 
     def stored_as(self, name: str) -> str:
         return dtype_name(self.reads_as(name)[0])
@@ -76,18 +76,18 @@ class MetaCheckpoint:
     def _pieces(self, name: str) -> list[Tensor]:
         """The shards' slices of a tensor, each once: the first of them alone where all hold the whole."""
         pieces = [shard[name] for shard in self._shards]
-        if kind(name) not in SHARD_DIM or pieces[0].dim() < 2:
+        if module_name(name) not in SHARD_DIM or pieces[0].dim() < 2:
             return pieces[:1]
-        if kind(name) in ("wk", "wv"):
+        if module_name(name) in ("wk", "wv"):
             # With more shards than KV heads, consecutive shards repeat a head.
             return pieces[:: max(1, len(pieces) // self.args.n_kv_heads)]
         return pieces
 
     def _split_dim(self, name: str) -> int:
         """Where the shards split a tensor. Llama 1 and 2 split the embeddings by feature, Llama 3 by token."""
-        if kind(name) == "tok_embeddings" and self._shards[0][name].shape[1] != self.args.dim:
+        if module_name(name) == "tok_embeddings" and self._shards[0][name].shape[1] != self.args.dim:
             return 1
-        return SHARD_DIM.get(kind(name), 0)
+        return SHARD_DIM.get(module_name(name), 0)
 
     def _check_count(self) -> None:
         """ValueError when the last shards are missing: their number is found nowhere but in shapes."""

@@ -19,7 +19,7 @@ from llama.backends.inductor import CompiledLayers, has_own_kernels
 from llama.chat.formats import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.base import QUANTIZED, dtype_name
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel, join_model_parallel
@@ -58,7 +58,7 @@ def build_model(
         source = open_source(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device, dtype, quantize)
         choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
     check_alike(source)
-    ranks = source.deal(join_model_parallel(model_parallel_size, source.device))
+    ranks = source.with_ffn_multiple(join_model_parallel(model_parallel_size, source.device))
     # In a block of its own: no rank loads before all have seen what is free.
     with agree():
         source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
@@ -130,7 +130,7 @@ def plan_run(
             raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
         free = free_bytes(source.device, size if world_size == 1 else local_world_size(), local_world_size())
     # The last rank is the one whose share may be padded.
-    planner = source.planner(source.deal(ModelParallel(size - 1, size)), min(from_all_ranks(free)))
+    planner = source.planner(source.with_ffn_multiple(ModelParallel(size - 1, size)), min(from_all_ranks(free)))
     with agree():
         jobs = {"at most": planner.limits()}
         if prompts:
@@ -179,7 +179,7 @@ def check_alike(source: Source) -> None:
         "device": source.device.type,
         "dtype": dtype_name(source.storage.dtype),
         "quantize": str(source.storage.quantize),
-        "kernels": "own kernels" if source.storage.packs else "none",
+        "kernels": "own kernels" if source.storage.weight_cls else "none",
         "architecture": str(source.args),
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
     }
@@ -199,11 +199,11 @@ class Source:
     tokenizer: Tokenizer
     args: ModelArgs
     device: torch.device
-    storage: Storage
+    storage: WeightFormat
 
-    def deal(self, ranks: ModelParallel) -> ModelParallel:
+    def with_ffn_multiple(self, ranks: ModelParallel) -> ModelParallel:
         """The ranks, sharing out hidden features as the weights' blocks allow."""
-        return self.storage.deal(self.checkpoint, self.args, ranks)
+        return self.storage.with_ffn_multiple(self.checkpoint, self.args, ranks)
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
         return Planner(self.checkpoint, self.args, ranks, self.storage, self.device, free)
@@ -249,7 +249,7 @@ def open_source(
     computed = choose_dtype(dtype, place, checkpoint.dtype)
     if quantize == "fp8" and not has_triton(place):
         raise ValueError(f"quantize fp8 needs a CUDA device and Triton kernels, got {place}: use int8 instead")
-    return Source(checkpoint, tokenizer, args, place, Storage(computed, quantize, _packs(place)))
+    return Source(checkpoint, tokenizer, args, place, WeightFormat(computed, quantize, _packs(place)))
 
 
 def _packs(device: torch.device) -> type[PackedWeight] | type[PlanarWeight] | None:

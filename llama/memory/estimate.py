@@ -91,7 +91,7 @@ def activation_bytes(
     feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize
     layer = max(norm, rotate_k, rotate_q, attend, feed_forward)
     dense = 0
-    hidden = parallel.part(args.hidden_dim, parallel.block) * dtype.itemsize
+    hidden = parallel.part(args.hidden_dim, parallel.ffn_multiple) * dtype.itemsize
     if kernels and device.type == "cuda":
         kept = 8 * args.head_dim + 32  # no mask
         layer = 4 * args.dim + 2 * x + max(3 * q + 2 * kv, 3 * hidden // dtype.itemsize) * dtype.itemsize

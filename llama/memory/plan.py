@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 
 from llama.backends.inductor import has_own_kernels
-from llama.checkpoint.base import Reading, StoredCheckpoint, kind, shard_dim
-from llama.checkpoint.load import Storage, check_weights, part_length, part_span
+from llama.checkpoint.base import Reading, StoredCheckpoint, module_name, shard_dim
+from llama.checkpoint.load import WeightFormat, check_weights, part_length, part_span
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.memory.available import readable
@@ -63,13 +63,13 @@ class Planner:
     checkpoint: StoredCheckpoint
     args: ModelArgs
     parallel: ModelParallel
-    storage: Storage
+    storage: WeightFormat
     device: torch.device
     free: int
 
     def plan(self, job: Job) -> Plan:
         cache = cache_bytes(self.args, self.parallel, self.dtype, job)
-        kernels = self.storage.packs is not None
+        kernels = self.storage.weight_cls is not None
         activations = activation_bytes(self.args, self.parallel, self.dtype, self.device, job, kernels)
         return Plan(self.weights, cache, activations, self.free)
 
@@ -109,7 +109,7 @@ class Planner:
         """Bytes of a part held in blocks, and what making it takes on the way."""
         rows, columns = shape
         raw = rows * columns // block_type.elements * block_type.size
-        held = (self.storage.packs or BlockWeight).bytes_of(block_type, rows, columns)
+        held = (self.storage.weight_cls or BlockWeight).bytes_of(block_type, rows, columns)
         if self.checkpoint.block_type(name) == block_type:
             return held, raw
         read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)
@@ -119,11 +119,11 @@ class Planner:
         """What reading a part as floats takes on the way, and whether it is used where it lies in a mapped file."""
         read_dtype, reading = self._reads_as(name, shape)
         on_the_way = 0
-        if reading == "made" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
+        if reading == "copy" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
             on_the_way = torch.Size(shape).numel() * read_dtype.itemsize
-        elif reading == "made" and read_dtype != self.dtype:
+        elif reading == "copy" and read_dtype != self.dtype:
             on_the_way = numel * read_dtype.itemsize
-        return on_the_way, reading == "mapped" and read_dtype == self.dtype
+        return on_the_way, reading == "zero_copy" and read_dtype == self.dtype
 
     def _reads_as(self, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, Reading]:
         """What this rank reads of a tensor (see `read_part`)."""
@@ -132,11 +132,11 @@ class Planner:
             return self.checkpoint.reads_as(name)
         start, stop = part_span(name, shape[dim], parallel)
         whole = stop - start == part_length(name, shape[dim], parallel)  # not padded
-        if kind(name) in ("wk", "wv"):
+        if module_name(name) in ("wk", "wv"):
             heads, head_dim = parallel.kv_heads(self.args.n_heads, self.args.n_kv_heads), self.args.head_dim
             start, stop, whole = heads[0] * head_dim, (heads[-1] + 1) * head_dim, len(heads) == 1 + heads[-1] - heads[0]
         dtype, reading = self.checkpoint.reads_as(name, dim, start, stop)
-        return dtype, reading if whole else "made"
+        return dtype, reading if whole else "copy"
 
     def advice(self) -> str:
         """What would fit within other limits, or on more ranks with as much memory each; a part of a sentence."""
@@ -150,7 +150,9 @@ class Planner:
         n_heads = self.args.n_heads
         for size in range(self.parallel.size + 1, n_heads + 1):
             # The last rank is the one with padding.
-            other = dataclasses.replace(self, parallel=ModelParallel(size - 1, size, block=self.parallel.block))
+            other = dataclasses.replace(
+                self, parallel=ModelParallel(size - 1, size, ffn_multiple=self.parallel.ffn_multiple)
+            )
             if n_heads % size == 0 and fits(other):
                 return [f"{size} ranks with as much memory each"]
         return []

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import kind
+from llama.checkpoint.base import module_name
 from llama.checkpoint.export.tokenizer import TokenizerSource
 from llama.checkpoint.export.tokenizer_model import SPECIAL_TOKENS, merges_of
 from llama.checkpoint.load import global_shapes
@@ -36,7 +36,7 @@ INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 STANDARD = ("<unk>", "<s>", "</s>")
 
 
-class MadeUpCheckpoint:
+class RandomCheckpoint:
     """Weights sized so that activations keep a size near 1: the sum over all layers, too, so that fp16 holds them."""
 
     dtype = torch.bfloat16
@@ -46,7 +46,7 @@ class MadeUpCheckpoint:
         self.path = Path(name)
         self.args, self.seed = preset.args, seed
         self._shapes = global_shapes(preset.args)
-        self._metadata = made_up_tokenizer(preset.tokenizer, preset.args.vocab_size)
+        self._metadata = random_tokenizer(preset.tokenizer, preset.args.vocab_size)
 
     def names(self) -> Collection[str]:
         return self._shapes.keys()
@@ -67,10 +67,10 @@ class MadeUpCheckpoint:
         return TokenizerSource(self.tokenizer(), None, self._metadata)
 
     def _std(self, name: str) -> float:
-        if kind(name) == "tok_embeddings" and not self.args.tied_embeddings:
+        if module_name(name) == "tok_embeddings" and not self.args.tied_embeddings:
             return 1.0
         std = self._shapes[name][1] ** -0.5
-        return std / math.sqrt(2 * self.args.n_layers) if kind(name) in ("wo", "w2") else std
+        return std / math.sqrt(2 * self.args.n_layers) if module_name(name) in ("wo", "w2") else std
 
     def _normal(self, name: str, count: int, mean: float, std: float) -> Tensor:
         """Normal values, block by block, so that several threads make the same as one."""
@@ -87,7 +87,7 @@ class MadeUpCheckpoint:
         return values
 
 
-def made_up_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
+def random_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
     """GGUF metadata of a vocabulary of that size: every byte, and made-up pieces that merge letter by letter."""
     if kind in ("sentencepiece", "code_llama"):
         return _sentencepiece(vocab_size, INFILLING if kind == "code_llama" else ())

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from llama import Llama
 from llama.backends.cpu.layers import FusedLayers, can_fuse
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.engine.build import check_room, open_source
@@ -99,7 +99,7 @@ def write_hugging_face(folder: Path, args: ModelArgs, layers: list[int]) -> None
 def planner_of(path: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.bfloat16, **limits: Any) -> Planner:
     checkpoint = open_checkpoint(path)
     args = dataclasses.replace(checkpoint.args, **limits)
-    return Planner(checkpoint, args, ModelParallel(rank, size), Storage(dtype), CPU, free=GB)
+    return Planner(checkpoint, args, ModelParallel(rank, size), WeightFormat(dtype), CPU, free=GB)
 
 
 def file_pages(addresses: dict[str, int]) -> set[str]:

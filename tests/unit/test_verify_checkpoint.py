@@ -17,7 +17,7 @@ from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.verify.checksums import Finding, write_list
 from llama.checkpoint.verify.verify import bytes_to_read, checked_files, verify
 from llama.testing.model_presets import PRESETS
-from llama.testing.random_checkpoint import MadeUpCheckpoint
+from llama.testing.random_checkpoint import RandomCheckpoint
 from tests.checkpoints import write_meta
 
 
@@ -30,7 +30,7 @@ def findings(path: Path, deep: bool = False) -> list[Finding]:
 
 
 def make(target: Path, format: str, **options: str) -> Path:
-    checkpoint = MadeUpCheckpoint("tiny", PRESETS["tiny"], 1)
+    checkpoint = RandomCheckpoint("tiny", PRESETS["tiny"], 1)
     made = writer(checkpoint, checkpoint.tokenizer_source(), format, **options)  # type: ignore[arg-type]
     if isinstance(made, HuggingFaceWriter):
         made.max_file_bytes = 200_000

@@ -130,7 +130,7 @@ class FusedLayers:
             n_heads=attention.n_local_heads,
             n_kv_heads=attention.n_local_kv_heads,
             head_dim=args.head_dim,
-            hidden_dim=self.parallel.part(args.hidden_dim, self.parallel.block),
+            hidden_dim=self.parallel.part(args.hidden_dim, self.parallel.ffn_multiple),
             cache_type=kernels.FLOATS[cache.keys.dtype],
             window=args.sliding_window or NO_WINDOW,
             positions=positions.data_ptr(),

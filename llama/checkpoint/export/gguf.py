@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.export.plan import Plan, check_finite
+from llama.checkpoint.export.plan import ExportPlan, check_finite
 from llama.checkpoint.export.streaming_writers import Progress
 from llama.checkpoint.gguf import NAMES, ROPE_FACTORS
 from llama.checkpoint.load import global_shapes
@@ -38,7 +38,7 @@ QUANTIZED_AT_ONCE = 1 << 18
 class GGUFFileWriter:
     """ValueError, when made, for what the format or the block type cannot express."""
 
-    def __init__(self, plan: Plan, type_name: str) -> None:
+    def __init__(self, plan: ExportPlan, type_name: str) -> None:
         import gguf
 
         self.plan = plan

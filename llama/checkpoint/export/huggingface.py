@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import dtype_name, quantized_type
-from llama.checkpoint.export.plan import Plan, check_finite, recognised
-from llama.checkpoint.export.streaming_writers import Entry, Progress, SafetensorsFile
+from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
+from llama.checkpoint.export.streaming_writers import Progress, SafetensorsFile, TensorEntry
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.hf_config import BLOCKS_METHOD
 from llama.checkpoint.huggingface import NAMES, HuggingFaceCheckpoint
@@ -33,18 +33,18 @@ class HuggingFaceWriter:
     quantize: what --quantize may be; None keeps all weights in the plan's dtype.
     """
 
-    def __init__(self, plan: Plan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(self, plan: ExportPlan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
         self.plan, self.max_file_bytes = plan, max_file_bytes
         self.config = hf_config(plan)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self.block_types: dict[str, BlockType] = {}
         for name, shape in global_shapes(plan.args).items():
             block_type = quantized_type(name, shape, quantize) if quantize else None
             if block_type is None:
-                self.entries[name] = Entry(shape, plan.dtype)
+                self.entries[name] = TensorEntry(shape, plan.dtype)
             else:
                 row_bytes = shape[1] // block_type.elements * block_type.size
-                self.entries[name] = Entry((shape[0], row_bytes), torch.uint8)
+                self.entries[name] = TensorEntry((shape[0], row_bytes), torch.uint8)
                 self.block_types[name] = block_type
         if self.block_types:
             types = {hf_name(name): block_type.name for name, block_type in self.block_types.items()}
@@ -121,7 +121,7 @@ def hf_name(name: str) -> str:
     return f"{layer}{MODULES[module]}.{attribute}"
 
 
-def hf_config(plan: Plan) -> dict[str, Any]:
+def hf_config(plan: ExportPlan) -> dict[str, Any]:
     """config.json; RoPE settings are spelled in the older way, which every version of transformers reads."""
     args, tokenizer = plan.args, plan.tokenizer.tokenizer
     windowed = args.sliding_window is not None

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llama.checkpoint.base import kind, shard_dim
-from llama.checkpoint.export.plan import Plan, check_finite, recognised
-from llama.checkpoint.export.streaming_writers import Entry, PickleFile, Progress
+from llama.checkpoint.base import module_name, shard_dim
+from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
+from llama.checkpoint.export.streaming_writers import PickleFile, Progress, TensorEntry
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.load import global_shapes
 from llama.config import Llama3Scaling, ModelArgs
@@ -29,7 +29,7 @@ FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.
 class MetaWriter:
     """ValueError, when made, for what the format or the number of shards cannot express."""
 
-    def __init__(self, plan: Plan, shards: int) -> None:
+    def __init__(self, plan: ExportPlan, shards: int) -> None:
         self.plan, self.shards = plan, shards
         self.params = meta_params(plan.args)
         # As Meta's code wants it: Llama 2's splits the table by feature, Llama 3's by token.
@@ -41,7 +41,7 @@ class MetaWriter:
     @property
     def nbytes(self) -> int:
         shapes = (self._shard_shape(name, shape) for name, shape in global_shapes(self.args).items())
-        return self.shards * sum(Entry(shape, self.plan.dtype).nbytes for shape in shapes)
+        return self.shards * sum(TensorEntry(shape, self.plan.dtype).nbytes for shape in shapes)
 
     def write(self, folder: Path, progress: Progress) -> None:
         folder.mkdir()
@@ -51,7 +51,7 @@ class MetaWriter:
         if lost:
             log.warning("Meta's format has no place for the end tokens %s", ", ".join(map(str, sorted(lost))))
         shapes = global_shapes(self.args)
-        entries = {name: Entry(self._shard_shape(name, shape), self.plan.dtype) for name, shape in shapes.items()}
+        entries = {name: TensorEntry(self._shard_shape(name, shape), self.plan.dtype) for name, shape in shapes.items()}
         files = [PickleFile(folder / f"consolidated.{i:02d}.pth", entries) for i in range(self.shards)]
         tied = {"output.weight": "tok_embeddings.weight"} if self.plan.args.tied_embeddings else {}
         names = [tied.get(name, name) for name in shapes]
@@ -76,13 +76,13 @@ class MetaWriter:
         return tensor.narrow(dim, shard * pieces // self.shards * size, size)
 
     def _dim(self, name: str) -> int | None:
-        return self.embedding_dim if kind(name) == "tok_embeddings" else shard_dim(name)
+        return self.embedding_dim if module_name(name) == "tok_embeddings" else shard_dim(name)
 
     def _shard_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         dim = self._dim(name)
         if dim is None:
             return shape
-        pieces = min(self.shards, self.args.n_kv_heads) if kind(name) in ("wk", "wv") else self.shards
+        pieces = min(self.shards, self.args.n_kv_heads) if module_name(name) in ("wk", "wv") else self.shards
         return (*shape[:dim], shape[dim] // pieces, *shape[dim + 1 :])
 
 

@@ -18,7 +18,7 @@ READ_BEFORE_REOPENING = 1 << 28
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """A checkpoint to be written. context_len is what the model was trained for, which weights do not tell.
 
     reopen: opens the checkpoint once more, so that what was read of a file can leave the memory.

@@ -38,7 +38,7 @@ ZIP64_EXTRA = 20  # bytes that a member of 2 GiB or more adds to its local heade
 ARCHIVE = "archive"
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -78,7 +78,7 @@ def check_new(path: Path) -> None:
 class SafetensorsFile:
     """A safetensors file; `add` takes the tensors of `entries` in their order."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, entry in entries.items():
@@ -103,7 +103,7 @@ class PickleFile:
     torch.save itself wants all tensors in memory at once.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         self._file = path.open("xb")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         self._count = 0
@@ -132,7 +132,7 @@ class PickleFile:
 
 class _Storage(NamedTuple):
     key: int
-    entry: Entry
+    entry: TensorEntry
 
 
 class _Weight:
@@ -156,7 +156,7 @@ class _Pickler(pickle.Pickler):
         return "storage", STORAGES[dtype], str(obj.key), "cpu", size
 
 
-def _pickle(entries: Mapping[str, Entry]) -> bytes:
+def _pickle(entries: Mapping[str, TensorEntry]) -> bytes:
     stream = io.BytesIO()
     state = {name: _Weight(_Storage(i, entry)) for i, (name, entry) in enumerate(entries.items())}
     _Pickler(stream, protocol=2).dump(state)

@@ -15,7 +15,7 @@ from llama.checkpoint.base import Checkpoint, dtype_name
 from llama.checkpoint.export.gguf import TYPES, GGUFFileWriter
 from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.meta import MetaWriter
-from llama.checkpoint.export.plan import Plan, usual_context_len
+from llama.checkpoint.export.plan import ExportPlan, usual_context_len
 from llama.checkpoint.export.streaming_writers import Progress, new_path
 from llama.checkpoint.export.tokenizer import TokenizerSource
 from llama.checkpoint.gguf import GGUFCheckpoint, split_files
@@ -69,7 +69,7 @@ def writer(
     if quantize is not None and format != "hf":
         raise ValueError(f"--quantize {quantize} is for --format hf alone, got --format {format}")
     name = dtype or dtype_name(checkpoint.dtype)
-    plan = Plan(
+    plan = ExportPlan(
         checkpoint=checkpoint,
         reopen=reopen or (lambda: checkpoint),
         args=_args(checkpoint, tokenizer.tokenizer.n_words, padded=format == "hf"),
