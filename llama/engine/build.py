@@ -19,7 +19,7 @@ from llama.backends.inductor import CompiledLayers, has_own_kernels
 from llama.chat.formats import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.base import QUANTIZED, dtype_name
-from llama.checkpoint.load import WeightFormat
+from llama.checkpoint.load import WeightFormat, check_vocab_size
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel, join_model_parallel
@@ -233,16 +233,9 @@ def open_source(
     checkpoint = open_checkpoint(ckpt_dir)
     tokenizer = Tokenizer(tokenizer_path) if tokenizer_path is not None else checkpoint.tokenizer()
     tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
-    vocab_size = checkpoint.args.vocab_size
-    padded = checkpoint.pads_vocab and vocab_size > tokenizer.n_words
-    if not padded and vocab_size not in (-1, tokenizer.n_words):
-        raise ValueError(
-            f"the tokenizer has {tokenizer.n_words} tokens, but the weights in {checkpoint.path} have {vocab_size}: "
-            "give the model's own with --tokenizer_path"
-        )
     args = dataclasses.replace(
         checkpoint.args,
-        vocab_size=vocab_size if padded else tokenizer.n_words,
+        vocab_size=check_vocab_size(checkpoint, tokenizer.n_words),
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
     )

@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 
 from llama.backends.inductor import has_own_kernels
-from llama.checkpoint.base import Reading, StoredCheckpoint, module_name, shard_dim
+from llama.checkpoint.base import Reading, StoredCheckpoint, shard_dim
 from llama.checkpoint.load import WeightFormat, check_weights, part_length, part_span
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.memory.available import readable

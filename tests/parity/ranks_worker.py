@@ -21,7 +21,7 @@ import torch
 
 from llama import Llama
 from llama.backends.cuda.one_shot import open_one_shot
-from llama.checkpoint.base import module_name
+from llama.checkpoint.names import module_name
 from llama.engine import runner as steps
 from llama.engine import runner_pool as kept
 from llama.engine import scheduler as batch

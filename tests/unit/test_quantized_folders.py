@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.checkpoint import Checkpoint, open_checkpoint
-from llama.checkpoint.base import module_name
 from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
+from llama.checkpoint.names import module_name
 from llama.checkpoint.verify.verify import verify
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize, quantize
@@ -39,8 +39,7 @@ def random_checkpoint(**changes: Any) -> RandomCheckpoint:
 
 
 def convert(source: Checkpoint, target: Path, format: str = "hf", **options: Any) -> HuggingFaceCheckpoint:
-    tokenizer = source.tokenizer_source() if isinstance(source, RandomCheckpoint) else tokenizer_source(source)
-    write_checkpoint(writer(source, tokenizer, format, **options), target, lambda n_bytes: None)
+    write_checkpoint(writer(source, tokenizer_source(source), format, **options), target, lambda n_bytes: None)
     return open_checkpoint(target)  # type: ignore[return-value]
 
 
@@ -128,7 +127,7 @@ def test_rows_that_are_not_whole_blocks_stay_floats(tmp_path: Path) -> None:
 
 def test_a_split_folder_holds_the_same(tmp_path: Path, int4: Path) -> None:
     source = random_checkpoint()
-    made = writer(source, source.tokenizer_source(), "hf", quantize="int4")
+    made = writer(source, tokenizer_source(source), "hf", quantize="int4")
     assert isinstance(made, HuggingFaceWriter)
     made.max_file_bytes = 60_000
     written: list[int] = []
@@ -154,7 +153,7 @@ def test_other_formats_get_the_decoded_values(tmp_path: Path, int4: Path) -> Non
 def test_gguf_files_are_quantized_from_their_decoded_values(tmp_path: Path) -> None:
     source = random_checkpoint()
     write_checkpoint(
-        writer(source, source.tokenizer_source(), "gguf", dtype="q5_1"), tmp_path / "a.gguf", lambda n_bytes: None
+        writer(source, tokenizer_source(source), "gguf", dtype="q5_1"), tmp_path / "a.gguf", lambda n_bytes: None
     )
     decoded = open_checkpoint(tmp_path / "a.gguf")
     checkpoint = convert(decoded, tmp_path / "hf", quantize="int8")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from llama.backends.cpu.build import library
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.base import module_name
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.load import WeightFormat, global_shapes, load_weights
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.memory.plan import Planner
