@@ -13,10 +13,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llama.checkpoint.export.streaming_writers import check_new
+from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.cli import flags as cli
 from llama.testing.model_presets import PRESETS
-from llama.testing.random_checkpoint import MadeUpCheckpoint
+from llama.testing.random_checkpoint import RandomCheckpoint
 
 log = logging.getLogger("llama")
 
@@ -48,15 +49,8 @@ def main(
     check_new(path)
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path} must end in .gguf: this format is one file")
-    checkpoint = MadeUpCheckpoint(preset, PRESETS[preset], seed)
-    made = writer(
-        checkpoint,
-        checkpoint.tokenizer_source(),
-        format,
-        shards=shards,
-        dtype=dtype,
-        context_len=PRESETS[preset].context_len,
-    )
+    checkpoint = RandomCheckpoint(preset, PRESETS[preset], seed)
+    made = writer(checkpoint, tokenizer_source(checkpoint), format, shards=shards, dtype=dtype)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     # An exception, so that what is incomplete is removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

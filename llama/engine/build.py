@@ -15,7 +15,7 @@ from llama.backends.base import Backend, choose_backend
 from llama.chat.formats import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.base import dtype_name
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat, check_vocab_size
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel, join_model_parallel
@@ -41,7 +41,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
         source = open_source(options)
         choose_chat_format(source.tokenizer, options.chat_format)  # checked before gigabytes are read
     check_alike(source)
-    ranks = source.deal(join_model_parallel(options.model_parallel_size, source.device))
+    ranks = source.with_ffn_multiple(join_model_parallel(options.model_parallel_size, source.device))
     # In a block of its own: no rank loads before all have seen what is free.
     with agree():
         source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
@@ -50,7 +50,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
             model = Transformer(source.args, ranks)
         if options.quantize is not None:
             log.info("quantizing to %s; llama convert --quantize does it once for all", options.quantize)
-        changes = load_weights(model, source.checkpoint, source.device, source.storage)
+        changes = load_weights(model, source.checkpoint, source.device, source.weight_format)
         source.backend.bind(model)
     for (stored, held), count in sorted(changes.items()):
         log.info("%s held as %s: %d matrices", stored, held, count)
@@ -62,7 +62,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
         "s" * (ranks.size > 1),
         model.weight_bytes / 1e9,
         " and ".join(model.weight_types),
-        dtype_name(source.storage.dtype),
+        dtype_name(source.weight_format.dtype),
         source.device,
         "own kernels" if source.backend.own_kernels else "torch's operations",
         torch.get_num_threads(),
@@ -87,7 +87,7 @@ def plan_run(
             raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
         free = free_bytes(source.device, size if world_size == 1 else local_world_size(), local_world_size())
     # The last rank is the one whose share may be padded.
-    planner = source.planner(source.deal(ModelParallel(size - 1, size)), min(from_all_ranks(free)))
+    planner = source.planner(source.with_ffn_multiple(ModelParallel(size - 1, size)), min(from_all_ranks(free)))
     with agree():
         shapes = {"at most": planner.limits()}
         if prompts:
@@ -125,8 +125,8 @@ def check_alike(source: Source) -> None:
     """ValueError, on every rank, when hosts chose another device or dtype, or have another checkpoint at the path."""
     choices = {
         "device": source.device.type,
-        "dtype": dtype_name(source.storage.dtype),
-        "quantize": str(source.storage.quantize),
+        "dtype": dtype_name(source.weight_format.dtype),
+        "quantize": str(source.weight_format.quantize),
         "kernels": "own kernels" if source.backend.own_kernels else "none",
         "architecture": str(source.args),
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
@@ -147,18 +147,18 @@ class Source:
     tokenizer: Tokenizer
     args: ModelArgs
     backend: Backend
-    storage: Storage
+    weight_format: WeightFormat
 
     @property
     def device(self) -> torch.device:
         return self.backend.device
 
-    def deal(self, ranks: ModelParallel) -> ModelParallel:
+    def with_ffn_multiple(self, ranks: ModelParallel) -> ModelParallel:
         """The ranks, sharing out hidden features as the weights' blocks allow."""
-        return self.storage.deal(self.checkpoint, self.args, ranks)
+        return self.weight_format.with_ffn_multiple(self.checkpoint, self.args, ranks)
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
-        return Planner(self.checkpoint, self.args, ranks, self.storage, self.backend, free)
+        return Planner(self.checkpoint, self.args, ranks, self.weight_format, self.backend, free)
 
     def batch_shape(self, prompts: Sequence[str], max_gen_len: int | None, scored: bool) -> BatchShape:
         """Return the shape of the largest batch of completing prompts."""
@@ -177,16 +177,9 @@ def open_source(options: BuildOptions) -> Source:
     given = options.tokenizer_path
     tokenizer = Tokenizer(given) if given is not None else checkpoint.tokenizer()
     tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
-    vocab_size = checkpoint.args.vocab_size
-    padded = checkpoint.pads_vocab and vocab_size > tokenizer.n_words
-    if not padded and vocab_size not in (-1, tokenizer.n_words):
-        raise ValueError(
-            f"the tokenizer has {tokenizer.n_words} tokens, but the weights in {checkpoint.path} have {vocab_size}: "
-            "give the model's own with --tokenizer_path"
-        )
     args = dataclasses.replace(
         checkpoint.args,
-        vocab_size=vocab_size if padded else tokenizer.n_words,
+        vocab_size=check_vocab_size(checkpoint, tokenizer.n_words),
         max_seq_len=options.max_seq_len,
         max_batch_size=options.max_batch_size,
     )
@@ -196,5 +189,5 @@ def open_source(options: BuildOptions) -> Source:
         raise ValueError(
             f"quantize {options.quantize} needs a CUDA device and Triton kernels, got {device}: use int8 instead"
         )
-    weight_cls = backend.weight_cls if backend.keeps_stored_blocks else None
-    return Source(checkpoint, tokenizer, args, backend, Storage(dtype, options.quantize, weight_cls))
+    weight_format = WeightFormat(dtype, options.quantize, backend.weight_cls, backend.keeps_stored_blocks)
+    return Source(checkpoint, tokenizer, args, backend, weight_format)

@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 
 from llama.backends.base import Backend, backend_of
-from llama.checkpoint.base import Reading, StoredCheckpoint, kind, shard_dim
-from llama.checkpoint.load import Storage, check_weights, part_length, part_span
+from llama.checkpoint.base import Reading, StoredCheckpoint, shard_dim
+from llama.checkpoint.load import WeightFormat, check_weights, part_length, part_span
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.job import agree, local_world_size
@@ -63,7 +64,7 @@ class Planner:
     checkpoint: StoredCheckpoint
     args: ModelArgs
     parallel: ModelParallel
-    storage: Storage
+    weight_format: WeightFormat
     backend: Backend
     free: int
 
@@ -82,7 +83,7 @@ class Planner:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.storage.dtype
+        return self.weight_format.dtype
 
     @cached_property
     def weights(self) -> Weights:
@@ -93,7 +94,7 @@ class Planner:
         total = mapped = tensor = loading = 0
         for name, shape in check_weights(self.checkpoint, self.args).items():
             parameter = model.get_parameter(name)
-            block_type = self.storage.block_type(self.checkpoint, name, self.args, self.parallel)
+            block_type = self.weight_format.block_type(self.checkpoint, name, self.args, self.parallel)
             if block_type is not None:
                 part, on_the_way = self._blocks(name, parameter.shape, block_type)
                 is_mapped = False
@@ -112,7 +113,7 @@ class Planner:
         """Bytes of a part held in blocks, and what making it takes on the way."""
         rows, columns = shape
         raw = rows * columns // block_type.elements * block_type.size
-        held = self.backend.weight_cls.bytes_of(block_type, rows, columns)
+        held = self.weight_format.weight_cls.bytes_of(block_type, rows, columns)
         if self.checkpoint.block_type(name) == block_type:
             return held, raw
         read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)
@@ -122,11 +123,11 @@ class Planner:
         """What reading a part as floats takes on the way, and whether it is used where it lies in a mapped file."""
         read_dtype, reading = self._reads_as(name, shape)
         on_the_way = 0
-        if reading == "made" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
+        if reading == "copy" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
             on_the_way = torch.Size(shape).numel() * read_dtype.itemsize
-        elif reading == "made" and read_dtype != self.dtype:
+        elif reading == "copy" and read_dtype != self.dtype:
             on_the_way = numel * read_dtype.itemsize
-        return on_the_way, reading == "mapped" and read_dtype == self.dtype
+        return on_the_way, reading == "zero_copy" and read_dtype == self.dtype
 
     def _reads_as(self, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, Reading]:
         """What this rank reads of a tensor (see `read_part`)."""
@@ -135,11 +136,11 @@ class Planner:
             return self.checkpoint.reads_as(name)
         start, stop = part_span(name, shape[dim], parallel)
         whole = stop - start == part_length(name, shape[dim], parallel)  # not padded
-        if kind(name) in ("wk", "wv"):
+        if module_name(name) in ("wk", "wv"):
             heads, head_dim = parallel.kv_heads(self.args.n_heads, self.args.n_kv_heads), self.args.head_dim
             start, stop, whole = heads[0] * head_dim, (heads[-1] + 1) * head_dim, len(heads) == 1 + heads[-1] - heads[0]
         dtype, reading = self.checkpoint.reads_as(name, dim, start, stop)
-        return dtype, reading if whole else "made"
+        return dtype, reading if whole else "copy"
 
     def advice(self) -> str:
         """What would fit within other limits, or on more ranks with as much memory each; a part of a sentence."""

@@ -23,7 +23,7 @@ import torch
 from llama import Llama, sampling
 from llama.backends.cuda.one_shot import open_one_shot
 from llama.backends.eager import EagerBackend
-from llama.checkpoint.base import kind
+from llama.checkpoint.names import module_name
 from llama.engine import speculative
 from llama.quantization.weights import QuantizedWeight
 
@@ -48,7 +48,7 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
         llm = Llama.build(job["folder"], job.get("tokenizer"), max_seq_len=32, device="cpu", dtype="float32")
         modules = llm.model.named_modules()
         blocks = [name for name, module in modules if isinstance(module, QuantizedWeight)]
-        result["blocks"] = {kind(name) for name in blocks}
+        result["blocks"] = {module_name(name) for name in blocks}
         with torch.inference_mode():
             tokens = torch.tensor(job["tokens"])
             start_pos = torch.zeros(len(tokens), dtype=torch.long)

@@ -20,7 +20,7 @@ from llama.backends.cpu.backend import CpuBackend
 from llama.backends.cpu.build import library
 from llama.backends.eager import EagerBackend
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.engine.build import open_source
@@ -103,7 +103,7 @@ def write_hugging_face(folder: Path, args: ModelArgs, layers: list[int]) -> None
 def planner_of(path: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.bfloat16, **limits: Any) -> Planner:
     checkpoint = open_checkpoint(path)
     args = dataclasses.replace(checkpoint.args, **limits)
-    return Planner(checkpoint, args, ModelParallel(rank, size), Storage(dtype), EagerBackend(CPU), free=GB)
+    return Planner(checkpoint, args, ModelParallel(rank, size), WeightFormat(dtype), EagerBackend(CPU), free=GB)
 
 
 def file_pages(addresses: dict[str, int]) -> set[str]:
@@ -128,7 +128,7 @@ def test_planned_weights_are_what_loading_assigns(
         planner = planner_of(folders[name], rank, size, dtype)
         with torch.device("meta"):
             model = Transformer(planner.args, planner.parallel)
-        load_weights(model, planner.checkpoint, CPU, planner.storage)
+        load_weights(model, planner.checkpoint, CPU, planner.weight_format)
         weights = dict(model.named_parameters())
         mapped = file_pages({name: weight.data_ptr() for name, weight in weights.items()})
         assert planner.weights.total == sum(weight.nbytes for weight in weights.values())
