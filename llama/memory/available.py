@@ -76,11 +76,11 @@ def cgroups_free(root: Path) -> list[int]:
     rooms = []
     for folder, limit, used, file_pages in _limited_cgroups(root):
         try:
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            now = int((folder / used).read_text())
+            stat, now = (folder / "memory.stat").read_text(), int((folder / used).read_text())
         except (OSError, ValueError):
             continue
-        rooms.append(max(0, limit - now + sum(int(stat.get(name, 0)) for name in file_pages)))
+        pages = re.findall(rf"^(?:{'|'.join(file_pages)}) (\d+)$", stat, re.MULTILINE)
+        rooms.append(max(0, limit - now + sum(map(int, pages))))
     return rooms
 
 
@@ -91,7 +91,7 @@ def _limited_cgroups(root: Path) -> list[tuple[Path, int, str, tuple[str, ...]]]
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    limited = []
+    limited: list[tuple[Path, int, str, tuple[str, ...]]] = []
     for group in groups:
         _, controllers, path = group.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
