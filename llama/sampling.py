@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 # What `sample` returns for a row whose logits are NaN or infinite; no tokenizer has it.
 INVALID = -1
 
-# A nucleus of 0.9 rarely holds more tokens than this; a full sort of a vocabulary takes far longer than a top-k.
+# Candidates that are sorted, unless they hold too little mass: see D8.
 TOP_K_PREFIX = 512
 
 
@@ -52,6 +53,28 @@ def uniforms(seed: int, row: int, count: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.rand(count, generator=generator)
+
+
+class TokenSampler(Protocol):
+    """Draws tokens from logits; backends have their own."""
+
+    def begin(self, params: SamplingParams) -> None:
+        """Draw as these parameters say from here on."""
+        ...
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Draw one token a row, (bsz,); see `sample`."""
+        ...
+
+
+class TorchSampler:
+    """Draws by torch's operations, on any device."""
+
+    def begin(self, params: SamplingParams) -> None:
+        self.params = params
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        return sample(logits, self.params.temperature, self.params.top_p, uniform)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:

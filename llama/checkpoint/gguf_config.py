@@ -1,4 +1,4 @@
-"""The architecture from a GGUF file's metadata, under llama.cpp's keys."""
+"""Read the architecture from a GGUF file's metadata, under llama.cpp's keys."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from llama.config import FactorScaling, LinearScaling, ModelArgs, RopeScaling, Y
 
 
 def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tuple[float, ...] | None) -> ModelArgs:
-    """ModelArgs of an architecture "llama"; ValueError names the key that is missing, wrong or not supported.
+    """Return the ModelArgs of an architecture "llama".
 
     tied: whether the file has no output projection. rope_factors: its tensor rope_freqs, if it has one.
+    Raise ValueError that names the key that is missing, wrong or not supported.
     """
     architecture = _get(metadata, "general.architecture", str)
     if architecture != "llama":

@@ -1,4 +1,4 @@
-"""The architecture from a Hugging Face `config.json`, in the older and the newer spelling of its RoPE settings."""
+"""Read the architecture from a Hugging Face `config.json`, in the older and the newer spelling of RoPE settings."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 log = logging.getLogger("llama")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-BLOCKS_METHOD = "ggml_blocks"  # what we call weights in blocks where others say gptq or awq
+BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq
 MISTRAL_WINDOW = 4096  # transformers' default, where config.json has no sliding_window
 
-USED_KEYS = {
+USED_CONFIG_KEYS = {
     "architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "head_dim", "intermediate_size",
     "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "max_position_embeddings",
     "original_max_position_embeddings", "hidden_act", "partial_rotary_factor", "quantization_config", "eos_token_id",
 }  # fmt: skip
 # Keys that say nothing about the computation of inference.
-HARMLESS_KEYS = {
+HARMLESS_CONFIG_KEYS = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attention_dropout", "auto_map",
     "bos_token_id", "dtype", "initializer_range", "max_sequence_length", "max_window_layers", "pad_token_id",
     "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache",
@@ -44,21 +44,22 @@ HARMLESS_KEYS = {
 
 
 def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
-    """ModelArgs, and the ids that end a generation, from config.json.
+    """Return the architecture, and the ids that end a generation, of a config.json.
 
-    ValueError names what is not supported, before any weight is looked at; keys that are not known are ignored, as
-    transformers does, and logged.
+    Raise ValueError that names what is not supported, before any weight is looked at. Ignore keys that are not known,
+    as transformers does, and log them.
     """
     config = read_json_object(path)
     found = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
     known = isinstance(found, list) and bool(found) and isinstance(found[0], str) and found[0] in ARCHITECTURES
     if not known and not _is_plain_llama(config):
-        raise ValueError(f"{path} describes {_words(found)}: only {' and '.join(ARCHITECTURES)} are supported")
+        described = ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
+        raise ValueError(f"{path} describes {described}: only {' and '.join(ARCHITECTURES)} are supported")
     _check_method(path, config)
     for key, expected in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
         if config.get(key) not in (None, expected):
             raise ValueError(f"{path} has {key} {config[key]!r}: only {expected!r} is supported")
-    unknown = sorted(config.keys() - USED_KEYS - HARMLESS_KEYS)
+    unknown = sorted(config.keys() - USED_CONFIG_KEYS - HARMLESS_CONFIG_KEYS)
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
     mistral = "MistralForCausalLM" in found or config.get("model_type") == "mistral"
@@ -87,7 +88,7 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
 
 
 def read_block_types(path: Path) -> dict[str, BlockType]:
-    """Which tensors of a folder are blocks, and of which type, by the names that they have in its files."""
+    """Return the block types of the tensors that are blocks, by the names that they have in a folder's files."""
     config = read_json_object(path)
     _check_method(path, config)
     if config.get("quantization_config") is None:
@@ -113,7 +114,7 @@ def _check_method(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def token_ids(value: Any) -> frozenset[int]:
-    """eos_token_id as it is written: an id, a list of ids, or nothing."""
+    """Return the ids of an eos_token_id as it is written: an id, a list of ids, or nothing."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
@@ -121,12 +122,8 @@ def token_ids(value: Any) -> frozenset[int]:
 
 
 def _is_plain_llama(config: Mapping[str, Any]) -> bool:
-    """Old conversions leave `architectures` out, or name it LLaMAForCausalLM."""
+    """Recognize old conversions, which leave `architectures` out or name it LLaMAForCausalLM."""
     return config.get("model_type") == "llama" and config.get("architectures") in (None, [], ["LLaMAForCausalLM"])
-
-
-def _words(found: Any) -> str:
-    return ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
 
 
 def _required(config: Mapping[str, Any], key: str) -> Any:
@@ -143,7 +140,7 @@ def _flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The RoPE settings of either spelling as one dictionary, with rope_theta and rope_type."""
+    """Return the RoPE settings of either spelling as one dictionary, with rope_theta and rope_type."""
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"rope_scaling must be an object, got {settings!r}")
@@ -190,7 +187,7 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling 
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
-    """attention_factor as given, else from mscale and mscale_all_dim where both are set, else None."""
+    """Return attention_factor as given, else by mscale and mscale_all_dim where both are set, else None."""
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if rope.get("attention_factor") is not None or not (mscale and all_dim):
         return rope.get("attention_factor")

@@ -12,8 +12,6 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import Writer, write_checkpoint, writer
-from llama.checkpoint.gguf import GGUFCheckpoint
-from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.cli.runner import exit_on_sigterm
 
 log = logging.getLogger("llama")
@@ -58,8 +56,7 @@ def main(
         quantize=quantize,
         reopen=lambda: open_checkpoint(checkpoint.path),
     )
-    was_quantized = isinstance(checkpoint, GGUFCheckpoint | HuggingFaceCheckpoint) and checkpoint.is_quantized
-    if was_quantized and dtype is None and quantize is None:
+    if checkpoint.is_quantized and dtype is None and quantize is None:
         log.info("the weights are quantized: they are written in bfloat16, unless --dtype or --quantize says otherwise")
     for left in sorted(dst.parent.glob(f"{dst.name}.partial-*")):
         log.info("%s is what a conversion that was killed has left, unless one is running: it can be removed", left)

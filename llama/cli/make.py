@@ -9,10 +9,11 @@ import logging
 from pathlib import Path
 
 from llama.checkpoint.export.streaming_writers import check_new
+from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import writer
 from llama.cli.convert import write
 from llama.testing.model_presets import PRESETS
-from llama.testing.random_checkpoint import MadeUpCheckpoint
+from llama.testing.random_checkpoint import RandomCheckpoint
 
 
 def main(
@@ -45,14 +46,7 @@ def main(
     check_new(dst)
     if format == "gguf" and dst.suffix != ".gguf":
         raise ValueError(f"{dst} must end in .gguf: this format is one file")
-    checkpoint = MadeUpCheckpoint(preset, PRESETS[preset], seed)
-    made = writer(
-        checkpoint,
-        checkpoint.tokenizer_source(),
-        format,
-        shards=shards,
-        dtype=dtype,
-        context_len=PRESETS[preset].context_len,
-    )
+    checkpoint = RandomCheckpoint(preset, PRESETS[preset], seed)
+    made = writer(checkpoint, tokenizer_source(checkpoint), format, shards=shards, dtype=dtype)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     write(made, dst)

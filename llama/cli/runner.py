@@ -80,7 +80,7 @@ def _errors_of_users() -> tuple[type[Exception], ...]:
 def _leave_together() -> None:
     """End all ranks of a finished job at once, without the interpreter's clean-up.
 
-    A rank that ends while another still talks to it can abort there: gloo's threads outlive what they use.
+    A rank that ends while another still talks to it can abort there: see D18.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from llama.distributed.job import agree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,9 @@ from llama.engine.options import BuildOptions
 from tests.checkpoints import TINY
 from tests.hugging_face import hugging_face_model
 from tests.models import BYTE_BOS
+
+# Figures in docs/benchmarks.md are of this text: with another one they would have to be measured again.
+SHA256 = "1d02c76d1b0e07e0aba1f556eceddbfea1d713cfe05d16db8c02acc93136dc60"
 
 
 @torch.inference_mode()
@@ -55,3 +59,13 @@ def test_perplexity_equals_transformers(
     found = measured(capsys, text=tmp_path / "text", ckpt_dir=folder, window=window)
     assert found["perplexity"] == pytest.approx(wanted, rel=1e-4)
     assert (found["tokens"], found["windows"]) == (n_scored, len(windows)) == (length, -(-length // step))
+
+
+def test_the_text_that_is_scored_by_default_never_changes() -> None:
+    """It once was made of README and design notes, so that no figure could be compared with an older one."""
+    assert hashlib.sha256(perplexity.TEXT.read_bytes()).hexdigest() == SHA256
+
+
+def test_without_a_text_the_pinned_one_is_scored(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"ckpt_dir": tiny_folder, "window": 50, "max_tokens": 120}
+    assert measured(capsys, **options) == measured(capsys, text=perplexity.TEXT, **options)

@@ -10,8 +10,8 @@ import torch
 
 from llama import Llama
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.load import DERIVED
 from llama.checkpoint.meta import MetaCheckpoint
+from llama.checkpoint.names import META_DERIVED
 from tests.checkpoints import TINY, random_state, split_state, write_meta
 from tests.models import build
 
@@ -60,7 +60,7 @@ def test_layers_that_the_configuration_does_not_have_are_named(folder: Path) -> 
 
 def test_derived_tensors_are_not_unexpected(folder: Path) -> None:
     """Llama 1 and 2 store rope.freqs."""
-    assert {"rope.freqs"} == DERIVED
+    assert {"rope.freqs"} == META_DERIVED
     for shard in (0, 1):
         edit(folder, shard, rope__freqs=torch.zeros(2))
     build(folder)

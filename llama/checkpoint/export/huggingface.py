@@ -13,41 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import dtype_name, quantized_type
-from llama.checkpoint.export.plan import Plan, check_finite, recognised
-from llama.checkpoint.export.streaming_writers import Entry, Progress, SafetensorsFile
+from llama.checkpoint.base import Progress, dtype_name, quantized_type
+from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
+from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.hf_config import BLOCKS_METHOD
-from llama.checkpoint.huggingface import NAMES, HuggingFaceCheckpoint
+from llama.checkpoint.huggingface import pair_halves
 from llama.checkpoint.load import global_shapes
+from llama.checkpoint.names import ROTATED, module_name, stored_name
 from llama.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from llama.quantization.gguf_blocks import BlockType, quantize
 
 MAX_FILE_BYTES = 5_000_000_000
-MODULES = {meta: name for name, meta in NAMES.items()}
 
 
 class HuggingFaceWriter:
-    """ValueError, when made, for what transformers' configuration cannot express.
+    """Write a Hugging Face folder. Making the writer raises ValueError for what its config.json cannot express."""
 
-    quantize: what --quantize may be; None keeps all weights in the plan's dtype.
-    """
-
-    def __init__(self, plan: Plan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(self, plan: ExportPlan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        """quantize: int8 or int4; None keeps all weights in the plan's dtype."""
         self.plan, self.max_file_bytes = plan, max_file_bytes
         self.config = hf_config(plan)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self.block_types: dict[str, BlockType] = {}
         for name, shape in global_shapes(plan.args).items():
             block_type = quantized_type(name, shape, quantize) if quantize else None
             if block_type is None:
-                self.entries[name] = Entry(shape, plan.dtype)
+                self.entries[name] = TensorEntry(shape, plan.dtype)
             else:
                 row_bytes = shape[1] // block_type.elements * block_type.size
-                self.entries[name] = Entry((shape[0], row_bytes), torch.uint8)
+                self.entries[name] = TensorEntry((shape[0], row_bytes), torch.uint8)
                 self.block_types[name] = block_type
         if self.block_types:
-            types = {hf_name(name): block_type.name for name, block_type in self.block_types.items()}
+            types = {stored_name(name, "hf"): block_type.name for name, block_type in self.block_types.items()}
             self.config["quantization_config"] = {"quant_method": BLOCKS_METHOD, "types": types}
 
     @property
@@ -57,72 +55,61 @@ class HuggingFaceWriter:
     def write(self, folder: Path, progress: Progress) -> None:
         folder.mkdir()
         write_tokenizer(self.plan.tokenizer, folder, "hf")
-        groups = self._groups()
+        names_of_files = self._split_names()
         weight_map = {}
-        for i, group in enumerate(groups):
-            name = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-            file = SafetensorsFile(folder / name, {hf_name(tensor): self.entries[tensor] for tensor in group})
-            for stored, tensor in self.plan.read_all(group):
-                file.add(self._in_order(stored, self._stored(stored, tensor)))
-                progress(self.entries[stored].nbytes)
-                weight_map[hf_name(stored)] = name
+        for i, names in enumerate(names_of_files):
+            count = len(names_of_files)
+            file_name = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            file = SafetensorsFile(folder / file_name, {stored_name(name, "hf"): self.entries[name] for name in names})
+            for name, tensor in self.plan.read_all(names):
+                file.add(self._stored(name, tensor))
+                progress(self.entries[name].nbytes)
+                weight_map[stored_name(name, "hf")] = file_name
             file.close()
-        if len(groups) > 1:
+        if len(names_of_files) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             _write_json(folder / "model.safetensors.index.json", index)
         self._write_generation_config(folder / "generation_config.json")
         # Last, because without it a folder cannot be opened.
         _write_json(folder / "config.json", self.config)
 
-    def _groups(self) -> list[list[str]]:
-        """Tensors by file."""
-        groups: list[list[str]] = [[]]
+    def _split_names(self) -> list[list[str]]:
+        """Return the names of the tensors in each file, all of which are at most max_file_bytes long if possible."""
+        files: list[list[str]] = [[]]
         size = 0
         for name, entry in self.entries.items():
-            if groups[-1] and size + entry.nbytes > self.max_file_bytes:
-                groups.append([])
+            if files[-1] and size + entry.nbytes > self.max_file_bytes:
+                files.append([])
                 size = 0
-            groups[-1].append(name)
+            files[-1].append(name)
             size += entry.nbytes
-        return groups
+        return files
 
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a whole tensor as it is written: in the plan's dtype or in blocks, rows in Hugging Face's order."""
         if name not in self.block_types:
-            return check_finite(name, tensor, self.plan.dtype)
-        try:
-            return quantize(tensor, self.block_types[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
-    def _in_order(self, name: str, tensor: Tensor) -> Tensor:
-        permuted = ".attention.wq." in name or ".attention.wk." in name
-        return pair_halves(tensor, self.plan.args.head_dim) if permuted else tensor
+            stored = check_finite(name, tensor, self.plan.dtype)
+        else:
+            try:
+                stored = quantize(tensor, self.block_types[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return pair_halves(stored, self.plan.args.head_dim) if module_name(name) in ROTATED else stored
 
     def _write_generation_config(self, path: Path) -> None:
-        stored = self.plan.checkpoint.path / path.name
-        if isinstance(self.plan.checkpoint, HuggingFaceCheckpoint) and stored.is_file():
-            shutil.copyfile(stored, path)
-            return
-        _write_json(path, {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if key in self.config})
+        """Copy the checkpoint's own file where it has one; else write the ids that begin and end a generation."""
+        own = self.plan.checkpoint.path / path.name
+        if own.is_file():
+            shutil.copyfile(own, path)
+        else:
+            _write_json(path, {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if key in self.config})
 
 
-def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads from Meta's order, whose RoPE rotates neighbours, to Hugging Face's, which rotates halves."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+def hf_config(plan: ExportPlan) -> dict[str, Any]:
+    """Return the content of config.json; raise ValueError for what transformers' configuration cannot express.
 
-
-def hf_name(name: str) -> str:
-    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
-    module, _, attribute = name.rpartition(".")
-    layer = ""
-    if module.startswith("layers."):
-        number, _, module = module.removeprefix("layers.").partition(".")
-        layer = f"model.layers.{number}."
-    return f"{layer}{MODULES[module]}.{attribute}"
-
-
-def hf_config(plan: Plan) -> dict[str, Any]:
-    """config.json; RoPE settings are spelled in the older way, which every version of transformers reads."""
+    RoPE settings are spelled in the older way, which every version of transformers reads.
+    """
     args, tokenizer = plan.args, plan.tokenizer.tokenizer
     windowed = args.sliding_window is not None
     config: dict[str, Any] = {
