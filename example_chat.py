@@ -12,7 +12,6 @@ from llama.chat.formats import UNSAFE_ERROR, Message, check_system
 from llama.cli import flags as cli
 from llama.distributed.job import agree, from_first_rank
 from llama.engine.build import plan_run
-from llama.engine.speculative import check_speculation
 from llama.sampling import SamplingParams
 
 
@@ -63,7 +62,6 @@ def main(
         dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
     """
     SamplingParams(temperature, top_p, max_gen_len)  # what is wrong ends here, before gigabytes are read
-    check_speculation(speculate, draft_ckpt_dir, draft_quantize)
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, 1, model_parallel_size)
     if dry_run:

@@ -10,7 +10,6 @@ from llama import Llama
 from llama.chat.infilling import FILL_MARK, can_infill
 from llama.cli import flags as cli
 from llama.engine.build import plan_run
-from llama.engine.speculative import check_speculation
 from llama.outputs import CompletionPrediction, InfillingPrediction
 from llama.sampling import SamplingParams
 
@@ -75,7 +74,6 @@ def main(
     prompts = PROMPTS if prompt is None else prompt
     if not prompts:
         raise ValueError("the list of prompts is empty: give at least one")
-    check_speculation(speculate, draft_ckpt_dir, draft_quantize)
     weights = ckpt_dir if ckpt_dir is not None else cli.demo_model(Path(__file__).parent)
     build = (weights, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size)
     if dry_run:

@@ -1,4 +1,4 @@
-"""Llama: weights, tokenizer and one stream of tokens; `generate` and the completions only fold over it.
+"""Llama: weights, tokenizer and one stream of token events; `generate` and the completions only fold over it.
 
 Knows nothing of file formats, of process groups or of terminals.
 """
@@ -13,18 +13,18 @@ import torch
 from llama.chat.formats import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
 from llama.chat.infilling import infilling_tokens
 from llama.engine.build import build_draft, build_model
-from llama.engine.metrics import Statistics
+from llama.engine.metrics import Metrics
+from llama.engine.options import BuildOptions
 from llama.engine.prompts import check_prompts, encode_texts
-from llama.engine.runner_pool import Kept
-from llama.engine.scheduler import Batch, Row
-from llama.engine.speculative import Draft, Lookup, Proposer, check_speculation
-from llama.memory.estimate import Job
+from llama.engine.runner_pool import RunnerPool
+from llama.engine.scheduler import Scheduler
+from llama.engine.sequence import make_sequences
 from llama.model import Transformer
-from llama.outputs import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
-from llama.sampling import SamplingParams, uniforms
-from llama.tokenizer import StreamDecoder, Tokenizer
+from llama.outputs import ChatPrediction, CompletionPrediction, InfillingPrediction, TokenEvent, fold_events
+from llama.sampling import SamplingParams
+from llama.tokenizer import Tokenizer
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "Step"]
+__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "TokenEvent"]
 
 
 class Llama:
@@ -40,20 +40,20 @@ class Llama:
         speculate: str | None = None,
         draft: Transformer | None = None,
     ) -> None:
-        check_speculation(speculate, draft)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.seed = seed
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.chat_format: ChatFormat = choose_chat_format(tokenizer, chat_format)
-        self.speculate = speculate
-        self.draft = draft
-        self.statistics = Statistics()
-        # Control tokens, and the rows of an embedding that only pad it: they add nothing to a text.
-        self._silent_tokens = frozenset(tokenizer.special_tokens.values()).union(
-            range(tokenizer.n_words, model.args.vocab_size)
-        )
-        self._rows_seeded = 0
-        self._kept = Kept(model, draft)
+        self.scheduler = Scheduler(RunnerPool(model, draft), tokenizer, speculate)
+        self._sequences_seeded = 0
+
+    @property
+    def draft(self) -> Transformer | None:
+        """The draft model of speculative decoding."""
+        return self.scheduler.pool.draft
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the calls so far have cost."""
+        return self.scheduler.metrics
 
     @staticmethod
     def build(
@@ -82,23 +82,38 @@ class Llama:
         texts stay the same. Whatever is wrong with the files or the choices raises ValueError or FileNotFoundError,
         on every rank if on one.
         """
-        check_speculation(speculate, draft_ckpt_dir, draft_quantize)
-        model, tokenizer = build_model(
-            ckpt_dir,
-            tokenizer_path,
-            max_seq_len,
-            max_batch_size,
-            model_parallel_size,
-            device=device,
-            dtype=dtype,
-            chat_format=chat_format,
-            quantize=quantize,
-            compile=compile,
+        return Llama.from_options(
+            BuildOptions(
+                ckpt_dir,
+                tokenizer_path,
+                max_seq_len,
+                max_batch_size,
+                model_parallel_size,
+                seed,
+                device=device,
+                dtype=dtype,
+                chat_format=chat_format,
+                quantize=quantize,
+                compile=compile,
+                speculate=speculate,
+                draft_ckpt_dir=draft_ckpt_dir,
+                draft_quantize=draft_quantize,
+            )
         )
-        draft = None
-        if draft_ckpt_dir is not None:
-            draft = build_draft(draft_ckpt_dir, model, tokenizer, dtype=dtype, quantize=draft_quantize, compile=compile)
-        return Llama(model, tokenizer, seed=seed, chat_format=chat_format, speculate=speculate, draft=draft)
+
+    @staticmethod
+    def from_options(options: BuildOptions) -> Llama:
+        """Load a checkpoint as `build` does, from choices that travel together."""
+        model, tokenizer = build_model(options)
+        draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
+        return Llama(
+            model,
+            tokenizer,
+            seed=options.seed,
+            chat_format=options.chat_format,
+            speculate=options.speculate,
+            draft=draft,
+        )
 
     def stream(
         self,
@@ -112,7 +127,7 @@ class Llama:
         seed: int | None = None,
         at_start: bool = False,
         keep: bool = False,
-    ) -> Iterator[Step]:
+    ) -> Iterator[TokenEvent]:
         """Complete prompts of any lengths, at most max_batch_size at a time, step by step as tokens come.
 
         With echo the prompt's tokens come first. A log-probability is that of a token under the raw logits; a
@@ -122,15 +137,8 @@ class Llama:
 
         The arguments are checked before this returns: ValueError. NaN logits raise ValueError while iterating.
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, seed)
-        check_prompts(prompt_tokens, self.model.args, params.max_gen_len)
-        if keep and len(prompt_tokens) > 1:
-            raise ValueError(f"keep is for one prompt at a time, got {len(prompt_tokens)}")
-        first = 0
-        if params.seed is None:
-            first = self._rows_seeded
-            self._rows_seeded += len(prompt_tokens)
-        return self._stream(prompt_tokens, params, first, logprobs, echo, at_start, keep)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
+        return self._stream(prompt_tokens, params, at_start, keep)
 
     def generate(
         self,
@@ -146,10 +154,10 @@ class Llama:
         """New tokens of each prompt, without the end token, and their log-probabilities when asked for."""
         tokens: list[list[int]] = [[] for _ in prompt_tokens]
         scores: list[list[float]] = [[] for _ in prompt_tokens]
-        for step in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed=seed):
-            if step.token is not None:
-                tokens[step.row].append(step.token)
-                scores[step.row].append(step.logprob or 0.0)
+        for event in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed=seed):
+            if event.token is not None:
+                tokens[event.index].append(event.token)
+                scores[event.index].append(event.logprob or 0.0)
         return tokens, scores if logprobs else None
 
     def text_completion(
@@ -164,10 +172,8 @@ class Llama:
         seed: int | None = None,
     ) -> list[CompletionPrediction]:
         """Continue each text. A generation keeps its leading space; `tokens` are the texts of single tokens."""
-        steps = self.stream(
-            self.encode_prompts(prompts), max_gen_len, temperature, top_p, logprobs, echo, seed=seed, at_start=echo
-        )
-        return predictions(steps, len(prompts), self.tokenizer, logprobs)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
+        return self._complete(self.encode_prompts(prompts), params, at_start=echo)
 
     def chat_completion(
         self,
@@ -180,16 +186,13 @@ class Llama:
         seed: int | None = None,
     ) -> list[ChatPrediction]:
         """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked."""
-        SamplingParams(temperature, top_p, max_gen_len, seed)  # checks them, also where every dialog is unsafe
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs)
         for dialog in dialogs:
             check_messages(dialog)
         safe = [dialog for dialog in dialogs if not self.chat_format.is_unsafe(dialog)]
         answers: Iterator[CompletionPrediction] = iter(())
         if safe or not dialogs:
-            steps = self.stream(
-                self.encode_dialogs(safe), max_gen_len, temperature, top_p, logprobs, seed=seed, at_start=True
-            )
-            answers = iter(predictions(steps, len(safe), self.tokenizer, logprobs))
+            answers = iter(self._complete(self.encode_dialogs(safe), params, at_start=True))
         refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
         if logprobs:
             refusal["logprobs"] = []
@@ -217,8 +220,7 @@ class Llama:
             raise ValueError(f"every prefix needs a suffix, got {len(prefixes)} and {len(suffixes)}")
         pairs = list(zip(prefixes, suffixes, strict=True))
         prompts = [infilling_tokens(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in pairs]
-        steps = self.stream(prompts, max_gen_len, temperature, top_p, logprobs, seed=seed)
-        filled = predictions(steps, len(prompts), self.tokenizer, logprobs)
+        filled = self._complete(prompts, SamplingParams(temperature, top_p, max_gen_len, seed, logprobs))
         return [
             InfillingPrediction(**fill, full_text=prefix + fill["generation"] + suffix)
             for fill, (prefix, suffix) in zip(filled, pairs, strict=True)
@@ -244,52 +246,27 @@ class Llama:
         """Token ids of texts to continue; an empty text is the begin token, as nothing cannot be continued."""
         return encode_texts(self.tokenizer, prompts)
 
+    def _complete(
+        self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, at_start: bool = False
+    ) -> list[CompletionPrediction]:
+        events = self._stream(prompt_tokens, params, at_start)
+        return fold_events(events, len(prompt_tokens), self.tokenizer, params.logprobs)
+
     def _stream(
         self,
         prompt_tokens: Sequence[Sequence[int]],
         params: SamplingParams,
-        first: int,
-        logprobs: bool,
-        echo: bool,
-        at_start: bool,
-        keep: bool,
-    ) -> Iterator[Step]:
-        most = self.model.args.max_batch_size
-        for i in range(0, len(prompt_tokens), most):
-            rows = self._rows(prompt_tokens[i : i + most], i, params, first)
-            yield from self._run(rows, params, logprobs, echo, at_start, keep)
-
-    def _rows(self, prompts: Sequence[Sequence[int]], place: int, params: SamplingParams, first: int) -> list[Row]:
-        seed = self.seed if params.seed is None else params.seed
-        rows = []
-        for i, prompt in enumerate(prompts, place):
-            limit = self.model.args.max_seq_len - len(prompt)
-            if params.max_gen_len is not None:
-                limit = min(limit, params.max_gen_len)
-            rows.append(Row(i, prompt, limit, uniforms(seed, first + i, limit)))
-        return rows
-
-    @torch.inference_mode()
-    def _run(
-        self, rows: list[Row], params: SamplingParams, logprobs: bool, echo: bool, at_start: bool, keep: bool
-    ) -> Iterator[Step]:
-        """Complete one batch, and give its tokens their texts."""
-        decoders = {row.place: StreamDecoder(self.tokenizer, at_start) for row in rows}
-        length = max(len(row.prompt) + row.limit for row in rows)
-        guessed = self.speculate is not None or self.draft is not None
-        job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs, guessed)
-        steps = self._kept.take(job, keep)
-        proposer: Proposer | None = Lookup() if self.speculate == "lookup" else None
-        if self.draft is not None:
-            proposer = Draft(steps[1])
-        batch = Batch(steps[0], rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics, proposer)
-        try:
-            for new in batch.run(echo):
-                decoder, text = decoders[new.place], ""
-                if new.token is None:
-                    text = decoder.flush()
-                elif new.token not in self._silent_tokens:
-                    text = decoder.push(new.token)
-                yield Step(new.place, new.token, text, new.logprob, new.finish_reason)
-        finally:
-            self._kept.give_back(steps, keep)
+        at_start: bool = False,
+        keep: bool = False,
+    ) -> Iterator[TokenEvent]:
+        """See `stream`. The scheduler's own events are returned, so that no token passes through here."""
+        check_prompts(prompt_tokens, self.model.args, params.max_gen_len)
+        if keep and len(prompt_tokens) > 1:
+            raise ValueError(f"keep is for one prompt at a time, got {len(prompt_tokens)}")
+        seed, first = params.seed, 0
+        if seed is None:
+            seed, first = self.seed, self._sequences_seeded
+            self._sequences_seeded += len(prompt_tokens)
+        max_seq_len = self.model.args.max_seq_len
+        sequences = make_sequences(prompt_tokens, params, max_seq_len, seed, first, self.tokenizer, at_start)
+        return self.scheduler.run(sequences, params, keep)

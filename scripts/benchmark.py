@@ -23,7 +23,7 @@ import torch
 from benchmarking import roofline
 from benchmarking.machine import machine_name, read_bandwidth_gb_s
 from benchmarking.prompts import copy_prompts, random_prompts
-from benchmarking.workers import Job, Worker, llama_cpp_worker, torch_worker
+from benchmarking.workers import BatchShape, Worker, llama_cpp_worker, torch_worker
 from llama.checkpoint import open_checkpoint
 from llama.cli import flags as cli
 from llama.distributed.device import choose_device
@@ -115,7 +115,7 @@ def main(
                 prompts, copies = copy_prompts(lengths, gen_len, tokenizer, generator)
             else:
                 prompts = random_prompts(lengths, min(system.vocab_size for system in systems), generator)
-            figures = [measure(system, Job(prompts, gen_len), copies) for system in systems]
+            figures = [measure(system, BatchShape(prompts, gen_len), copies) for system in systems]
             if run:  # the first run of a process pays for allocations and code paths
                 results.append(figures)
         bandwidth = read_bandwidth_gb_s(computes_on)  # while all systems idle
@@ -171,7 +171,7 @@ def peer_worker(
     return torch_worker(peer, "ours", path=path, build=build, **{**common, "max_seq_len": int(bound)})
 
 
-def measure(system: Worker, job: Job, copies: list[list[int]] | None) -> dict[str, float]:
+def measure(system: Worker, job: BatchShape, copies: list[list[int]] | None) -> dict[str, float]:
     """The figures of one run, and how much of what it wrote is the copy that it was to make."""
     figures, tokens = system.run(job)
     if copies is not None:

@@ -104,11 +104,11 @@ def scored(llm: Llama, windows: list[list[int]]) -> Iterator[float]:
         for step in steps:
             if step.token is None:
                 bar.update()
-            elif step.row == first:
+            elif step.index == first:
                 assert step.logprob is not None
                 yield step.logprob
             else:
-                first = step.row
+                first = step.index
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, quan
 from llama.checkpoint.names import META_DERIVED, module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
+from llama.distributed.layers import set_quantized_weight, tie_output
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
-from llama.quantization.linear import BlockWeight, PackedWeight, Weight
-from llama.quantization.planar import Fp8Weight, PlanarWeight
+from llama.quantization.planar import Fp8Weight
+from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class WeightFormat:
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
     # What kernels here take blocks as; without any, files' own blocks become floats.
-    weight_cls: type[PackedWeight] | type[PlanarWeight] | None = None
+    weight_cls: type[QuantizedWeight] | None = None
 
     def block_type(
         self, checkpoint: StoredCheckpoint, name: str, args: ModelArgs, parallel: ModelParallel
@@ -74,17 +75,16 @@ def load_weights(
         if block_type is None:
             part = read_part(checkpoint, name, model.args, model.parallel)
             held = torch.nn.Parameter(part.to(device, weight_format.dtype).contiguous(), requires_grad=False)
+            setattr(module, attribute, held)
         else:
             held = _read_quantized(checkpoint, name, model, device, weight_format, block_type)
+            set_quantized_weight(module, held)
         assert held.shape == parameter.shape, (name, held.shape, parameter.shape)
-        delattr(module, attribute)
-        setattr(module, attribute, held)
         if len(shape) > 1:
             held_as = block_type.name if block_type else dtype_name(weight_format.dtype)
             changes[checkpoint.stored_as(name), held_as] += 1
     if model.args.tied_embeddings:
-        del model.output.weight
-        model.output.weight = model.tok_embeddings.weight
+        tie_output(model.output, model.tok_embeddings)
     model.to(device)  # what is computed and not loaded: the rotary frequencies
     return Counter({change: count for change, count in changes.items() if change[0] != change[1]})
 
@@ -96,7 +96,7 @@ def _read_quantized(
     device: torch.device,
     weight_format: WeightFormat,
     block_type: BlockType,
-) -> Weight:
+) -> QuantizedWeight:
     if checkpoint.block_type(name) == block_type:
         blocks = read_part(checkpoint, name, model.args, model.parallel, block_type).to(device)
     else:

@@ -46,25 +46,25 @@ def demo_model(folder: Path) -> Path:
 
 def report(llm: Llama) -> None:
     """Log what the run cost: speeds, bandwidth and peak memory of this rank, and what speculation gave."""
-    statistics, log = llm.statistics, logging.getLogger("llama")
+    metrics, log = llm.metrics, logging.getLogger("llama")
     log.info(
         "prefill %d tokens%s at %.1f tok/s; decode %d tokens at %.1f tok/s, %.2f GB/s of weights; peak memory %.0f MiB",
-        statistics.prompt_tokens,
-        f" ({statistics.reused_tokens} more reused)" if statistics.reused_tokens else "",
-        statistics.prefill_tok_s,
-        statistics.decoded_tokens,
-        statistics.decode_tok_s,
-        statistics.bandwidth_gb_s(llm.model.weight_bytes),
+        metrics.prompt_tokens,
+        f" ({metrics.reused_tokens} more reused)" if metrics.reused_tokens else "",
+        metrics.prefill_tok_s,
+        metrics.decoded_tokens,
+        metrics.decode_tok_s,
+        metrics.bandwidth_gb_s(llm.model.weight_bytes),
         peak_memory_mib(llm.model.device),
     )
-    if statistics.proposed:
+    if metrics.proposed:
         log.info(
             "speculation: %d of %d proposals accepted (%.0f %%)%s%s",
-            statistics.accepted,
-            statistics.proposed,
-            100 * statistics.accepted / statistics.proposed,
-            f", {statistics.speculation_gain:.2f} x the plain speed" if statistics.speculation_gain else "",
-            f"; off for {statistics.resting_tokens} tokens, as it lost" if statistics.resting_tokens else "",
+            metrics.accepted,
+            metrics.proposed,
+            100 * metrics.accepted / metrics.proposed,
+            f", {metrics.speculation_gain:.2f} x the plain speed" if metrics.speculation_gain else "",
+            f"; off for {metrics.backoff_tokens} tokens, as it lost" if metrics.backoff_tokens else "",
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llama.backends.cuda.available import has_triton
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType
+from llama.quantization.weights import QuantizedWeight
 
 # Tokens that are multiplied in fp32 while the weights pass by, and that attention takes in tiles of one shape: what one
 # of them gets does not depend on the others. And tokens that tensor cores take from the stored codes.
@@ -26,7 +27,7 @@ QUANTIZED_AT_ONCE = 1 << 24
 GROUP = 32  # values whose codes lie together; a lower and an upper half of 16 each
 
 
-class PlanarWeight(nn.Module):
+class PlanarWeight(QuantizedWeight):
     """A matrix (out, in) of quantized blocks whose codes and scales lie apart, so that both can be read as vectors.
 
     The values are those of llama.blocks.dequantize, at the bytes of the blocks (Q4_K: 148 for 144). The planes:
@@ -112,7 +113,7 @@ class PlanarWeight(nn.Module):
         return sum(plane.nbytes for plane in self.buffers())
 
 
-class Fp8Weight(nn.Module):
+class Fp8Weight(QuantizedWeight):
     """A matrix (out, in) of floats in 8 bits (e4m3, as torch.float8_e4m3fn), with one fp32 scale a row.
 
     Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),

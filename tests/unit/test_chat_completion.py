@@ -72,7 +72,7 @@ def test_no_dialogs_are_told(llama: Llama) -> None:
 def test_wrong_roles_are_told_before_anything_runs(llama: Llama) -> None:
     with pytest.raises(ValueError, match="ending with 'user'"):
         llama.chat_completion([ask("hi"), [{"role": "assistant", "content": "hi"}]])
-    assert llama.statistics.prompt_tokens == 0
+    assert llama.metrics.prompt_tokens == 0
 
 
 def test_a_dialog_longer_than_max_seq_len_is_told(llama: Llama) -> None:

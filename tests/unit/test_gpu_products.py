@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llama.quantization import planar as planes
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
-from llama.quantization.linear import linear
 from llama.quantization.planar import FEW, MOST, Fp8Weight, PlanarWeight
+from llama.quantization.weights import linear
 from tests.gpu_compile import Ahead, compiled_kernels
 from tests.unit.test_kernels import random_blocks
 

@@ -71,7 +71,7 @@ def test_a_filled_text_is_prefix_generation_and_suffix(llm: Llama) -> None:
     prompts = [infilling_tokens(llm.tokenizer, *pair) for pair in zip(prefixes, suffixes, strict=True)]
     steps = list(llm.stream(prompts, 12, 0.8, seed=5))
     for row, result in enumerate(results):
-        assert result["generation"] == "".join(step.text for step in steps if step.row == row)
+        assert result["generation"] == "".join(step.text for step in steps if step.index == row)
         assert result["full_text"] == prefixes[row] + result["generation"] + suffixes[row]
         assert len(result["tokens"]) == len(result["logprobs"]) > 0
         assert result["finish_reason"] in ("stop", "length")

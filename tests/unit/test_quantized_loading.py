@@ -12,6 +12,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from llama.backends.cpu.build import library
+from llama.backends.cpu.packed_weight import PackedWeight
+from llama.backends.eager import EagerBackend
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
@@ -22,8 +24,8 @@ from llama.distributed.groups import ModelParallel
 from llama.memory.plan import Planner
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize
-from llama.quantization.linear import BlockWeight, PackedWeight, Quantized
 from llama.quantization.planar import PlanarWeight
+from llama.quantization.weights import BlockWeight, QuantizedWeight
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.models import build, one_pass, random_tokens, transformer
@@ -63,7 +65,7 @@ def matrices(model: Transformer) -> dict[str, Any]:
 
 
 def held_bytes(model: Transformer) -> int:
-    blocks = [module for module in model.modules() if isinstance(module, Quantized)]
+    blocks = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     return sum(weight.nbytes for weight in [*model.parameters(), *blocks])
 
 
@@ -181,15 +183,17 @@ def test_planned_weights_are_the_bytes_of_8_bit_floats(tmp_path: Path) -> None:
 
 
 def check_planned(checkpoint: Any, storage: WeightFormat, sizes: tuple[int, ...] = (1, 2, 3)) -> None:
+    backend = EagerBackend(CPU)
+    backend.weight_cls = storage.weight_cls or BlockWeight
     for size in sizes:
         for rank in {0, size - 1}:
             parallel = storage.with_ffn_multiple(checkpoint, checkpoint.args, ModelParallel(rank, size))
-            planner = Planner(checkpoint, checkpoint.args, parallel, storage, CPU, free=10**9)
+            planner = Planner(checkpoint, checkpoint.args, parallel, storage, backend, free=10**9)
             with torch.device("meta"):
                 model = Transformer(checkpoint.args, parallel)
             load_weights(model, checkpoint, CPU, storage)
             assert planner.weights.total == held_bytes(model), (rank, size)
-            in_blocks = any(isinstance(weight, Quantized) for weight in matrices(model).values())
+            in_blocks = any(isinstance(weight, QuantizedWeight) for weight in matrices(model).values())
             assert in_blocks == (storage.weight_cls is not None or storage.quantize is not None)
 
 

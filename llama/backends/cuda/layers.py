@@ -16,30 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from llama.backends.cuda import attention, elementwise, products
-from llama.backends.cuda.available import has_triton
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.cache import KVCache
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import Transformer, TransformerBlock, attend
-from llama.quantization.linear import Quantized, linear
 from llama.quantization.planar import Fp8Weight, PlanarWeight
+from llama.quantization.weights import float_matmul
 
 GpuWeight = Tensor | PlanarWeight | Fp8Weight
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_HEAD = 256  # the kernels hold a whole head
-
-
-def can_run(model: Transformer) -> bool:
-    """Whether there are kernels for this model here."""
-    blocks = [module for module in model.modules() if isinstance(module, Quantized)]
-    return (
-        has_triton(model.device)
-        and model.dtype in DTYPES
-        and model.args.head_dim <= LARGEST_HEAD
-        and all(isinstance(weight, PlanarWeight | Fp8Weight) for weight in blocks)
-    )
 
 
 @dataclass(frozen=True)
@@ -139,12 +124,15 @@ def is_few(x: Tensor, weight: GpuWeight) -> bool:
 
 def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: torch.dtype | None = None) -> Tensor:
     """x (n_tokens, in) times weight (out, in) transposed, plus bias, in x's dtype, or of few tokens in few_dtype."""
-    return products.multiply(x, weight, bias, few_dtype) if is_few(x, weight) else linear(x, weight, bias)
+    if is_few(x, weight):
+        return products.multiply(x, weight, bias, few_dtype)
+    y = float_matmul(x, weight) if isinstance(weight, Tensor) else weight(x)
+    return y if bias is None else y + bias
 
 
 def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:
     weight = linear.weight
-    assert isinstance(weight, Tensor | PlanarWeight | Fp8Weight), "see can_run"
+    assert isinstance(weight, Tensor | PlanarWeight | Fp8Weight), type(weight)
     return weight
 
 
