@@ -187,7 +187,7 @@ def check_planned(checkpoint: Any, storage: WeightFormat, sizes: tuple[int, ...]
     backend.weight_cls = storage.weight_cls or BlockWeight
     for size in sizes:
         for rank in {0, size - 1}:
-            parallel = storage.with_ffn_multiple(checkpoint, checkpoint.args, ModelParallel(rank, size))
+            parallel = storage.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
             planner = Planner(checkpoint, checkpoint.args, parallel, storage, backend, free=10**9)
             with torch.device("meta"):
                 model = Transformer(checkpoint.args, parallel)
@@ -211,7 +211,7 @@ def test_ranks_cut_rows_between_blocks_or_hold_floats(
     storage = WeightFormat(torch.float32, None if packs else "int8", packs)
     ranks = []
     for rank in range(size):
-        parallel = storage.with_ffn_multiple(checkpoint, checkpoint.args, ModelParallel(rank, size))
+        parallel = storage.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
         with torch.device("meta"):
             model = Transformer(checkpoint.args, parallel)
         load_weights(model, checkpoint, CPU, storage)
