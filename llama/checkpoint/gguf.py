@@ -1,4 +1,4 @@
-"""GGUF: architecture, tokenizer and weights in one file or a split one; quantized blocks become dense weights."""
+"""Read GGUF: architecture, tokenizer and weights in one file or a split one; blocks can be decoded to floats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """A tensor as it lies in a mapped file: rows of whole blocks; floats are blocks of one value."""
+    """Describe a tensor as it lies in a mapped file: rows of whole blocks; floats are blocks of one value."""
 
     raw: np.ndarray  # bytes
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class _StoredTensor:
 
 
 class GGUFCheckpoint:
-    """GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
+    """Read GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
 
     pads_vocab = False
     stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
@@ -187,6 +187,7 @@ def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
 
 
 def _check_decodable(file: Path, info: TensorInfo, block_type: BlockType) -> None:
+    """Raise ValueError for a type that the `gguf` library cannot decode."""
     import gguf
 
     try:

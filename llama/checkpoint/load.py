@@ -24,7 +24,7 @@ from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """What a rank holds its weights in: floats of `dtype`, or quantized blocks."""
+    """Say what a rank holds its weights in: floats of `dtype`, or quantized blocks."""
 
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
@@ -92,6 +92,7 @@ def _read_quantized(
     weight_format: WeightFormat,
     block_type: BlockType,
 ) -> QuantizedWeight:
+    """Return this rank's part of a tensor in blocks: as stored, or quantized from its values."""
     if checkpoint.block_type(name) == block_type:
         blocks = read_part(checkpoint, name, model.args, model.parallel, block_type).to(device)
     else:
@@ -182,6 +183,7 @@ def read_part(
 
 
 def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
+    """Return the rows of this rank's KV heads, some of which may repeat."""
     heads = parallel.kv_heads(args.n_heads, args.n_kv_heads)
     first, last = heads[0], heads[-1]
     rows = read(name, 0, first * args.head_dim, (last + 1) * args.head_dim)

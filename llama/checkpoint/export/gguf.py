@@ -36,7 +36,7 @@ class GGUFFileWriter:
     """Write a GGUF file. Making the writer raises ValueError for what the format or the type cannot express."""
 
     def __init__(self, plan: ExportPlan, type_name: str) -> None:
-        """type_name: one of GGUF_FILE_TYPES."""
+        """Plan a file whose matrices have the type type_name, one of GGUF_FILE_TYPES."""
         import gguf
 
         self.plan = plan
@@ -142,7 +142,7 @@ def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
             "llama.rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
         }
     elif scaling is not None and _rope_factors(args) is None:
-        raise ValueError(f"GGUF has no place for {scaling}: use --format hf")
+        raise ValueError(f"GGUF cannot express {scaling}: use --format hf")
     return metadata
 
 

@@ -33,7 +33,7 @@ class HuggingFaceWriter:
     """Write a Hugging Face folder. Making the writer raises ValueError for what its config.json cannot express."""
 
     def __init__(self, plan: ExportPlan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-        """quantize: int8 or int4; None keeps all weights in the plan's dtype."""
+        """Plan the files. quantize is int8 or int4; None keeps all weights in the plan's dtype."""
         self.plan, self.max_file_bytes = plan, max_file_bytes
         self.config = hf_config(plan)
         self.entries: dict[str, TensorEntry] = {}
@@ -145,7 +145,7 @@ def hf_config(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _rope_settings(scaling: RopeScaling) -> dict[str, Any]:
-    """Return rope_scaling, whose keys are the scalings' fields but for one; no value of them is written as null."""
+    """Return the rope_scaling of config.json, whose keys but one are the fields of the scaling."""
     if isinstance(scaling, FactorScaling):
         raise ValueError("RoPE factors for each pair that follow no rule cannot be written to config.json")
     fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None}
