@@ -13,7 +13,7 @@ from torch import Tensor
 # What `sample` returns for a row whose logits are NaN or infinite; no tokenizer has it.
 INVALID = -1
 
-# A nucleus of 0.9 rarely holds more tokens than this; a full sort of a vocabulary takes far longer than a top-k.
+# Candidates that are sorted, unless they hold too little mass: see D8.
 TOP_K_PREFIX = 512
 
 

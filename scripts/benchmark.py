@@ -25,7 +25,8 @@ from benchmarking.machine import machine_name, read_bandwidth_gb_s
 from benchmarking.prompts import copy_prompts, random_prompts
 from benchmarking.workers import BatchShape, Worker, llama_cpp_worker, torch_worker
 from llama.checkpoint import open_checkpoint
-from llama.cli import flags as cli
+from llama.cli import runner as cli
+from llama.cli.get import demo_model
 from llama.distributed.device import choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def main(
         json: end with one JSON object on the last line of stdout.
     """
     check_sizes(prompt_len, gen_len, batch_size, max_seq_len, runs)
-    path = ckpt_dir if ckpt_dir is not None else str(cli.demo_model(ROOT))
+    path = ckpt_dir if ckpt_dir is not None else str(demo_model())
     computes_on = choose_device(device)
     if plot is not None:
         roofline.check_can_draw(Path(plot))

@@ -23,7 +23,7 @@ from llama.tokenizer import Tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-# Values decoded or encoded at once by a thread: their temporaries stay in its cache (docs/benchmarks.md).
+# Values decoded or encoded at once by a thread, whose temporaries stay in its cache: see D10.
 CONVERTED_AT_ONCE = 1 << 18
 
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")

@@ -28,8 +28,8 @@ class WeightFormat:
 
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
-    # What kernels here take blocks as; without any, files' own blocks become floats.
-    weight_cls: type[QuantizedWeight] | None = None
+    weight_cls: type[QuantizedWeight] = BlockWeight  # holds quantized weights
+    keeps_stored_blocks: bool = False  # whether quantized blocks of a file stay blocks unless asked
 
     def block_type(self, checkpoint: StoredCheckpoint, name: str, parallel: ModelParallel) -> BlockType | None:
         """Return the block type that this rank holds its part of a tensor in, or None for floats."""
@@ -37,7 +37,7 @@ class WeightFormat:
         if len(shape) != 2:
             return None
         asked = quantized_type(name, shape, self.quantize) if self.quantize else None
-        held = stored if self.weight_cls or self.quantize else None
+        held = stored if self.keeps_stored_blocks or self.quantize else None
         if asked is not None and (held is None or asked.size * held.elements < held.size * asked.elements):
             held = asked
         if held is None or shard_dim(name) != 1 or parallel.size == 1:
@@ -100,7 +100,7 @@ def _read_quantized(
         if block_type == F8_E4M3:
             return Fp8Weight.of(values)
         blocks = quantize(values, block_type)
-    return (weight_format.weight_cls or BlockWeight)(blocks, block_type)
+    return weight_format.weight_cls(blocks, block_type)
 
 
 def check_vocab_size(checkpoint: Checkpoint, n_words: int) -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from llama.distributed.threads import share_cores
 
-# A chat may wait for its user over a weekend; a dead rank is torchrun's to notice, not a timeout's.
+# A chat may wait for its user over a weekend: see D1.
 CONTROL_TIMEOUT = timedelta(days=7)
 
 

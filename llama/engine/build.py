@@ -50,7 +50,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
             model = Transformer(source.args, ranks)
         if options.quantize is not None:
             log.info("quantizing to %s; llama convert --quantize does it once for all", options.quantize)
-        changes = load_weights(model, source.checkpoint, source.device, source.storage)
+        changes = load_weights(model, source.checkpoint, source.device, source.weight_format)
         source.backend.bind(model)
     for (stored, held), count in sorted(changes.items()):
         log.info("%s held as %s: %d matrices", stored, held, count)
@@ -62,7 +62,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
         "s" * (ranks.size > 1),
         model.weight_bytes / 1e9,
         " and ".join(model.weight_types),
-        dtype_name(source.storage.dtype),
+        dtype_name(source.weight_format.dtype),
         source.device,
         "own kernels" if source.backend.own_kernels else "torch's operations",
         torch.get_num_threads(),
@@ -125,8 +125,8 @@ def check_alike(source: Source) -> None:
     """ValueError, on every rank, when hosts chose another device or dtype, or have another checkpoint at the path."""
     choices = {
         "device": source.device.type,
-        "dtype": dtype_name(source.storage.dtype),
-        "quantize": str(source.storage.quantize),
+        "dtype": dtype_name(source.weight_format.dtype),
+        "quantize": str(source.weight_format.quantize),
         "kernels": "own kernels" if source.backend.own_kernels else "none",
         "architecture": str(source.args),
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
@@ -147,7 +147,7 @@ class Source:
     tokenizer: Tokenizer
     args: ModelArgs
     backend: Backend
-    storage: WeightFormat
+    weight_format: WeightFormat
 
     @property
     def device(self) -> torch.device:
@@ -155,10 +155,10 @@ class Source:
 
     def with_ffn_multiple(self, ranks: ModelParallel) -> ModelParallel:
         """The ranks, sharing out hidden features as the weights' blocks allow."""
-        return self.storage.with_ffn_multiple(self.checkpoint, ranks)
+        return self.weight_format.with_ffn_multiple(self.checkpoint, ranks)
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
-        return Planner(self.checkpoint, self.args, ranks, self.storage, self.backend, free)
+        return Planner(self.checkpoint, self.args, ranks, self.weight_format, self.backend, free)
 
     def batch_shape(self, prompts: Sequence[str], max_gen_len: int | None, scored: bool) -> BatchShape:
         """Return the shape of the largest batch of completing prompts."""
@@ -189,5 +189,5 @@ def open_source(options: BuildOptions) -> Source:
         raise ValueError(
             f"quantize {options.quantize} needs a CUDA device and Triton kernels, got {device}: use int8 instead"
         )
-    weight_cls = backend.weight_cls if backend.keeps_stored_blocks else None
-    return Source(checkpoint, tokenizer, args, backend, WeightFormat(dtype, options.quantize, weight_cls))
+    weight_format = WeightFormat(dtype, options.quantize, backend.weight_cls, backend.keeps_stored_blocks)
+    return Source(checkpoint, tokenizer, args, backend, weight_format)

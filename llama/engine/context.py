@@ -16,7 +16,7 @@ from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
 from llama.sampling import log_probs
 
-# A shorter common beginning is prefilled by every row: copying it takes a pass of its own.
+# Tokens of a common beginning from which it is prefilled once and copied: see D26.
 MIN_SHARED_PREFIX = 16
 
 
@@ -34,7 +34,7 @@ class Context:
 
     @property
     def prefix_reusable(self) -> bool:
-        """Whether a key depends on nothing after it: only then is it the same in a longer text, or in another row."""
+        """Whether a key depends on nothing after it, and is the same in a longer text or another row: see D28."""
         scaling = self.model.args.rope_scaling
         return not isinstance(scaling, DynamicScaling) or self.cache.max_seq_len <= scaling.old_context_len
 

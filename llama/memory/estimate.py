@@ -16,7 +16,7 @@ from llama.distributed.groups import ModelParallel
 # Positions whose logits are held at once while a prompt is scored: 128 MiB for a vocabulary of 128k.
 MAX_SCORED_POSITIONS = 256
 
-# Positions in one speculative step, of all sequences together: more take a CPU as long as separate steps.
+# Positions in one speculative step, of all sequences together: see D25.
 MAX_SPECULATIVE_POSITIONS = 16
 
 # The constants below, and the sums in `activation_bytes`, were measured with torch's memory profiler on a CPU.

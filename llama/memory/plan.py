@@ -64,7 +64,7 @@ class Planner:
     checkpoint: StoredCheckpoint
     args: ModelArgs
     parallel: ModelParallel
-    storage: WeightFormat
+    weight_format: WeightFormat
     backend: Backend
     free: int
 
@@ -83,7 +83,7 @@ class Planner:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.storage.dtype
+        return self.weight_format.dtype
 
     @cached_property
     def weights(self) -> Weights:
@@ -94,7 +94,7 @@ class Planner:
         total = mapped = tensor = loading = 0
         for name, shape in check_weights(self.checkpoint, self.args).items():
             parameter = model.get_parameter(name)
-            block_type = self.storage.block_type(self.checkpoint, name, self.parallel)
+            block_type = self.weight_format.block_type(self.checkpoint, name, self.parallel)
             if block_type is not None:
                 part, on_the_way = self._blocks(name, parameter.shape, block_type)
                 is_mapped = False
@@ -113,7 +113,7 @@ class Planner:
         """Bytes of a part held in blocks, and what making it takes on the way."""
         rows, columns = shape
         raw = rows * columns // block_type.elements * block_type.size
-        held = self.backend.weight_cls.bytes_of(block_type, rows, columns)
+        held = self.weight_format.weight_cls.bytes_of(block_type, rows, columns)
         if self.checkpoint.block_type(name) == block_type:
             return held, raw
         read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)

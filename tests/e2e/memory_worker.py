@@ -75,4 +75,4 @@ def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int)
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
     if "RANK" in os.environ:
-        os._exit(0)  # as the examples leave: see llama.cli._leave_together
+        os._exit(0)  # as the examples leave: see llama.cli.runner

@@ -173,28 +173,31 @@ def test_planned_weights_are_the_bytes_of_the_blocks(
     else:
         write(tmp_path, kind_name)
     checkpoint = open_checkpoint(tmp_path if kind_name == "meta" else tmp_path / "m.gguf")
-    check_planned(checkpoint, WeightFormat(torch.float32, mode, packs))
+    check_planned(checkpoint, WeightFormat(torch.float32, mode, *held_in(packs)))
 
 
 def test_planned_weights_are_the_bytes_of_8_bit_floats(tmp_path: Path) -> None:
     """On a GPU: elsewhere they are refused."""
     write_meta(tmp_path, dtype=torch.bfloat16)
-    check_planned(open_checkpoint(tmp_path), WeightFormat(torch.float32, "fp8", PlanarWeight), sizes=(1, 2))
+    check_planned(open_checkpoint(tmp_path), WeightFormat(torch.float32, "fp8", PlanarWeight, True), sizes=(1, 2))
 
 
-def check_planned(checkpoint: Any, storage: WeightFormat, sizes: tuple[int, ...] = (1, 2, 3)) -> None:
-    backend = EagerBackend(CPU)
-    backend.weight_cls = storage.weight_cls or BlockWeight
+def held_in(weight_cls: Any) -> tuple[Any, bool]:
+    """The end of a WeightFormat: kernels' class, which keeps a file's blocks, or None for torch's, which does not."""
+    return weight_cls or BlockWeight, weight_cls is not None
+
+
+def check_planned(checkpoint: Any, weight_format: WeightFormat, sizes: tuple[int, ...] = (1, 2, 3)) -> None:
     for size in sizes:
         for rank in {0, size - 1}:
-            parallel = storage.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
-            planner = Planner(checkpoint, checkpoint.args, parallel, storage, backend, free=10**9)
+            parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
+            planner = Planner(checkpoint, checkpoint.args, parallel, weight_format, EagerBackend(CPU), free=10**9)
             with torch.device("meta"):
                 model = Transformer(checkpoint.args, parallel)
-            load_weights(model, checkpoint, CPU, storage)
+            load_weights(model, checkpoint, CPU, weight_format)
             assert planner.weights.total == held_bytes(model), (rank, size)
             in_blocks = any(isinstance(weight, QuantizedWeight) for weight in matrices(model).values())
-            assert in_blocks == (storage.weight_cls is not None or storage.quantize is not None)
+            assert in_blocks == (weight_format.keeps_stored_blocks or weight_format.quantize is not None)
 
 
 @pytest.mark.parametrize("packs", PACKS, ids=["cpu", "gpu", "torch"])
@@ -208,13 +211,13 @@ def test_ranks_cut_rows_between_blocks_or_hold_floats(
     path, stored = write(tmp_path, kind_name)
     checkpoint = open_checkpoint(path)
     # Without kernels blocks are kept where they are asked for.
-    storage = WeightFormat(torch.float32, None if packs else "int8", packs)
+    weight_format = WeightFormat(torch.float32, None if packs else "int8", *held_in(packs))
     ranks = []
     for rank in range(size):
-        parallel = storage.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
+        parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
         with torch.device("meta"):
             model = Transformer(checkpoint.args, parallel)
-        load_weights(model, checkpoint, CPU, storage)
+        load_weights(model, checkpoint, CPU, weight_format)
         ranks.append(matrices(model))
     for name, expected in stored.items():
         if expected.dim() == 1 or module_name(name) in ("wk", "wv"):

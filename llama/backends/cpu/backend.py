@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.backends.cpu import ops
@@ -78,7 +79,7 @@ class CpuBackend(EagerBackend):
             self._run_few(residual, inputs)
         else:
             self._run_many(residual, inputs, positions, self.mask(positions, kv_len), cache)
-        hidden = ops.fused_add_rms_norm(residual, None, self._norm_weight, self.args.norm_eps, torch.float32)
+        hidden = F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
         return hidden.view(bsz, seqlen, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
