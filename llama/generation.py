@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-
-import torch
+from typing import Any
 
 from llama.chat.formats import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
 from llama.chat.infilling import infilling_tokens
@@ -28,7 +27,10 @@ __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message
 
 
 class Llama:
-    """A model that completes text. Under several ranks, every rank makes the same calls and gets the same results."""
+    """A model that completes text. Under several ranks, every rank makes the same calls and gets the same results.
+
+    The examples below run on the demo model, with `llm` made by that of `build`.
+    """
 
     def __init__(
         self,
@@ -63,47 +65,32 @@ class Llama:
         max_batch_size: int = 32,
         model_parallel_size: int | None = None,
         seed: int = 1,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        chat_format: str | None = None,
-        quantize: str | None = None,
-        compile: bool = False,
-        speculate: str | None = None,
-        draft_ckpt_dir: str | os.PathLike[str] | None = None,
-        draft_quantize: str | None = None,
+        **options: Any,
     ) -> Llama:
-        """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split over torchrun's ranks.
+        """Load a checkpoint on this process, or split over torchrun's ranks.
 
-        Left out: the tokenizer is looked for beside or inside the weights, model_parallel_size is the world size,
-        device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. quantize int8, int4
-        or, on a GPU, fp8 holds weights in so many bits; compile lets torch compile the decode step; speculate "lookup"
-        guesses tokens from those before, draft_ckpt_dir with a smaller model, or with the same and draft_quantize:
-        texts stay the same. Whatever is wrong with the files or the choices raises ValueError or FileNotFoundError,
-        on every rank if on one.
+        Args:
+            ckpt_dir: a Meta or Hugging Face folder, or a GGUF file.
+            tokenizer_path: the tokenizer's file; None looks for it beside or inside the weights.
+            max_seq_len: the most tokens of a prompt and its completion together.
+            max_batch_size: the most prompts to run at once; more are run in turn.
+            model_parallel_size: how many ranks share one copy of the model; None is all.
+            seed: what the sampling of all calls begins with.
+            options: the other fields of `BuildOptions`, such as device, dtype, quantize, speculate and draft_ckpt_dir.
+
+        Raises ValueError or OSError, on every rank if on one, for whatever is wrong with the files or the choices.
+
+        >>> llm = Llama.build("models/SmolLM2-135M-Instruct.Q4_1.gguf", max_seq_len=256)
         """
-        return Llama.from_options(
-            BuildOptions(
-                ckpt_dir,
-                tokenizer_path,
-                max_seq_len,
-                max_batch_size,
-                model_parallel_size,
-                seed,
-                device=device,
-                dtype=dtype,
-                chat_format=chat_format,
-                quantize=quantize,
-                compile=compile,
-                speculate=speculate,
-                draft_ckpt_dir=draft_ckpt_dir,
-                draft_quantize=draft_quantize,
-            )
-        )
+        limits = max_seq_len, max_batch_size, model_parallel_size
+        return Llama.from_options(BuildOptions(ckpt_dir, tokenizer_path, *limits, seed, **options))
 
     @staticmethod
     def from_options(options: BuildOptions) -> Llama:
-        """Load a checkpoint as `build` does, from choices that travel together."""
+        """Load a checkpoint as `build` does, from choices that travel together.
+
+        >>> llm = Llama.from_options(BuildOptions("models/SmolLM2-135M-Instruct.Q4_1.gguf", quantize="int8"))
+        """
         model, tokenizer = build_model(options)
         draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
         return Llama(
@@ -128,14 +115,27 @@ class Llama:
         at_start: bool = False,
         keep: bool = False,
     ) -> Iterator[TokenEvent]:
-        """Complete prompts of any lengths, at most max_batch_size at a time, step by step as tokens come.
+        """Complete prompts of any lengths, at most max_batch_size at a time, event by event as tokens come.
 
-        With echo the prompt's tokens come first. A log-probability is that of a token under the raw logits; a
-        prompt's first token has none, and 0.0 stands for it. at_start drops the space with which SentencePiece begins
-        a text, as for an answer in a chat; otherwise the pieces continue the prompt. keep is for a chat's one prompt:
-        its cache stays, and the next stream to be kept computes only what its prompt does not begin with alike.
+        Args:
+            prompt_tokens: token ids of each prompt, at least one.
+            max_gen_len: the most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
+            temperature: 0 is greedy; higher is more varied.
+            top_p: the probability mass of the nucleus that tokens are drawn from, in (0, 1].
+            logprobs: whether events have log-probabilities, under the raw logits; a prompt's first token has none.
+            echo: whether the tokens of the prompts come first.
+            seed: the same seed gives the same tokens; None goes on with the model's own sequence of seeds.
+            at_start: whether the new tokens begin a text, as an answer in a chat does; else they continue the prompt,
+                and keep the space with which SentencePiece begins a word.
+            keep: whether the cache stays, for a chat's one prompt: the next call to keep it reads only what is new.
 
-        The arguments are checked before this returns: ValueError. NaN logits raise ValueError while iterating.
+        Raises ValueError for wrong arguments at once, and while iterating where logits are NaN.
+
+        >>> for event in llm.stream(llm.encode_prompts(["The capital of France is"]), max_gen_len=2, temperature=0):
+        ...     print(event.index, event.token, repr(event.text), event.finish_reason)
+        0 7042 ' Paris' None
+        0 30 '.' None
+        0 None '' length
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
         return self._stream(prompt_tokens, params, at_start, keep)
@@ -151,7 +151,13 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """New tokens of each prompt, without the end token, and their log-probabilities when asked for."""
+        """Generate the new tokens of each prompt, without the end token, and their log-probabilities when asked for.
+
+        Args: as for `stream`; with echo the prompts' tokens come first, and 0.0 stands for the score of the first.
+
+        >>> llm.generate(llm.encode_prompts(["The capital of France is"]), max_gen_len=2, temperature=0)
+        ([[7042, 30]], None)
+        """
         tokens: list[list[int]] = [[] for _ in prompt_tokens]
         scores: list[list[float]] = [[] for _ in prompt_tokens]
         for event in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed=seed):
@@ -171,7 +177,13 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> list[CompletionPrediction]:
-        """Continue each text. A generation keeps its leading space; `tokens` are the texts of single tokens."""
+        """Continue each text. A generation keeps its leading space; `tokens` are the texts of single tokens.
+
+        Args: texts to continue; the others as for `stream`.
+
+        >>> llm.text_completion(["The capital of France is"], temperature=0, max_gen_len=2)
+        [{'generation': ' Paris.', 'tokens': [' Paris', '.'], 'finish_reason': 'length'}]
+        """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
         return self._complete(self.encode_prompts(prompts), params, at_start=echo)
 
@@ -185,7 +197,15 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> list[ChatPrediction]:
-        """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked."""
+        """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked.
+
+        Args: dialogs, each a list of messages with a role and a content, the last the user's; the others as for
+        `stream`.
+
+        >>> [answer] = llm.chat_completion([[{"role": "user", "content": "What is the capital of France?"}]], 0)
+        >>> answer["generation"]
+        {'role': 'assistant', 'content': 'The capital of France is Paris.'}
+        """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs)
         for dialog in dialogs:
             check_messages(dialog)
@@ -215,7 +235,17 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> list[InfillingPrediction]:
-        """Fill the gap between each prefix and its suffix; `full_text` is all three together (Code Llama)."""
+        """Fill the gap between each prefix and its suffix; `full_text` is all three together (arXiv:2308.12950).
+
+        Args: texts before and after the gaps, as many; suffix_first: whether the model reads the suffix first; the
+        others as for `stream`.
+
+        Raises ValueError where the tokenizer has no tokens for it, as only Code Llama's has.
+
+        >>> llm.text_infilling(["def add(a, b):"], ["return c"])
+        Traceback (most recent call last):
+        ValueError: infilling needs the tokens ▁<PRE>, ▁<SUF> and ▁<MID>, which this tokenizer lacks
+        """
         if len(prefixes) != len(suffixes):
             raise ValueError(f"every prefix needs a suffix, got {len(prefixes)} and {len(suffixes)}")
         pairs = list(zip(prefixes, suffixes, strict=True))
@@ -227,7 +257,11 @@ class Llama:
         ]
 
     def encode_dialogs(self, dialogs: Sequence[Dialog]) -> list[list[int]]:
-        """Token ids up to where each dialog's answer begins; ValueError when a dialog does not fit the format.
+        """Encode dialogs up to where each answer begins; ValueError when a dialog does not fit the format.
+
+        >>> [tokens] = llm.encode_dialogs([[{"role": "user", "content": "Hi"}]])
+        >>> llm.tokenizer.decode(tokens[-7:])
+        'Hi<|im_end|>\\n<|im_start|>assistant\\n'
 
         The first of the ranks that share the model encodes for all: a template may look at the clock.
         """
@@ -243,7 +277,11 @@ class Llama:
         return encoded
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts to continue; an empty text is the begin token, as nothing cannot be continued."""
+        """Encode texts to continue; an empty text is the begin token, as nothing cannot be continued.
+
+        >>> llm.encode_prompts(["The capital of France is"])
+        [[504, 3575, 282, 4649, 314]]
+        """
         return encode_texts(self.tokenizer, prompts)
 
     def _complete(

@@ -155,7 +155,7 @@ class Source:
 
     def with_ffn_multiple(self, ranks: ModelParallel) -> ModelParallel:
         """The ranks, sharing out hidden features as the weights' blocks allow."""
-        return self.weight_format.with_ffn_multiple(self.checkpoint, self.args, ranks)
+        return self.weight_format.with_ffn_multiple(self.checkpoint, ranks)
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
         return Planner(self.checkpoint, self.args, ranks, self.weight_format, self.backend, free)

@@ -26,7 +26,7 @@ from llama.distributed.groups import ModelParallel
 from llama.engine.build import open_source
 from llama.engine.context import Context
 from llama.engine.options import BuildOptions
-from llama.memory.available import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
+from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, free_bytes
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
 from llama.memory.plan import Planner, check_room
 from llama.model import Transformer
@@ -290,11 +290,11 @@ def test_a_container_leaves_what_its_limit_and_file_pages_allow(tmp_path: Path, 
         (folder / limit).write_text(f"{most}\n")
         (folder / used).write_text("3000\n")
         (folder / "memory.stat").write_text(f"{prefix}inactive_file 500\n{prefix}active_file 100\nanon 7\n")
-    assert min(_cgroups_free(tmp_path)) == 5000 - 3000 + 600
+    assert min(cgroups_free(tmp_path)) == 5000 - 3000 + 600
 
 
 def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:
-    assert _cgroups_free(tmp_path) == []
+    assert cgroups_free(tmp_path) == []
 
 
 def test_macos_counts_free_and_inactive_pages() -> None:

@@ -8,11 +8,12 @@ from torch import Tensor
 from llama.backends.cuda import sampling
 from llama.backends.cuda.available import LARGEST_VOCAB
 from llama.backends.cuda.graphs import CudaGraphs
-from llama.backends.cuda.layers import GpuLayers, held, multiply
+from llama.backends.cuda.layers import GpuLayers, held
+from llama.backends.cuda.matmul import matmul
 from llama.backends.eager import EagerBackend, is_nccl
 from llama.cache import KVCache
 from llama.model import Transformer
-from llama.quantization.planar import DENSE_AT_ONCE, PlanarWeight
+from llama.quantization.planar import MAX_DEQUANTIZED_VALUES, PlanarWeight
 from llama.sampling import SamplingParams, TokenSampler, TorchSampler
 
 MAX_HEAD_DIM = 256  # the kernels hold a whole head
@@ -27,7 +28,7 @@ class CudaBackend(EagerBackend):
     keeps_stored_blocks = True
     quantize_modes = ("int8", "int4", "fp8")
     max_prefill_tokens = 8192
-    dequantized_values = DENSE_AT_ONCE
+    dequantized_values = MAX_DEQUANTIZED_VALUES
 
     def bind(self, model: Transformer) -> None:
         self._layers = GpuLayers(model)
@@ -46,7 +47,7 @@ class CudaBackend(EagerBackend):
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.cuda.device_of(hidden):
-            y = multiply(hidden.reshape(-1, hidden.shape[-1]), held(self.model.output), few_dtype=torch.float32)
+            y = matmul(hidden.reshape(-1, hidden.shape[-1]), held(self.model.output), few_dtype=torch.float32)
         return y.float().view(*hidden.shape[:-1], -1)
 
     def token_sampler(self) -> TokenSampler:
