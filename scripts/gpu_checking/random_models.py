@@ -81,6 +81,7 @@ def random_model(
     table_shape = table.weight.shape
     _set(output, make("output", output.weight.shape, times=LOGITS))
     if args.tied_embeddings:
+        del table.weight  # as in _set: what the output holds may be no parameter
         table.weight = output.weight
     else:
         _set(table, random_values(table_shape, 1.0, device, dtype))

@@ -65,7 +65,7 @@ SIZES = {
     "1b": dataclasses.replace(_LARGE, args=LLAMA_1B),
     "tiny": Size(
         args=TINY,
-        checked=TINY,
+        checked=dataclasses.replace(TINY, tied_embeddings=True),  # as Llama 3.2 1B
         forms=(FLOATS, "int4"),  # blocks of 256 values are longer than its rows
         products=((21, 256),),
         heads=((6, 2, 16),),
