@@ -37,7 +37,7 @@ from gpu_checking.sizes import FLOATS
 from gpu_checking.warming import warm
 from llama import cli
 
-ONLY = ("checks", "speed")
+ONLY = ("checks", "speed", "peers")
 
 
 def main(
@@ -58,14 +58,14 @@ def main(
         quick: checks, and the speed of 16-bit weights alone.
         peers: transformers: decode with it, too, in turn with ours.
         gpt_fast: a checkout of gpt-fast to decode with, too, in turn with ours.
-        only: checks or speed; default: both.
+        only: checks, speed or peers; default: all. Peers, of which one may compile for minutes, have all the time then.
         device: cuda, or cpu, where Triton's interpreter runs the kernels; default: the first of these that is there.
         size: 8b, 1b or tiny: the shape of what is measured.
         seconds: the time for all; what does not fit is left out, the least important first, and said.
     """
     begin = time.monotonic()
     if only not in (None, *ONLY):
-        raise ValueError(f"--only must be {' or '.join(ONLY)}, got {only!r}")
+        raise ValueError(f"--only must be one of {', '.join(ONLY)}, got {only!r}")
     if peers not in (None, PEERS[0]):
         raise ValueError(f"--peers must be {PEERS[0]}, got {peers!r}")
     if gpt_fast is not None and not Path(gpt_fast, "model.py").is_file():
@@ -75,9 +75,13 @@ def main(
         asked["gpt_fast"] = gpt_fast
     bench = open_bench(device, size, seconds, quick)
     torch.manual_seed(0)
-    sections = checks(bench) if only != "speed" else []
-    if only != "checks" and not is_many():
-        sections += measurements(bench, asked)
+    if only == "peers" and not asked:
+        raise ValueError("--only peers takes --peers, --gpt_fast or both")
+    sections = checks(bench, measured=only is None) if only in (None, "checks") else []
+    if only in (None, "speed") and not is_many():
+        sections += measurements(bench)
+    if asked and only != "checks" and not is_many():
+        sections.append(("peers", 12, partial(measure_peers, bench, asked)))
     bench.report.run(sections)
     if cli.is_first_rank():
         report(bench, json, {"size": size, "seconds": round(time.monotonic() - begin, 1)})
@@ -89,11 +93,12 @@ def is_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def checks(bench: Bench) -> list[Section]:
+def checks(bench: Bench, measured: bool) -> list[Section]:
+    """measured: the kernels are measured afterwards, too, so that those are compiled ahead as well."""
     if is_many():
         return [("ranks", 1, partial(check_ranks.check_ranks, bench))]
     bench.report.left_out.append("several GPUs: start them with torchrun")
-    compiled: list[Section] = [("compiling", 16, partial(warm, bench))] if bench.device.type == "cuda" else []
+    compiled: list[Section] = [("compiling", 16, partial(warm, bench, measured))] if bench.device.type == "cuda" else []
     return [
         *compiled,
         ("products", 6, partial(check_products.check_products, bench)),
@@ -105,7 +110,7 @@ def checks(bench: Bench) -> list[Section]:
     ]
 
 
-def measurements(bench: Bench, peers: dict[str, str | None]) -> list[Section]:
+def measurements(bench: Bench) -> list[Section]:
     """A copy comes first, as all is held against it."""
     first, *others = bench.size.forms
     sections: list[Section] = [
@@ -114,14 +119,12 @@ def measurements(bench: Bench, peers: dict[str, str | None]) -> list[Section]:
     ]
     if not bench.quick:
         sections += [(f"decoding {form}", 4, partial(measure.measure_form, bench, form)) for form in others]
-    sections += [
+    return [
+        *sections,
         ("cold start", 8, partial(measure_cold_start, bench)),
         ("linears alone", 5, partial(measure_kernels.measure_linears, bench)),
         ("kernels alone", 2, partial(measure_kernels.measure_kernels, bench)),
     ]
-    if peers:
-        sections.append(("peers", 12, partial(measure_peers, bench, peers)))
-    return sections
 
 
 def report(bench: Bench, json: str | None, about: dict[str, Any]) -> None:

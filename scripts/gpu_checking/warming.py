@@ -17,11 +17,14 @@ from gpu_checking.processes import reply, started
 KERNELS = "kernels"  # those that know no form
 
 
-def warm(bench: Bench) -> None:
-    """Fill Triton's cache; its results are those of one layer, and nobody's."""
+def warm(bench: Bench, measured: bool) -> None:
+    """Fill Triton's cache, for what is measured, too, or for checks alone; the results are those of one layer."""
     what = [*dict.fromkeys([*bench.size.forms, *check_products.FORMS]), KERNELS]
     with contextlib.ExitStack() as stack:
-        workers = {each: stack.enter_context(started("warming", {**bench.options, "what": each})) for each in what}
+        workers = {
+            each: stack.enter_context(started("warming", {**bench.options, "what": each, "measured": measured}))
+            for each in what
+        }
         for each, process in workers.items():
             try:
                 reply(process, bench.report.seconds_left())
@@ -29,7 +32,7 @@ def warm(bench: Bench) -> None:
                 bench.report.left_out.append(f"kernels compiled ahead for {each}: {error}")
 
 
-def compile_all(bench: Bench, what: str) -> None:
+def compile_all(bench: Bench, what: str, measured: bool) -> None:
     """Run what needs the kernels of a form once, small."""
     args = dataclasses.replace(bench.size.args, n_layers=1)
     size = dataclasses.replace(
@@ -42,7 +45,7 @@ def compile_all(bench: Bench, what: str) -> None:
         steps=1,
         repeats=1,
     )
-    measured = what in bench.size.forms
+    is_measured = measured and what in bench.size.forms
     bench = dataclasses.replace(bench, size=size)
     if what == KERNELS:
         check_kernels.check_attention(bench)
@@ -51,7 +54,7 @@ def compile_all(bench: Bench, what: str) -> None:
         return
     if what in check_products.FORMS:
         check_products.check_form(bench, what)
-    if measured:
+    if is_measured:
         measure_copies(bench)
         measure_form(bench, what)
         measure_linears(bench)
@@ -59,9 +62,9 @@ def compile_all(bench: Bench, what: str) -> None:
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    what = options.pop("what")
+    what, measured = options.pop("what"), options.pop("measured")
     with contextlib.redirect_stdout(sys.stderr):
-        compile_all(open_bench(**options), what)
+        compile_all(open_bench(**options), what, measured)
     print(json.dumps({"warm": what}), flush=True)
 
 
