@@ -13,19 +13,21 @@ from functools import cached_property
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.cache import KVCache
 from llama.gpu import attention, elementwise, products
 from llama.gpu.available import has_triton
 from llama.gpu.one_shot import OneShot, open_one_shot
-from llama.gpu.planes import Fp8Weight, PlanarWeight
+from llama.gpu.planes import Fp8Weight, PlanarWeight, times_alike
 from llama.linear import Quantized, linear
 from llama.model import Transformer, TransformerBlock, attend
 from llama.parallel import ColumnParallelLinear, RowParallelLinear, local_world_size
 
 GpuWeight = Tensor | PlanarWeight | Fp8Weight
 
+LINEARS = (ColumnParallelLinear, RowParallelLinear)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD = 256  # the kernels hold a whole head
 
@@ -49,7 +51,7 @@ class Joined:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs)."""
+        """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs); fp32 of few tokens and floats."""
         if len(self.weights) == 1:
             return multiply(x, self.weights[0], self.bias)
         y = torch.cat([multiply(x, weight) for weight in self.weights], dim=-1)
@@ -65,6 +67,9 @@ class GpuLayers:
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
         self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
+        weights = [module.weight for module in model.layers.modules() if isinstance(module, LINEARS)]
+        self._has_floats = any(isinstance(weight, Tensor) for weight in weights)
+        self.n_local_heads = self.layers[0].attention.n_local_heads
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # the weights before they were joined: too small for torch to use for larger ones
 
@@ -85,12 +90,16 @@ class GpuLayers:
         bsz, seqlen = tokens.shape
         sums = self._one_shot  # before anything is recorded
         x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
+        n_tokens = len(x)
+        if self._has_floats and n_tokens < products.FEW:
+            x = F.pad(x, (0, 0, 0, products.FEW - n_tokens))  # see times_alike: here once for all products
+        heads = x.new_zeros(len(x), self.n_local_heads * self.args.head_dim, dtype=self.dtype)
         start_pos = positions[:, 0].contiguous()
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
             h = self._norm(x, delta, layer.attention_norm.weight)
             q = elementwise.rotate_and_keep(
-                self._qkv[i](h),
+                self._qkv[i](h)[:n_tokens],
                 rotation,
                 start_pos,
                 cache.keys[i],
@@ -98,28 +107,30 @@ class GpuLayers:
                 layer.attention.n_local_heads,
                 layer.attention.n_local_kv_heads,
             )
-            y = self._attend(q, start_pos, kv_len, cache, i).reshape(bsz * seqlen, -1)
-            delta = self._sum(y, layer.attention.wo, sums)
+            self._attend(q, start_pos, kv_len, cache, i, heads[:n_tokens].view(q.shape))
+            delta = self._sum(heads, layer.attention.wo, sums)
             h = self._norm(x, delta, layer.ffn_norm.weight)
             delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2, sums)
-        return self._norm(x, delta, self.norm.weight).view(bsz, seqlen, -1)
+        return self._norm(x, delta, self.norm.weight)[:n_tokens].view(bsz, seqlen, -1)
 
     def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         return elementwise.add_and_norm(x, delta, weight, self.args.norm_eps, self.dtype)
 
-    def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int) -> Tensor:
+    def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int, out: Tensor) -> None:
         bsz, seqlen = q.shape[:2]
         window = self.args.sliding_window
         if seqlen == kv_len > attention.FEW and q.dtype != torch.float32 and (window is None or window >= kv_len):
             # A whole prompt: torch has flash attention for it, but in fp32 a matrix of all scores.
-            return attend(q, *cache.read(layer, bsz, kv_len), None)
-        return attention.attend(q, cache.keys[layer], cache.values[layer], start_pos, window)
+            out.copy_(attend(q, *cache.read(layer, bsz, kv_len), None))
+        else:
+            attention.attend(q, cache.keys[layer], cache.values[layer], start_pos, window, out)
 
     def _gated(self, h: Tensor, gates: Joined) -> Tensor:
         """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
-        if len(gates.weights) == 1 and gates.bias is None and is_few(h, gates.weights[0]):
-            return products.multiply_gated(h, gates.weights[0])
-        return elementwise.gate(gates(h))
+        weight = gates.weights[0]
+        if len(gates.weights) == 1 and gates.bias is None and not isinstance(weight, Tensor) and is_few(h, weight):
+            return products.multiply_gated(h, weight)
+        return elementwise.gate(gates(h), self.dtype)
 
     def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""
@@ -132,13 +143,21 @@ class GpuLayers:
 
 
 def is_few(x: Tensor, weight: GpuWeight) -> bool:
-    """Whether our kernels multiply x (n_tokens, in): of what is stored in codes, more tokens than of floats."""
+    """Whether x (n_tokens, in) is so few tokens that weights are read as they are stored."""
     return len(x) <= (products.FEW if isinstance(weight, Tensor) else products.MOST)
 
 
 def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: torch.dtype | None = None) -> Tensor:
-    """x (n_tokens, in) times weight (out, in) transposed, plus bias, in x's dtype, or of few tokens in few_dtype."""
-    return products.multiply(x, weight, bias, few_dtype) if is_few(x, weight) else linear(x, weight, bias)
+    """x (n_tokens, in) times weight (out, in) transposed, plus bias, in x's dtype.
+
+    Of few tokens in few_dtype, and with floats always in fp32: in their own dtype torch may round sums of parts.
+    """
+    if not is_few(x, weight):
+        return linear(x, weight, bias)
+    if not isinstance(weight, Tensor):
+        return products.multiply(x, weight, bias, few_dtype)
+    y = times_alike(x, weight, torch.float32)
+    return y if bias is None else y + bias
 
 
 def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llama.blocks import BlockType, dequantize
 from llama.gpu.available import has_triton
-from llama.gpu.planes import FEW, Fp8Weight, PlanarWeight, times
+from llama.gpu.planes import FEW, Fp8Weight, PlanarWeight, times, times_alike
 from llama.kernels import operations as kernels
 from llama.kernels.compile import library
 
@@ -112,10 +112,9 @@ def _times_floats(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tenso
         y = (weight.float() * x.float()).sum(-1) if compiling else torch.mv(weight, x.view(-1).type_as(weight))
         return y.view(*x.shape[:-1], -1)
     if not on_cpu and not compiling and x.numel() <= FEW * x.shape[-1] and has_triton(weight.device):
-        from llama.gpu.products import multiply
-
-        with torch.cuda.device_of(x):
-            return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
+        # Summed in fp32: in its own dtype torch may round sums of parts of a row.
+        y = times_alike(x.reshape(-1, x.shape[-1]), weight, torch.float32)
+        return y.view(*x.shape[:-1], -1).to(dtype or x.dtype)
     return times(x, weight, dtype or x.dtype)
 
 

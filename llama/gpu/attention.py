@@ -15,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.gpu.available import OLDEST
+from llama.gpu.decoding import INTERPRETED
 from llama.gpu.planes import FEW
 
 # Programs that a launch aims at: two for each of the 108 to 132 multiprocessors of an A100 or H100.
 PROGRAMS = 256
 MOST_SPLITS = 64  # what a program of `_combine` holds at once
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers; floats of 32 bits it multiplies right.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,13 @@ def n_splits(programs: int, max_seq_len: int, keys: int) -> int:
     return max(1, min(-(-PROGRAMS // programs), -(-max_seq_len // keys), MOST_SPLITS))
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None, out: Tensor | None = None
+) -> Tensor:
     """Causal grouped-query attention over a layer's cache, in which the queries' own keys are written already.
 
-    q: (bsz, seqlen, n_heads, head_dim), and so is the result; head_dim is at most 256.
+    q: (bsz, seqlen, n_heads, head_dim), and so is the result, which is written to `out` where there is one, contiguous;
+    head_dim is at most 256.
     keys, values: (at least bsz, max_seq_len, n_kv_heads, head_dim), of any strides but the last.
     start_pos: (bsz,), int64, position of each row's first query. A query sees the `window` positions up to its own.
 
@@ -82,7 +84,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: i
     n_tiles = -(-seqlen * group // tile.rows)
     programs = bsz * n_kv_heads * (1 if seqlen <= FEW else n_tiles)
     splits = n_splits(programs, max_seq_len, tile.keys)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
+    assert out.shape == q.shape and out.is_contiguous(), (out.shape, out.stride())
     # Of each (query head, split): the sum of weighted values; the scores' maximum and the sum of weights.
     partial = q.new_empty((bsz * seqlen * n_heads, splits, head_dim) if splits > 1 else (0,), dtype=torch.float32)
     weights = q.new_empty((bsz * seqlen * n_heads, splits, 2) if splits > 1 else (0,), dtype=torch.float32)

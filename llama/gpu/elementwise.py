@@ -41,7 +41,10 @@ def rotate_and_keep(
     n_heads: int,
     n_kv_heads: int,
 ) -> Tensor:
-    """Rotated queries (bsz, seqlen, n_heads, head_dim); rotated keys, and values, go to the cache from start_pos on.
+    """Rotated queries (bsz, seqlen, n_heads, head_dim), in the cache's dtype.
+
+    Rotated keys, and values, go to the cache from start_pos on.
+
 
     qkv: (bsz * seqlen, (n_heads + 2 * n_kv_heads) * head_dim), contiguous, as one product made it.
     rotation: complex64 (bsz, seqlen, 1, head_dim / 2), as `llama.rope.rotate` takes it.
@@ -53,7 +56,7 @@ def rotate_and_keep(
     heads = n_heads + 2 * n_kv_heads
     assert qkv.is_contiguous() and qkv.shape == (bsz * seqlen, heads * head_dim), (qkv.shape, rotation.shape)
     assert keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(3) == 1
-    q = qkv.new_empty(bsz, seqlen, n_heads, head_dim)
+    q = keys.new_empty(bsz, seqlen, n_heads, head_dim)
     block_d = triton.next_power_of_2(head_dim)
     block_heads = max(1, VECTOR // block_d)
     _rotate_and_keep[(bsz * seqlen, triton.cdiv(heads, block_heads))](
@@ -78,11 +81,14 @@ def rotate_and_keep(
     return q
 
 
-def gate(both: Tensor) -> Tensor:
-    """silu(gates) * ups of both (n_tokens, 2 * hidden), contiguous, gates first: (n_tokens, hidden), in its dtype."""
+def gate(both: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """silu(gates) * ups of both (n_tokens, 2 * hidden), contiguous, gates first: (n_tokens, hidden).
+
+    In `dtype`, or else in that of both.
+    """
     assert both.is_contiguous()
     n_tokens, hidden = both.shape[0], both.shape[1] // 2
-    y = both.new_empty(n_tokens, hidden)
+    y = both.new_empty(n_tokens, hidden, dtype=dtype or both.dtype)
     _gate[(n_tokens, triton.cdiv(hidden, VECTOR))](both, y, hidden, BLOCK=VECTOR, num_warps=4)
     return y
 

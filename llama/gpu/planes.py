@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from llama.blocks import F8_E4M3, BlockType
 from llama.gpu.available import has_triton
 
-# Tokens that are multiplied in fp32 while the weights pass by, and that attention takes in tiles of one shape: what one
-# of them gets does not depend on the others. And tokens that tensor cores take from the stored codes.
+# Tokens that products and attention take in tiles of one shape: what one of them gets does not depend on the others.
 FEW = 8
-MOST = 64
+# Tokens that are multiplied with codes as they are decoded; beyond, making the weights dense first is faster.
+MOST = 16
+# Tokens beyond which a product with 8-bit floats may round activations to 8 bits as well.
+MOST_UNROUNDED = 64
 # Beyond: values that are made dense at once, 128 MB in 16 bits.
 DENSE_AT_ONCE = 1 << 26
 # Values that are taken apart, or rounded to 8 bits, at once: their temporaries are a few bytes each.
@@ -115,8 +117,8 @@ class PlanarWeight(nn.Module):
 class Fp8Weight(nn.Module):
     """A matrix (out, in) of floats in 8 bits (e4m3, as torch.float8_e4m3fn), with one fp32 scale a row.
 
-    Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),
-    activations are rounded to 8 bits as well, each token with a scale of its own.
+    Products of up to MOST_UNROUNDED tokens round no activations. Of more, where the GPU multiplies 8-bit floats itself
+    (Hopper), activations are rounded to 8 bits as well, each token with a scale of its own.
     """
 
     codes: Tensor  # float8_e4m3fn (out, in)
@@ -154,7 +156,7 @@ class Fp8Weight(nn.Module):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x (..., in) times the matrix transposed: (..., out) in `dtype`, or else in x's."""
         n_tokens = x.numel() // x.shape[-1]
-        if n_tokens > MOST and _multiplies_fp8(x.device) and not any(size % 16 for size in self.shape):
+        if n_tokens > MOST_UNROUNDED and _multiplies_fp8(x.device) and not any(size % 16 for size in self.shape):
             return multiply_fp8(x.reshape(n_tokens, -1), self).to(dtype or x.dtype).view(*x.shape[:-1], -1)
         return _multiply(x, self, dtype or x.dtype)
 
@@ -181,6 +183,19 @@ def times(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         y = torch.mm(x.reshape(-1, x.shape[-1]).type_as(weight), weight.t(), out_dtype=dtype)
         return y.view(*x.shape[:-1], -1)
     return F.linear(x.type_as(weight), weight).to(dtype)
+
+
+def times_alike(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (n_tokens, in) times floats as `times`, up to FEW tokens as FEW rows, so that a library takes the same kernel.
+
+    A row's numbers do not depend on the others then.
+    """
+    n_tokens = len(x)
+    if x.device.type != "cuda":  # where tests run layers; torch's product of 16-bit floats is rounded to 16 bits there
+        x, weight = x.to(dtype), weight.to(dtype)
+    if n_tokens < FEW:
+        x = F.pad(x, (0, 0, 0, FEW - n_tokens))
+    return times(x, weight, dtype)[:n_tokens]
 
 
 def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:

@@ -1,53 +1,75 @@
-"""Products of few tokens with weights, in Triton: weights are read once, as they are stored, and decoded on the way.
+"""Products of few tokens with quantized weights, in Triton: they are read once, as stored, and decoded on the way.
 
-All kernels take a row of a weight as groups of 32 values in two halves of 16, which is how 4-bit codes lie in planes.
+One kernel for all types: tensor cores multiply a group's codes, which 16 bits hold exactly, and its scale
+comes after, in fp32. Its code is the same for 1 to FEW tokens, so a token gets the same bits alone and among others.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.gpu.decoding import stored_codes, stored_scales, stored_values
+from llama.gpu.decoding import (
+    INTERPRETED,
+    from_e4m3,
+    lower_codes,
+    stored_scales,
+    stored_words,
+    units,
+    upper_codes,
+)
 from llama.gpu.planes import FEW, GROUP, MOST, Fp8Weight, PlanarWeight
 
-# Rows of a program for few tokens: what is read of x serves them all. 8 tokens with 8 rows would spill registers, and
-# so would 8 tokens in fp32 with 4 rows.
-ROWS = {2: 4, 4: 2}  # by the bytes of a value of x
-# Warps that share those rows. With fewer rows than 8192 two would leave an H100's 132 multiprocessors without enough
-# loads under way; with more, four would spend a quarter of their instructions on the sums across them.
-ROWS_FOR_TWO_WARPS = 8192
-# For tensor cores: rows of a program, and groups of each row that are decoded at once. Three stages of loads fit into
-# the 99 KB of shared memory of the smaller GPUs; products in fp32, which they do without, hold all in registers.
-DOT_ROWS = 32
-DOT_GROUPS = {2: 4, 4: 1}
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program takes at once, rows of the weight and groups of each row, and how Triton compiles it."""
+
+    rows: int
+    groups: int
+    warps: int
+    stages: int
+
+
+MANY_ROWS = 16384
+# By the tokens that a program computes, for weights of fewer rows and for those of MANY_ROWS: the fastest of 77 on an
+# H200. Beyond 8 warps, and with many stages, fewer programs fit a multiprocessor than hide the latency of each.
+TILES = {
+    "F8_BYTES": {8: (Tile(32, 8, 8, 4), Tile(32, 4, 4, 3)), 16: (Tile(32, 8, 4, 3), Tile(64, 4, 4, 2))},
+    "F8_E4M3": {8: (Tile(32, 8, 8, 4), Tile(32, 4, 4, 3)), 16: (Tile(32, 8, 4, 3), Tile(64, 4, 4, 2))},
+    "Q4_0": {8: (Tile(32, 16, 8, 3), Tile(64, 4, 4, 3)), 16: (Tile(32, 8, 4, 3), Tile(64, 4, 4, 2))},
+    "Q4_1": {8: (Tile(32, 16, 8, 3), Tile(64, 4, 4, 3)), 16: (Tile(32, 8, 4, 3), Tile(64, 4, 4, 2))},
+    "Q4_K": {8: (Tile(32, 16, 8, 3), Tile(32, 4, 4, 3)), 16: (Tile(32, 8, 4, 3), Tile(64, 4, 4, 2))},
+    "Q6_K": {8: (Tile(32, 8, 8, 3), Tile(32, 4, 4, 2)), 16: (Tile(32, 8, 8, 2), Tile(32, 4, 4, 2))},
+    "Q8_0": {8: (Tile(32, 16, 8, 3), Tile(32, 4, 4, 3)), 16: (Tile(32, 8, 4, 3), Tile(32, 8, 4, 3))},
+}
+# Without tensor cores a whole product lives in registers.
+FP32_TILE = Tile(16, 4, 4, 2)
+# Groups of a row that a program makes dense.
 DENSE_GROUPS = 128
-# The bits of 2^23: a float whose lowest bits are then a whole number. It is an argument, as an instruction takes one
-# constant only, and (code & 15 | MAGIC) is one instruction when the other comes from a register.
-MAGIC = 0x4B000000
 
 
 def multiply(
     x: Tensor,
-    weight: Tensor | PlanarWeight | Fp8Weight,
+    weight: PlanarWeight | Fp8Weight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x (n_tokens, in) times weight (out, in) transposed, plus bias (out,): (n_tokens, out), by default in x's dtype.
 
-    At most FEW tokens with floats, MOST with the others. x and sums are fp32 up to FEW tokens, and then a token's
-    numbers do not depend on the others; beyond, weights are rounded to x's dtype, as in a dense copy.
+    At most MOST tokens. Nothing but the result is rounded to less than fp32. Up to FEW tokens a token's numbers do not
+    depend on the others.
     """
     y = torch.empty(len(x), weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
     _launch(x, weight, bias, y, gated=False)
     return y
 
 
-def multiply_gated(
-    x: Tensor, weight: Tensor | PlanarWeight | Fp8Weight, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def multiply_gated(x: Tensor, weight: PlanarWeight | Fp8Weight, out_dtype: torch.dtype | None = None) -> Tensor:
     """silu(x w1^T) * (x w3^T), (n_tokens, hidden), for weight (2 * hidden, in): w1 above w3. Otherwise as multiply."""
     y = torch.empty(len(x), weight.shape[0] // 2, dtype=out_dtype or x.dtype, device=x.device)
     _launch(x, weight, None, y, gated=True)
@@ -60,65 +82,63 @@ def dense(weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
     values = torch.empty(n_out, n_in, dtype=dtype, device=weight.codes.device)
     grid = (n_out, triton.cdiv(n_in, DENSE_GROUPS * GROUP))
     kind, *planes = _describe(weight)
-    _dense_kernel[grid](*planes, values, n_in, MAGIC, KIND=kind, GROUPS=DENSE_GROUPS, num_warps=4)
+    _dequantize_kernel[grid](*planes, values, n_in, n_in // GROUP, KIND=kind, GROUPS=DENSE_GROUPS, num_warps=4)
     return values
 
 
-def _launch(x: Tensor, weight: Tensor | PlanarWeight | Fp8Weight, bias: Tensor | None, y: Tensor, gated: bool) -> None:
+def tile_for(kind: str, n_tokens: int, n_rows: int, dtype: torch.dtype) -> tuple[int, Tile]:
+    """(tokens that a program computes, its tile): the same for all of 1 to FEW tokens."""
+    tokens = max(FEW, triton.next_power_of_2(n_tokens))
+    return tokens, FP32_TILE if dtype == torch.float32 else TILES[kind][tokens][n_rows >= MANY_ROWS]
+
+
+def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y: Tensor, gated: bool) -> None:
     n_tokens, n_in = x.shape
     n_rows = weight.shape[0]
-    limit = FEW if isinstance(weight, Tensor) else MOST
-    assert n_in == weight.shape[1] and 0 < n_tokens <= limit and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
+    assert n_in == weight.shape[1] and 0 < n_tokens <= MOST and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
     kind, *planes = _describe(weight)
-    x_stride = x.stride(0) if n_tokens > 1 else n_in  # a single row's stride may be anything
-    arguments = (x, *planes, bias, y, n_tokens, y.shape[1], n_in, x_stride, MAGIC)
-    if n_tokens <= FEW:
-        rows = ROWS[x.element_size()]
-        num_warps = 2 if n_rows >= ROWS_FOR_TWO_WARPS or n_in <= 64 * GROUP else 4
-        lanes = 32 * num_warps
-        _few_kernel[(triton.cdiv(n_rows, rows),)](
-            *arguments,
-            KIND=kind,
-            GATED=gated,
-            TOKENS=triton.next_power_of_2(n_tokens),
-            ROWS=rows,
-            LANES=lanes,
-            # 16 bytes of x: more would be spread over several threads, and what is multiplied by it as well.
-            VECTOR=16 // x.element_size(),
-            EVEN=n_in % (GROUP * lanes) == 0,
-            num_warps=num_warps,
-        )
-    else:
-        _most_kernel[(triton.cdiv(n_rows, DOT_ROWS),)](
-            *arguments,
-            KIND=kind,
-            GATED=gated,
-            TOKENS=max(16, triton.next_power_of_2(n_tokens)),
-            ROWS=DOT_ROWS,
-            GROUPS=DOT_GROUPS[x.element_size()],
-            num_warps=4,
-            num_stages=3,
-        )
+    tokens, tile = tile_for(kind, n_tokens, n_rows, x.dtype)
+    _gemm_kernel[(triton.cdiv(n_rows, tile.rows),)](
+        x,
+        *planes,
+        bias,
+        y,
+        n_tokens,
+        y.shape[1],
+        n_in,
+        n_in // GROUP,
+        x.stride(0) if n_tokens > 1 else n_in,  # a single row's stride may be anything
+        KIND=kind,
+        GATED=gated,
+        TOKENS=tokens,
+        ROWS=tile.rows,
+        GROUPS=tile.groups,
+        STAGES=tile.stages,
+        EVEN=n_in % (GROUP * tile.groups) == 0,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
-def _describe(
-    weight: Tensor | PlanarWeight | Fp8Weight,
-) -> tuple[str, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(kind, codes, high, scales, sub_scales) as kernels read them: codes as bytes, and pairs as one word."""
-    if isinstance(weight, Tensor):
-        assert weight.is_contiguous(), weight.stride()
-        return "FLOAT", weight, None, None, None
-    codes = weight.codes.view(torch.uint8)
+def _describe(weight: PlanarWeight | Fp8Weight) -> tuple[str, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(kind, codes, high, scales, sub_scales) as kernels read them: codes as words, and pairs of scales as one word.
+
+    Rows of 8-bit floats that are no whole groups stay bytes: F8_BYTES.
+    """
     if isinstance(weight, Fp8Weight):
-        return "F8_E4M3", codes, None, weight.scales, None
+        whole = weight.shape[1] % GROUP == 0
+        codes = weight.codes.view(torch.int32 if whole else torch.uint8)
+        return "F8_E4M3" if whole else "F8_BYTES", codes, None, weight.scales, None
     pairs = weight.scales.shape[-1] == 2
     scales = weight.scales.view(torch.int32) if pairs else weight.scales
     sub_scales = None if weight.sub_scales is None else weight.sub_scales.view(torch.int16)
-    return weight.block_type.name, codes, weight.high, scales, sub_scales
+    high = None if weight.high is None else weight.high.view(torch.int32)
+    return weight.block_type.name, weight.codes.view(torch.int32), high, scales, sub_scales
 
 
-@triton.jit(do_not_specialize=["n_tokens", "magic"])
-def _few_kernel(
+# Not specialized: for another number of tokens the same code runs, and rounds the same.
+@triton.jit(do_not_specialize=["n_tokens"])
+def _gemm_kernel(
     x_ptr: tl.tensor,
     codes_ptr: tl.tensor,
     high_ptr: tl.tensor,
@@ -129,125 +149,119 @@ def _few_kernel(
     n_tokens: tl.tensor,
     n_out: tl.tensor,
     n_in: tl.tensor,
+    n_groups: tl.tensor,
     x_stride: tl.tensor,
-    magic: tl.tensor,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    EVEN: tl.constexpr,
-) -> None:
-    """A program multiplies all tokens x (n_tokens, n_in) with ROWS rows: y (n_tokens, n_out).
-
-    Each of LANES threads takes a group at a time, VECTOR values of both halves after each other; of floats, which have
-    no groups, neighbours take neighbouring vectors. The order of a token's additions is the same for all TOKENS. Rows
-    and tokens beyond the last repeat it, unstored. EVEN: n_in is a multiple of 32 * LANES.
-    """
-    rows = _rows(n_out, ROWS, GATED)
-    row = rows[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    at = tl.arange(0, VECTOR)[None, None, None, :]
-    GROUPED: tl.constexpr = KIND != "FLOAT" and KIND != "F8_E4M3"
-    GAP: tl.constexpr = 16 if GROUPED else LANES * VECTOR  # from a half to the other
-    sums = tl.zeros([TOKENS, ROWS, LANES], tl.float32)
-    for start in range(0, tl.cdiv(n_in, 32), LANES):
-        group = start + lane
-        scale, upper_scale, low = stored_scales(scales_ptr, sub_scales_ptr, row, group, n_in, magic, KIND, EVEN)
-        for part in tl.static_range(16 // VECTOR):
-            if GROUPED:
-                column = group[:, :, :, None] * 32 + part * VECTOR + at
-            else:
-                column = start * 32 + part * 2 * GAP + lane[:, :, :, None] * VECTOR + at
-            lower, upper = stored_codes(
-                codes_ptr, high_ptr, row[:, :, :, None], column, part * VECTOR + at, n_in, magic, KIND, GAP, EVEN
-            )
-            for t in tl.static_range(TOKENS):
-                x_at = x_ptr + tl.minimum(t, n_tokens - 1) * x_stride + column
-                x_lower = tl.load(x_at, mask=(column < n_in) | EVEN, other=0).to(tl.float32)
-                x_upper = tl.load(x_at + GAP, mask=(column + GAP < n_in) | EVEN, other=0).to(tl.float32)
-                product = tl.sum(lower * x_lower, axis=3)
-                upper_product = tl.sum(upper * x_upper, axis=3)
-                if KIND == "Q6_K":
-                    product = product * scale + upper_product * upper_scale
-                else:
-                    product = (product + upper_product) * scale
-                if KIND == "Q4_1" or KIND == "Q4_K":
-                    product += low * tl.sum(x_lower + x_upper, axis=3)
-                sums = tl.where(tl.arange(0, TOKENS)[:, None, None] == t, sums + product, sums)
-    _store(tl.sum(sums, axis=2), rows, scales_ptr, bias_ptr, y_ptr, n_tokens, n_out, KIND, GATED, TOKENS, ROWS)
-
-
-@triton.jit(do_not_specialize=["n_tokens", "magic"])
-def _most_kernel(
-    x_ptr: tl.tensor,
-    codes_ptr: tl.tensor,
-    high_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    sub_scales_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    n_tokens: tl.tensor,
-    n_out: tl.tensor,
-    n_in: tl.tensor,
-    x_stride: tl.tensor,
-    magic: tl.tensor,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
 ) -> None:
-    """A program multiplies all tokens x (n_tokens, n_in) with ROWS rows on tensor cores: y (n_tokens, n_out).
+    """A program multiplies all tokens x (n_tokens, n_in) with ROWS rows: y (n_tokens, n_out).
 
-    GROUPS groups at a time become values in x's dtype; lower and upper halves are two products.
+    GROUPS groups of 32 columns at a time are products of their own, which lie apart until the end: warps share them.
+    Rows beyond the last repeat it, unstored. EVEN: n_in is a multiple of 32 * GROUPS.
     """
+    HALVES: tl.constexpr = KIND != "F8_BYTES" and KIND != "F8_E4M3" and KIND != "Q8_0"
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    CODE: tl.constexpr = tl.float16 if tl.float32 == DTYPE else DTYPE
+    UNIT: tl.constexpr = 1.0 if KIND == "F8_BYTES" or KIND == "F8_E4M3" else 2.0**-6 if tl.bfloat16 == CODE else 2.0**-9
     rows = _rows(n_out, ROWS, GATED)
     row = rows[:, None, None]
     token = tl.arange(0, TOKENS)
-    half = tl.arange(0, GROUPS * 16)
-    sums = tl.zeros([TOKENS, ROWS], tl.float32)
-    for start in range(0, tl.cdiv(n_in, 32), GROUPS):
-        group = start + tl.arange(0, GROUPS)[None, :, None]
-        at = tl.arange(0, 16)[None, None, :]
-        lower, upper = stored_values(codes_ptr, high_ptr, scales_ptr, sub_scales_ptr, row, group, at, n_in, magic, KIND)
-        lower = tl.trans(tl.reshape(lower.to(x_ptr.dtype.element_ty), [ROWS, GROUPS * 16]))
-        upper = tl.trans(tl.reshape(upper.to(x_ptr.dtype.element_ty), [ROWS, GROUPS * 16]))
-        column = ((start + half // 16) * 32 + half % 16)[None, :]
-        x_at = x_ptr + token[:, None] * x_stride + column
-        x_lower = tl.load(x_at, mask=(token[:, None] < n_tokens) & (column < n_in), other=0)
-        x_upper = tl.load(x_at + 16, mask=(token[:, None] < n_tokens) & (column + 16 < n_in), other=0)
-        sums = tl.dot(x_lower, lower, sums, input_precision="ieee")
-        sums = tl.dot(x_upper, upper, sums, input_precision="ieee")
-    _store(sums, rows, scales_ptr, bias_ptr, y_ptr, n_tokens, n_out, KIND, GATED, TOKENS, ROWS)
+    x_row = (token * x_stride)[None, :, None]
+    token_ok = (token < n_tokens)[None, :, None]
+    sums = tl.zeros([GROUPS, ROWS, TOKENS], tl.float32)
+    for start in tl.range(0, tl.cdiv(n_in, 32), GROUPS, num_stages=STAGES):
+        group = start + tl.arange(0, GROUPS)
+        if KIND == "F8_BYTES":
+            column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
+            ok = column < n_in
+            values = from_e4m3(tl.load(codes_ptr + row * n_in + column[None, :, :], mask=ok[None, :, :], other=0))
+            x = tl.load(x_ptr + x_row + column[:, None, :], mask=token_ok & ok[:, None, :], other=0.0)
+            sums += _product(values, x, DTYPE)
+        else:
+            ok = (group < n_groups) | EVEN
+            words, high = stored_words(
+                codes_ptr, high_ptr, row, group[None, :, None], ok[None, :, None], n_groups, KIND
+            )
+            codes = lower_codes(words, high, KIND, CODE)
+            x_at = x_ptr + x_row + group[:, None, None] * 32
+            x_ok = token_ok & ok[:, None, None]
+            SIZE: tl.constexpr = 16 if HALVES else 32
+            at = tl.arange(0, SIZE)[None, None, :]
+            x = tl.load(x_at + at, mask=x_ok, other=0.0)
+            product = _product(codes, x, DTYPE)
+            if HALVES:
+                x_upper = tl.load(x_at + 16 + at, mask=x_ok, other=0.0)
+                upper = _product(upper_codes(words, high, KIND, CODE), x_upper, DTYPE)
+            if KIND == "F8_E4M3":
+                sums += product
+            else:
+                scale, upper_scale, low = stored_scales(
+                    scales_ptr, sub_scales_ptr, rows[None, :], group[:, None], ok[:, None], n_groups, KIND
+                )
+                if KIND == "Q6_K":
+                    sums += scale[:, :, None] * product
+                    sums += upper_scale[:, :, None] * upper
+                elif HALVES:
+                    sums += scale[:, :, None] * (product + upper)
+                else:
+                    sums += scale[:, :, None] * product
+                if KIND == "Q4_1" or KIND == "Q4_K":
+                    ones = units(words, CODE)
+                    sums += low[:, :, None] * (_product(ones, x, DTYPE) + _product(ones, x_upper, DTYPE))
+    y = tl.sum(sums, axis=0) * (1 / UNIT)
+    _store(y, rows, scales_ptr, bias_ptr, y_ptr, n_tokens, n_out, KIND, GATED, TOKENS, ROWS)
 
 
-@triton.jit(do_not_specialize=["magic"])
-def _dense_kernel(
+@triton.jit
+def _product(values: tl.tensor, x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """Of values (rows, groups, n) and x (groups, tokens, n), in DTYPE: fp32 (groups, rows, tokens)."""
+    if INTERPRETED:
+        values, x = values.to(tl.float32), x.to(tl.float32)
+    else:
+        values, x = values.to(DTYPE), x.to(DTYPE)
+    return tl.dot(tl.permute(values, [1, 0, 2]), tl.permute(x, [0, 2, 1]), input_precision="ieee")
+
+
+@triton.jit
+def _dequantize_kernel(
     codes_ptr: tl.tensor,
     high_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     sub_scales_ptr: tl.tensor,
     values_ptr: tl.tensor,
     n_in: tl.tensor,
-    magic: tl.tensor,
+    n_groups: tl.tensor,
     KIND: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
     """A program decodes GROUPS groups of a row into values (n_out, n_in)."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
-    at = tl.arange(0, 16)[None, :]
-    lower, upper = stored_values(codes_ptr, high_ptr, scales_ptr, sub_scales_ptr, row, group, at, n_in, magic, KIND)
-    if KIND == "F8_E4M3":
-        scale = tl.load(scales_ptr + row)
-        lower *= scale
-        upper *= scale
-    column = group * 32 + at
-    to = values_ptr + row * n_in + column
-    tl.store(to, lower.to(values_ptr.dtype.element_ty), mask=column < n_in)
-    tl.store(to + 16, upper.to(values_ptr.dtype.element_ty), mask=column + 16 < n_in)
+    row = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)[:, None, None]
+    group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    column = group * 32 + tl.arange(0, 32)[None, None, :]
+    ok = column < n_in
+    if KIND == "F8_BYTES":
+        values = from_e4m3(tl.load(codes_ptr + row * n_in + column, mask=ok, other=0))
+    else:
+        exists = group < n_groups
+        words, high = stored_words(codes_ptr, high_ptr, row, group, exists, n_groups, KIND)
+        values = lower_codes(words, high, KIND, tl.float16).to(tl.float32)
+        if KIND != "F8_E4M3":
+            scale, upper_scale, low = stored_scales(scales_ptr, sub_scales_ptr, row, group, exists, n_groups, KIND)
+            values *= scale * 512
+        if KIND != "F8_E4M3" and KIND != "Q8_0":
+            upper = upper_codes(words, high, KIND, tl.float16).to(tl.float32) * (upper_scale * 512)
+            if KIND == "Q4_1" or KIND == "Q4_K":
+                values += low
+                upper += low
+            values = tl.reshape(tl.permute(tl.join(values, upper), [0, 1, 3, 2]), [1, GROUPS, 32])
+    if KIND == "F8_E4M3" or KIND == "F8_BYTES":
+        values *= tl.load(scales_ptr + row)
+    tl.store(values_ptr + row * n_in + column, values.to(values_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -276,16 +290,16 @@ def _store(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """Finish the sums y (TOKENS, ROWS) of `rows`, and store them as (n_tokens, n_out)."""
+    """Finish the sums y (ROWS, TOKENS) of `rows`, and store them as (n_tokens, n_out)."""
     COLUMNS: tl.constexpr = ROWS // 2 if GATED else ROWS
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if KIND == "F8_E4M3":
-        y *= tl.load(scales_ptr + rows)[None, :]
+    if KIND == "F8_E4M3" or KIND == "F8_BYTES":
+        y *= tl.load(scales_ptr + rows)[:, None]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
     if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(y, [TOKENS, 2, COLUMNS]), [0, 2, 1]))
+        gate, up = tl.split(tl.permute(tl.reshape(y, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         y = gate / (1 + tl.exp(-gate)) * up
-    token = tl.arange(0, TOKENS)[:, None]
-    mask = (token < n_tokens) & (column[None, :] < n_out)
-    tl.store(y_ptr + token * n_out + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    token = tl.arange(0, TOKENS)[None, :]
+    mask = (token < n_tokens) & (column[:, None] < n_out)
+    tl.store(y_ptr + token * n_out + column[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)

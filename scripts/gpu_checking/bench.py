@@ -52,4 +52,6 @@ def prepare_interpreter() -> None:
     """Large programs, as it takes as long for a few rows as for many."""
     if not triton.knobs.runtime.interpret:
         raise ValueError("on a CPU Triton's interpreter runs the kernels: set TRITON_INTERPRET=1, and give --size tiny")
-    products.ROWS, elementwise.VECTOR = dict.fromkeys(products.ROWS, 256), 4096
+    tile = products.Tile(256, 16, 4, 1)
+    products.TILES = dict.fromkeys(products.TILES, dict.fromkeys((products.FEW, products.MOST), (tile, tile)))
+    products.FP32_TILE, elementwise.VECTOR = tile, 4096

@@ -12,8 +12,8 @@ from gpu_checking.bench import Bench
 from gpu_checking.random_models import random_weight
 from gpu_checking.report import differing, relative_error
 from llama import gpu_layers
-from llama.gpu import products
-from llama.gpu.planes import MOST
+from llama.gpu import elementwise, products
+from llama.gpu.planes import MOST_UNROUNDED
 from llama.gpu_layers import GpuWeight
 
 FORMS = ("bf16", "fp16", "int8", "int4", "Q4_0", "Q4_K", "Q6_K", "fp8")
@@ -41,8 +41,8 @@ def check_form(bench: Bench, form: str) -> None:
         check(f"{what}, tokens: 3, bias", FEW_BOUND, case.few_error, 3, torch.randn(rows, device=bench.device))
         check(f"{what}, gated, tokens: {products.FEW}", 2 * FEW_BOUND, case.gated_error)
         check(f"{what}, values that differ alone and among {products.FEW}", 0, case.differing_alone)
-        for n in MANY:
-            rounds = form == "fp8" and n > MOST
+        for n in (products.MOST, *MANY):
+            rounds = form == "fp8" and n > MOST_UNROUNDED
             check(f"{what}, tokens: {n}", FP8_BOUND if rounds else eps, case.many_error, n)
 
 
@@ -56,7 +56,7 @@ class Case:
 
     def few_error(self, n: int, bias: Tensor | None = None) -> float:
         exact = self.exact[:n] if bias is None else self.exact[:n] + bias
-        return relative_error(products.multiply(self.x[:n], self.weight, bias, torch.float32), exact)
+        return relative_error(gpu_layers.multiply(self.x[:n], self.weight, bias, torch.float32), exact)
 
     def many_error(self, n: int) -> float:
         return relative_error(gpu_layers.multiply(self.x[:n], self.weight), self.exact[:n])
@@ -66,13 +66,17 @@ class Case:
         rows = self.weight.shape[0] - 3
         both = self.weight[:rows] if isinstance(self.weight, Tensor) else self.weight.part(0, rows)
         gates, ups = self.exact[: products.FEW, :rows].chunk(2, dim=-1)
-        y = products.multiply_gated(self.x[: products.FEW], both, torch.float32)
+        x = self.x[: products.FEW]
+        if isinstance(both, Tensor):
+            y = elementwise.gate(gpu_layers.multiply(x, both, None, torch.float32))
+        else:
+            y = products.multiply_gated(x, both, torch.float32)
         return relative_error(y, F.silu(gates) * ups)
 
     def differing_alone(self) -> float:
-        together = products.multiply(self.x[: products.FEW], self.weight, None, torch.float32)
+        together = gpu_layers.multiply(self.x[: products.FEW], self.weight, None, torch.float32)
         tokens = (0, 2, products.FEW - 1)
-        alone = [products.multiply(self.x[i : i + 1], self.weight, None, torch.float32) for i in tokens]
+        alone = [gpu_layers.multiply(self.x[i : i + 1], self.weight, None, torch.float32) for i in tokens]
         return differing(torch.cat(alone), together[list(tokens)])
 
 

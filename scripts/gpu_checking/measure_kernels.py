@@ -13,9 +13,11 @@ from gpu_checking.bench import Bench
 from gpu_checking.clock import UNCACHED, copy_gb_s, seconds_each
 from gpu_checking.random_models import Maker
 from gpu_checking.sizes import FLOATS
+from llama import gpu_layers
 from llama.config import ModelArgs
 from llama.gpu import attention, elementwise, products
 from llama.gpu import sampling as gpu_sampling
+from llama.gpu_layers import GpuWeight
 from llama.rope import Rotary
 
 N_TOKENS = (1, products.FEW)
@@ -44,6 +46,12 @@ def measure_linears(bench: Bench) -> None:
                 bench.report.measure(what, measure_linear, bench, form, name, *shape)
 
 
+def gated_product(x: Tensor, weight: GpuWeight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return elementwise.gate(gpu_layers.multiply(x, weight), x.dtype)
+    return products.multiply_gated(x, weight)
+
+
 @torch.inference_mode()
 def measure_linear(bench: Bench, form: str, name: str, rows: int, columns: int) -> None:
     """GB/s of weights in turn that no cache holds together; the gates' are ours with the gate."""
@@ -52,13 +60,17 @@ def measure_linear(bench: Bench, form: str, name: str, rows: int, columns: int) 
     many = UNCACHED // weights[0].nbytes if bench.device.type == "cuda" else 0
     weights += [make(name, (rows, columns)) for _ in range(many)]
     for n in N_TOKENS:
-        x = torch.randn(n, columns, device=bench.device, dtype=bench.dtype)
-        multiply = products.multiply_gated if name == "w1 w3" else products.multiply
+        # Layers hand floats the rows that they are multiplied as.
+        n_rows = products.FEW if form == FLOATS else n
+        x = torch.randn(n_rows, columns, device=bench.device, dtype=bench.dtype)
+        multiply = gated_product if name == "w1 w3" else gpu_layers.multiply
         ours = seconds_each([partial(multiply, x, weight) for weight in weights], bench)
         cublas: float | None = None
         if form == FLOATS:
             floats = [weight for weight in weights if isinstance(weight, Tensor)]
-            cublas = weights[0].nbytes / seconds_each([partial(F.linear, x, weight) for weight in floats], bench) / 1e9
+            cublas = (
+                weights[0].nbytes / seconds_each([partial(F.linear, x[:n], weight) for weight in floats], bench) / 1e9
+            )
         bench.report.add(
             "linears",
             form=bench.shown(form),

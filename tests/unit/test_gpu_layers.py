@@ -30,7 +30,10 @@ ARGS = ModelArgs(dim=64, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=64, hid
 def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a few rows as for many."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(products, "ROWS", dict.fromkeys(products.ROWS, 64))
+        tile = products.Tile(64, 4, 4, 1)
+        tiles = dict.fromkeys((products.FEW, products.MOST), (tile, tile))
+        monkeypatch.setattr(products, "TILES", dict.fromkeys(products.TILES, tiles))
+        monkeypatch.setattr(products, "FP32_TILE", tile)
         monkeypatch.setattr(elementwise, "VECTOR", 4096)
 
 
