@@ -45,7 +45,6 @@ def rotate_and_keep(
 
     Rotated keys, and values, go to the cache from start_pos on.
 
-
     qkv: (bsz * seqlen, (n_heads + 2 * n_kv_heads) * head_dim), contiguous, as one product made it.
     rotation: complex64 (bsz, seqlen, 1, head_dim / 2), as `llama.rope.rotate` takes it.
     start_pos: (bsz,), int64. keys, values: (at least bsz, max_seq_len, n_kv_heads, head_dim), of any strides but the
