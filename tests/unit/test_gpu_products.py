@@ -252,6 +252,6 @@ def test_kernels_compile_for_gpus_and_spill_nothing() -> None:
 
 
 def test_one_program_serves_one_token_and_few() -> None:
-    """Compiled apart, a product fused with a sum here and not there rounded another bit, as only a GPU showed."""
+    """Programs compiled apart for 1 and 8 tokens differed in last bits, as only a GPU showed."""
     for kind, n_rows in itertools.product(POINTERS, (4096, 28672)):
         assert len({products.tile_for(kind, n, n_rows, torch.bfloat16) for n in range(1, FEW + 1)}) == 1
