@@ -73,3 +73,10 @@ def test_without_a_gpu_or_an_interpreter_nothing_is_claimed() -> None:
     done = processes.python(SCRIPT, *TINY, env={"TRITON_INTERPRET": "0"})
     assert done.returncode == 1
     assert "set TRITON_INTERPRET=1" in done.stderr
+
+
+def test_peers_alone_are_named(tmp_path: Path) -> None:
+    """They compile for minutes, which they did not have among all that is measured."""
+    done = processes.python(SCRIPT, *TINY, "--only", "peers", env=INTERPRETED)
+    assert done.returncode == 1
+    assert "--only peers takes --peers, --gpt_fast or both" in done.stderr
