@@ -66,16 +66,12 @@ def random_model(
             for name, linear in half.named_children():
                 _set(linear, make(name, linear.weight.shape))
     output, table = model.output, model.tok_embeddings
-    table_shape = table.weight.shape
-    _set(output, make("output", output.weight.shape, times=LOGITS))
-    _set(
-        table,
-        make("output", table_shape, times=LOGITS)
-        if args.tied_embeddings
-        else random_values(table_shape, 1.0, device, dtype),
-    )
     if args.tied_embeddings:
+        _set(table, make("output", table.weight.shape, times=LOGITS))
         tie_output(output, table)
+    else:
+        _set(output, make("output", output.weight.shape, times=LOGITS))
+        _set(table, random_values(table.weight.shape, 1.0, device, dtype))
     model.rope.to(device)
     CudaBackend(device).bind(model)
     return model
