@@ -36,7 +36,7 @@ REFUSED_KEYS = {
 
 # What a params.json may say of the scaled RoPE, and the fields of Llama3Scaling that it means.
 ROPE_KEYS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_freq_factor"}
-# (dim, n_layers) of the models whose scaled RoPE has factor 32; their params.json says only `use_scaled_rope`.
+# (dim, n_layers) of the models whose scaled RoPE has factor 32: see D13.
 SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
 
 

@@ -1,4 +1,4 @@
-"""Llama: weights, tokenizer and one stream of tokens; `generate` and the completions only fold over it.
+"""Llama: weights, tokenizer and one stream of token events; `generate` and the completions only fold over it.
 
 Knows nothing of file formats, of process groups or of terminals.
 """
@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-
-import torch
+from typing import Any
 
 from llama.chat.formats import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
 from llama.chat.infilling import infilling_tokens
 from llama.engine.build import build_draft, build_model
-from llama.engine.metrics import Statistics
+from llama.engine.metrics import Metrics
+from llama.engine.options import BuildOptions
 from llama.engine.prompts import check_prompts, encode_texts
-from llama.engine.runner_pool import Kept
-from llama.engine.scheduler import Batch, Row
-from llama.engine.speculative import Draft, Lookup, Proposer, check_speculation
-from llama.memory.estimate import Job
+from llama.engine.runner_pool import RunnerPool
+from llama.engine.scheduler import Scheduler
+from llama.engine.sequence import make_sequences
 from llama.model import Transformer
-from llama.outputs import ChatPrediction, CompletionPrediction, InfillingPrediction, Step, predictions
-from llama.sampling import SamplingParams, uniforms
-from llama.tokenizer import StreamDecoder, Tokenizer
+from llama.outputs import ChatPrediction, CompletionPrediction, InfillingPrediction, TokenEvent, fold_events
+from llama.sampling import SamplingParams
+from llama.tokenizer import Tokenizer
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "Step"]
+__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "TokenEvent"]
 
 
 class Llama:
-    """A model that completes text. Under several ranks, every rank makes the same calls and gets the same results."""
+    """A model that completes text. Under several ranks, every rank makes the same calls and gets the same results.
+
+    The examples below run on the demo model, with `llm` made by that of `build`.
+    """
 
     def __init__(
         self,
@@ -40,20 +42,20 @@ class Llama:
         speculate: str | None = None,
         draft: Transformer | None = None,
     ) -> None:
-        check_speculation(speculate, draft)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.seed = seed
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.chat_format: ChatFormat = choose_chat_format(tokenizer, chat_format)
-        self.speculate = speculate
-        self.draft = draft
-        self.statistics = Statistics()
-        # Control tokens, and the rows of an embedding that only pad it: they add nothing to a text.
-        self._silent_tokens = frozenset(tokenizer.special_tokens.values()).union(
-            range(tokenizer.n_words, model.args.vocab_size)
-        )
-        self._rows_seeded = 0
-        self._kept = Kept(model, draft)
+        self.scheduler = Scheduler(RunnerPool(model, draft), tokenizer, speculate)
+        self._sequences_seeded = 0
+
+    @property
+    def draft(self) -> Transformer | None:
+        """The draft model of speculative decoding."""
+        return self.scheduler.pool.draft
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the calls so far have cost."""
+        return self.scheduler.metrics
 
     @staticmethod
     def build(
@@ -63,42 +65,42 @@ class Llama:
         max_batch_size: int = 32,
         model_parallel_size: int | None = None,
         seed: int = 1,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        chat_format: str | None = None,
-        quantize: str | None = None,
-        compile: bool = False,
-        speculate: str | None = None,
-        draft_ckpt_dir: str | os.PathLike[str] | None = None,
-        draft_quantize: str | None = None,
+        **options: Any,
     ) -> Llama:
-        """Load a checkpoint (Meta or Hugging Face folder, GGUF file) on this process, or split over torchrun's ranks.
+        """Load a checkpoint on this process, or split over torchrun's ranks.
 
-        Left out: the tokenizer is looked for beside or inside the weights, model_parallel_size is the world size,
-        device is CUDA, MPS or CPU, the first there is, and dtype is what the device computes well. quantize int8, int4
-        or, on a GPU, fp8 holds weights in so many bits; compile lets torch compile the decode step; speculate "lookup"
-        guesses tokens from those before, draft_ckpt_dir with a smaller model, or with the same and draft_quantize:
-        texts stay the same. Whatever is wrong with the files or the choices raises ValueError or FileNotFoundError,
-        on every rank if on one.
+        Args:
+            ckpt_dir: a Meta or Hugging Face folder, or a GGUF file.
+            tokenizer_path: the tokenizer's file; None looks for it beside or inside the weights.
+            max_seq_len: the most tokens of a prompt and its completion together.
+            max_batch_size: the most prompts to run at once; more are run in turn.
+            model_parallel_size: how many ranks share one copy of the model; None is all.
+            seed: what the sampling of all calls begins with.
+            options: the other fields of `BuildOptions`, such as device, dtype, quantize, speculate and draft_ckpt_dir.
+
+        Raises ValueError or OSError, on every rank if on one, for whatever is wrong with the files or the choices.
+
+        >>> llm = Llama.build("models/SmolLM2-135M-Instruct.Q4_1.gguf", max_seq_len=256)
         """
-        check_speculation(speculate, draft_ckpt_dir, draft_quantize)
-        model, tokenizer = build_model(
-            ckpt_dir,
-            tokenizer_path,
-            max_seq_len,
-            max_batch_size,
-            model_parallel_size,
-            device=device,
-            dtype=dtype,
-            chat_format=chat_format,
-            quantize=quantize,
-            compile=compile,
+        limits = max_seq_len, max_batch_size, model_parallel_size
+        return Llama.from_options(BuildOptions(ckpt_dir, tokenizer_path, *limits, seed, **options))
+
+    @staticmethod
+    def from_options(options: BuildOptions) -> Llama:
+        """Load a checkpoint as `build` does, from choices that travel together.
+
+        >>> llm = Llama.from_options(BuildOptions("models/SmolLM2-135M-Instruct.Q4_1.gguf", quantize="int8"))
+        """
+        model, tokenizer = build_model(options)
+        draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
+        return Llama(
+            model,
+            tokenizer,
+            seed=options.seed,
+            chat_format=options.chat_format,
+            speculate=options.speculate,
+            draft=draft,
         )
-        draft = None
-        if draft_ckpt_dir is not None:
-            draft = build_draft(draft_ckpt_dir, model, tokenizer, dtype=dtype, quantize=draft_quantize, compile=compile)
-        return Llama(model, tokenizer, seed=seed, chat_format=chat_format, speculate=speculate, draft=draft)
 
     def stream(
         self,
@@ -110,27 +112,34 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | None = None,
-        at_start: bool = False,
-        keep: bool = False,
-    ) -> Iterator[Step]:
-        """Complete prompts of any lengths, at most max_batch_size at a time, step by step as tokens come.
+        add_prefix_space: bool = False,
+        keep_cache: bool = False,
+    ) -> Iterator[TokenEvent]:
+        """Complete prompts of any lengths, at most max_batch_size at a time, event by event as tokens come.
 
-        With echo the prompt's tokens come first. A log-probability is that of a token under the raw logits; a
-        prompt's first token has none, and 0.0 stands for it. at_start drops the space with which SentencePiece begins
-        a text, as for an answer in a chat; otherwise the pieces continue the prompt. keep is for a chat's one prompt:
-        its cache stays, and the next stream to be kept computes only what its prompt does not begin with alike.
+        Args:
+            prompt_tokens: token ids of each prompt, at least one.
+            max_gen_len: the most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
+            temperature: 0 is greedy; higher is more varied.
+            top_p: the probability mass of the nucleus that tokens are drawn from, in (0, 1].
+            logprobs: whether events have log-probabilities, under the raw logits; a prompt's first token has none.
+            echo: whether the tokens of the prompts come first.
+            seed: the same seed gives the same tokens; None goes on with the model's own sequence of seeds.
+            add_prefix_space: whether the new tokens begin a text, as an answer in a chat does, so that the space which
+                SentencePiece puts before a first word is stripped; else they continue the prompt.
+            keep_cache: whether the cache stays, for a chat's one prompt: the next call to keep it reads only what is
+                new.
 
-        The arguments are checked before this returns: ValueError. NaN logits raise ValueError while iterating.
+        Raises ValueError for wrong arguments at once, and while iterating where logits are NaN.
+
+        >>> for event in llm.stream(llm.encode_prompts(["The capital of France is"]), max_gen_len=2, temperature=0):
+        ...     print(event.index, event.token, repr(event.text), event.finish_reason)
+        0 7042 ' Paris' None
+        0 30 '.' None
+        0 None '' length
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, seed)
-        check_prompts(prompt_tokens, self.model.args, params.max_gen_len)
-        if keep and len(prompt_tokens) > 1:
-            raise ValueError(f"keep is for one prompt at a time, got {len(prompt_tokens)}")
-        first = 0
-        if params.seed is None:
-            first = self._rows_seeded
-            self._rows_seeded += len(prompt_tokens)
-        return self._stream(prompt_tokens, params, first, logprobs, echo, at_start, keep)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
+        return self._stream(prompt_tokens, params, add_prefix_space, keep_cache)
 
     def generate(
         self,
@@ -143,13 +152,19 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """New tokens of each prompt, without the end token, and their log-probabilities when asked for."""
+        """Generate the new tokens of each prompt, without the end token, and their log-probabilities when asked for.
+
+        Args: as for `stream`; with echo the prompts' tokens come first, and 0.0 stands for the score of the first.
+
+        >>> llm.generate(llm.encode_prompts(["The capital of France is"]), max_gen_len=2, temperature=0)
+        ([[7042, 30]], None)
+        """
         tokens: list[list[int]] = [[] for _ in prompt_tokens]
         scores: list[list[float]] = [[] for _ in prompt_tokens]
-        for step in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed=seed):
-            if step.token is not None:
-                tokens[step.row].append(step.token)
-                scores[step.row].append(step.logprob or 0.0)
+        for event in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed=seed):
+            if event.token is not None:
+                tokens[event.index].append(event.token)
+                scores[event.index].append(event.logprob or 0.0)
         return tokens, scores if logprobs else None
 
     def text_completion(
@@ -163,11 +178,15 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> list[CompletionPrediction]:
-        """Continue each text. A generation keeps its leading space; `tokens` are the texts of single tokens."""
-        steps = self.stream(
-            self.encode_prompts(prompts), max_gen_len, temperature, top_p, logprobs, echo, seed=seed, at_start=echo
-        )
-        return predictions(steps, len(prompts), self.tokenizer, logprobs)
+        """Continue each text. A generation keeps its leading space; `tokens` are the texts of single tokens.
+
+        Args: texts to continue; the others as for `stream`.
+
+        >>> llm.text_completion(["The capital of France is"], temperature=0, max_gen_len=2)
+        [{'generation': ' Paris.', 'tokens': [' Paris', '.'], 'finish_reason': 'length'}]
+        """
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
+        return self._complete(self.encode_prompts(prompts), params, add_prefix_space=echo)
 
     def chat_completion(
         self,
@@ -179,17 +198,22 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> list[ChatPrediction]:
-        """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked."""
-        SamplingParams(temperature, top_p, max_gen_len, seed)  # checks them, also where every dialog is unsafe
+        """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked.
+
+        Args: dialogs, each a list of messages with a role and a content, the last the user's; the others as for
+        `stream`.
+
+        >>> [answer] = llm.chat_completion([[{"role": "user", "content": "What is the capital of France?"}]], 0)
+        >>> answer["generation"]
+        {'role': 'assistant', 'content': 'The capital of France is Paris.'}
+        """
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs)
         for dialog in dialogs:
             check_messages(dialog)
         safe = [dialog for dialog in dialogs if not self.chat_format.is_unsafe(dialog)]
         answers: Iterator[CompletionPrediction] = iter(())
         if safe or not dialogs:
-            steps = self.stream(
-                self.encode_dialogs(safe), max_gen_len, temperature, top_p, logprobs, seed=seed, at_start=True
-            )
-            answers = iter(predictions(steps, len(safe), self.tokenizer, logprobs))
+            answers = iter(self._complete(self.encode_dialogs(safe), params, add_prefix_space=True))
         refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
         if logprobs:
             refusal["logprobs"] = []
@@ -212,20 +236,33 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> list[InfillingPrediction]:
-        """Fill the gap between each prefix and its suffix; `full_text` is all three together (Code Llama)."""
+        """Fill the gap between each prefix and its suffix; `full_text` is all three together (arXiv:2308.12950).
+
+        Args: texts before and after the gaps, as many; suffix_first: whether the model reads the suffix first; the
+        others as for `stream`.
+
+        Raises ValueError where the tokenizer has no tokens for it, as only Code Llama's has.
+
+        >>> llm.text_infilling(["def add(a, b):"], ["return c"])
+        Traceback (most recent call last):
+        ValueError: infilling needs the tokens ▁<PRE>, ▁<SUF> and ▁<MID>, which this tokenizer lacks
+        """
         if len(prefixes) != len(suffixes):
             raise ValueError(f"every prefix needs a suffix, got {len(prefixes)} and {len(suffixes)}")
         pairs = list(zip(prefixes, suffixes, strict=True))
         prompts = [infilling_tokens(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in pairs]
-        steps = self.stream(prompts, max_gen_len, temperature, top_p, logprobs, seed=seed)
-        filled = predictions(steps, len(prompts), self.tokenizer, logprobs)
+        filled = self._complete(prompts, SamplingParams(temperature, top_p, max_gen_len, seed, logprobs))
         return [
             InfillingPrediction(**fill, full_text=prefix + fill["generation"] + suffix)
             for fill, (prefix, suffix) in zip(filled, pairs, strict=True)
         ]
 
     def encode_dialogs(self, dialogs: Sequence[Dialog]) -> list[list[int]]:
-        """Token ids up to where each dialog's answer begins; ValueError when a dialog does not fit the format.
+        """Encode dialogs up to where each answer begins; ValueError when a dialog does not fit the format.
+
+        >>> [tokens] = llm.encode_dialogs([[{"role": "user", "content": "Hi"}]])
+        >>> llm.tokenizer.decode(tokens[-7:])
+        'Hi<|im_end|>\\n<|im_start|>assistant\\n'
 
         The first of the ranks that share the model encodes for all: a template may look at the clock.
         """
@@ -241,55 +278,34 @@ class Llama:
         return encoded
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts to continue; an empty text is the begin token, as nothing cannot be continued."""
+        """Encode texts to continue; an empty text is the begin token, as nothing cannot be continued.
+
+        >>> llm.encode_prompts(["The capital of France is"])
+        [[504, 3575, 282, 4649, 314]]
+        """
         return encode_texts(self.tokenizer, prompts)
+
+    def _complete(
+        self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, add_prefix_space: bool = False
+    ) -> list[CompletionPrediction]:
+        events = self._stream(prompt_tokens, params, add_prefix_space)
+        return fold_events(events, len(prompt_tokens), self.tokenizer, params.logprobs)
 
     def _stream(
         self,
         prompt_tokens: Sequence[Sequence[int]],
         params: SamplingParams,
-        first: int,
-        logprobs: bool,
-        echo: bool,
-        at_start: bool,
-        keep: bool,
-    ) -> Iterator[Step]:
-        most = self.model.args.max_batch_size
-        for i in range(0, len(prompt_tokens), most):
-            rows = self._rows(prompt_tokens[i : i + most], i, params, first)
-            yield from self._run(rows, params, logprobs, echo, at_start, keep)
-
-    def _rows(self, prompts: Sequence[Sequence[int]], place: int, params: SamplingParams, first: int) -> list[Row]:
-        seed = self.seed if params.seed is None else params.seed
-        rows = []
-        for i, prompt in enumerate(prompts, place):
-            limit = self.model.args.max_seq_len - len(prompt)
-            if params.max_gen_len is not None:
-                limit = min(limit, params.max_gen_len)
-            rows.append(Row(i, prompt, limit, uniforms(seed, first + i, limit)))
-        return rows
-
-    @torch.inference_mode()
-    def _run(
-        self, rows: list[Row], params: SamplingParams, logprobs: bool, echo: bool, at_start: bool, keep: bool
-    ) -> Iterator[Step]:
-        """Complete one batch, and give its tokens their texts."""
-        decoders = {row.place: StreamDecoder(self.tokenizer, at_start) for row in rows}
-        length = max(len(row.prompt) + row.limit for row in rows)
-        guessed = self.speculate is not None or self.draft is not None
-        job = Job(len(rows), max(len(row.prompt) for row in rows), length, echo and logprobs, guessed)
-        steps = self._kept.take(job, keep)
-        proposer: Proposer | None = Lookup() if self.speculate == "lookup" else None
-        if self.draft is not None:
-            proposer = Draft(steps[1])
-        batch = Batch(steps[0], rows, params, self.tokenizer.stop_tokens, logprobs, self.statistics, proposer)
-        try:
-            for new in batch.run(echo):
-                decoder, text = decoders[new.place], ""
-                if new.token is None:
-                    text = decoder.flush()
-                elif new.token not in self._silent_tokens:
-                    text = decoder.push(new.token)
-                yield Step(new.place, new.token, text, new.logprob, new.finish_reason)
-        finally:
-            self._kept.give_back(steps, keep)
+        add_prefix_space: bool = False,
+        keep_cache: bool = False,
+    ) -> Iterator[TokenEvent]:
+        """See `stream`. The scheduler's own events are returned, so that no token passes through here."""
+        check_prompts(prompt_tokens, self.model.args, params.max_gen_len)
+        if keep_cache and len(prompt_tokens) > 1:
+            raise ValueError(f"keep_cache is for one prompt at a time, got {len(prompt_tokens)}")
+        seed, first = params.seed, 0
+        if seed is None:
+            seed, first = self.seed, self._sequences_seeded
+            self._sequences_seeded += len(prompt_tokens)
+        max_seq_len = self.model.args.max_seq_len
+        sequences = make_sequences(prompt_tokens, params, max_seq_len, seed, first, self.tokenizer, add_prefix_space)
+        return self.scheduler.run(sequences, params, keep_cache)

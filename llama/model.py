@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,22 @@ from llama.cache import KVCache
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from llama.quantization.linear import Quantized, Weight
+from llama.quantization.weights import Weight
 from llama.rope import Rotary, rotate
 
 __all__ = ["ModelArgs", "Transformer"]
+
+
+class LayersBackend(Protocol):
+    """What a backend computes for a model; `llama.backends.base.Backend` is the whole protocol."""
+
+    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+        """See `Transformer.run_layers`."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute this rank's logits of final states (..., dim): fp32 (..., local vocabulary)."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -84,7 +96,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
-        hidden_dim = parallel.part(args.hidden_dim, parallel.block)
+        hidden_dim = parallel.part(args.hidden_dim, parallel.ffn_multiple)
         self.w1 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
         self.w2 = RowParallelLinear(hidden_dim, args.dim, parallel, args.mlp_bias)
         self.w3 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
@@ -121,8 +133,8 @@ class Transformer(nn.Module):
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling)
-        # What runs the layers instead of their own forward, set from outside: see fused.py and compiled.py.
-        self.fused: Callable[[Tensor, Tensor, Tensor, int, KVCache], Tensor] | None = None
+        # What computes the layers in place of their own forward, bound from outside: see backends/base.py.
+        self.backend: LayersBackend | None = None
 
     def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
         """Logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden` and then `logits`."""
@@ -150,7 +162,7 @@ class Transformer(nn.Module):
         assert seqlen <= kv_len <= cache.keys.shape[2], (seqlen, kv_len, cache.keys.shape)
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
         rotation = self.rope(positions, lengths)
-        run = self.fused or self.run_layers
+        run = self.run_layers if self.backend is None else self.backend.run_layers
         return run(tokens, positions, rotation, kv_len, cache)
 
     def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
@@ -172,15 +184,19 @@ class Transformer(nn.Module):
         return mask & (keys > queries - window) if window < kv_len else mask
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""
-        return self.parallel.all_gather(self.output(hidden, torch.float32))[..., : self.args.vocab_size]
+        """Compute next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""
+        backend = self.backend
+        logits = self.output(hidden, torch.float32) if backend is None else backend.logits(hidden)
+        if self.parallel.size > 1:
+            logits = self.parallel.all_gather(logits)[..., : self.args.vocab_size]
+        return logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
-        self.fused = None  # it knows the weights where they were
+        self.backend = None  # it knows the weights where they were
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.fused = None
+        self.backend = None
         return super().load_state_dict(*args, **kwargs)
 
     @property
@@ -200,18 +216,19 @@ class Transformer(nn.Module):
 
     @property
     def weight_types(self) -> list[str]:
-        """What matrices are held in, the most bytes first: names of block types, or the dtype's."""
+        """What matrices are held in, the most bytes first: names of block types, or of the dtype."""
+        floats = str(self.dtype).removeprefix("torch.")
         counts: Counter[str] = Counter()
         for weight in self._weights():
             if len(weight.shape) > 1:
-                floats = str(self.dtype).removeprefix("torch.")
-                counts[floats if isinstance(weight, Tensor) else weight.block_type.name] += weight.nbytes
+                block_type = getattr(weight, "block_type", None)
+                counts[block_type.name if block_type else floats] += weight.nbytes
         return [name for name, _ in counts.most_common()]
 
     def _weights(self) -> list[Weight]:
-        """Every weight once, those in blocks as one."""
-        blocks = [module for module in self.modules() if isinstance(module, Quantized)]
-        return [*self.parameters(), *blocks]
+        """Return every weight and bias once, also where two modules hold the same."""
+        held = [getattr(module, name, None) for module in self.modules() for name in ("weight", "bias")]
+        return list({id(weight): weight for weight in held if weight is not None}.values())
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:
         """An empty cache for `bsz` rows of `max_seq_len` positions, in the dtype and on the device of the model."""

@@ -35,33 +35,35 @@ class InfillingPrediction(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Step:
-    """One token of one row, or its end: the last step of a row has no token, and says why it is the last."""
+class TokenEvent:
+    """A token of one prompt, or its end: the last event of a prompt has no token, and says why it is the last."""
 
-    row: int  # the prompt's place in the input
+    index: int  # the prompt's place in the input
     token: int | None
     text: str  # what the token adds; a character comes when it is complete, a control token adds nothing
     logprob: float | None = None
     finish_reason: FinishReason | None = None
 
 
-def predictions(steps: Iterable[Step], n_rows: int, tokenizer: Tokenizer, logprobs: bool) -> list[CompletionPrediction]:
-    """What the steps of each of n_rows prompts add up to."""
-    rows: list[list[Step]] = [[] for _ in range(n_rows)]
-    for step in steps:
-        rows[step.row].append(step)
-    return [_prediction(row, tokenizer, logprobs) for row in rows]
+def fold_events(
+    events: Iterable[TokenEvent], n_prompts: int, tokenizer: Tokenizer, logprobs: bool
+) -> list[CompletionPrediction]:
+    """Fold the events of n_prompts prompts into one prediction each."""
+    by_prompt: list[list[TokenEvent]] = [[] for _ in range(n_prompts)]
+    for event in events:
+        by_prompt[event.index].append(event)
+    return [_prediction(of_prompt, tokenizer, logprobs) for of_prompt in by_prompt]
 
 
-def _prediction(steps: list[Step], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:
-    tokens = [step.token for step in steps if step.token is not None]
+def _prediction(events: list[TokenEvent], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:
+    tokens = [event.token for event in events if event.token is not None]
     prediction = CompletionPrediction(
-        generation="".join(step.text for step in steps),
+        generation="".join(event.text for event in events),
         # Ids beyond the tokenizer's only pad an embedding.
         tokens=[tokenizer.decode([token]) if token < tokenizer.n_words else "" for token in tokens],
     )
     if logprobs:
-        prediction["logprobs"] = [step.logprob or 0.0 for step in steps if step.token is not None]
-    if steps[-1].finish_reason is not None:
-        prediction["finish_reason"] = steps[-1].finish_reason
+        prediction["logprobs"] = [event.logprob or 0.0 for event in events if event.token is not None]
+    if events[-1].finish_reason is not None:
+        prediction["finish_reason"] = events[-1].finish_reason
     return prediction

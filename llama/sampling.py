@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,18 +13,29 @@ from torch import Tensor
 # What `sample` returns for a row whose logits are NaN or infinite; no tokenizer has it.
 INVALID = -1
 
-# A nucleus of 0.9 rarely holds more tokens than this; a full sort of a vocabulary takes far longer than a top-k.
+# Candidates that are sorted, unless they hold too little mass: see D8.
 TOP_K_PREFIX = 512
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose each next token; wrong values raise ValueError."""
+    """How to choose each next token; wrong values raise ValueError.
 
-    temperature: float = 0.6  # 0 is greedy
-    top_p: float = 0.9  # nucleus mass, in (0, 1]
-    max_gen_len: int | None = None  # None: as many as max_seq_len leaves room for
-    seed: int | None = None  # None: continue the model's own sequence of seeds
+    Args:
+        temperature: 0 is greedy; higher is more varied.
+        top_p: probability mass of the nucleus that tokens are drawn from, in (0, 1].
+        max_gen_len: most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
+        seed: the same seed gives the same texts; None goes on with the model's own sequence of seeds.
+        logprobs: also give the log-probability of every token.
+        echo: repeat the prompt in the completion.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_gen_len: int | None = None
+    seed: int | None = None
+    logprobs: bool = False
+    echo: bool = False
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
@@ -41,6 +53,28 @@ def uniforms(seed: int, row: int, count: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.rand(count, generator=generator)
+
+
+class TokenSampler(Protocol):
+    """Draws tokens from logits; backends have their own."""
+
+    def begin(self, params: SamplingParams) -> None:
+        """Draw as these parameters say from here on."""
+        ...
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Draw one token a row, (bsz,); see `sample`."""
+        ...
+
+
+class TorchSampler:
+    """Draws by torch's operations, on any device."""
+
+    def begin(self, params: SamplingParams) -> None:
+        self.params = params
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        return sample(logits, self.params.temperature, self.params.top_p, uniform)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:

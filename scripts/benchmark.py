@@ -23,9 +23,10 @@ import torch
 from benchmarking import roofline
 from benchmarking.machine import machine_name, read_bandwidth_gb_s
 from benchmarking.prompts import copy_prompts, random_prompts
-from benchmarking.workers import Job, Worker, llama_cpp_worker, torch_worker
+from benchmarking.workers import BatchShape, Worker, llama_cpp_worker, torch_worker
 from llama.checkpoint import open_checkpoint
-from llama.cli import flags as cli
+from llama.cli import runner as cli
+from llama.cli.get import demo_model
 from llama.distributed.device import choose_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def main(
         json: end with one JSON object on the last line of stdout.
     """
     check_sizes(prompt_len, gen_len, batch_size, max_seq_len, runs)
-    path = ckpt_dir if ckpt_dir is not None else str(cli.demo_model(ROOT))
+    path = ckpt_dir if ckpt_dir is not None else str(demo_model())
     computes_on = choose_device(device)
     if plot is not None:
         roofline.check_can_draw(Path(plot))
@@ -115,7 +116,7 @@ def main(
                 prompts, copies = copy_prompts(lengths, gen_len, tokenizer, generator)
             else:
                 prompts = random_prompts(lengths, min(system.vocab_size for system in systems), generator)
-            figures = [measure(system, Job(prompts, gen_len), copies) for system in systems]
+            figures = [measure(system, BatchShape(prompts, gen_len), copies) for system in systems]
             if run:  # the first run of a process pays for allocations and code paths
                 results.append(figures)
         bandwidth = read_bandwidth_gb_s(computes_on)  # while all systems idle
@@ -171,7 +172,7 @@ def peer_worker(
     return torch_worker(peer, "ours", path=path, build=build, **{**common, "max_seq_len": int(bound)})
 
 
-def measure(system: Worker, job: Job, copies: list[list[int]] | None) -> dict[str, float]:
+def measure(system: Worker, job: BatchShape, copies: list[list[int]] | None) -> dict[str, float]:
     """The figures of one run, and how much of what it wrote is the copy that it was to make."""
     figures, tokens = system.run(job)
     if copies is not None:

@@ -35,7 +35,7 @@ from gpu_checking.peers import PEERS, measure_peers
 from gpu_checking.report import Section
 from gpu_checking.sizes import FLOATS
 from gpu_checking.warming import warm
-from llama.cli import flags as cli
+from llama.cli import runner as cli
 
 ONLY = ("checks", "speed")
 

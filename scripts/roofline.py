@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking import roofline
-from llama.cli import flags as cli
+from llama.cli import runner as cli
 
 
 def main(results: str, png: str) -> None:

@@ -69,4 +69,4 @@ install_package() {
     printf '%s %s\n' "$(fingerprint)" "$extras" >"$stamp"
 }
 
-get_model() { "$venv/bin/python" "$root/scripts/get_model.py"; }
+get_model() { "$venv/bin/llama" get; }

@@ -1,6 +1,6 @@
-"""The layers of a model compiled by torch (Inductor): set as `Transformer.fused`, from outside, where --compile asks.
+"""The decode step of a model compiled by torch (Inductor), where --compile asks and no kernels of ours run.
 
-Only steps of one token a row are compiled: what happens once for a prompt is not worth a compiler's time.
+Only steps of one token a sequence are compiled: what happens once for a prompt is not worth a compiler's time.
 """
 
 from __future__ import annotations
@@ -11,38 +11,39 @@ import time
 import torch
 from torch import Tensor
 
+from llama.backends.eager import EagerBackend
 from llama.cache import KVCache
 from llama.model import Transformer
 
 log = logging.getLogger("llama")
 
 
-def has_own_kernels(model: Transformer) -> bool:
-    """Whether kernels of ours run a model's layers, and not torch's operations, compiled or not."""
-    return model.fused is not None and not isinstance(model.fused, CompiledLayers)
-
-
-class CompiledLayers:
-    """Runs a Transformer's layers. What Inductor builds is kept on disk, so a later process has it in seconds.
+class InductorBackend(EagerBackend):
+    """Computes a Transformer's layers. What Inductor builds is kept on disk, so a later process has it in seconds.
 
     Where the compiler fails, the model's own layers run, and one line says why.
     """
 
-    def __init__(self, model: Transformer, backend: str = "inductor") -> None:
-        self.model = model
-        self._step = torch.compile(model.run_layers, backend=backend, dynamic=True)
-        self._ready = False
-        self._failed = False
+    name = "inductor"
 
-    def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        """See `Transformer.run_layers`."""
+    def __init__(self, device: torch.device, compiler: str = "inductor") -> None:
+        """compiler: a backend of torch.compile."""
+        super().__init__(device)
+        self._compiler = compiler
+
+    def bind(self, model: Transformer) -> None:
+        super().bind(model)
+        self._decode = torch.compile(model.run_layers, backend=self._compiler, dynamic=True)
+        self._ready = self._failed = False
+
+    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         if positions.shape[1] > 1 or self._failed:
             return self.model.run_layers(tokens, positions, rotation, kv_len, cache)
         start = time.perf_counter()
         if not self._ready:
             log.info("compiling the decode step: a minute or so the first time, seconds from the cache")
         try:
-            y = self._step(tokens, positions, rotation, kv_len, cache)
+            y = self._decode(tokens, positions, rotation, kv_len, cache)
         except Exception as error:  # whatever a compiler can raise, also when another shape makes it compile again
             self._failed = True
             why = " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,19 +1,20 @@
-"""What a checkpoint offers, whatever its format: the architecture, and whole tensors under Meta's names."""
+"""Define what a checkpoint offers, whatever its format: the architecture, and whole tensors under Meta's names."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, QUANTIZE, BlockType
 from llama.tokenizer import Tokenizer
 
-# The dimension along which ranks, and Meta's shards, split a tensor; the others (norms) are whole everywhere.
+# The dimension along which ranks, and Meta's shards, split a module's weight; others (norms) are whole everywhere.
 SHARD_DIM = {
     "tok_embeddings": 0,
     "output": 0,
@@ -26,105 +27,144 @@ SHARD_DIM = {
     "w3": 0,
 }
 
-# The block type that each kind of weight gets with --quantize. Tables of tokens stay at 8 bits: each choice of a token
-# depends on all their rows.
+# The block type that each module's weight gets with --quantize. Tables of tokens stay at 8 bits: each choice of a
+# token depends on all their rows.
 QUANTIZED = {
-    mode: {kind: BLOCK_TYPES["Q8_0" if kind in ("tok_embeddings", "output") else name] for kind in SHARD_DIM}
+    mode: {module: BLOCK_TYPES["Q8_0" if module in ("tok_embeddings", "output") else name] for module in SHARD_DIM}
     for mode, name in QUANTIZE.items()
 } | {"fp8": dict.fromkeys(SHARD_DIM, F8_E4M3)}
 
-# What weights may be stored in, where they are not blocks.
-FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+# What weights may be stored in where they are not blocks, under the names of both safetensors and GGUF.
+WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+# Pages of a mapped file that were read count as the process's memory until the file is closed.
+READ_BEFORE_REOPENING = 1 << 28  # bytes
 
-def kind(name: str) -> str:
-    """What a tensor is, whatever its layer: "layers.3.attention.wq.weight" -> "wq"."""
-    return name.rpartition(".")[0].rpartition(".")[2]
+# What `read` returns: contiguous memory of a mapped file, columns of one, or memory of its own.
+Reading = Literal["zero_copy", "strided", "copy"]
+
+# What is told the bytes of each piece that has been read or written.
+Progress = Callable[[int], object]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def shard_dim(name: str) -> int | None:
-    """Along which dimension ranks split a tensor; None: whole everywhere, as are norms and biases of split inputs."""
-    dim = SHARD_DIM.get(kind(name))
+    """Return the dimension along which ranks split a tensor, or None where each has the whole.
+
+    Norms are whole, and so are the biases of linears whose inputs are split.
+    """
+    dim = SHARD_DIM.get(module_name(name))
     return None if dim == 1 and name.endswith(".bias") else dim
 
 
 def quantized_type(name: str, shape: tuple[int, ...], mode: str) -> BlockType | None:
-    """The block type of a whole tensor with --quantize `mode`.
+    """Return the block type that a whole tensor gets with --quantize `mode`.
 
-    None where it stays in floats: norms, biases, and weights whose rows are not whole blocks.
+    Return None where it stays in floats: norms, biases, and weights whose rows are not whole blocks.
     """
-    block_type = QUANTIZED[mode].get(kind(name))
-    whole = block_type is not None and len(shape) == 2 and shape[1] % block_type.elements == 0
-    return block_type if whole else None
+    block_type = QUANTIZED[mode].get(module_name(name))
+    fits = block_type is not None and len(shape) == 2 and shape[1] % block_type.elements == 0
+    return block_type if fits else None
 
 
-# What a read tensor is: contiguous memory of a mapped file, columns of one, or memory that reading takes.
-Reading = Literal["mapped", "columns", "made"]
+def positive_int(value: object) -> int | None:
+    """Return a value of a file's metadata if it is a positive integer, else None."""
+    return value if type(value) is int and value > 0 else None
+
+
+def read_in_turn(names: Iterable[str], reopen: Callable[[], Callable[[str], Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield names with their whole tensors, and open the files anew now and then so that read pages leave the memory.
+
+    reopen: opens the files and returns what reads one tensor of them.
+    """
+    read, n_bytes = reopen(), 0
+    for name in names:
+        if n_bytes > READ_BEFORE_REOPENING:
+            read, n_bytes = reopen(), 0
+        tensor = read(name)
+        n_bytes += tensor.nbytes
+        yield name, tensor
+        del tensor
 
 
 class Checkpoint(Protocol):
-    """An opened checkpoint; opening reads headers only. Wrong or broken files raise ValueError."""
+    """Offer an opened checkpoint. Opening one reads headers only; it raises ValueError for wrong or broken files."""
 
     @property
     def path(self) -> Path: ...
 
     @property
     def args(self) -> ModelArgs:
-        """The architecture; its vocab_size is -1 when the file leaves it to the tokenizer."""
+        """Return the architecture; its vocab_size is -1 where the files leave it to the tokenizer."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in; bfloat16 for quantized blocks, which stand for no dtype."""
+        """Return what the weights are stored in; bfloat16 for quantized blocks, which stand for no dtype."""
+        ...
+
+    @property
+    def context_len(self) -> int | None:
+        """Return how many tokens of context the files say that the model was trained for, if they say it."""
         ...
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """Ids that end a generation by the model's own configuration, beside those that the tokenizer knows."""
+        """Return ids that end a generation by the model's own configuration, beside those that the tokenizer knows."""
+        ...
+
+    @property
+    def pads_vocab(self) -> bool:
+        """Tell whether the embedding may have more rows than the tokenizer has tokens, as in Hugging Face's folders."""
+        ...
+
+    @property
+    def tokenizer_metadata(self) -> Mapping[str, Any] | None:
+        """Return the tokenizer as keys of GGUF's metadata; None where it lies in files beside the weights."""
         ...
 
     def names(self) -> Collection[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole tensor, however many files hold it."""
+        """Return the shape of the whole tensor, however many files it is spread over."""
         ...
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) along `dim` of a tensor, on the CPU; a view of the mapped file where that is possible."""
+        """Return indices [start, stop) along `dim` of a tensor, on the CPU; a view of the mapped file if possible."""
         ...
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer inside or beside the weights; FileNotFoundError when there is none."""
+        """Open the tokenizer inside or beside the weights; raise FileNotFoundError when there is none."""
         ...
 
 
 class StoredCheckpoint(Checkpoint, Protocol):
-    """A checkpoint that lies in files."""
+    """Offer a checkpoint that lies in files; there is one class per format."""
 
     @property
-    def pads_vocab(self) -> bool:
-        """Whether the embedding may have more rows than the tokenizer has tokens, as folders of this format do."""
+    def is_quantized(self) -> bool:
+        """Tell whether any matrix is stored in blocks."""
         ...
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
-        """The dtype that `read` gives, and where from; nothing is read."""
+        """Return the dtype that `read` would return, and where its memory is; read nothing."""
         ...
 
     def stored_as(self, name: str) -> str:
-        """What a tensor is stored in, for people: a dtype, or the name of a block type, kept or not."""
+        """Return what a tensor is stored in, for people: a dtype or a block type, run as it is or not."""
         ...
 
     def block_type(self, name: str) -> BlockType | None:
-        """What a tensor is stored in; None where it is floats, or blocks of a type that is not run as it is."""
+        """Return the block type of a tensor; None where it is floats, or blocks of a type that is not run as it is."""
         ...
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """What `read` would decode: uint8 (rows, row_bytes); only for tensors that have a block type.
+        """Return what `read` would decode, uint8 (rows, row_bytes), of a tensor that has a block type.
 
-        start and stop count rows or, on dim 1, values: multiples of the type's `elements`.
+        start and stop count rows or, along dim 1, values: multiples of the type's `elements`.
         """
         ...

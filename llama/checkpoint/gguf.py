@@ -1,10 +1,10 @@
-"""GGUF: architecture, tokenizer and weights in one file or a split one; quantized blocks become dense weights."""
+"""Read GGUF: architecture, tokenizer and weights in one file or a split one; blocks can be decoded to floats."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,82 +14,73 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import Reading, dtype_name
+from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, positive_int
 from llama.checkpoint.gguf_config import read_metadata
-from llama.checkpoint.gguf_header import Header, TensorInfo, is_gguf, read_header
+from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
+from llama.checkpoint.names import meta_name
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, requantize_exactly
 from llama.tokenizer import Tokenizer
 
-__all__ = ["GGUFCheckpoint", "is_gguf"]
-
-# llama.cpp's names of modules, in Meta's.
-NAMES = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "output": "output",
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_down": "feed_forward.w2",
-    "ffn_up": "feed_forward.w3",
-    "attn_norm": "attention_norm",
-    "ffn_norm": "ffn_norm",
-}
 ROPE_FACTORS = "rope_freqs.weight"
-# ggml types that are torch dtypes; all others are blocks.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Values decoded at once by a thread: their temporaries stay in its cache (docs/benchmarks.md).
-DECODED_AT_ONCE = 1 << 18
+# Values decoded or encoded at once by a thread, whose temporaries stay in its cache: see D10.
+CONVERTED_AT_ONCE = 1 << 18
 
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor's values as they lie in a mapped file: rows of whole blocks of `elements` values in `size` bytes."""
+class _StoredTensor:
+    """Describe a tensor as it lies in a mapped file: rows of whole blocks; floats are blocks of one value."""
 
     raw: np.ndarray  # bytes
     shape: tuple[int, ...]
-    type_name: str
-    elements: int
-    size: int
+    type: BlockType
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Return the dtype, or None where the values are quantized."""
+        return WEIGHT_DTYPES.get(self.type.name)
 
 
 class GGUFCheckpoint:
-    """GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
+    """Read GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
 
     pads_vocab = False
+    stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tensors: dict[str, _Stored] = {}
         self._metadata: Mapping[str, Any] = {}
+        tensors: dict[str, _StoredTensor] = {}
         files = split_files(path)
         for number, file in enumerate(files):
             header = read_header(file)
             if number == 0:
                 self._metadata = header.metadata
             _check_split(file, header, number, len(files))
-            for name, stored in _map_tensors(file, header).items():
-                if name in self._tensors:
+            for name, tensor in _map_tensors(file, header).items():
+                if name in tensors:
                     raise ValueError(f"{file}: tensor {name} is in an earlier file of the split, too")
-                self._tensors[name] = stored
-        factors = self._tensors.pop(ROPE_FACTORS, None)
+                tensors[name] = tensor
+        factors = tensors.pop(ROPE_FACTORS, None)
+        self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in tensors.items()}
         try:
             self.args = read_metadata(
                 self._metadata,
                 tied="output.weight" not in self._tensors,
-                rope_factors=None if factors is None else tuple(_decode(factors, 0, factors.shape[0]).tolist()),
+                rope_factors=None if factors is None else tuple(_decode_rows(factors, 0, factors.shape[0]).tolist()),
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        self.stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
-        kinds = {stored.type_name for stored in self._tensors.values() if len(stored.shape) > 1}
-        self.is_quantized = not kinds <= DTYPES.keys()
-        self.dtype = DTYPES[kinds.pop()] if len(kinds) == 1 and kinds <= DTYPES.keys() else torch.bfloat16
+        dtypes = {tensor.dtype for tensor in self._tensors.values() if len(tensor.shape) > 1}
+        self.is_quantized = None in dtypes
+        self.dtype = (dtypes.pop() if len(dtypes) == 1 else None) or torch.bfloat16
+        self.context_len = positive_int(self._metadata.get("llama.context_length"))
+
+    @property
+    def tokenizer_metadata(self) -> Mapping[str, Any]:
+        return {key: value for key, value in self._metadata.items() if key.startswith("tokenizer.")}
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -98,44 +89,48 @@ class GGUFCheckpoint:
         return self._tensors[name].shape
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        stored = self._tensors[name]
-        stop = stored.shape[dim] if stop is None else stop
+        tensor = self._tensors[name]
+        stop = tensor.shape[dim] if stop is None else stop
         if dim == 0:
-            return _decode(stored, start, stop)
-        return _decode(stored, 0, stored.shape[0]).narrow(dim, start, stop - start)
+            return _decode_rows(tensor, start, stop)
+        return _decode_rows(tensor, 0, tensor.shape[0]).narrow(dim, start, stop - start)
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
-        type_name = self._tensors[name].type_name
-        if type_name not in DTYPES:
-            return torch.float32, "made"
-        return DTYPES[type_name], "columns" if dim else "mapped"
+        dtype = self._tensors[name].dtype
+        if dtype is None:
+            return torch.float32, "copy"
+        return dtype, "strided" if dim else "zero_copy"
 
     def stored_as(self, name: str) -> str:
-        type_name = self._tensors[name].type_name
-        return dtype_name(DTYPES[type_name]) if type_name in DTYPES else type_name
+        tensor = self._tensors[name]
+        return tensor.type.name if tensor.dtype is None else dtype_name(tensor.dtype)
 
     def block_type(self, name: str) -> BlockType | None:
-        stored = self._tensors[name]
+        type_name = self._tensors[name].type.name
         # Q5_0 has no kernels of its own, and its values are also Q8_0's.
-        return BLOCK_TYPES.get("Q8_0" if stored.type_name == "Q5_0" else stored.type_name)
+        return BLOCK_TYPES.get("Q8_0" if type_name == "Q5_0" else type_name)
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        stored = self._tensors[name]
-        rows = torch.from_numpy(stored.raw).view(stored.shape[0], -1)
-        stop = stored.shape[dim] if stop is None else stop
+        tensor = self._tensors[name]
+        elements, size = tensor.type.elements, tensor.type.size
+        rows = torch.from_numpy(tensor.raw).view(tensor.shape[0], -1)
+        stop = tensor.shape[dim] if stop is None else stop
         if dim == 0:
             rows = rows[start:stop]
         else:
-            assert start % stored.elements == stop % stored.elements == 0, (name, start, stop)
-            rows = rows[:, start // stored.elements * stored.size : stop // stored.elements * stored.size]
-        return requantize_exactly(rows) if stored.type_name == "Q5_0" else rows
+            assert start % elements == stop % elements == 0, (name, start, stop)
+            rows = rows[:, start // elements * size : stop // elements * size]
+        return requantize_exactly(rows) if tensor.type.name == "Q5_0" else rows
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._metadata)
 
 
 def split_files(path: Path) -> list[Path]:
-    """All files of the model that `path` is, or is a part of: name-00001-of-0000N.gguf and so on."""
+    """Return all files of the model that `path` belongs to: name-00001-of-0000N.gguf and so on, or path alone.
+
+    Raise FileNotFoundError when one is missing.
+    """
     split = SPLIT_NAME.fullmatch(path.name)
     if split is None:
         return [path]
@@ -147,84 +142,87 @@ def split_files(path: Path) -> list[Path]:
     return files
 
 
+def is_later_split(path: Path) -> bool:
+    """Tell whether a file's name is that of a split's second file, or a later one."""
+    split = SPLIT_NAME.fullmatch(path.name)
+    return split is not None and int(split[2]) != 1
+
+
 def _check_split(file: Path, header: Header, number: int, count: int) -> None:
-    """ValueError unless the file's own metadata agrees with its name."""
-    said = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
-    if said != (number, count):
+    """Raise ValueError unless the file's own metadata agrees with its name."""
+    stated = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
+    if stated != (number, count):
         raise ValueError(
-            f"{file} says that it is file {said[0]} of {said[1]}, counted from 0, but stands as {number} of {count}: "
-            "files of a split keep their names name-00001-of-0000N.gguf"
+            f"{file} says that it is file {stated[0]} of {stated[1]}, counted from 0, but stands as {number} of "
+            f"{count}: files of a split keep their names name-00001-of-0000N.gguf"
         )
 
 
-def _map_tensors(file: Path, header: Header) -> dict[str, _Stored]:
-    """Tensors by Meta's names. ValueError unless types are known, rows whole blocks and all bytes in the file."""
+def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
+    """Map a file's tensors, by the names they have there.
+
+    Raise ValueError unless their types are known, their rows whole blocks and all their bytes in the file.
+    """
     import gguf
 
     # Copy-on-write, because torch wants memory that it may write to.
     data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
-    sizes = {int(code): (code.name, *size) for code, size in gguf.GGML_QUANT_SIZES.items()}
+    types = {int(code): BlockType(code.name, *sizes) for code, sizes in gguf.GGML_QUANT_SIZES.items()}
     tensors = {}
     for info in header.tensors.values():
-        if info.ggml_type not in sizes:
+        if info.ggml_type not in types:
             raise ValueError(f"{file}: tensor {info.name} has unknown type {info.ggml_type}")
-        kind, elements, size = sizes[info.ggml_type]
-        if 0 in info.shape or info.shape[-1] % elements:
-            raise ValueError(f"{file}: tensor {info.name} of type {kind} has impossible shape {info.shape}")
-        stop = info.offset + math.prod(info.shape) // elements * size
+        block_type = types[info.ggml_type]
+        if 0 in info.shape or info.shape[-1] % block_type.elements:
+            raise ValueError(f"{file}: tensor {info.name} of type {block_type.name} has impossible shape {info.shape}")
+        stop = info.offset + math.prod(info.shape) // block_type.elements * block_type.size
         if stop > len(data):
             raise ValueError(
                 f"{file} is truncated: tensor {info.name} ends at byte {stop}, the file has {len(data)}: "
                 "download it again"
             )
-        _check_decodable(file, info, kind, size)
-        if _meta_name(info.name) in tensors:
-            raise ValueError(f"{file}: tensor {info.name} is there under two names")
-        tensors[_meta_name(info.name)] = _Stored(data[info.offset : stop], info.shape, kind, elements, size)
+        _check_decodable(file, info, block_type)
+        tensors[info.name] = _StoredTensor(data[info.offset : stop], info.shape, block_type)
     return tensors
 
 
-def _check_decodable(file: Path, info: TensorInfo, kind: str, size: int) -> None:
+def _check_decodable(file: Path, info: TensorInfo, block_type: BlockType) -> None:
+    """Raise ValueError for a type that the `gguf` library cannot decode."""
     import gguf
 
     try:
-        gguf.dequantize(np.zeros((1, size), np.uint8), gguf.GGMLQuantizationType[kind])
+        gguf.dequantize(np.zeros((1, block_type.size), np.uint8), gguf.GGMLQuantizationType[block_type.name])
     except NotImplementedError:
-        raise ValueError(f"{file}: tensor {info.name} has type {kind}, which cannot be decoded") from None
+        raise ValueError(f"{file}: tensor {info.name} has type {block_type.name}, which cannot be decoded") from None
 
 
-def _decode(stored: _Stored, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of a tensor, dense: in its own dtype, or fp32 where it is blocks."""
-    row_bytes = len(stored.raw) // stored.shape[0]
-    raw = stored.raw[start * row_bytes : stop * row_bytes]
-    shape = (stop - start, *stored.shape[1:])
-    if stored.type_name in DTYPES:
-        return torch.from_numpy(raw).view(DTYPES[stored.type_name]).view(shape)
-    return _decode_blocks(raw, stored.type_name, stored.elements, stored.size).view(shape)
+def _decode_rows(tensor: _StoredTensor, start: int, stop: int) -> Tensor:
+    """Return rows [start, stop) of a tensor: in its own dtype, or fp32 where it is blocks."""
+    row_bytes = len(tensor.raw) // tensor.shape[0]
+    raw = tensor.raw[start * row_bytes : stop * row_bytes]
+    values = _decode_blocks(raw, tensor.type) if tensor.dtype is None else torch.from_numpy(raw).view(tensor.dtype)
+    return values.view(stop - start, *tensor.shape[1:])
 
 
-def _decode_blocks(raw: np.ndarray, type_name: str, elements: int, size: int) -> Tensor:
-    """fp32 values of consecutive blocks, each of `size` bytes for `elements` values."""
+def _decode_blocks(raw: np.ndarray, block_type: BlockType) -> Tensor:
+    """Return the fp32 values (n_blocks, elements) of consecutive blocks."""
     from gguf import GGMLQuantizationType, dequantize
 
-    n_blocks = len(raw) // size
-    values = np.empty((n_blocks, elements), np.float32)  # not torch's: threads are outside a caller's inference mode
-
-    def decode(first: int) -> None:
-        # As one long row: the library works through a few rows at a time, which for short rows is slow.
-        blocks = raw[first * size : (first + step) * size][None]
-        values[first : first + step] = dequantize(blocks, qtype).reshape(-1, elements)
-
-    qtype, step = GGMLQuantizationType[type_name], DECODED_AT_ONCE // elements
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(decode, range(0, n_blocks, step)))
+    qtype = GGMLQuantizationType[block_type.name]
+    blocks = raw.reshape(-1, block_type.size)
+    # Not torch's: threads are outside a caller's inference mode.
+    values = np.empty((len(blocks), block_type.elements), np.float32)
+    # As one long row: the library works through a few rows at a time, which for short rows is slow.
+    convert_rows(blocks, values, block_type.elements, lambda rows: dequantize(rows.reshape(1, -1), qtype))
     return torch.from_numpy(values)
 
 
-def _meta_name(name: str) -> str:
-    """blk.3.attn_q.weight -> layers.3.attention.wq.weight; a name that is not known stays as it is."""
-    layer = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if layer is None or layer[2] not in NAMES:
-        return name
-    prefix = f"layers.{layer[1]}." if layer[1] else ""
-    return f"{prefix}{NAMES[layer[2]]}.{layer[3]}"
+def convert_rows(rows: np.ndarray, out: np.ndarray, elements: int, convert: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Convert rows of `elements` values to rows of `out` on all threads, CONVERTED_AT_ONCE values at a time."""
+    step = CONVERTED_AT_ONCE // elements
+
+    def work(first: int) -> None:
+        out[first : first + step] = convert(rows[first : first + step]).reshape(-1, out.shape[1])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, range(0, len(rows), step)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
@@ -27,7 +27,10 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: shape as in torch (rows first), ggml type code, offset in bytes from the file's start."""
+    """Describe where a tensor lies.
+
+    shape is as in torch, rows first; ggml_type is a code; offset counts bytes from the start of the file.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -37,17 +40,20 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
+    """Hold a file's metadata by key, and its tensors by name."""
+
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
 
 def is_gguf(path: Path) -> bool:
+    """Tell whether a file begins as GGUF does."""
     with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def read_header(path: Path) -> Header:
-    """Metadata and tensor places of a GGUF file; ValueError when it is no GGUF file, damaged or truncated."""
+    """Read a GGUF file's header; raise ValueError when it is no GGUF file, damaged or truncated."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: download it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -58,18 +64,18 @@ def read_header(path: Path) -> Header:
 
 
 class _Damaged(Exception):
-    pass
+    """Say what is wrong with a file, without its name."""
 
 
 class _Reader:
-    """A position in the mapped file that never passes its end."""
+    """Read on from a position in the mapped file that never passes its end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.position = 0
 
     def header(self) -> Header:
-        if self.take(len(MAGIC)) != MAGIC:
+        if self.take(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise _Damaged("it does not start with GGUF")
         version = self.number("I")
         if version not in VERSIONS:
@@ -128,7 +134,7 @@ class _Reader:
         return self.strings(1)[0]
 
     def strings(self, length: int) -> list[str]:
-        """`length` strings, each a 64-bit byte count and UTF-8; the loop is what a vocabulary costs."""
+        """Read `length` strings, each a 64-bit byte count and UTF-8; this loop is what a vocabulary costs."""
         self.need(8 * length)
         data, position, end = self.data, self.position, len(self.data)
         size_at = struct.Struct("<Q").unpack_from

@@ -1,4 +1,4 @@
-"""The architecture from a Hugging Face `config.json`, in the older and the newer spelling of its RoPE settings."""
+"""Read the architecture from a Hugging Face `config.json`, in the older and the newer spelling of RoPE settings."""
 
 from __future__ import annotations
 
@@ -24,17 +24,28 @@ from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 log = logging.getLogger("llama")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-BLOCKS_METHOD = "ggml_blocks"  # what we call weights in blocks where others say gptq or awq
+BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq
 MISTRAL_WINDOW = 4096  # transformers' default, where config.json has no sliding_window
 
-USED_KEYS = {
-    "architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "head_dim", "intermediate_size",
-    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "max_position_embeddings",
-    "original_max_position_embeddings", "hidden_act", "partial_rotary_factor", "quantization_config", "eos_token_id",
+# Fields of ModelArgs and the keys of config.json that say them: those that must be there, and those that may.
+REQUIRED_CONFIG_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "hidden_dim": "intermediate_size",
+}
+OPTIONAL_CONFIG_KEYS = {"n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+CONFIG_FLAGS = {"tied_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+
+USED_CONFIG_KEYS = {
+    *REQUIRED_CONFIG_KEYS.values(), *OPTIONAL_CONFIG_KEYS.values(), *CONFIG_FLAGS.values(), "architectures",
+    "model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
+    "max_position_embeddings", "original_max_position_embeddings", "hidden_act", "partial_rotary_factor",
+    "quantization_config", "eos_token_id",
 }  # fmt: skip
 # Keys that say nothing about the computation of inference.
-HARMLESS_KEYS = {
+HARMLESS_CONFIG_KEYS = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attention_dropout", "auto_map",
     "bos_token_id", "dtype", "initializer_range", "max_sequence_length", "max_window_layers", "pad_token_id",
     "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache",
@@ -44,40 +55,34 @@ HARMLESS_KEYS = {
 
 
 def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
-    """ModelArgs, and the ids that end a generation, from config.json.
+    """Return the architecture, and the ids that end a generation, of a config.json.
 
-    ValueError names what is not supported, before any weight is looked at; keys that are not known are ignored, as
-    transformers does, and logged.
+    Raise ValueError that names what is not supported, before any weight is looked at. Ignore keys that are not known,
+    as transformers does, and log them.
     """
     config = read_json_object(path)
     found = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
     known = isinstance(found, list) and bool(found) and isinstance(found[0], str) and found[0] in ARCHITECTURES
     if not known and not _is_plain_llama(config):
-        raise ValueError(f"{path} describes {_words(found)}: only {' and '.join(ARCHITECTURES)} are supported")
+        described = ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
+        raise ValueError(f"{path} describes {described}: only {' and '.join(ARCHITECTURES)} are supported")
     _check_method(path, config)
     for key, expected in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
         if config.get(key) not in (None, expected):
             raise ValueError(f"{path} has {key} {config[key]!r}: only {expected!r} is supported")
-    unknown = sorted(config.keys() - USED_KEYS - HARMLESS_KEYS)
+    unknown = sorted(config.keys() - USED_CONFIG_KEYS - HARMLESS_CONFIG_KEYS)
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
     mistral = "MistralForCausalLM" in found or config.get("model_type") == "mistral"
     try:
         rope = _rope_parameters(config)
         args = ModelArgs(
-            dim=_required(config, "hidden_size"),
-            n_layers=_required(config, "num_hidden_layers"),
-            n_heads=_required(config, "num_attention_heads"),
-            n_kv_heads=config.get("num_key_value_heads"),  # type: ignore[arg-type]
-            vocab_size=_required(config, "vocab_size"),
+            **{field: _required(config, key) for field, key in REQUIRED_CONFIG_KEYS.items()},
+            **{field: config.get(key) for field, key in OPTIONAL_CONFIG_KEYS.items()},  # type: ignore[arg-type]
+            **{field: _true_or_false(config, key) for field, key in CONFIG_FLAGS.items()},
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", 10000.0),
-            head_dim=config.get("head_dim"),  # type: ignore[arg-type]
-            hidden_dim=_required(config, "intermediate_size"),
-            rope_scaling=_scaling(rope, config),
-            tied_embeddings=_flag(config, "tie_word_embeddings"),
-            attention_bias=_flag(config, "attention_bias"),
-            mlp_bias=_flag(config, "mlp_bias"),
+            rope_scaling=_read_rope_scaling(rope, config),
             # Llama's own code has no window, whatever the key says.
             sliding_window=config.get("sliding_window", MISTRAL_WINDOW) if mistral else None,
         )
@@ -87,7 +92,7 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
 
 
 def read_block_types(path: Path) -> dict[str, BlockType]:
-    """Which tensors of a folder are blocks, and of which type, by the names that they have in its files."""
+    """Return the block types of the tensors that are blocks, by the names that they have in a folder's files."""
     config = read_json_object(path)
     _check_method(path, config)
     if config.get("quantization_config") is None:
@@ -113,7 +118,7 @@ def _check_method(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def token_ids(value: Any) -> frozenset[int]:
-    """eos_token_id as it is written: an id, a list of ids, or nothing."""
+    """Return the ids of an eos_token_id as it is written: an id, a list of ids, or nothing."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
@@ -121,12 +126,8 @@ def token_ids(value: Any) -> frozenset[int]:
 
 
 def _is_plain_llama(config: Mapping[str, Any]) -> bool:
-    """Old conversions leave `architectures` out, or name it LLaMAForCausalLM."""
+    """Recognize old conversions, which leave `architectures` out or name it LLaMAForCausalLM."""
     return config.get("model_type") == "llama" and config.get("architectures") in (None, [], ["LLaMAForCausalLM"])
-
-
-def _words(found: Any) -> str:
-    return ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
 
 
 def _required(config: Mapping[str, Any], key: str) -> Any:
@@ -135,7 +136,7 @@ def _required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def _flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+def _true_or_false(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     value = config.get(key, default)
     if type(value) is not bool:
         raise ValueError(f"{key} must be true or false, got {value!r}")
@@ -143,7 +144,7 @@ def _flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The RoPE settings of either spelling as one dictionary, with rope_theta and rope_type."""
+    """Return the RoPE settings of either spelling as one dictionary, with rope_theta and rope_type."""
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(settings, dict):
         raise ValueError(f"rope_scaling must be an object, got {settings!r}")
@@ -156,7 +157,7 @@ def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+def _read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope["rope_type"]
     context_len = config.get("max_position_embeddings", 2048)
     old_context_len = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
@@ -184,13 +185,13 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling 
             beta_fast=rope.get("beta_fast") or 32.0,
             beta_slow=rope.get("beta_slow") or 1.0,
             attention_factor=_yarn_attention_factor(rope, factor),
-            truncate=_flag(rope, "truncate", True),
+            truncate=_true_or_false(rope, "truncate", True),
         )
     raise ValueError(f"RoPE scaling {kind!r} is not supported: only linear, dynamic, llama3 and yarn are")
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
-    """attention_factor as given, else from mscale and mscale_all_dim where both are set, else None."""
+    """Return attention_factor as given, else by mscale and mscale_all_dim where both are set, else None."""
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if rope.get("attention_factor") is not None or not (mscale and all_dim):
         return rope.get("attention_factor")

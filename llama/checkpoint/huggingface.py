@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json with safetensors or pytorch_model.bin files, whole or split with an index."""
+"""Read Hugging Face folders: config.json with safetensors or pytorch_model.bin files, whole or split with an index."""
 
 from __future__ import annotations
 
@@ -8,62 +8,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import FLOATS, Reading, dtype_name
+from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, positive_int
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
+from llama.checkpoint.names import HF_DERIVED_SUFFIX, ROTATED, meta_name, module_name
 from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer
 
-# Hugging Face's names of modules, in Meta's.
-NAMES = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-# Stored by old conversions, computed here.
-DERIVED = ".rotary_emb.inv_freq"
-
-# What a folder holds its weights in, the preferred first: the whole file, the index of a split one.
+# What a folder has its weights in, the preferred first: the whole file, the index of a split one.
 LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
-# safetensors' names of the dtypes that weights may have, and of bytes, which may be blocks.
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BYTES = "U8"
-
-
-def meta_name(name: str) -> str:
-    """model.layers.3.self_attn.q_proj.weight -> layers.3.attention.wq.weight; an unknown name is quoted.
-
-    Else a folder whose tensors have Meta's names would pass, and have its Q and K put out of order.
-    """
-    module, _, attribute = name.rpartition(".")
-    layer = ""
-    if module.startswith("model.layers."):
-        number, _, module = module.removeprefix("model.layers.").partition(".")
-        layer = f"layers.{number}."
-    return f"{layer}{NAMES[module]}.{attribute}" if module in NAMES else repr(name)
+BYTES_DTYPE = "U8"  # safetensors' name of bytes, which may be blocks
 
 
 class HuggingFaceCheckpoint:
-    """A folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read.
+    """Read a folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read.
 
     Weights may be blocks, of types that config.json gives: `read` decodes them.
     """
 
     pads_vocab = True
+    tokenizer_metadata = None
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
@@ -81,17 +50,21 @@ class HuggingFaceCheckpoint:
                 tensors[name] = tensor
         block_types = check_blocks(folder, tensors)
         self.is_quantized = bool(block_types)
-        self._tensors = {meta_name(name): tensor for name, tensor in tensors.items() if not name.endswith(DERIVED)}
-        self._block_types = {meta_name(name): block_type for name, block_type in block_types.items()}
+        self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
+        self._tensors = {
+            meta_name(name, "hf"): tensor for name, tensor in tensors.items() if not name.endswith(HF_DERIVED_SUFFIX)
+        }
         if self.args.tied_embeddings:
             self._tensors.pop("output.weight", None)  # some files repeat the embedding under its name
         for name, tensor in self._tensors.items():
-            if tensor.dtype not in FLOATS and name not in self._block_types:
-                raise ValueError(
-                    f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(SAFETENSORS_DTYPES)} work"
-                )
+            if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
+                raise ValueError(f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(WEIGHT_DTYPES)} work")
         blocks = self.is_quantized or not self._tensors
         self.dtype = torch.bfloat16 if blocks else next(iter(self._tensors.values())).dtype
+
+    @property
+    def context_len(self) -> int | None:
+        return positive_int(read_json_object(self.path / "config.json").get("max_position_embeddings"))
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -112,8 +85,13 @@ class HuggingFaceCheckpoint:
         last = -(-stop // block_type.elements) * block_type.elements
         return dequantize(self.read_blocks(name, 1, first, last), block_type).narrow(1, start - first, stop - start)
 
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
+        if self.block_type(name) is not None:
+            return torch.float32, "copy"
+        return self._tensors[name].dtype, "copy" if module_name(name) in ROTATED else "strided" if dim else "zero_copy"
+
     def stored_as(self, name: str) -> str:
-        block_type = self._block_types.get(name)
+        block_type = self.block_type(name)
         return block_type.name if block_type else dtype_name(self._tensors[name].dtype)
 
     def block_type(self, name: str) -> BlockType | None:
@@ -124,13 +102,16 @@ class HuggingFaceCheckpoint:
         stop = self.shape(name)[dim] if stop is None else stop
         if dim == 1:
             assert start % block_type.elements == stop % block_type.elements == 0, (name, start, stop)
-            start, stop = (place // block_type.elements * block_type.size for place in (start, stop))
+            start, stop = (column // block_type.elements * block_type.size for column in (start, stop))
         return self._slice(name, dim, start, stop)
 
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.path)
+
     def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows or columns of a tensor as it is stored, but with rows in Meta's order."""
+        """Return rows or columns of a tensor as it is stored, but with rows in Meta's order."""
         tensor = self._tensors[name]
-        if not _has_pairs(name):
+        if module_name(name) not in ROTATED:
             return tensor.narrow(dim, start, stop - start)
         if dim != 0:
             return pair_neighbours(tensor.narrow(dim, start, stop - start), self.args.head_dim)
@@ -139,36 +120,27 @@ class HuggingFaceCheckpoint:
         last = min(-(-stop // self.args.head_dim) * self.args.head_dim, tensor.shape[0])
         return pair_neighbours(tensor[first:last], self.args.head_dim).narrow(0, start - first, stop - start)
 
-    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
-        if self.block_type(name) is not None:
-            return torch.float32, "made"
-        return self._tensors[name].dtype, "made" if _has_pairs(name) else "columns" if dim else "mapped"
-
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(find_tokenizer(self.path))
-
-
-def _has_pairs(name: str) -> bool:
-    """Whether RoPE rotates what a tensor makes, so that the order of its rows is the format's."""
-    return ".attention.wq." in name or ".attention.wk." in name
-
 
 def pair_neighbours(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads from Hugging Face's order, whose RoPE rotates halves, to Meta's, which rotates neighbours."""
+    """Put rows of whole heads from Hugging Face's order, whose RoPE rotates halves, into Meta's, with neighbours."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _unsupported_dtype(path: Path, name: str, dtype: object) -> ValueError:
-    return ValueError(f"{path}: {name} has dtype {dtype}, only {', '.join(SAFETENSORS_DTYPES)} are supported")
+def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
+    """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def check_blocks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, BlockType]:
-    """The types of the tensors that are blocks, by their own names; ValueError unless they are as config.json says."""
+    """Return the types of the tensors that are blocks, by the names that they have in the files.
+
+    Raise ValueError unless these tensors are as config.json says.
+    """
     block_types = read_block_types(folder / "config.json")
     for name, block_type in block_types.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 2 or tensor.shape[1] % block_type.size:
-            found = "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            found = "missing" if tensor is None else f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
             raise ValueError(
                 f"{folder}: {name} is to be rows of {block_type.name} blocks of {block_type.size} bytes, but is "
                 f"{found}: weights and config.json do not belong together"
@@ -177,7 +149,10 @@ def check_blocks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Block
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights; ValueError when an index names one that is missing."""
+    """Return the files that hold a folder's weights.
+
+    Raise FileNotFoundError when there are none, or when an index names one that is missing.
+    """
     for whole, index in LAYOUTS:
         if (folder / index).is_file():
             return _indexed_files(folder / index)
@@ -206,7 +181,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def map_weights(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors or .bin file under its own name, as views of the mapped file."""
+    """Map every tensor of a safetensors, .bin or .pth file, by the name it has there; raise ValueError for damage."""
     return _map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
 
 
@@ -219,8 +194,8 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, "pt") as mapped:
             dtypes = {name: mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # noqa: SIM118
             for name, dtype in dtypes.items():
-                if dtype not in (*SAFETENSORS_DTYPES, BYTES) and not name.endswith(DERIVED):
-                    raise _unsupported_dtype(file, name, dtype)
+                if dtype not in (*WEIGHT_DTYPES, BYTES_DTYPE) and not name.endswith(HF_DERIVED_SUFFIX):
+                    raise ValueError(f"{file}: {name} has dtype {dtype}, only {', '.join(WEIGHT_DTYPES)} are supported")
             return {name: mapped.get_tensor(name) for name in dtypes}
     except SafetensorError as error:
         raise ValueError(f"{file} is not a usable safetensors file ({error}): download it again") from None

@@ -11,36 +11,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, kind, quantized_type, shard_dim
+from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, quantized_type, shard_dim
+from llama.checkpoint.names import META_DERIVED, module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
+from llama.distributed.layers import set_quantized_weight, tie_output
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
-from llama.quantization.linear import BlockWeight, PackedWeight, Weight
-from llama.quantization.planar import Fp8Weight, PlanarWeight
-
-# Stored by Meta, computed here.
-DERIVED = {"rope.freqs"}
+from llama.quantization.planar import Fp8Weight
+from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
 
 
 @dataclass(frozen=True)
-class Storage:
-    """How a rank holds weights: floats of `dtype`, or quantized blocks."""
+class WeightFormat:
+    """Say what a rank holds its weights in: floats of `dtype`, or quantized blocks."""
 
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
-    # What kernels here take blocks as; without any, files' own blocks become floats.
-    packs: type[PackedWeight] | type[PlanarWeight] | None = None
+    weight_cls: type[QuantizedWeight] = BlockWeight  # holds quantized weights
+    keeps_stored_blocks: bool = False  # whether quantized blocks of a file stay blocks unless asked
 
-    def block_type(
-        self, checkpoint: StoredCheckpoint, name: str, args: ModelArgs, parallel: ModelParallel
-    ) -> BlockType | None:
-        """What this rank's part of a tensor is held in; None is floats."""
+    def block_type(self, checkpoint: StoredCheckpoint, name: str, parallel: ModelParallel) -> BlockType | None:
+        """Return the block type that this rank holds its part of a tensor in, or None for floats."""
         stored, shape = checkpoint.block_type(name), checkpoint.shape(name)
         if len(shape) != 2:
             return None
         asked = quantized_type(name, shape, self.quantize) if self.quantize else None
-        held = stored if self.packs or self.quantize else None
+        held = stored if self.keeps_stored_blocks or self.quantize else None
         if asked is not None and (held is None or asked.size * held.elements < held.size * asked.elements):
             held = asked
         if held is None or shard_dim(name) != 1 or parallel.size == 1:
@@ -48,54 +45,54 @@ class Storage:
         # Ranks cut rows only between blocks.
         return held if part_length(name, shape[1], parallel) % held.elements == 0 else None
 
-    def deal(self, checkpoint: StoredCheckpoint, args: ModelArgs, parallel: ModelParallel) -> ModelParallel:
-        """The ranks, with hidden features dealt out so that w2's rows are cut between blocks."""
-        alone = ModelParallel()
-        types = [self.block_type(checkpoint, name, args, alone) for name in global_shapes(args) if kind(name) == "w2"]
-        return dataclasses.replace(parallel, block=max((held.elements for held in types if held), default=1))
+    def with_ffn_multiple(self, checkpoint: StoredCheckpoint, parallel: ModelParallel) -> ModelParallel:
+        """Return the ranks with hidden features split so that w2's rows are cut between blocks."""
+        names = [name for name in checkpoint.names() if module_name(name) == "w2"]
+        types = [self.block_type(checkpoint, name, ModelParallel()) for name in names]
+        return dataclasses.replace(parallel, ffn_multiple=max((held.elements for held in types if held), default=1))
 
 
 def load_weights(
-    model: Transformer, checkpoint: StoredCheckpoint, device: torch.device, storage: Storage
+    model: Transformer, checkpoint: StoredCheckpoint, device: torch.device, weight_format: WeightFormat
 ) -> Counter[tuple[str, str]]:
-    """Assign every parameter of a meta-device model; ValueError names missing, unexpected and mis-shaped tensors.
+    """Assign every parameter of a meta-device model; raise ValueError for missing, unexpected or mis-shaped tensors.
 
     Host memory peaks at this rank's part plus one tensor; a part that is a view of the mapped file, in the dtype
-    asked for, is used where it lies. Returns how many matrices were stored as one thing and are held as another.
+    asked for, is used where it lies. Return how many matrices were stored as one thing and are held as another.
     """
-    expected = check_weights(checkpoint, model.args)
     changes: Counter[tuple[str, str]] = Counter()
-    for name, shape in expected.items():
+    for name, shape in check_weights(checkpoint, model.args).items():
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
-        block_type = storage.block_type(checkpoint, name, model.args, model.parallel)
+        block_type = weight_format.block_type(checkpoint, name, model.parallel)
         parameter = getattr(module, attribute)
         held: Weight
         if block_type is None:
             part = read_part(checkpoint, name, model.args, model.parallel)
-            held = torch.nn.Parameter(part.to(device, storage.dtype).contiguous(), requires_grad=False)
+            held = torch.nn.Parameter(part.to(device, weight_format.dtype).contiguous(), requires_grad=False)
+            setattr(module, attribute, held)
         else:
-            held = _read_blocks(checkpoint, name, model, device, storage, block_type)
+            held = _read_quantized(checkpoint, name, model, device, weight_format, block_type)
+            set_quantized_weight(module, held)
         assert held.shape == parameter.shape, (name, held.shape, parameter.shape)
-        delattr(module, attribute)
-        setattr(module, attribute, held)
         if len(shape) > 1:
-            changes[checkpoint.stored_as(name), block_type.name if block_type else dtype_name(storage.dtype)] += 1
+            held_as = block_type.name if block_type else dtype_name(weight_format.dtype)
+            changes[checkpoint.stored_as(name), held_as] += 1
     if model.args.tied_embeddings:
-        del model.output.weight
-        model.output.weight = model.tok_embeddings.weight
+        tie_output(model.output, model.tok_embeddings)
     model.to(device)  # what is computed and not loaded: the rotary frequencies
     return Counter({change: count for change, count in changes.items() if change[0] != change[1]})
 
 
-def _read_blocks(
+def _read_quantized(
     checkpoint: StoredCheckpoint,
     name: str,
     model: Transformer,
     device: torch.device,
-    storage: Storage,
+    weight_format: WeightFormat,
     block_type: BlockType,
-) -> Weight:
+) -> QuantizedWeight:
+    """Return this rank's part of a tensor in blocks: as stored, or quantized from its values."""
     if checkpoint.block_type(name) == block_type:
         blocks = read_part(checkpoint, name, model.args, model.parallel, block_type).to(device)
     else:
@@ -103,13 +100,29 @@ def _read_blocks(
         if block_type == F8_E4M3:
             return Fp8Weight.of(values)
         blocks = quantize(values, block_type)
-    return (storage.packs or BlockWeight)(blocks, block_type)
+    return weight_format.weight_cls(blocks, block_type)
+
+
+def check_vocab_size(checkpoint: Checkpoint, n_words: int) -> int:
+    """Return how many rows the embedding has when the tokenizer has n_words tokens.
+
+    Raise ValueError where there are other rows than tokens, unless the format pads its embeddings.
+    """
+    vocab_size = checkpoint.args.vocab_size
+    if vocab_size == -1:
+        return n_words
+    if vocab_size != n_words and not (checkpoint.pads_vocab and vocab_size > n_words):
+        raise ValueError(
+            f"the tokenizer has {n_words} tokens, but the weights in {checkpoint.path} have {vocab_size}: "
+            "give the model's own with --tokenizer_path"
+        )
+    return vocab_size
 
 
 def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the whole tensors; ValueError unless they are those that the configuration asks for."""
+    """Return names and shapes of the whole tensors; raise ValueError unless they are as the configuration asks."""
     expected = global_shapes(args)
-    check_names(checkpoint, set(expected))
+    _check_names(checkpoint, set(expected))
     for name, shape in expected.items():
         if checkpoint.shape(name) != shape:
             raise ValueError(
@@ -119,18 +132,28 @@ def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[in
     return expected
 
 
+def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
+    """Raise ValueError when the checkpoint lacks a tensor, or has one that the model would silently ignore."""
+    found = set(checkpoint.names()) - META_DERIVED
+    for what, names in (("lacks", expected - found), ("has unexpected", found - expected)):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{checkpoint.path} {what} tensors {some}{more}: the configuration does not describe it")
+
+
 def part_length(name: str, total: int, parallel: ModelParallel) -> int:
-    """Rows, or columns, of each rank's part of a tensor that is split."""
-    return parallel.part(total, _block(name, parallel))
+    """Return the rows, or columns, of each rank's part of a tensor that is split."""
+    return parallel.part(total, _multiple(name, parallel))
 
 
 def part_span(name: str, total: int, parallel: ModelParallel) -> tuple[int, int]:
-    """This rank's rows, or columns, without padding."""
-    return parallel.span(total, _block(name, parallel))
+    """Return the [start, stop) of this rank's rows, or columns, without padding."""
+    return parallel.span(total, _multiple(name, parallel))
 
 
-def _block(name: str, parallel: ModelParallel) -> int:
-    return parallel.block if kind(name) in ("w1", "w2", "w3") else 1
+def _multiple(name: str, parallel: ModelParallel) -> int:
+    return parallel.ffn_multiple if module_name(name) in ("w1", "w2", "w3") else 1
 
 
 def read_part(
@@ -140,15 +163,15 @@ def read_part(
     parallel: ModelParallel,
     block_type: BlockType | None = None,
 ) -> Tensor:
-    """This rank's part of a tensor, padded with zeros where the ranks do not divide it.
+    """Return this rank's part of a tensor, padded with zeros where the ranks do not divide it.
 
-    With the block_type that it is stored in, the raw blocks: uint8 (rows, bytes of a row).
+    With the block_type that it is stored in, return the raw blocks: uint8 (rows, row_bytes).
     """
     read = checkpoint.read if block_type is None else checkpoint.read_blocks
     dim = shard_dim(name)
     if dim is None or parallel.size == 1:
         return read(name)
-    if kind(name) in ("wk", "wv"):
+    if module_name(name) in ("wk", "wv"):
         return _read_kv_heads(read, name, args, parallel)
     total = checkpoint.shape(name)[dim]
     start, stop = part_span(name, total, parallel)
@@ -160,6 +183,7 @@ def read_part(
 
 
 def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
+    """Return the rows of this rank's KV heads, some of which may repeat."""
     heads = parallel.kv_heads(args.n_heads, args.n_kv_heads)
     first, last = heads[0], heads[-1]
     rows = read(name, 0, first * args.head_dim, (last + 1) * args.head_dim)
@@ -169,18 +193,8 @@ def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, para
     return rows.unflatten(0, (-1, args.head_dim))[picked].flatten(0, 1)
 
 
-def check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
-    """ValueError when the checkpoint lacks a tensor, or has one that the model would silently ignore."""
-    found = set(checkpoint.names()) - DERIVED
-    for what, names in (("lacks", expected - found), ("has unexpected", found - expected)):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{checkpoint.path} {what} tensors {some}{more}: the configuration does not describe it")
-
-
 def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every whole tensor of a model."""
+    """Return the name and shape of every whole tensor of a model."""
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     layer = {
         "attention.wq": (q_dim, args.dim),

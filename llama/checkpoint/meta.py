@@ -1,4 +1,4 @@
-"""Meta's format: params.json and consolidated.00.pth to consolidated.NN.pth, each a pickled slice of every tensor."""
+"""Read Meta's format: params.json and consolidated.00.pth to consolidated.NN.pth, with slices of every tensor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import FLOATS, SHARD_DIM, Reading, dtype_name, kind
+from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name
+from llama.checkpoint.names import module_name
 from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_params
 from llama.quantization.gguf_blocks import BlockType
-from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer import Tokenizer
 
 
 class MetaCheckpoint:
-    """A folder of Meta shards. Files are mapped, not read; pickles that would run code are refused."""
+    """Read a folder of Meta shards. Files are mapped; pickles that would run code are refused."""
 
     pads_vocab = False
+    is_quantized = False
+    context_len = None
+    tokenizer_metadata = None
+    stop_tokens: frozenset[int] = frozenset()
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
@@ -31,7 +36,6 @@ class MetaCheckpoint:
         self._check_shards()
         self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self._shards[0])
         self._check_count()
-        self.stop_tokens: frozenset[int] = frozenset()
         self.dtype = self._shards[0]["norm.weight"].dtype if "norm.weight" in self._shards[0] else torch.bfloat16
 
     def names(self) -> Collection[str]:
@@ -58,8 +62,8 @@ class MetaCheckpoint:
         stop = self.shape(name)[dim] if stop is None else stop
         size = pieces[0].shape[dim]
         if len(pieces) > 1 and (dim != split_dim or start // size < (stop - 1) // size):
-            return pieces[0].dtype, "made"
-        return pieces[0].dtype, "mapped" if dim == 0 or stop - start == size else "columns"
+            return pieces[0].dtype, "copy"
+        return pieces[0].dtype, "zero_copy" if dim == 0 or stop - start == size else "strided"
 
     def stored_as(self, name: str) -> str:
         return dtype_name(self.reads_as(name)[0])
@@ -71,26 +75,26 @@ class MetaCheckpoint:
         raise AssertionError(f"Meta's format has no blocks: {name}")
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(find_tokenizer(self.path))
+        return Tokenizer(self.path)
 
     def _pieces(self, name: str) -> list[Tensor]:
-        """The shards' slices of a tensor, each once: the first of them alone where all hold the whole."""
+        """Return the shards' slices of a tensor, each once: the first alone where every shard has the whole."""
         pieces = [shard[name] for shard in self._shards]
-        if kind(name) not in SHARD_DIM or pieces[0].dim() < 2:
+        if module_name(name) not in SHARD_DIM or pieces[0].dim() < 2:
             return pieces[:1]
-        if kind(name) in ("wk", "wv"):
+        if module_name(name) in ("wk", "wv"):
             # With more shards than KV heads, consecutive shards repeat a head.
             return pieces[:: max(1, len(pieces) // self.args.n_kv_heads)]
         return pieces
 
     def _split_dim(self, name: str) -> int:
-        """Where the shards split a tensor. Llama 1 and 2 split the embeddings by feature, Llama 3 by token."""
-        if kind(name) == "tok_embeddings" and self._shards[0][name].shape[1] != self.args.dim:
+        """Return where the shards split a tensor. Llama 1 and 2 split the embeddings by feature, Llama 3 by token."""
+        if module_name(name) == "tok_embeddings" and self._shards[0][name].shape[1] != self.args.dim:
             return 1
-        return SHARD_DIM.get(kind(name), 0)
+        return SHARD_DIM.get(module_name(name), 0)
 
     def _check_count(self) -> None:
-        """ValueError when the last shards are missing: their number is found nowhere but in shapes."""
+        """Raise ValueError when the last shards are missing: their number is found nowhere but in shapes."""
         query = "layers.0.attention.wq.weight"
         rows = self.shape(query)[0] if query in self._shards[0] and self._shards[0][query].dim() == 2 else 0
         times, rest = divmod(self.args.n_heads * self.args.head_dim, rows or 1)
@@ -102,6 +106,7 @@ class MetaCheckpoint:
             )
 
     def _check_shards(self) -> None:
+        """Raise ValueError unless all shards have the same tensors, in dtypes that are known."""
         first = self._shards[0]
         for number, shard in enumerate(self._shards):
             for name in first.keys() ^ shard.keys():
@@ -112,12 +117,12 @@ class MetaCheckpoint:
                         f"{self.path}: shards 00 and {number:02d} do not belong together: {name} has shapes "
                         f"{tuple(first[name].shape)} and {tuple(tensor.shape)}"
                     )
-                if tensor.dtype not in FLOATS:
+                if tensor.dtype not in WEIGHT_DTYPES.values():
                     raise ValueError(f"{self.path}: {name} has dtype {tensor.dtype}, which is not supported")
 
 
 def _read_across(pieces: list[Tensor], dim: int, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of the pieces laid end to end; a view when one piece holds them all."""
+    """Return rows [start, stop) of the pieces laid end to end; a view when one piece has them all."""
     size = pieces[0].shape[dim]
     found = []
     for i, piece in enumerate(pieces):
@@ -130,6 +135,7 @@ def _read_across(pieces: list[Tensor], dim: int, start: int, stop: int) -> Tenso
 
 
 def _shard_files(folder: Path) -> list[Path]:
+    """Return the shards in their order; raise ValueError when a number between them is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     numbers = [file.name.split(".")[1] for file in files]
     expected = [f"{i:02d}" for i in range(len(files))]

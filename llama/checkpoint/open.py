@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from llama.checkpoint.base import StoredCheckpoint
-from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf
+from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split
+from llama.checkpoint.gguf_header import is_gguf
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
 from llama.checkpoint.meta import MetaCheckpoint
-
-# All but the first file of a split GGUF.
-LATER_SPLIT = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> StoredCheckpoint:
     """Open a folder of Meta shards, a Hugging Face folder, a GGUF file, or a folder with one GGUF model.
 
-    FileNotFoundError or ValueError say what was looked for and what was found.
+    Raise FileNotFoundError or ValueError that say what was looked for and what was found.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
         parent = path.parent
-        beside = f"{parent} has {listing(parent)}" if parent.is_dir() else f"neither does {parent}"
+        beside = f"{parent} has {_listing(parent)}" if parent.is_dir() else f"neither does {parent}"
         raise FileNotFoundError(f"ckpt_dir {path} does not exist; {beside}")
     if path.is_file() and is_gguf(path):
         return GGUFCheckpoint(path)
@@ -39,7 +36,7 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
         return MetaCheckpoint(folder)
     if (folder / "config.json").is_file():
         return HuggingFaceCheckpoint(folder)
-    ggufs = sorted(file for file in folder.glob("*.gguf") if not LATER_SPLIT.search(file.name))
+    ggufs = sorted(file for file in folder.glob("*.gguf") if not is_later_split(file))
     if len(ggufs) == 1:
         return GGUFCheckpoint(ggufs[0])
     if ggufs:
@@ -47,12 +44,12 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
         raise ValueError(f"ckpt_dir {folder} has several GGUF files: give one of {names} itself")
     raise FileNotFoundError(
         f"ckpt_dir {folder} has no checkpoint: looked for consolidated.*.pth with params.json, for config.json "
-        f"with safetensors or .bin files, and for *.gguf; found {listing(folder)}"
+        f"with safetensors or .bin files, and for *.gguf; found {_listing(folder)}"
     )
 
 
-def listing(folder: Path, most: int = 8) -> str:
-    """The first names in a folder, for an error message."""
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+def _listing(folder: Path, most: int = 8) -> str:
+    """Return the first names in a folder, for an error message."""
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "nothing"

@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def map_pickle(file: Path) -> dict[str, Tensor]:
-    """Tensors of a state dict by name, as views of the mapped file; ValueError when it is refused or damaged."""
+    """Return the tensors of a state dict by name, as views of the mapped file.
+
+    Raise ValueError when the file is damaged, or refused because it would run code.
+    """
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: download it again")
     zipped = zipfile.is_zipfile(file)  # False for the format before torch 1.6, which cannot be mapped

@@ -1,237 +1,237 @@
-"""What the examples share on a command line: flags verbatim through fire, reports on stderr, errors in one line."""
+"""From words on a command line to arguments of a function, by its types: values are taken verbatim.
+
+A parameter whose type is a dataclass becomes one flag for each field. Knows nothing of models or of ranks.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import functools
 import inspect
-import io
 import json
-import logging
 import os
-import signal
-import sys
-import time
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llama.distributed.job import agree, local_rank
-from llama.engine.metrics import peak_memory_mib
-from llama.generation import Llama
-
-DEMO_MODEL = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
-
-# Ranks that are not to speak wait this long for torchrun to end them, so that it does not end the one that speaks.
-SECONDS_TO_SPEAK = 30
+REQUIRED = inspect.Parameter.empty
 
 
-def is_first_rank() -> bool:
-    """Whether this is the one process of the job that prints results; before any process group exists, too."""
-    return os.environ.get("RANK", "0") == "0"
+@dataclass(frozen=True)
+class Late:
+    """A default that is looked up only where its flag is not given; help calls it by its name."""
+
+    name: str
+    find: Callable[[], Any]
+
+    def __str__(self) -> str:
+        return self.name
 
 
-def demo_model(folder: Path) -> Path:
-    """The demo model below `folder`; FileNotFoundError says how to get it."""
-    if not (folder / DEMO_MODEL).is_file():
-        raise FileNotFoundError(
-            f"no --ckpt_dir given, and the demo model {folder / DEMO_MODEL} is not there: get it with "
-            "python scripts/get_model.py, or give the folder of your weights"
-        )
-    return folder / DEMO_MODEL
+@dataclass(frozen=True)
+class Fields:
+    """How the fields of a dataclass become flags of a command: `options: Annotated[Options, Fields(...)]`.
 
-
-def report(llm: Llama) -> None:
-    """Log what the run cost: speeds, bandwidth and peak memory of this rank, and what speculation gave."""
-    statistics, log = llm.statistics, logging.getLogger("llama")
-    log.info(
-        "prefill %d tokens%s at %.1f tok/s; decode %d tokens at %.1f tok/s, %.2f GB/s of weights; peak memory %.0f MiB",
-        statistics.prompt_tokens,
-        f" ({statistics.reused_tokens} more reused)" if statistics.reused_tokens else "",
-        statistics.prefill_tok_s,
-        statistics.decoded_tokens,
-        statistics.decode_tok_s,
-        statistics.bandwidth_gb_s(llm.model.weight_bytes),
-        peak_memory_mib(llm.model.device),
-    )
-    if statistics.proposed:
-        log.info(
-            "speculation: %d of %d proposals accepted (%.0f %%)%s%s",
-            statistics.accepted,
-            statistics.proposed,
-            100 * statistics.accepted / statistics.proposed,
-            f", {statistics.speculation_gain:.2f} x the plain speed" if statistics.speculation_gain else "",
-            f"; off for {statistics.resting_tokens} tokens, as it lost" if statistics.resting_tokens else "",
-        )
-
-
-def end_with(plan: tuple[str, bool]) -> typing.NoReturn:
-    """Print the table of a plan and exit, with code 1 when it does not fit."""
-    table, fits = plan
-    with agree():  # all ranks wait: torchrun ends them when the first exits with 1
-        if is_first_rank():
-            print(table, flush=True)
-    sys.exit(0 if fits else 1)
-
-
-def run(main: Callable[..., None]) -> None:
-    """Call main with the flags in sys.argv. A user's error is one line on stderr, from one rank, and exit code 1.
-
-    Parameters of main that are not keyword-only may come as plain words, in their order.
+    Args:
+        heading: what help puts above them.
+        hidden: fields that are no flags.
+        words: fields that may come without their flag, too, in this order.
+        defaults: values of fields that are not given, hidden ones included, where they are not the dataclass's own.
     """
-    import fire
-    from fire.decorators import SetParseFns
 
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
-    )
-    if not is_first_rank():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a job of several ranks, and one is enough to say so
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks shall not lose the rest
-    try:
-        hints = typing.get_type_hints(main)
-        parsers = {name: functools.partial(_parse, name, hints[name]) for name in hints if name != "return"}
-        fire.Fire(SetParseFns(**parsers)(main), command=_normalized(sys.argv[1:], main, hints))
-        _leave_together()
-    except BrokenPipeError:
-        discard_stdout()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        _fail(" ".join(str(error).split()) or type(error).__name__)
+    heading: str
+    hidden: Sequence[str] = ()
+    words: Sequence[str] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def discard_stdout() -> None:
-    """Print to nobody from here on: the reader of stdout has seen enough, as `head` does."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a command.
 
-
-def _leave_together() -> None:
-    """End all ranks of a finished job at once, without the interpreter's clean-up.
-
-    A rank that ends while another still talks to it can abort there: gloo's threads outlive what they use.
+    Args:
+        name: the flag without its dashes.
+        types: the types that its value may have.
+        meaning: what it is for, from the docstring.
+        default: its value where it is not given; REQUIRED where it must be.
+        parameter: the function's parameter that gets the value, or the object with the value in it.
+        is_word: whether the value may come without the flag.
+        heading: what help puts above it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with agree():
-            sys.stdout.flush()
-        os._exit(0)
+
+    name: str
+    types: tuple[Any, ...]
+    meaning: str
+    default: Any
+    parameter: str
+    is_word: bool
+    heading: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """How messages call it: DST for a word that must be given, else --dst."""
+        return self.name.upper() if self.is_word and self.default is REQUIRED else f"--{self.name}"
 
 
-def _fail(message: str) -> typing.NoReturn:
-    if local_rank() == 0:
-        sys.stdout.flush()
-        sys.stderr.write(f"error: {message}\n")
-        sys.stderr.flush()
-    else:
-        time.sleep(SECONDS_TO_SPEAK)  # whoever lives on is the only one that failed
-        sys.stderr.write(f"error: {message}\n")
-    sys.exit(1)
-
-
-def _help(main: Callable[..., None]) -> str:
-    """main's docstring with its arguments, one a line there, as flags; fire's own help names flags that are none."""
-    summary, _, arguments = (inspect.getdoc(main) or "").partition("\n\nArgs:\n")
-    parameters = inspect.signature(main).parameters
-    places = _places(main)
-    usage = " ".join([Path(sys.argv[0]).name, *(name.upper() for name in places), "[--flag value]..."])
-    lines = [f"usage: {usage}", "", summary, ""]
-    for line in arguments.splitlines():
-        name, _, meaning = line.strip().partition(": ")
-        default = parameters[name].default
-        said = "" if default in (None, False, inspect.Parameter.empty) else f" (default: {default})"
-        lines.append(f"  {name.upper() if name in places else '--' + name:<17} {meaning}{said}")
-    return "\n".join(lines)
-
-
-def _places(main: Callable[..., None]) -> list[str]:
-    """The parameters that may come without a flag."""
-    parameters = inspect.signature(main).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-
-
-def _normalized(argv: list[str], main: Callable[..., None], hints: dict[str, Any]) -> list[str]:
-    """Flags and words as --name=value, with all values of --prompt in one JSON list.
-
-    fire by itself takes a value that begins with a dash for a flag, keeps the last of repeated flags, and runs a
-    whole job before it says that a flag is unknown.
-    """
-    parameters = inspect.signature(main).parameters.values()
-    places = _places(main)
-    values: dict[str, str] = {}
-    lists: dict[str, list[str]] = {}
-    words = iter(argv)
-    for word in words:
-        if word in ("--help", "-h"):
-            if is_first_rank():
-                print(_help(main))
-            sys.exit(0)
-        place = next((name for name in places if name not in values), None)
-        if not word.startswith("--") and place is not None:
-            values[place] = word
+def flags_of(command: Callable[..., None]) -> dict[str, Flag]:
+    """All flags of a command by their names: its parameters, and for a dataclass the fields in its place."""
+    flags: dict[str, Flag] = {}
+    meanings = _meanings(command)
+    for parameter, hint in _parameters(command):
+        kind, fields = _dataclass(hint)
+        if kind is None:
+            is_word = parameter.kind is not parameter.KEYWORD_ONLY
+            name = parameter.name
+            flags[name] = Flag(name, _types(hint), meanings[name], parameter.default, name, is_word)
             continue
-        if not word.startswith("--"):
-            example = f", as in --prompt {word!r}" if "prompt" in hints and not word.startswith("-") else ": see --help"
-            raise ValueError(f"unexpected argument {word!r}: every value follows its flag{example}")
-        flag, given, value = word[2:].partition("=")
-        name = flag.replace("-", "_")
-        if name not in hints or name == "return":
-            close = difflib.get_close_matches(name, hints, 1)
-            raise ValueError(f"unknown flag --{flag}" + (f": did you mean --{close[0]}?" if close else ": see --help"))
-        if hints[name] is bool:
-            value = value or "True"
-        elif not given:
-            try:
-                value = next(words)
-            except StopIteration:
-                raise ValueError(f"--{flag} needs a value") from None
-        if typing.get_origin(hints[name]) is not None and list[str] in typing.get_args(hints[name]):
-            lists.setdefault(name, []).extend(_texts(value))
-        else:
-            values[name] = value
-    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
-    missing = [name.upper() if name in places else f"--{name}" for name in hints if name in required - values.keys()]
+        hints, field_meanings = typing.get_type_hints(kind), _meanings(kind)
+        for each in dataclasses.fields(kind):
+            if each.name not in fields.hidden:
+                default = REQUIRED if each.default is dataclasses.MISSING else each.default
+                flags[each.name] = Flag(
+                    each.name,
+                    _types(hints[each.name]),
+                    field_meanings[each.name],
+                    fields.defaults.get(each.name, default),
+                    parameter.name,
+                    each.name in fields.words,
+                    fields.heading,
+                )
+    return flags
+
+
+def parse(command: Callable[..., None], argv: Sequence[str]) -> dict[str, Any] | None:
+    """The arguments of a command, or None where help is asked for. ValueError names the flag that is wrong."""
+    flags = flags_of(command)
+    texts = _read(flags, argv)
+    if texts is None:
+        return None
+    missing = [flag.shown for flag in flags.values() if flag.default is REQUIRED and flag.name not in texts]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given: see --help")
-    values |= {name: json.dumps(texts) for name, texts in lists.items()}
-    return [f"--{name}={value}" for name, value in values.items()]
+    values = {name: _value(flags[name], text) for name, text in texts.items()}
+    arguments: dict[str, Any] = {}
+    for parameter, hint in _parameters(command):
+        given = {name: value for name, value in values.items() if flags[name].parameter == parameter.name}
+        kind, fields = _dataclass(hint)
+        if kind is None:
+            arguments |= given
+            continue
+        defaults = {name: value for name, value in fields.defaults.items() if name not in given}
+        found = {name: value.find() if isinstance(value, Late) else value for name, value in defaults.items()}
+        arguments[parameter.name] = kind(**found, **given)
+    return arguments
 
 
-def _texts(value: str) -> list[str]:
-    """One text, verbatim, unless it is a JSON list of texts."""
+def section(documented: object, title: str) -> list[str]:
+    """The lines of a docstring's section, such as Args, without their indentation; none where there is none."""
+    lines = (inspect.getdoc(documented) or "").splitlines()
+    if f"{title}:" not in lines:
+        return []
+    start = lines.index(f"{title}:") + 1
+    stop = next((i for i in range(start, len(lines)) if not lines[i].startswith(" ")), len(lines))
+    return [line[4:] for line in lines[start:stop]]
+
+
+def _meanings(documented: object) -> dict[str, str]:
+    """The Args of a docstring by name; lines that are indented further go on."""
+    entries = re.split(r"\n(?! )", "\n".join(section(documented, "Args")))
+    pairs = [entry.partition(": ") for entry in entries if entry]
+    return {name: " ".join(meaning.split()) for name, _, meaning in pairs}
+
+
+def _parameters(command: Callable[..., None]) -> list[tuple[inspect.Parameter, Any]]:
+    hints = typing.get_type_hints(command, include_extras=True)
+    return [(parameter, hints[parameter.name]) for parameter in inspect.signature(command).parameters.values()]
+
+
+def _dataclass(hint: Any) -> tuple[Any, Fields]:
+    """The dataclass that a hint names, or None, and how its fields become flags."""
+    kind, *metadata = typing.get_args(hint) if typing.get_origin(hint) is typing.Annotated else (hint,)
+    fields = next((each for each in metadata if isinstance(each, Fields)), Fields("options"))
+    return (kind if dataclasses.is_dataclass(kind) else None), fields
+
+
+def _types(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, and a type that is none as it is."""
+    return (hint,) if hint == list[str] else typing.get_args(hint) or (hint,)
+
+
+def _read(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any] | None:
+    """The text of each flag that is given, a list of them for a list of texts; None where help is asked for."""
+    texts: dict[str, Any] = {}
+    rest = iter(argv)
+    for word in rest:
+        if word in ("--help", "-h"):
+            return None
+        if not word.startswith("--"):
+            name = next((flag.name for flag in flags.values() if flag.is_word and flag.name not in texts), None)
+            if name is None:
+                is_prompt = "prompt" in flags and not word.startswith("-")
+                example = f", as in --prompt {word!r}" if is_prompt else ": see --help"
+                raise ValueError(f"unexpected argument {word!r}: every value follows its flag{example}")
+            texts[name] = word
+            continue
+        said, given, text = word[2:].partition("=")
+        name = said.replace("-", "_")
+        if name not in flags:
+            close = difflib.get_close_matches(name, flags, 1)
+            raise ValueError(f"unknown flag --{said}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
+        if bool in flags[name].types:
+            texts[name] = text or "True"
+            continue
+        if not given:
+            try:
+                text = next(rest)
+            except StopIteration:
+                raise ValueError(f"--{said} needs a value") from None
+        if list[str] in flags[name].types:
+            texts[name] = texts.get(name, []) + _verbatim(name, text)
+        else:
+            texts[name] = text
+    return texts
+
+
+def _verbatim(name: str, text: str) -> list[str]:
+    """One text as it is, unless it is a JSON list of texts."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"--prompt is not valid UTF-8: {value!a}") from None
-    if value.startswith("["):
+        raise ValueError(f"--{name} is not valid UTF-8: {text!a}") from None
+    if text.startswith("["):
         try:
-            texts = json.loads(value)
+            texts = json.loads(text)
         except json.JSONDecodeError:
-            return [value]
-        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return [text]
+        if isinstance(texts, list) and all(isinstance(each, str) for each in texts):
             return texts
-    return [value]
+    return [text]
 
 
-def _parse(name: str, hint: Any, text: str) -> Any:
-    """The value of a flag from its text, by the type of main's parameter."""
-    types = typing.get_args(hint) or (hint,)
-    if list[str] in types:
-        return json.loads(text)
-    if str in types:
+def _value(flag: Flag, text: Any) -> Any:
+    """The value of a flag from its text, by its types."""
+    if list[str] in flag.types or str in flag.types:
         return text
-    if type(None) in types and text == "None":
+    if type(None) in flag.types and text == "None":
         return None
-    if bool in types:
+    if Path in flag.types:
+        return Path(text)
+    if bool in flag.types:
         if text not in ("True", "False", "true", "false"):
-            raise ValueError(f"--{name} is on or off: give it alone, got {text!r}")
+            raise ValueError(f"--{flag.name} is on or off: give it alone, got {text!r}")
         return text.lower() == "true"
-    number = float if float in types else int
+    number = float if float in flag.types else int
     try:
         return number(text)
     except ValueError:
         what = "a number" if number is float else "an integer"
-        raise ValueError(f"--{name} must be {what}, got {text!r}") from None
+        raise ValueError(f"--{flag.name} must be {what}, got {text!r}") from None
+
+
+def placeholder(flag: Flag) -> str:
+    """What help puts in the place of a value: nothing for a switch."""
+    words = {bool: "", list[str]: "TEXT", Path: "PATH", os.PathLike[str]: "PATH", float: "X", int: "N"}
+    return next((word for kind, word in words.items() if kind in flag.types), "VALUE")

@@ -26,16 +26,16 @@ class ModelParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    block: int = 1  # hidden features of feed-forwards are dealt out in multiples of it: whole quantized blocks
+    ffn_multiple: int = 1  # hidden features of feed-forwards are split in multiples of it: whole quantized blocks
 
-    def span(self, total: int, block: int = 1) -> tuple[int, int]:
+    def span(self, total: int, multiple: int = 1) -> tuple[int, int]:
         """The [start, stop) of `total` rows that are this rank's; the last ranks' may be short or empty."""
-        part = self.part(total, block)
+        part = self.part(total, multiple)
         return min(self.rank * part, total), min((self.rank + 1) * part, total)
 
-    def part(self, total: int, block: int = 1) -> int:
-        """Rows per rank when `total` rows are split evenly, in multiples of `block`, the last part padded."""
-        return total if self.size == 1 else -(-total // (self.size * block)) * block
+    def part(self, total: int, multiple: int = 1) -> int:
+        """Rows per rank when `total` rows are split evenly, in multiples of `multiple`, the last part padded."""
+        return total if self.size == 1 else -(-total // (self.size * multiple)) * multiple
 
     def heads(self, n_heads: int) -> int:
         """Query heads per rank. Heads are never padded, so a size that does not divide them is a ValueError."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from llama.distributed.threads import share_cores
 
-# A chat may wait for its user over a weekend; a dead rank is torchrun's to notice, not a timeout's.
+# A chat may wait for its user over a weekend: see D1.
 CONTROL_TIMEOUT = timedelta(days=7)
 
 
@@ -37,7 +37,8 @@ def join_job() -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     share_cores(local_world_size())
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.distributed.groups import ModelParallel
-from llama.quantization.linear import Weight, embed, linear
+from llama.quantization.weights import (
+    MatMul,
+    QuantizedWeight,
+    Weight,
+    float_matmul,
+    quantized_embedding,
+    quantized_matmul,
+)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -14,11 +25,14 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, in_features: int, local_out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight: Weight = _weight(local_out_features, in_features)
-        self.bias = _weight(local_out_features) if bias else None
+        self.weight: Weight = _empty(local_out_features, in_features)
+        self.bias = _empty(local_out_features) if bias else None
+        self.matmul: MatMul = float_matmul
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, dtype)
+        """Multiply x (..., in): (..., local out) in `dtype`, or else in x's."""
+        y = self.matmul(x, self.weight, dtype)
+        return y if self.bias is None else y + self.bias
 
 
 class RowParallelLinear(nn.Module):
@@ -26,12 +40,14 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, local_in_features: int, out_features: int, parallel: ModelParallel, bias: bool = False) -> None:
         super().__init__()
-        self.weight: Weight = _weight(out_features, local_in_features)
-        self.bias = _weight(out_features) if bias else None
+        self.weight: Weight = _empty(out_features, local_in_features)
+        self.bias = _empty(out_features) if bias else None
+        self.matmul: MatMul = float_matmul
         self.parallel = parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.parallel.all_reduce(linear(x, self.weight))
+        """Multiply x (..., local in): (..., out), the same on every rank."""
+        y = self.parallel.all_reduce(self.matmul(x, self.weight, None))
         return y if self.bias is None else y + self.bias
 
 
@@ -40,17 +56,37 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel) -> None:
         super().__init__()
-        self.weight: Weight = _weight(parallel.part(vocab_size), dim)
+        self.weight: Weight = _empty(parallel.part(vocab_size), dim)
+        self.embedding: Callable[[Tensor, Any], Tensor] = F.embedding
         self.parallel = parallel
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Look up tokens (bsz, seqlen): (bsz, seqlen, dim), in the weight's dtype, or fp32 from blocks."""
         if self.parallel.size == 1:
-            return embed(tokens, self.weight)
+            return self.embedding(tokens, self.weight)
         local = tokens - self.parallel.rank * self.weight.shape[0]
         mine = (local >= 0) & (local < self.weight.shape[0])
-        embedded = embed(local.where(mine, 0), self.weight) * mine[..., None]
+        embedded = self.embedding(local.where(mine, 0), self.weight) * mine[..., None]
         return self.parallel.all_reduce(embedded)
 
 
-def _weight(*shape: int) -> nn.Parameter:
+def set_quantized_weight(module: nn.Module, weight: QuantizedWeight) -> None:
+    """Let a linear or an embedding hold quantized values in place of its Parameter."""
+    del module.weight
+    module.weight = weight
+    if isinstance(module, VocabParallelEmbedding):
+        module.embedding = quantized_embedding
+    else:
+        assert isinstance(module, ColumnParallelLinear | RowParallelLinear), type(module)
+        module.matmul = quantized_matmul
+
+
+def tie_output(output: ColumnParallelLinear, table: VocabParallelEmbedding) -> None:
+    """Let the output projection hold the embedding table's weight, whatever that is."""
+    del output.weight
+    output.weight = table.weight
+    output.matmul = quantized_matmul if table.embedding is quantized_embedding else float_matmul
+
+
+def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=False)

@@ -1,4 +1,4 @@
-"""A model with the cache of one batch, and which tokens the cache holds: reading texts on from there.
+"""A model with the KV cache of one batch, and the tokens whose keys and values the cache holds.
 
 Knows nothing of sampling or of text; rows are lists of token ids.
 """
@@ -10,110 +10,112 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llama.backends.base import backend_of
 from llama.config import DynamicScaling
-from llama.memory.estimate import SCORED_AT_ONCE, read_at_once
+from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
 from llama.sampling import log_probs
 
-# A shorter common beginning is read by every row: copying it takes a pass of its own.
-WORTH_SHARING = 16
+# Tokens of a common beginning from which it is prefilled once and copied: see D26.
+MIN_SHARED_PREFIX = 16
 
 
 class Context:
-    """Rows of one batch as a model has read them, each from position 0.
+    """The rows of one batch as a model has read them, each from position 0.
 
-    held: the tokens of each row whose keys and values are in the cache, true also after an interrupt.
+    cached_tokens: the tokens of each row whose keys and values are in the cache, true also after an interrupt.
     """
 
-    def __init__(self, model: Transformer, bsz: int, length: int) -> None:
-        self.model = model
-        self.cache = model.new_cache(bsz, length)
-        self.held: list[list[int]] = [[] for _ in range(bsz)]
-        self.computed = 0  # tokens that were read, in all
+    def __init__(self, model: Transformer, bsz: int, max_seq_len: int) -> None:
+        self.model, self.device = model, model.device
+        self.cache = model.new_cache(bsz, max_seq_len)
+        self.cached_tokens: list[list[int]] = [[] for _ in range(bsz)]
+        self.n_computed = 0  # tokens that passed through the model, in all
 
     @property
-    def steady(self) -> bool:
-        """Whether a key depends on nothing after it: only then is it the same in a longer text, or in another row."""
+    def prefix_reusable(self) -> bool:
+        """Whether a key depends on nothing after it, and is the same in a longer text or another row: see D28."""
         scaling = self.model.args.rope_scaling
         return not isinstance(scaling, DynamicScaling) or self.cache.max_seq_len <= scaling.old_context_len
 
     @property
     def bytes_in_use(self) -> int:
-        """Of the cache; on a CPU what was never written takes no memory."""
-        if self.model.device.type != "cpu":
+        """Bytes of the cache; on a CPU what was never written takes no memory."""
+        if self.device.type != "cpu":
             return self.cache.nbytes
-        return self.cache.nbytes // self.cache.max_seq_len * max(len(held) for held in self.held)
+        return self.cache.nbytes // self.cache.max_seq_len * max(len(row) for row in self.cached_tokens)
 
-    def has_room(self, bsz: int, length: int) -> bool:
-        """Whether a batch of bsz rows of `length` positions fits into the cache."""
-        return bsz <= len(self.held) and length <= self.cache.max_seq_len
+    def has_room(self, bsz: int, seqlen: int) -> bool:
+        """Tell whether a batch of bsz rows of `seqlen` positions fits into the cache."""
+        return bsz <= len(self.cached_tokens) and seqlen <= self.cache.max_seq_len
 
-    def make_room(self, length: int) -> None:
-        """Let rows have `length` positions at least, and hold what they held."""
-        if length > self.cache.max_seq_len:
-            self.cache.grow(length, max(len(held) for held in self.held))
+    def grow(self, max_seq_len: int) -> None:
+        """Let rows have at least `max_seq_len` positions, and keep what is cached."""
+        if max_seq_len > self.cache.max_seq_len:
+            self.cache.grow(max_seq_len, max(len(row) for row in self.cached_tokens))
 
-    def read(self, texts: Sequence[Sequence[int]], scored: bool = False) -> tuple[Tensor, list[list[float]]]:
-        """Read what the rows do not hold yet of their texts, at least the last token, and what all share only once.
+    def prefill(self, texts: Sequence[Sequence[int]], scored: bool = False) -> tuple[Tensor, list[list[float]]]:
+        """Read what is not cached of each row's text, at least its last token, and what all share only once.
 
-        Final states of the last tokens, (bsz, dim), and if scored the log-probability of each token given those
-        before it; 0.0 stands for the first, which has none before it.
+        Returns the final states of the last tokens, (bsz, dim), and if scored the log-probability of each token given
+        those before it; 0.0 stands for the first, which has none before it.
         """
         starts = [0] * len(texts)
         scores: list[list[float]] = [[0.0] for _ in texts]
-        if self.steady and not scored:
-            starts = [min(common(held, text), len(text) - 1) for held, text in zip(self.held, texts, strict=False)]
+        if self.prefix_reusable and not scored:
+            pairs = zip(self.cached_tokens, texts, strict=False)
+            starts = [min(common_prefix_len(cached, text), len(text) - 1) for cached, text in pairs]
         # The token after the shared ones is the same for all, too: so are the scores.
-        shared = min(common(texts[0], text) for text in texts) - 1
-        if self.steady and not any(starts) and len(texts) > 1 and shared >= WORTH_SHARING:
-            _, first = self._read(texts[:1], [0], [shared], scored)
+        shared = min(common_prefix_len(texts[0], text) for text in texts) - 1
+        if self.prefix_reusable and not any(starts) and len(texts) > 1 and shared >= MIN_SHARED_PREFIX:
+            _, first = self._prefill_in_chunks(texts[:1], [0], [shared], scored)
             for row in range(1, len(texts)):
-                self.move_row(0, row, shared)
+                self.copy_row(0, row, shared)
             starts = [shared] * len(texts)
             scores = [[0.0, *first[0]] for _ in texts]
-        last, rest = self._read(texts, starts, [len(text) for text in texts], scored)
+        last, rest = self._prefill_in_chunks(texts, starts, [len(text) for text in texts], scored)
         return last, [begun + row for begun, row in zip(scores, rest, strict=True)] if scored else []
 
-    def step(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
+    def decode(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
         """Read a few tokens of each of the first rows in one pass; all final states, (bsz, seqlen, dim)."""
-        return self._pass(tokens, start_pos)
+        return self._forward(tokens, start_pos)
 
-    def forget(self, start_pos: Sequence[int]) -> None:
-        """The first rows hold nothing from start_pos on: it is about to be written over."""
-        for held, start in zip(self.held, start_pos, strict=False):
-            del held[start:]
+    def truncate(self, start_pos: Sequence[int]) -> None:
+        """Forget what the first rows hold from start_pos on: it is about to be written over."""
+        for cached, start in zip(self.cached_tokens, start_pos, strict=False):
+            del cached[start:]
 
-    def hold(self, tokens: Sequence[Sequence[int]]) -> None:
-        """The first rows hold these tokens, too, behind those that they held."""
-        for held, row in zip(self.held, tokens, strict=False):
-            held.extend(row)
-            self.computed += len(row)
+    def append(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Note that the first rows hold these tokens, too, behind those that they held."""
+        for cached, row in zip(self.cached_tokens, tokens, strict=False):
+            cached.extend(row)
+            self.n_computed += len(row)
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Put the first `length` tokens of row `source` in the place of row `target`."""
-        self.cache.copy_row(source, target, length)
-        self.held[target] = self.held[source][:length]
+    def copy_row(self, source: int, target: int, seqlen: int) -> None:
+        """Copy the first `seqlen` positions of row `source` over row `target`."""
+        self.cache.copy_row(source, target, seqlen)
+        self.cached_tokens[target] = self.cached_tokens[source][:seqlen]
 
-    def _read(
+    def _prefill_in_chunks(
         self, texts: Sequence[Sequence[int]], starts: Sequence[int], stops: Sequence[int], scored: bool
     ) -> tuple[Tensor, list[list[float]]]:
         """Read each text from its start to its stop, so many positions at once that activations stay small.
 
-        Final states of the last tokens, (bsz, dim), and if scored the log-probabilities of the tokens that follow
-        those read: up to the one at `stop`, if the text has it.
+        Returns the final states of the last tokens, (bsz, dim), and if scored the log-probabilities of the tokens that
+        follow those read: up to the one at `stop`, if the text has it.
         """
         seqlen = max(stop - start for start, stop in zip(starts, stops, strict=True))
         # A short row near the end of the cache begins earlier, so that its padding has room.
         starts = [min(start, self.cache.max_seq_len - seqlen) for start in starts]
-        lengths = torch.tensor([len(text) for text in texts], device=self.model.device)
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
         last: dict[int, Tensor] = {}
         scores: list[list[float]] = [[] for _ in texts]
-        chunk = read_at_once(len(texts), self.model.device)
+        chunk = max(1, backend_of(self.model).max_prefill_tokens // len(texts))
         for i in range(0, seqlen, chunk):
             begins = [start + i for start in starts]
             ends = [min(begin + min(chunk, seqlen - i), stop) for begin, stop in zip(begins, stops, strict=True)]
             tokens = [text[begin:end] for text, begin, end in zip(texts, begins, ends, strict=True)]
-            hidden = self._pass(tokens, begins, lengths)
+            hidden = self._forward(tokens, begins, lengths)
             for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
                 if begin < end == stops[row]:
                     last[row] = hidden[row, end - begin - 1].clone()  # a view would keep the rest
@@ -122,30 +124,34 @@ class Context:
             del hidden  # before the next chunk is read
         return torch.stack([last[row] for row in range(len(texts))]), scores
 
-    def _pass(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], lengths: Tensor | None = None) -> Tensor:
-        """Final states of tokens, (bsz, seqlen, dim), short rows padded on the right; from here on they are held."""
-        device, seqlen = self.model.device, max(len(row) for row in tokens)
-        self.forget(start_pos)
+    def _forward(
+        self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], lengths: Tensor | None = None
+    ) -> Tensor:
+        """Final states of tokens, (bsz, seqlen, dim), short rows padded on the right; from here on they are cached."""
+        seqlen = max(map(len, tokens))
+        self.truncate(start_pos)
+        # Any token pads.
+        padded = tokens if seqlen == min(map(len, tokens)) else [[*row, *[0] * (seqlen - len(row))] for row in tokens]
         hidden = self.model.hidden(
-            torch.tensor([[*row, *[0] * (seqlen - len(row))] for row in tokens], device=device),  # any token pads
-            torch.tensor(start_pos, device=device),
+            torch.tensor(padded, device=self.device),
+            torch.tensor(start_pos, device=self.device),
             self.cache,
             max(start_pos) + seqlen,
             lengths,
         )
-        self.hold(tokens)
+        self.append(tokens)
         return hidden
 
     def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:
         """Log-probability of each target under the final state before it, hidden (at least as many, dim)."""
         scores: list[float] = []
-        for i in range(0, len(targets), SCORED_AT_ONCE):
-            chunk = torch.tensor(targets[i : i + SCORED_AT_ONCE], device=hidden.device)
+        for i in range(0, len(targets), MAX_SCORED_POSITIONS):
+            chunk = torch.tensor(targets[i : i + MAX_SCORED_POSITIONS], device=self.device)
             scores += log_probs(self.model.logits(hidden[i : i + len(chunk)]), chunk).tolist()
         return scores
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+def common_prefix_len(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens that two texts begin with alike."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)

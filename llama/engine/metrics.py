@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass
-class Statistics:
+class Metrics:
     """Sums over all calls. A decode step reads every weight once and makes a token or more for each running row."""
 
     prompt_tokens: int = 0  # computed
@@ -18,14 +18,14 @@ class Statistics:
     decoded_tokens: int = 0  # by decode steps: a row's first token comes out of its prefill
     decode_steps: int = 0
     decode_seconds: float = 0.0
-    proposed: int = 0  # tokens guessed by speculation, and those of them that were right
+    proposed: int = 0  # tokens that speculation proposed, and those of them that were right
     accepted: int = 0
-    plain_tokens: int = 0  # of decoded_tokens, by steps without guesses
+    plain_tokens: int = 0  # of decoded_tokens, by steps without proposals where speculation is on
     plain_seconds: float = 0.0
-    resting_tokens: int = 0  # of plain_tokens, while speculation rested because it lost
+    backoff_tokens: int = 0  # of plain_tokens, while speculation backed off because it lost
 
-    def add_step(self, seconds: float, tokens: int, proposed: int, accepted: int, resting: bool) -> None:
-        """Count a decode step and the tokens that it made."""
+    def add_speculative_step(self, seconds: float, tokens: int, proposed: int, accepted: int, backs_off: bool) -> None:
+        """Count a step that could propose, and the tokens that it made."""
         self.decode_seconds += seconds
         self.decode_steps += 1
         self.decoded_tokens += tokens
@@ -34,7 +34,7 @@ class Statistics:
         if proposed == 0:
             self.plain_seconds += seconds
             self.plain_tokens += tokens
-            self.resting_tokens += tokens * resting
+            self.backoff_tokens += tokens * backs_off
 
     @property
     def speculation_gain(self) -> float:

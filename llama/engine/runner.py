@@ -1,6 +1,6 @@
-"""Steps of a batch: the newest tokens of each row are read, and what follows each of them is chosen.
+"""Decode steps of a batch: the newest tokens of each row are read, and what follows each of them is sampled.
 
-Knows nothing of guesses, of limits or of when rows end.
+Knows nothing of proposals, of limits or of when sequences end.
 """
 
 from __future__ import annotations
@@ -13,150 +13,127 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama.backends.cuda.available import LARGEST_VOCAB, has_triton
+from llama.backends.base import backend_of
 from llama.engine.context import Context
 from llama.model import Transformer
-from llama.sampling import SamplingParams, log_probs, sample
+from llama.sampling import SamplingParams, log_probs
 
 
 @dataclass(frozen=True)
-class Picked:
-    """What a step chose after each token that it read: a list for each row."""
+class StepOutput:
+    """What a step sampled after each token that it read: a list for each row."""
 
     tokens: list[list[int]]  # INVALID where logits are NaN or infinite
-    scores: list[list[float]] | None  # log-probabilities, if they were asked for
-    note: int  # the first rank's
+    logprobs: list[list[float]] | None  # if they were asked for
+    draft_len: int  # what the first rank said when it launched the step
 
 
-class Steps(Protocol):
-    """Steps over the first rows of a context. What is launched is collected in the same order, on every rank alike."""
+class Runner(Protocol):
+    """Runs steps over the first rows of a context. Steps are waited for in the order of launch, on every rank alike."""
 
     context: Context
-    runs_ahead: bool  # whether a step may be launched before the one before it is collected, and it pays
+    runs_ahead: bool  # whether a step may be launched before the one before it is waited for, and it pays
 
-    def begin(self, params: SamplingParams, logprobs: bool, uniforms: Tensor) -> None:
-        """Begin a batch. uniforms: (bsz, length), the number that chooses what follows a row's token at a position."""
+    def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
+        """Begin a batch. uniforms: (bsz, seqlen), what samples the token that follows a row's position."""
         ...
 
-    def choose(self, hidden: Tensor, start_pos: Sequence[int], note: int = 0) -> Picked:
-        """What follows tokens that were read already: final states (bsz, seqlen, dim) from start_pos on."""
+    def sample(self, hidden: Tensor, start_pos: Sequence[int], draft_len: int = 0) -> StepOutput:
+        """Sample what follows tokens that were read already: final states (bsz, seqlen, dim) from start_pos on."""
         ...
 
-    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], note: int = 0) -> None:
-        """Read a few tokens of each row from start_pos on; what is chosen after a shorter row's last means nothing."""
+    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], draft_len: int = 0) -> None:
+        """Read a few tokens of each row from start_pos on; what is sampled after a shorter row's last means nothing."""
         ...
 
-    def go_on(self) -> None:
-        """Launch a step that reads what the last one launched chose, after rows of as many tokens: a power of two."""
+    def launch_next(self) -> None:
+        """Launch a step that reads what the last one launched sampled; its rows had as many tokens: a power of two."""
         ...
 
-    def collect(self) -> Picked:
-        """What the oldest step that was launched chose."""
+    def wait(self) -> StepOutput:
+        """Return what the oldest step in flight sampled."""
         ...
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Put row `source`, of `length` tokens, in the place of row `target`; no step may be under way."""
+    def copy_row(self, source: int, target: int, seqlen: int) -> None:
+        """Copy row `source`, of `seqlen` tokens, over row `target`; no step may be in flight."""
         ...
 
 
-def samples_on_gpu(model: Transformer) -> bool:
-    """Whether tokens are chosen by kernels that let nobody wait."""
-    return has_triton(model.device) and model.args.vocab_size <= LARGEST_VOCAB
-
-
-class Chooser:
-    """Chooses tokens from final states: on every rank those of the first, since rounding differs between ranks."""
+class Sampler:
+    """Samples tokens from final states: on every rank those of the first, since rounding differs between ranks."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.params, self.logprobs = SamplingParams(), False
-        # On the device, so that a recorded step serves all values.
-        self._temperature, self._top_p = (torch.zeros((), device=model.device) for _ in range(2))
-        self._on_gpu = samples_on_gpu(model)
+        self.params = SamplingParams()
+        self._draw = backend_of(model).token_sampler()
 
-    def set(self, params: SamplingParams, logprobs: bool) -> None:
-        self.params, self.logprobs = params, logprobs
-        self._temperature.fill_(params.temperature)
-        self._top_p.fill_(params.top_p)
+    def begin(self, params: SamplingParams) -> None:
+        self.params = params
+        self._draw.begin(params)
 
-    @property
-    def kind(self) -> tuple[bool, bool, bool]:
-        """What decides which operations run; of the parameters all else is data."""
-        greedy = self.params.temperature == 0
-        return greedy, greedy or self.params.top_p == 1, self.logprobs
-
-    def __call__(self, hidden: Tensor, uniform: Tensor, note: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (n,) and behind them the note (1,), together (n + 1,), and the tokens' log-probabilities (n,).
+    def __call__(self, hidden: Tensor, uniform: Tensor, draft_len: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sample tokens (n,), which come with draft_len (1,) behind them, (n + 1,), and their log-probabilities (n,).
 
         hidden: (n, dim); uniform: (n,).
         """
         logits = self.model.logits(hidden)
-        with torch.cuda.device_of(logits):
-            tokens = self._sample(logits, uniform)
-        picked = self.model.parallel.broadcast(torch.cat([tokens, note]))
-        return picked, log_probs(logits, picked[:-1].clamp(min=0)) if self.logprobs else None
+        tokens = torch.cat([self._draw(logits, uniform), draft_len])
+        if self.model.parallel.size > 1:
+            tokens = self.model.parallel.broadcast(tokens)
+        return tokens, log_probs(logits, tokens[:-1].clamp(min=0)) if self.params.logprobs else None
 
-    def choose(self, hidden: Tensor, uniforms: Tensor, start_pos: Sequence[int], note: int) -> Picked:
-        """See `Steps.choose`; uniforms as in `Steps.begin`."""
+    def sample(self, hidden: Tensor, uniforms: Tensor, start_pos: Sequence[int], draft_len: int) -> StepOutput:
+        """See `Runner.sample`; uniforms as in `Runner.begin`."""
         bsz, seqlen, _ = hidden.shape
-        starts, noted = (torch.tensor(values, device=hidden.device) for values in (start_pos, [note]))
-        picked, scores = self(hidden.flatten(0, 1), uniforms_at(uniforms, starts, seqlen).flatten(), noted)
-        return as_picked(picked.cpu(), None if scores is None else scores.cpu(), seqlen, bsz)
-
-    def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        if not self._on_gpu:
-            return sample(logits, self.params.temperature, self.params.top_p, uniform)
-        from llama.backends.cuda import sampling
-
-        if self.params.temperature == 0:
-            return sampling.greedy(logits)
-        if self.params.top_p == 1:
-            return sampling.sample_all(logits, self._temperature, uniform)
-        return sampling.sample(logits, self._temperature, self._top_p, uniform)
+        starts = torch.tensor(start_pos, device=hidden.device)
+        uniform = uniforms_at(uniforms, starts, seqlen).flatten()
+        tokens, logprobs = self(hidden.flatten(0, 1), uniform, torch.tensor([draft_len], device=hidden.device))
+        return step_output(tokens.cpu(), None if logprobs is None else logprobs.cpu(), seqlen, bsz)
 
 
-class PlainSteps:
-    """Steps that are computed as they are launched."""
+class EagerRunner:
+    """Computes steps as they are launched."""
 
     runs_ahead = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self._chooser = Chooser(context.model)
-        self._picked: deque[Picked] = deque()
+        self._sampler = Sampler(context.model)
+        self._outputs: deque[StepOutput] = deque()
         self._end: list[int] = []  # positions that the last step launched read up to
 
-    def begin(self, params: SamplingParams, logprobs: bool, uniforms: Tensor) -> None:
-        self._chooser.set(params, logprobs)
-        self._uniforms = uniforms.to(self.context.model.device)
+    def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
+        self._outputs.clear()
+        self._sampler.begin(params)
+        self._uniforms = uniforms.to(self.context.device)
 
-    def choose(self, hidden: Tensor, start_pos: Sequence[int], note: int = 0) -> Picked:
-        return self._chooser.choose(hidden, self._uniforms, start_pos, note)
+    def sample(self, hidden: Tensor, start_pos: Sequence[int], draft_len: int = 0) -> StepOutput:
+        return self._sampler.sample(hidden, self._uniforms, start_pos, draft_len)
 
-    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], note: int = 0) -> None:
-        hidden = self.context.step(tokens, start_pos)
-        self._picked.append(self.choose(hidden, start_pos, note))
+    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], draft_len: int = 0) -> None:
+        hidden = self.context.decode(tokens, start_pos)
+        self._outputs.append(self._sampler.sample(hidden, self._uniforms, start_pos, draft_len))
         self._end = [start + hidden.shape[1] for start in start_pos]
 
-    def go_on(self) -> None:
-        self.launch([[max(row[-1], 0)] for row in self._picked[-1].tokens], self._end)
+    def launch_next(self) -> None:
+        self.launch([[max(row[-1], 0)] for row in self._outputs[-1].tokens], self._end)
 
-    def collect(self) -> Picked:
-        return self._picked.popleft()
+    def wait(self) -> StepOutput:
+        return self._outputs.popleft()
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        self.context.move_row(source, target, length)
+    def copy_row(self, source: int, target: int, seqlen: int) -> None:
+        self.context.copy_row(source, target, seqlen)
         self._uniforms[target] = self._uniforms[source]
 
 
 def uniforms_at(uniforms: Tensor, start_pos: Tensor, seqlen: int) -> Tensor:
-    """Of uniforms (rows, length), those of positions start_pos (bsz,) and after: (bsz, seqlen); padding gets any."""
+    """Of uniforms (rows, n), those of positions start_pos (bsz,) and after: (bsz, seqlen); padding gets any."""
     positions = start_pos[:, None] + torch.arange(seqlen, device=start_pos.device)
     return uniforms[: len(start_pos)].gather(1, positions.clamp(max=uniforms.shape[1] - 1))
 
 
-def as_picked(picked: Tensor, scores: Tensor | None, seqlen: int, bsz: int) -> Picked:
-    """What a Chooser gave, on the host: the first bsz rows of seqlen tokens."""
-    tokens = picked[:-1].view(-1, seqlen)[:bsz].tolist()
-    rows = None if scores is None else scores.view(-1, seqlen)[:bsz].tolist()
-    return Picked(tokens, rows, int(picked[-1]))
+def step_output(tokens: Tensor, logprobs: Tensor | None, seqlen: int, bsz: int) -> StepOutput:
+    """What a Sampler gave, on the host: the first bsz rows of seqlen tokens."""
+    rows = tokens[:-1].view(-1, seqlen)[:bsz].tolist()
+    scores = None if logprobs is None else logprobs.view(-1, seqlen)[:bsz].tolist()
+    return StepOutput(rows, scores, int(tokens[-1]))

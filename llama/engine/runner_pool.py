@@ -1,4 +1,4 @@
-"""Steps that outlive a stream: a conversation's cache, and graphs, which are recorded for one cache.
+"""Runners that outlive a run: a conversation's, whose cache goes on, and those with CUDA graphs for one cache.
 
 Knows nothing of what is run on them.
 """
@@ -8,84 +8,83 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from llama.engine.build import check_room
+from llama.backends.base import Backend, backend_of
 from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import CudaGraphs, GraphSteps, can_record
-from llama.engine.runner import PlainSteps, Steps
-from llama.memory.estimate import Job
+from llama.engine.cuda_graph_runner import CudaGraphRunner
+from llama.engine.runner import EagerRunner, Runner
+from llama.memory.estimate import BatchShape
+from llama.memory.plan import check_room
 from llama.model import Transformer
 
-# Positions of a cache that recorded steps run on are a multiple of it: the next job may be a little longer.
-LENGTHS = 256
+# Positions of a cache that graphs are made for are a multiple of it: the next batch may be a little longer.
+CACHE_LEN_MULTIPLE = 256
 
 
 @dataclass
-class Entry:
-    """Steps of the model and of a draft model, and what ran the layers when they were made."""
+class PooledRunners:
+    """Runners of the model and of a draft model, and the backends that computed when they were made."""
 
-    steps: list[Steps]
-    fused: list[object]
+    runners: list[Runner]
+    backends: list[Backend]
 
-    def has_room(self, job: Job) -> bool:
-        return all(each.context.has_room(job.bsz, job.length) for each in self.steps)
+    def has_room(self, shape: BatchShape) -> bool:
+        return all(each.context.has_room(shape.bsz, shape.length) for each in self.runners)
 
 
-class Kept:
-    """The steps of the last streams: of a conversation, and of the others where they are recorded."""
+class RunnerPool:
+    """The runners of the last runs: of a conversation, and of the others where they are graphs."""
 
     def __init__(self, model: Transformer, draft: Transformer | None) -> None:
         self.model, self.draft = model, draft
-        self.entries: dict[bool, Entry] = {}  # by whether it is a conversation's
+        self._models = [model] if draft is None else [model, draft]
+        self.pooled: dict[bool, PooledRunners] = {}  # by whether they are a conversation's
 
-    def take(self, job: Job, keep: bool) -> list[Steps]:
-        """Steps with room for a batch: those of the last such stream, which no other then has, or new ones.
+    def take(self, shape: BatchShape, keep_cache: bool) -> list[Runner]:
+        """Return runners with room for a batch: those of the last such run, which no other then has, or new ones.
 
-        keep: a conversation goes on, and what its last stream read is still held. Otherwise all is read anew, so that
-        no result depends on calls before. ValueError, on every rank if on one, where memory is too short.
+        keep_cache: a conversation goes on, and what its last run read is still cached. Otherwise all is read anew, so
+        that no result depends on calls before. ValueError, on every rank if on one, where memory is too short.
         """
-        recorded = [can_record(model) for model in self._models]
-        if any(recorded):
-            length = -(-job.length // LENGTHS) * LENGTHS
-            job = dataclasses.replace(job, length=max(job.length, min(self.model.args.max_seq_len, length)))
-        entry = self.entries.pop(keep, None)
-        if entry is not None and any(
-            was is not model.fused for was, model in zip(entry.fused, self._models, strict=True)
-        ):
-            entry = None  # the model was changed, or moved, since
-        if entry is not None and not keep and not entry.has_room(job):
-            entry = None
-        held = [] if entry is None else [each.context for each in entry.steps]
-        try:
-            check_room(self.model, job, sum(context.bytes_in_use for context in held), self.draft)
-        except ValueError:
-            if entry is not None:
-                self.entries[keep] = entry
-            raise
-        if entry is None:
-            contexts = [Context(model, job.bsz, job.length) for model in self._models]
-            return self._steps(contexts, recorded)
-        if not keep:
-            for context in held:
-                context.forget([0] * len(context.held))
-        elif not entry.has_room(job):
-            entry.steps.clear()  # graphs know the cache where it was
-            for context in held:
-                context.make_room(job.length)
-            return self._steps(held, recorded)
-        return entry.steps
+        backends = [backend_of(model) for model in self._models]
+        if any(backend.captures_graphs for backend in backends):
+            length = -(-shape.length // CACHE_LEN_MULTIPLE) * CACHE_LEN_MULTIPLE
+            longest = max(shape.length, min(self.model.args.max_seq_len, length))
+            shape = dataclasses.replace(shape, length=longest)
+        pooled = self.pooled.pop(keep_cache, None)
+        if pooled is not None and any(was is not now for was, now in zip(pooled.backends, backends, strict=True)):
+            pooled = None  # the model was changed, or moved, since
+        if pooled is not None and not keep_cache and not pooled.has_room(shape):
+            pooled = None
+        contexts = [] if pooled is None else [each.context for each in pooled.runners]
+        if pooled is None or not pooled.has_room(shape):
+            try:
+                check_room(self.model, shape, sum(context.bytes_in_use for context in contexts), self.draft)
+            except ValueError:
+                if pooled is not None:
+                    self.pooled[keep_cache] = pooled
+                raise
+        if pooled is None:
+            contexts = [Context(model, shape.bsz, shape.length) for model in self._models]
+            return self._make_runners(contexts)
+        if not keep_cache:
+            for context in contexts:
+                context.truncate([0] * len(context.cached_tokens))
+        elif not pooled.has_room(shape):
+            pooled.runners.clear()  # graphs know the cache where it was
+            for context in contexts:
+                context.grow(shape.length)
+            return self._make_runners(contexts)
+        return pooled.runners
 
-    def give_back(self, steps: list[Steps], keep: bool) -> None:
-        """Keep steps for the next stream, if it goes on with what this one read or can use their graphs."""
-        if keep or any(each.runs_ahead for each in steps):
-            self.entries[keep] = Entry(steps, [model.fused for model in self._models])
+    def give_back(self, runners: list[Runner], keep_cache: bool) -> None:
+        """Keep runners for the next run, if it goes on with what this one cached or can use their graphs."""
+        if keep_cache or any(each.runs_ahead for each in runners):
+            self.pooled[keep_cache] = PooledRunners(runners, [backend_of(model) for model in self._models])
 
-    @property
-    def _models(self) -> list[Transformer]:
-        return [self.model] if self.draft is None else [self.model, self.draft]
-
-    def _steps(self, contexts: list[Context], recorded: list[bool]) -> list[Steps]:
-        record = CudaGraphs(self.model.device) if any(recorded) else None
-        return [
-            GraphSteps(context, record) if graphed and record else PlainSteps(context)
-            for context, graphed in zip(contexts, recorded, strict=True)
-        ]
+    def _make_runners(self, contexts: list[Context]) -> list[Runner]:
+        runners: list[Runner] = []
+        for context in contexts:
+            backend = backend_of(context.model)
+            graphs = backend.captures_graphs
+            runners.append(CudaGraphRunner(context, backend.graph_capture()) if graphs else EagerRunner(context))
+        return runners

@@ -1,53 +1,51 @@
-"""Speculation: guesses of how rows go on, which the model checks in one pass, and whether they pay.
+"""Speculative decoding: proposals of how sequences go on, which the model checks in one pass, and whether they pay.
 
-Tokens are the same with and without it: a guess only says which positions are computed together
-(arXiv:2211.17192, with a random number fixed for each token).
+Tokens are the same with and without it: a proposal only says which positions are computed together
+(arXiv:2211.17192, with a random number fixed for each token; see D24 and D25).
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from llama.engine.context import common
-from llama.engine.runner import Steps
+from llama.engine.context import common_prefix_len
+from llama.engine.metrics import Metrics
+from llama.engine.runner import Runner, StepOutput
+from llama.engine.sequence import Sequence as SequenceState
+from llama.memory.estimate import MAX_SPECULATIVE_POSITIONS
 from llama.sampling import SamplingParams
 
-# Most tokens guessed for one row: with its newest they are 8, which the CPU kernels take in one pass.
-MOST_PROPOSED = 7
+# Most tokens proposed for one sequence: with its newest they are 8, which the kernels take in one pass.
+MAX_DRAFT_LEN = 7
 
-# Plain steps after guesses that cost more than they gave, when that happens for the first time.
-FIRST_REST = 32
-
-
-def check_speculation(speculate: str | None, draft: object, draft_quantize: str | None = None) -> None:
-    """ValueError unless there is one way of guessing at most, and a known one."""
-    if draft_quantize is not None and draft is None:
-        raise ValueError(f"draft_quantize {draft_quantize} needs a draft model: give --draft_ckpt_dir, too")
-    if speculate not in (None, "lookup"):
-        raise ValueError(f"speculate must be lookup, or left out, got {speculate!r}")
-    if speculate is not None and draft is not None:
-        raise ValueError(f"speculate {speculate} and a draft model both guess tokens: give one of them")
+# Plain steps after proposals that cost more than they gave, when that happens for the first time.
+FIRST_BACKOFF = 32
 
 
 class Proposer(Protocol):
-    """Guesses the next tokens of rows; the running rows are the first ones, in the order of the batch."""
+    """Proposes the next tokens of sequences; the running ones are the first rows, in the order of the batch."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None: ...
-
-    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """At most `count` tokens for each text; the same on every rank."""
+    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
+        """Begin a batch; see `Runner.begin`."""
         ...
 
-    def move_row(self, source: int, target: int, length: int) -> None: ...
+    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Propose at most `count` tokens for each text, the same on every rank."""
+        ...
+
+    def copy_row(self, source: int, target: int, seqlen: int) -> None:
+        """Let row `source` take the place of row `target`; see `Runner.copy_row`."""
+        ...
 
 
-class Lookup:
-    """What followed when a text last held its newest tokens: prompt lookup, for texts that repeat themselves."""
+class NgramProposer:
+    """Proposes what followed when a text last had its newest tokens: prompt lookup, for texts that repeat."""
 
     longest = 3  # tokens to find again; two may do
     window = 8192  # tokens to search, from the end: 0.5 ms
@@ -58,7 +56,7 @@ class Lookup:
     def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         return [self._continuation(text, count) for text in texts]
 
-    def move_row(self, source: int, target: int, length: int) -> None:
+    def copy_row(self, source: int, target: int, seqlen: int) -> None:
         pass
 
     def _continuation(self, text: Sequence[int], count: int) -> list[int]:
@@ -77,75 +75,137 @@ class Lookup:
         return [text[after + i % period] for i in range(count)] if after else []
 
 
-class Draft:
-    """What a smaller model of the same vocabulary says, drawn with the random numbers that the model will use."""
+class DraftModelProposer:
+    """Proposes what a smaller model of the same vocabulary says, with the random numbers that the model will use."""
 
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
 
     def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
-        self.steps.begin(params, False, uniforms)
-        self.steps.context.read(prompts)
+        self.runner.begin(params, uniforms)
+        self.runner.context.prefill(prompts)
 
     def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        context = self.steps.context
-        new = max(len(text) - common(held, text) for held, text in zip(context.held, texts, strict=False))
+        context = self.runner.context
+        new = max(
+            len(text) - common_prefix_len(cached, text)
+            for cached, text in zip(context.cached_tokens, texts, strict=False)
+        )
         new = 1 << max(new - 1, 0).bit_length()  # what a recorded step reads without padding
-        if new > MOST_PROPOSED + 1 or new > min(len(text) for text in texts):  # after a rest, or much was accepted
-            context.read([text[:-1] for text in texts])
+        if new > MAX_DRAFT_LEN + 1 or new > min(len(text) for text in texts):  # after a rest, or much was accepted
+            context.prefill([text[:-1] for text in texts])
             new = 1
         # Of as many tokens each, some of which are held already.
-        self.steps.launch([text[-new:] for text in texts], [len(text) - new for text in texts])
+        self.runner.launch([text[-new:] for text in texts], [len(text) - new for text in texts])
         for _ in range(count - 1):
-            self.steps.go_on()
-        picked = [self.steps.collect() for _ in range(count)]
-        return [[max(each.tokens[i][-1], 0) for each in picked] for i in range(len(texts))]
+            self.runner.launch_next()
+        outputs = [self.runner.wait() for _ in range(count)]
+        return [[max(each.tokens[i][-1], 0) for each in outputs] for i in range(len(texts))]
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        self.steps.move_row(source, target, min(length, len(self.steps.context.held[source])))
+    def copy_row(self, source: int, target: int, seqlen: int) -> None:
+        self.runner.copy_row(source, target, min(seqlen, len(self.runner.context.cached_tokens[source])))
 
 
-class Pace:
-    """How many tokens to guess in the next step, from what the last steps took and gave.
+class DraftLengthController:
+    """How many tokens to propose in the next step, from what the last steps took and gave.
 
-    Guesses that cost more than they give rest, twice as long each time until they gain again. Clocks differ between
-    ranks, so what the first rank's pace says holds for all.
+    Proposals that cost more than they give back off, for twice as many steps each time until they gain again. Clocks
+    differ between ranks, so what the first rank's controller says holds for all.
     """
 
     def __init__(self) -> None:
-        self._count = 4
+        self._draft_len = 4
         self._plain: deque[float] = deque(maxlen=9)  # seconds of a step
-        self._guessed: deque[tuple[float, float]] = deque(maxlen=12)  # seconds of a step, tokens that a row got
+        self._speculative: deque[tuple[float, float]] = deque(maxlen=12)  # seconds of a step, tokens that a row got
         self._steps = 0
-        self._rest = FIRST_REST
-        self._resting = 0  # steps left
-        self.resting = False
+        self._backoff = FIRST_BACKOFF
+        self._steps_left = 0
+        self.backs_off = False
 
-    def next_count(self) -> int:
-        """Tokens to guess for each row in the next step; 0 is a plain step, some of which tell the plain speed."""
+    def next_draft_len(self) -> int:
+        """Return the tokens to propose in the next step; 0 is a plain step, some of which tell the plain speed."""
         self._steps += 1
-        self.resting = self._resting > 0
-        if self.resting:
-            self._resting -= 1
+        self.backs_off = self._steps_left > 0
+        if self.backs_off:
+            self._steps_left -= 1
             return 0
-        return 0 if len(self._plain) < 3 or self._steps % 16 == 0 else self._count
+        return 0 if len(self._plain) < 3 or self._steps % 16 == 0 else self._draft_len
 
     def record(self, seconds: float, bsz: int, proposed: int, accepted: int) -> None:
         """Learn from a step of bsz rows."""
         if proposed == 0:
             self._plain.append(seconds)
             return
-        self._count = min(self._count + 2, MOST_PROPOSED) if accepted == proposed else max(self._count - 1, 1)
-        self._guessed.append((seconds, 1 + accepted / bsz))
-        if not self._plain or len(self._guessed) < 4:
+        longer, shorter = min(self._draft_len + 2, MAX_DRAFT_LEN), max(self._draft_len - 1, 1)
+        self._draft_len = longer if accepted == proposed else shorter
+        self._speculative.append((seconds, 1 + accepted / bsz))
+        if not self._plain or len(self._speculative) < 4:
             return
         if self._gain() < 1:
-            self._resting, self._rest = self._rest, 2 * self._rest
-            self._guessed.clear()
-        elif len(self._guessed) == self._guessed.maxlen:
-            self._rest = FIRST_REST
+            self._steps_left, self._backoff = self._backoff, 2 * self._backoff
+            self._speculative.clear()
+        elif len(self._speculative) == self._speculative.maxlen:
+            self._backoff = FIRST_BACKOFF
 
     def _gain(self) -> float:
-        """Speed of the last guessed steps, against plain ones."""
-        seconds, tokens = (sum(values) for values in zip(*self._guessed, strict=True))
+        """Return the speed of the last speculative steps, against plain ones."""
+        seconds, tokens = (sum(values) for values in zip(*self._speculative, strict=True))
         return tokens * statistics.median(self._plain) / seconds
+
+
+class Speculation:
+    """Speculative steps of one batch: proposes, lets the runner check, and keeps what the model samples, too."""
+
+    def __init__(self, proposer: Proposer, runner: Runner, stop_tokens: Collection[int], metrics: Metrics) -> None:
+        self.proposer, self._runner, self._stop_tokens, self._metrics = proposer, runner, stop_tokens, metrics
+        self.controller = DraftLengthController()
+        self._draft_len = 0  # of the next step
+        self._began = 0.0
+
+    def next_draft_len(self) -> int:
+        """Return what the step about to be launched carries along: how many tokens the one after it proposes."""
+        return self.controller.next_draft_len()
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor, first: StepOutput
+    ) -> None:
+        """Begin a batch whose first tokens are sampled."""
+        self._draft_len = first.draft_len
+        self.proposer.begin(prompts, params, uniforms)
+
+    def step(self, running: Sequence[SequenceState]) -> StepOutput:
+        """Make the next tokens of each sequence: one from its newest, and one from each proposal that was right."""
+        start, backs_off = time.perf_counter(), self.controller.backs_off
+        proposals = self._propose(running)
+        newest = [[each.tokens[-1], *proposal] for each, proposal in zip(running, proposals, strict=True)]
+        self._runner.launch(newest, [len(each.tokens) - 1 for each in running], self.next_draft_len())
+        output = self._runner.wait()
+        self._draft_len = output.draft_len
+        tokens, logprobs = [], []
+        for i, proposal in enumerate(proposals):
+            n = accepted_len(proposal, output.tokens[i], self._stop_tokens) + 1
+            tokens.append(output.tokens[i][:n])
+            logprobs.append(output.logprobs[i][:n] if output.logprobs else [])
+        proposed, made = sum(map(len, proposals)), sum(map(len, tokens))
+        seconds = time.perf_counter() - start
+        self.controller.record(seconds, len(tokens), proposed, made - len(tokens))
+        self._metrics.add_speculative_step(seconds, made, proposed, made - len(tokens), backs_off)
+        return StepOutput(tokens, logprobs if output.logprobs else None, output.draft_len)
+
+    def _propose(self, running: Sequence[SequenceState]) -> list[list[int]]:
+        """Propose for each sequence; nothing beyond its limit, nor where the cache has no room for all."""
+        longest = max(len(each.tokens) for each in running)
+        room = self._runner.context.cache.max_seq_len - longest
+        count = min(self._draft_len, room, MAX_SPECULATIVE_POSITIONS // len(running) - 1)
+        if count < 1:
+            return [[] for _ in running]
+        proposals = self.proposer.propose([each.tokens for each in running], count)
+        return [
+            proposal[: each.max_len - len(each.tokens) - 1] for each, proposal in zip(running, proposals, strict=True)
+        ]
+
+
+def accepted_len(proposal: Sequence[int], sampled: Sequence[int], stop_tokens: Collection[int]) -> int:
+    """Count the tokens of a proposal that were sampled, too, up to one that ends a sequence."""
+    pairs = zip(proposal, sampled, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other or one in stop_tokens), len(proposal))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -36,7 +38,7 @@ def free_bytes(device: torch.device, ranks: int, started: int | None = None) -> 
         # What this process freed is kept by torch, for this process.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    free = min([_host_free(), *_cgroups_free(Path("/"))])
+    free = min([_host_free(), *cgroups_free(Path("/"))])
     if device.type == "mps":  # a share of the host's memory
         free = min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     to_start = 0 if started is None else max(0, ranks - started)
@@ -66,13 +68,30 @@ def _vm_stat_free(text: str) -> int:
     return int(page[1]) * sum(map(int, counts)) if page and counts else UNKNOWN
 
 
-def _cgroups_free(root: Path) -> list[int]:
-    """What each control group of this process leaves it below `root`; pages of files are given back when needed."""
+def cgroups_free(root: Path) -> list[int]:
+    """What each limited control group of this process leaves it below `root`; pages of files are given back if needed.
+
+    Which groups have limits is read once a process, what they use each time.
+    """
+    rooms = []
+    for folder, limit, used, file_pages in _limited_cgroups(root):
+        try:
+            stat, now = (folder / "memory.stat").read_text(), int((folder / used).read_text())
+        except (OSError, ValueError):
+            continue
+        pages = re.findall(rf"^(?:{'|'.join(file_pages)}) (\d+)$", stat, re.MULTILINE)
+        rooms.append(max(0, limit - now + sum(map(int, pages))))
+    return rooms
+
+
+@functools.cache
+def _limited_cgroups(root: Path) -> list[tuple[Path, int, str, tuple[str, ...]]]:
+    """The folder of each control group that limits this process, its limit in bytes, and the names to read there."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    rooms = []
+    limited: list[tuple[Path, int, str, tuple[str, ...]]] = []
     for group in groups:
         _, controllers, path = group.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -80,17 +99,10 @@ def _cgroups_free(root: Path) -> list[int]:
         top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         # A container sees its own group at the top, whatever the path says.
         folders = [top / path.strip("/"), *(top / path.strip("/")).parents]
-        rooms += [_cgroup_free(folder) for folder in folders[: folders.index(top) + 1]]
-    return rooms
-
-
-def _cgroup_free(folder: Path) -> int:
-    for limit, used, file_pages in CGROUP_FILES:
-        try:
-            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        if most.isdecimal():
-            return max(0, int(most) - now + sum(int(stat.get(name, 0)) for name in file_pages))
-    return UNKNOWN
+        for folder in folders[: folders.index(top) + 1]:
+            for limit, used, file_pages in CGROUP_FILES:
+                with contextlib.suppress(OSError):
+                    most = (folder / limit).read_text().strip()
+                    if most.isdecimal():
+                        limited.append((folder, int(most), used, file_pages))
+    return limited

@@ -1,6 +1,6 @@
 """What a run takes of each rank's memory: arithmetic on headers, before any weight is read.
 
-All figures are bytes of one rank. Knows nothing of process groups; whoever asks says which rank of how many it is.
+All figures are bytes of one rank. Whoever asks says which rank of how many it is.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from functools import cached_property
 
 import torch
 
-from llama.backends.inductor import has_own_kernels
-from llama.checkpoint.base import Reading, StoredCheckpoint, kind, shard_dim
-from llama.checkpoint.load import Storage, check_weights, part_length, part_span
+from llama.backends.base import Backend, backend_of
+from llama.checkpoint.base import Reading, StoredCheckpoint, shard_dim
+from llama.checkpoint.load import WeightFormat, check_weights, part_length, part_span
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
-from llama.memory.available import readable
-from llama.memory.estimate import Job, activation_bytes, cache_bytes
+from llama.distributed.job import agree, local_world_size
+from llama.memory.available import free_bytes, readable
+from llama.memory.estimate import BatchShape, activation_bytes, cache_bytes
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BlockType
-from llama.quantization.linear import BlockWeight
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job takes of a rank that has `free` bytes."""
+    """What a batch takes of a rank that has `free` bytes."""
 
     weights: Weights
     cache: int
@@ -58,28 +59,31 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans jobs of one rank, on a device with `free` bytes. max_seq_len and max_batch_size of args are the limits."""
+    """Plans batches of one rank that has `free` bytes. max_seq_len and max_batch_size of args are the limits."""
 
     checkpoint: StoredCheckpoint
     args: ModelArgs
     parallel: ModelParallel
-    storage: Storage
-    device: torch.device
+    weight_format: WeightFormat
+    backend: Backend
     free: int
 
-    def plan(self, job: Job) -> Plan:
-        cache = cache_bytes(self.args, self.parallel, self.dtype, job)
-        kernels = self.storage.packs is not None
-        activations = activation_bytes(self.args, self.parallel, self.dtype, self.device, job, kernels)
+    def plan(self, shape: BatchShape) -> Plan:
+        cache = cache_bytes(self.args, self.parallel, self.dtype, shape)
+        activations = activation_bytes(self.args, self.parallel, self.dtype, self.backend, shape)
         return Plan(self.weights, cache, activations, self.free)
 
-    def limits(self, bsz: int | None = None, length: int | None = None) -> Job:
+    def limits(self, bsz: int | None = None, length: int | None = None) -> BatchShape:
         length = length or self.args.max_seq_len
-        return Job(bsz or self.args.max_batch_size, length, length)
+        return BatchShape(bsz or self.args.max_batch_size, length, length)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backend.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.storage.dtype
+        return self.weight_format.dtype
 
     @cached_property
     def weights(self) -> Weights:
@@ -90,7 +94,7 @@ class Planner:
         total = mapped = tensor = loading = 0
         for name, shape in check_weights(self.checkpoint, self.args).items():
             parameter = model.get_parameter(name)
-            block_type = self.storage.block_type(self.checkpoint, name, self.args, self.parallel)
+            block_type = self.weight_format.block_type(self.checkpoint, name, self.parallel)
             if block_type is not None:
                 part, on_the_way = self._blocks(name, parameter.shape, block_type)
                 is_mapped = False
@@ -109,7 +113,7 @@ class Planner:
         """Bytes of a part held in blocks, and what making it takes on the way."""
         rows, columns = shape
         raw = rows * columns // block_type.elements * block_type.size
-        held = (self.storage.packs or BlockWeight).bytes_of(block_type, rows, columns)
+        held = self.weight_format.weight_cls.bytes_of(block_type, rows, columns)
         if self.checkpoint.block_type(name) == block_type:
             return held, raw
         read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)
@@ -119,11 +123,11 @@ class Planner:
         """What reading a part as floats takes on the way, and whether it is used where it lies in a mapped file."""
         read_dtype, reading = self._reads_as(name, shape)
         on_the_way = 0
-        if reading == "made" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
+        if reading == "copy" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
             on_the_way = torch.Size(shape).numel() * read_dtype.itemsize
-        elif reading == "made" and read_dtype != self.dtype:
+        elif reading == "copy" and read_dtype != self.dtype:
             on_the_way = numel * read_dtype.itemsize
-        return on_the_way, reading == "mapped" and read_dtype == self.dtype
+        return on_the_way, reading == "zero_copy" and read_dtype == self.dtype
 
     def _reads_as(self, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, Reading]:
         """What this rank reads of a tensor (see `read_part`)."""
@@ -132,11 +136,11 @@ class Planner:
             return self.checkpoint.reads_as(name)
         start, stop = part_span(name, shape[dim], parallel)
         whole = stop - start == part_length(name, shape[dim], parallel)  # not padded
-        if kind(name) in ("wk", "wv"):
+        if module_name(name) in ("wk", "wv"):
             heads, head_dim = parallel.kv_heads(self.args.n_heads, self.args.n_kv_heads), self.args.head_dim
             start, stop, whole = heads[0] * head_dim, (heads[-1] + 1) * head_dim, len(heads) == 1 + heads[-1] - heads[0]
         dtype, reading = self.checkpoint.reads_as(name, dim, start, stop)
-        return dtype, reading if whole else "made"
+        return dtype, reading if whole else "copy"
 
     def advice(self) -> str:
         """What would fit within other limits, or on more ranks with as much memory each; a part of a sentence."""
@@ -150,14 +154,16 @@ class Planner:
         n_heads = self.args.n_heads
         for size in range(self.parallel.size + 1, n_heads + 1):
             # The last rank is the one with padding.
-            other = dataclasses.replace(self, parallel=ModelParallel(size - 1, size, block=self.parallel.block))
+            other = dataclasses.replace(
+                self, parallel=ModelParallel(size - 1, size, ffn_multiple=self.parallel.ffn_multiple)
+            )
             if n_heads % size == 0 and fits(other):
                 return [f"{size} ranks with as much memory each"]
         return []
 
     def check_can_run(self) -> None:
-        """ValueError when not even one token can be run. Longer jobs are checked when they come: `check_job`."""
-        one = Job(1, 1, 1)
+        """ValueError when not even one token can be run. Larger batches are checked when they come: `check_room`."""
+        one = BatchShape(1, 1, 1)
         plan = self.plan(one)
         if not plan.can_run:
             ways = self.more_ranks(lambda planner: planner.plan(one).can_run)
@@ -176,13 +182,13 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def table(planner: Planner, jobs: dict[str, Job]) -> str:
-    """The plans of jobs side by side, by their headings, and under it what the figures do not say."""
-    plans = [planner.plan(job) for job in jobs.values()]
+def table(planner: Planner, shapes: dict[str, BatchShape]) -> str:
+    """Lay the plans of batches side by side, by their headings, and under it what the figures do not say."""
+    plans = [planner.plan(shape) for shape in shapes.values()]
     weights, size = planner.weights, planner.parallel.size
     rows = [
-        ["per rank", *jobs],
-        ["prompts x tokens", *(f"{job.bsz} x {job.length}" for job in jobs.values())],
+        ["per rank", *shapes],
+        ["prompts x tokens", *(f"{shape.bsz} x {shape.length}" for shape in shapes.values())],
         ["weights", *(readable(weights.total) for _ in plans)],
         ["KV cache", *(readable(plan.cache) for plan in plans)],
         ["peak activations", *(readable(plan.activations) for plan in plans)],
@@ -203,21 +209,25 @@ def table(planner: Planner, jobs: dict[str, Job]) -> str:
     return "\n".join(lines)
 
 
-def check_job(model: Transformer, job: Job, free: int, draft: Transformer | None = None) -> None:
-    """ValueError when a loaded model, and a draft model that reads the same, have no room for a batch."""
+def check_room(model: Transformer, shape: BatchShape, in_use: int = 0, draft: Transformer | None = None) -> None:
+    """ValueError, on every rank if on one, where a loaded model, and a draft model too, have no room for a batch.
 
-    def caches(job: Job) -> int:
-        models = [model] if draft is None else [model, draft]
-        return sum(cache_bytes(each.args, each.parallel, each.dtype, job) for each in models)
+    in_use: bytes of caches that are there already and serve the batch.
+    """
+    models = [model] if draft is None else [model, draft]
 
-    def needed(job: Job) -> int:  # the larger model's activations
-        setup = model.args, model.parallel, model.dtype, model.device, job
-        return caches(job) + activation_bytes(*setup, kernels=has_own_kernels(model))
+    def caches(shape: BatchShape) -> int:
+        return sum(cache_bytes(each.args, each.parallel, each.dtype, shape) for each in models)
 
-    if needed(job) > free:
-        bsz = largest(lambda n: needed(dataclasses.replace(job, bsz=n)) <= free, job.bsz)
-        raise ValueError(
-            f"{job.bsz} prompts of up to {job.prompt_len} tokens, {job.length} with what follows, need "
-            f"{readable(caches(job))} of cache and {readable(needed(job))} in all per rank, "
-            f"{readable(free)} are free: use " + (f"--max_batch_size {bsz}" if bsz else "a smaller --max_seq_len")
-        )
+    def needed(shape: BatchShape) -> int:  # the larger model's activations
+        return caches(shape) + activation_bytes(model.args, model.parallel, model.dtype, backend_of(model), shape)
+
+    with agree():
+        free = free_bytes(model.device, local_world_size()) + in_use
+        if needed(shape) > free:
+            bsz = largest(lambda n: needed(dataclasses.replace(shape, bsz=n)) <= free, shape.bsz)
+            raise ValueError(
+                f"{shape.bsz} prompts of up to {shape.prompt_len} tokens, {shape.length} with what follows, need "
+                f"{readable(caches(shape))} of cache and {readable(needed(shape))} in all per rank, "
+                f"{readable(free)} are free: use " + (f"--max_batch_size {bsz}" if bsz else "a smaller --max_seq_len")
+            )

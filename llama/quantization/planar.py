@@ -1,6 +1,6 @@
 """Weights as the GPU kernels read them: quantized blocks taken apart into planes, and floats in 8 bits.
 
-Knows no kernels until a product is asked for on a device that runs them; elsewhere torch decodes.
+Knows no kernels (see backends/cuda/matmul.py); what is here multiplies by torch's operations, on any device.
 """
 
 from __future__ import annotations
@@ -8,28 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.backends.cuda.available import has_triton
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType
+from llama.quantization.weights import QuantizedWeight, float_matmul
 
-# Tokens that are multiplied in fp32 while the weights pass by, and that attention takes in tiles of one shape: what one
-# of them gets does not depend on the others. And tokens that tensor cores take from the stored codes.
+# Tokens whose results do not depend on each other, and tokens that tensor cores take from the stored codes: see D41.
 FEW = 8
 MOST = 64
-# Beyond: values that are made dense at once, 128 MB in 16 bits.
-DENSE_AT_ONCE = 1 << 26
+# Beyond: values that are dequantized at once, 128 MB in 16 bits.
+MAX_DEQUANTIZED_VALUES = 1 << 26
 # Values that are taken apart, or rounded to 8 bits, at once: their temporaries are a few bytes each.
 QUANTIZED_AT_ONCE = 1 << 24
 
 GROUP = 32  # values whose codes lie together; a lower and an upper half of 16 each
 
 
-class PlanarWeight(nn.Module):
+class PlanarWeight(QuantizedWeight):
     """A matrix (out, in) of quantized blocks whose codes and scales lie apart, so that both can be read as vectors.
 
-    The values are those of llama.blocks.dequantize, at the bytes of the blocks (Q4_K: 148 for 144). The planes:
+    The values are those of gguf_blocks.dequantize, at the bytes of the blocks (Q4_K: 148 for 144). The planes:
     codes       uint8 (out, in / 2): byte j of a group's 16 holds its value j, and value j + 16 in the upper bits;
                 Q8_0: int8 (out, in)
     high        Q6_K alone: uint8 (out, in / 4): byte t of a group's 8 holds the upper two bits of its values t, t + 8,
@@ -84,7 +82,6 @@ class PlanarWeight(nn.Module):
 
     @staticmethod
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
-        """What a matrix takes."""
         if block_type == F8_E4M3:  # an Fp8Weight, where there are the same kernels
             return rows * (columns + 4)
         unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
@@ -96,23 +93,17 @@ class PlanarWeight(nn.Module):
         return self._of(dict.fromkeys(PLANES) | rows, self.block_type)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """x (..., in) times the matrix transposed: (..., out) in `dtype`, or else in x's."""
-        return _multiply(x, self, dtype or x.dtype)
+        return _dequantized_matmul(x, self, dtype or x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """fp32 rows (*ids.shape, in)."""
         return _decode({name: plane[ids] for name, plane in self.named_buffers()}, self.block_type)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """All values (out, in), by torch alone."""
         return _decode(dict(self.named_buffers()), self.block_type).to(dtype)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(plane.nbytes for plane in self.buffers())
 
-
-class Fp8Weight(nn.Module):
+class Fp8Weight(QuantizedWeight):
     """A matrix (out, in) of floats in 8 bits (e4m3, as torch.float8_e4m3fn), with one fp32 scale a row.
 
     Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),
@@ -152,14 +143,18 @@ class Fp8Weight(nn.Module):
         return Fp8Weight(self.codes[start:stop], self.scales[start:stop])
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """x (..., in) times the matrix transposed: (..., out) in `dtype`, or else in x's."""
         n_tokens = x.numel() // x.shape[-1]
-        if n_tokens > MOST and _multiplies_fp8(x.device) and not any(size % 16 for size in self.shape):
+        if n_tokens > MOST and self.multiplies_fp8(x.device):
             return multiply_fp8(x.reshape(n_tokens, -1), self).to(dtype or x.dtype).view(*x.shape[:-1], -1)
-        return _multiply(x, self, dtype or x.dtype)
+        return _dequantized_matmul(x, self, dtype or x.dtype)
+
+    def multiplies_fp8(self, device: torch.device) -> bool:
+        """Tell whether the device has a product of 8-bit floats with a scale a row, for a weight of this shape."""
+        if device.type != "cuda" or torch.version.cuda is None or any(size % 16 for size in self.shape):
+            return False
+        return torch.cuda.get_device_capability(device)[0] == 9
 
     def rows(self, ids: Tensor) -> Tensor:
-        """fp32 rows (*ids.shape, in)."""
         codes = self.codes.view(torch.uint8)[ids].view(torch.float8_e4m3fn)  # torch indexes no 8-bit floats
         return codes.float() * self.scales[ids]
 
@@ -167,20 +162,8 @@ class Fp8Weight(nn.Module):
         """All values (out, in), by torch alone."""
         return (self.codes.float() * self.scales).to(dtype)
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
 
 PLANES = ("codes", "high", "scales", "sub_scales")
-
-
-def times(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (..., in) times floats (out, in) transposed: (..., out), rounded once, to `dtype`, where torch can."""
-    if dtype == torch.float32 and weight.dtype != dtype and x.device.type == "cuda" and torch.version.cuda is not None:
-        y = torch.mm(x.reshape(-1, x.shape[-1]).type_as(weight), weight.t(), out_dtype=dtype)
-        return y.view(*x.shape[:-1], -1)
-    return F.linear(x.type_as(weight), weight).to(dtype)
 
 
 def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:
@@ -192,29 +175,14 @@ def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:
     return torch._scaled_mm(codes, weight.codes.t(), scales, weight.scales.t(), out_dtype=torch.bfloat16)
 
 
-def _multiply(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
-    """By kernels where they run, at most MOST tokens from the codes; else pieces of rows are made dense."""
-    by_kernels = not torch.compiler.is_compiling() and has_triton(x.device)
-    if by_kernels:
-        from llama.backends.cuda.products import dense, multiply
-
-        if x.numel() <= MOST * x.shape[-1]:
-            with torch.cuda.device_of(x):
-                return multiply(x.reshape(-1, x.shape[-1]), weight, out_dtype=dtype).view(*x.shape[:-1], -1)
+def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """Multiply x (..., in) by pieces of rows that torch dequantizes, each of at most MAX_DEQUANTIZED_VALUES."""
     n_out, n_in = weight.shape
     y = x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
-    step = max(1, DENSE_AT_ONCE // n_in)
+    step = max(1, MAX_DEQUANTIZED_VALUES // n_in)
     for first in range(0, n_out, step):
-        part = weight.part(first, first + step)
-        with torch.cuda.device_of(x):
-            values = dense(part, x.dtype) if by_kernels else part.dense(x.dtype)
-        y[..., first : first + step] = times(x, values, dtype)
+        y[..., first : first + step] = float_matmul(x, weight.part(first, first + step).dense(x.dtype), dtype)
     return y
-
-
-def _multiplies_fp8(device: torch.device) -> bool:
-    """Whether torch has a product of 8-bit floats with a scale a row there."""
-    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +201,7 @@ def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take_apart(blocks: Tensor, block_type: BlockType) -> dict[str, Tensor | None]:
-    """The planes of blocks (out, n_blocks, size); llama.blocks has the layouts."""
+    """The planes of blocks (out, n_blocks, size); gguf_blocks has the layouts."""
     high = sub_scales = None
     if block_type.name == "Q8_0":
         scales, codes = blocks.split([2, 32], dim=-1)
@@ -269,7 +237,7 @@ def _joined(groups: Tensor) -> Tensor:
 
 
 def _decode(planes: dict[str, Tensor], block_type: BlockType) -> Tensor:
-    """fp32 values (..., in) of planes whose rows are (...); products are exact, as in llama.blocks."""
+    """fp32 values (..., in) of planes whose rows are (...); products are exact, as in gguf_blocks."""
     name, codes, scales = block_type.name, planes["codes"], planes["scales"].float()
     if name == "Q8_0":
         groups = codes.unflatten(-1, (-1, GROUP))

@@ -1,4 +1,4 @@
-"""Released architectures by name, and the kind of tokenizer each came with."""
+"""List released architectures by name, the kind of tokenizer each came with, and the context it was trained for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ TokenizerKind = Literal["sentencepiece", "code_llama", "llama3", "smollm"]
 
 
 class Preset(NamedTuple):
+    """Describe one architecture, with its kind of tokenizer and its context in tokens."""
+
     args: ModelArgs
     tokenizer: TokenizerKind
     context_len: int

@@ -1,4 +1,4 @@
-"""A checkpoint of any architecture that is in no file: random weights, and a tokenizer that works.
+"""Offer a checkpoint of any architecture that is in no file: random weights, and a tokenizer that works.
 
 The same seed gives the same weights, in whatever format, dtype or number of shards they are written.
 """
@@ -18,35 +18,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import kind
-from llama.checkpoint.export.tokenizer import TokenizerSource
 from llama.checkpoint.export.tokenizer_model import SPECIAL_TOKENS, merges_of
 from llama.checkpoint.load import global_shapes
+from llama.checkpoint.names import module_name
 from llama.testing.model_presets import Preset, TokenizerKind
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf_tokens import PREFIX, TokenType
 from llama.tokenizer.sentencepiece_vocab import SPACE
 from llama.tokenizer.vocab import byte_alphabet
 
-# Values made at once by a thread, each run with a generator of its own.
-BLOCK = 1 << 20
+# Values drawn at once by a thread; each such run of a tensor has a generator of its own.
+DRAWN_AT_ONCE = 1 << 20
 
-SMOLLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<reserved_{i}>" for i in range(14)))
-INFILLING = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
-STANDARD = ("<unk>", "<s>", "</s>")
+SMOLLM_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<reserved_{i}>" for i in range(14)))
+INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
+STANDARD_PIECES = ("<unk>", "<s>", "</s>")
 
 
-class MadeUpCheckpoint:
-    """Weights sized so that activations keep a size near 1: the sum over all layers, too, so that fp16 holds them."""
+class RandomCheckpoint:
+    """Draw weights of a size that keeps activations near 1 after any number of layers, so that fp16 holds them."""
 
     dtype = torch.bfloat16
     stop_tokens: frozenset[int] = frozenset()
+    pads_vocab = False
 
     def __init__(self, name: str, preset: Preset, seed: int) -> None:
-        self.path = Path(name)
-        self.args, self.seed = preset.args, seed
+        """Name the checkpoint, for errors, and draw what `seed` gives for that architecture."""
+        self.path = Path(f"{name} (random weights)")
+        self.args, self.context_len, self.seed = preset.args, preset.context_len, seed
+        self.tokenizer_metadata = random_tokenizer(preset.tokenizer, preset.args.vocab_size)
         self._shapes = global_shapes(preset.args)
-        self._metadata = made_up_tokenizer(preset.tokenizer, preset.args.vocab_size)
 
     def names(self) -> Collection[str]:
         return self._shapes.keys()
@@ -61,44 +62,42 @@ class MadeUpCheckpoint:
         return whole.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self._metadata)
-
-    def tokenizer_source(self) -> TokenizerSource:
-        return TokenizerSource(self.tokenizer(), None, self._metadata)
+        return Tokenizer.from_gguf(self.tokenizer_metadata)
 
     def _std(self, name: str) -> float:
-        if kind(name) == "tok_embeddings" and not self.args.tied_embeddings:
+        """Return the standard deviation of a matrix's values."""
+        if module_name(name) == "tok_embeddings" and not self.args.tied_embeddings:
             return 1.0
         std = self._shapes[name][1] ** -0.5
-        return std / math.sqrt(2 * self.args.n_layers) if kind(name) in ("wo", "w2") else std
+        return std / math.sqrt(2 * self.args.n_layers) if module_name(name) in ("wo", "w2") else std
 
     def _normal(self, name: str, count: int, mean: float, std: float) -> Tensor:
-        """Normal values, block by block, so that several threads make the same as one."""
+        """Draw `count` normal values, in runs of a fixed length so that several threads draw the same as one."""
         values = torch.empty(count, dtype=self.dtype)
 
-        def make(first: int) -> None:
-            seeds = [self.seed, zlib.crc32(name.encode()), first // BLOCK]
+        def draw(first: int) -> None:
+            seeds = [self.seed, zlib.crc32(name.encode()), first // DRAWN_AT_ONCE]
             generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seeds)))
-            block = values[first : first + BLOCK]
-            block.copy_(torch.from_numpy(generator.standard_normal(len(block), np.float32)).mul_(std).add_(mean))
+            run = values[first : first + DRAWN_AT_ONCE]
+            run.copy_(torch.from_numpy(generator.standard_normal(len(run), np.float32)).mul_(std).add_(mean))
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(make, range(0, count, BLOCK)))
+            list(pool.map(draw, range(0, count, DRAWN_AT_ONCE)))
         return values
 
 
-def made_up_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
-    """GGUF metadata of a vocabulary of that size: every byte, and made-up pieces that merge letter by letter."""
+def random_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
+    """Return GGUF metadata of a vocabulary of that size: every byte, and words that merge letter by letter."""
     if kind in ("sentencepiece", "code_llama"):
-        return _sentencepiece(vocab_size, INFILLING if kind == "code_llama" else ())
+        return _sentencepiece_metadata(vocab_size, INFILLING_TOKENS if kind == "code_llama" else ())
     if kind == "llama3":
-        return _byte_level(vocab_size, (), SPECIAL_TOKENS) | {
+        return _byte_level_metadata(vocab_size, (), SPECIAL_TOKENS) | {
             PREFIX + "pre": "llama-bpe",
             PREFIX + "bos_token_id": vocab_size - len(SPECIAL_TOKENS),
             PREFIX + "eos_token_id": vocab_size - len(SPECIAL_TOKENS) + 1,
             PREFIX + "add_bos_token": True,
         }
-    return _byte_level(vocab_size, SMOLLM_SPECIAL, ()) | {
+    return _byte_level_metadata(vocab_size, SMOLLM_SPECIAL_TOKENS, ()) | {
         PREFIX + "pre": "smollm",
         PREFIX + "bos_token_id": 1,
         PREFIX + "eos_token_id": 2,
@@ -106,18 +105,19 @@ def made_up_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _sentencepiece(vocab_size: int, last: tuple[str, ...]) -> dict[str, Any]:
+def _sentencepiece_metadata(vocab_size: int, last: tuple[str, ...]) -> dict[str, Any]:
     singles = [SPACE, *string.ascii_letters, *string.digits, *string.punctuation]
-    n_words = vocab_size - len(STANDARD) - 256 - len(singles) - len(last)
-    words = list(itertools.islice(_words(SPACE), n_words))
-    tokens = [*STANDARD, *(f"<0x{byte:02X}>" for byte in range(256)), *words, *singles, *last]
+    n_words = vocab_size - len(STANDARD_PIECES) - 256 - len(singles) - len(last)
+    words = list(itertools.islice(_letter_words(SPACE), n_words))
+    tokens = [*STANDARD_PIECES, *(f"<0x{byte:02X}>" for byte in range(256)), *words, *singles, *last]
     kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
     kinds += [TokenType.NORMAL] * (len(words) + len(singles)) + [TokenType.CONTROL] * len(last)
     assert len(tokens) == len(kinds) == vocab_size, (len(tokens), vocab_size)
     return {
         PREFIX + "model": "llama",
         PREFIX + "tokens": tokens,
-        PREFIX + "scores": [0.0] * (len(STANDARD) + 256) + [-float(i) for i in range(vocab_size - len(STANDARD) - 256)],
+        PREFIX + "scores": [0.0] * (len(STANDARD_PIECES) + 256)
+        + [-float(i) for i in range(vocab_size - len(STANDARD_PIECES) - 256)],
         PREFIX + "token_type": [int(kind) for kind in kinds],
         PREFIX + "bos_token_id": 1,
         PREFIX + "eos_token_id": 2,
@@ -127,24 +127,24 @@ def _sentencepiece(vocab_size: int, last: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _byte_level(vocab_size: int, first: tuple[str, ...], last: tuple[str, ...]) -> dict[str, Any]:
+def _byte_level_metadata(vocab_size: int, first: tuple[str, ...], last: tuple[str, ...]) -> dict[str, Any]:
     alphabet = byte_alphabet()
     space = next(char for char, byte in alphabet.items() if byte == ord(" "))
     n_words = vocab_size - len(first) - len(alphabet) - len(last)
-    pieces = [*alphabet, *itertools.islice(_words(space), n_words)]
-    ranks = {piece.encode(): rank for rank, piece in enumerate(pieces)}
+    pieces = [*alphabet, *itertools.islice(_letter_words(space), n_words)]
+    priorities = {piece.encode(): i for i, piece in enumerate(pieces)}
     control = TokenType.CONTROL
     kinds = [control] * len(first) + [TokenType.NORMAL] * len(pieces) + [control] * len(last)
     return {
         PREFIX + "model": "gpt2",
         PREFIX + "tokens": [*first, *pieces, *last],
         PREFIX + "token_type": [int(kind) for kind in kinds],
-        PREFIX + "merges": [f"{a.decode()} {b.decode()}" for a, b in merges_of(ranks)],
+        PREFIX + "merges": [f"{a.decode()} {b.decode()}" for a, b in merges_of(priorities)],
     }
 
 
-def _words(space: str) -> Iterator[str]:
-    """All words of 2 letters, of 3 and so on, with and without a space before: each is one before it and a letter."""
+def _letter_words(space: str) -> Iterator[str]:
+    """Yield all words of 2 letters, of 3 and so on, with and without a space before: each extends an earlier one."""
     yield from (space + letter for letter in string.ascii_lowercase)
     for length in itertools.count(2):
         for letters in itertools.product(string.ascii_lowercase, repeat=length):

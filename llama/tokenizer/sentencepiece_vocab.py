@@ -17,6 +17,7 @@ BEFORE = "☺"  # merges with no character after it
 PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3  # in ModelProto
 PIECE, SCORE, TYPE = 1, 2, 3  # in ModelProto.SentencePiece
 MODEL_TYPE, BYTE_FALLBACK = 3, 35  # in TrainerSpec
+SPECIAL_PIECES = {"unk_id": 45, "bos_id": 46, "eos_id": 47, "pad_id": 48}  # their texts, in TrainerSpec
 ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 3, 4  # in NormalizerSpec
 BPE = 2
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
@@ -88,6 +89,8 @@ def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
         for text, score, kind in zip(tokens.texts, packed, types, strict=True)
     ]
     trainer = _field(MODEL_TYPE, BPE) + _field(BYTE_FALLBACK, TokenType.BYTE in types)
+    ids = {number: getattr(tokens, name) for name, number in SPECIAL_PIECES.items()}
+    trainer += b"".join(_field(number, tokens.texts[i].encode()) for number, i in ids.items() if i >= 0)
     normalizer = _field(ADD_DUMMY_PREFIX, bool(metadata.get(PREFIX + "add_space_prefix", True)))
     normalizer += _field(REMOVE_EXTRA_WHITESPACES, bool(metadata.get(PREFIX + "remove_extra_whitespaces", False)))
     body = b"".join([_field(PIECES, piece) for piece in pieces])

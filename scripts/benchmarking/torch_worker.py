@@ -63,9 +63,9 @@ class Ours:
         self.weight_bytes = model.weight_bytes
 
     def run(self, prompts: list[list[int]], gen_len: int) -> Run:
-        before = dataclasses.replace(self.llm.statistics)
+        before = dataclasses.replace(self.llm.metrics)
         tokens, _ = self.llm.generate(prompts, gen_len, temperature=0)
-        after = self.llm.statistics
+        after = self.llm.metrics
         return Run(
             after.prefill_seconds - before.prefill_seconds,
             after.decode_seconds - before.decode_seconds,

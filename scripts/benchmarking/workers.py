@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchShape:
     prompts: list[list[int]]
     gen_len: int
 
@@ -39,7 +39,7 @@ class Worker:
         self.weight_bytes: int = loaded["weight_bytes"]
         self.weights: str = loaded["weights"]
 
-    def run(self, job: Job) -> tuple[dict[str, float], list[list[int]]]:
+    def run(self, job: BatchShape) -> tuple[dict[str, float], list[list[int]]]:
         """The figures of a job, and its new tokens."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # _reply tells what ended it

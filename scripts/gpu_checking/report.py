@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.cli import flags as cli
+from llama.cli import runner as cli
 
 # Its name, its share of the time, and what it does.
 Section = tuple[str, float, Callable[[], None]]

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
+from llama.cli import get
 from tests.checkpoints import write_meta
-from tests.e2e.processes import ROOT, WORKER, python, torchrun
-
-DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+from tests.e2e.processes import WORKER, python, torchrun
 
 Jobs = list[dict[str, Any]]
 # Runs jobs on so many ranks (0: plain python) and returns, for each job, what all ranks agree on.
@@ -21,9 +20,10 @@ RunJobs = Callable[..., Jobs]
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    if not DEMO_MODEL.is_file():
-        pytest.skip(f"the demo model {DEMO_MODEL} is not there: python scripts/get_model.py gets it")
-    return DEMO_MODEL
+    try:
+        return get.demo_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

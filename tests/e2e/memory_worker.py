@@ -16,7 +16,8 @@ import torch
 from llama import Llama
 from llama.distributed.job import from_all_ranks, join_job
 from llama.engine.build import open_source
-from llama.memory.estimate import Job
+from llama.engine.options import BuildOptions
+from llama.memory.estimate import BatchShape
 
 
 def status() -> dict[str, int]:
@@ -43,7 +44,7 @@ class Peak(threading.Thread):
 
 def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int) -> None:
     join_job()
-    job = Job(bsz, prompt_len, prompt_len + max_gen_len)
+    job = BatchShape(bsz, prompt_len, prompt_len + max_gen_len)
     loading = Peak()
     llm = Llama.build(ckpt_dir, max_seq_len=job.length, max_batch_size=bsz, device="cpu", dtype=dtype)
     loading.done.set()
@@ -52,7 +53,7 @@ def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int)
         prompts = torch.randint(0, llm.tokenizer.n_words, (bsz, prompt_len)).tolist()
         llm.generate(prompts, max_gen_len, temperature=0.7)
     running.done.set()
-    source = open_source(ckpt_dir, None, job.length, bsz, "cpu", dtype)
+    source = open_source(BuildOptions(ckpt_dir, None, job.length, bsz, device="cpu", dtype=dtype))
     plan = source.planner(llm.model.parallel, 0).plan(job)
     weights = sum(weight.nbytes for weight in llm.model.parameters())
     running.start_at = loading.start_at
@@ -74,4 +75,4 @@ def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int)
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
     if "RANK" in os.environ:
-        os._exit(0)  # as the examples leave: see llama.cli._leave_together
+        os._exit(0)  # as the examples leave: see llama.cli.runner

@@ -18,6 +18,7 @@ from llama.backends.cpu.build import library
 ROOT = Path(__file__).parents[2]
 COMPLETION = ROOT / "example_text_completion.py"
 CHAT = ROOT / "example_chat.py"
+LLAMA = ("-m", "llama")
 WORKER = Path(__file__).parent / "worker.py"
 
 # Only so that a hang ends: no test measures time.
@@ -100,15 +101,28 @@ def without_notices(stderr: str) -> str:
     return "".join(line for line in lines if not line.startswith("no CPU kernels") and " held as " not in line)
 
 
-def python(script: Path, *arguments: object, **options: Any) -> Finished:
+def python(script: object, *arguments: object, **options: Any) -> Finished:
     return run([sys.executable, script, *arguments], **options)
 
 
-def torchrun_command(ranks: int, script: Path, *arguments: object, launcher: Sequence[object] = ()) -> list[object]:
+def llama(*arguments: object, **options: Any) -> Finished:
+    """The `llama` command, as `python -m llama`."""
+    return run([sys.executable, *LLAMA, *arguments], **options)
+
+
+def elsewhere(folder: Path) -> Path:
+    """A folder from which `python -m llama` runs this package, though not from a checkout: no models/ is beside it."""
+    site = folder / "site"
+    site.mkdir()
+    (site / "llama").symlink_to(ROOT / "llama")
+    return site
+
+
+def torchrun_command(ranks: int, script: object, *arguments: object, launcher: Sequence[object] = ()) -> list[object]:
     return [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", ranks, *launcher, script, *arguments]
 
 
-def torchrun(ranks: int, script: Path, *arguments: object, **options: Any) -> Finished:
+def torchrun(ranks: int, script: object, *arguments: object, **options: Any) -> Finished:
     return run(torchrun_command(ranks, script, *arguments), **options)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.checkpoints import write_meta
-from tests.e2e.processes import CHAT, COMPLETION, Finished, python, torchrun
+from tests.e2e.processes import CHAT, COMPLETION, Finished, elsewhere, llama, python, torchrun
 
 # A case makes its bad files in a folder of its own, next to good/ (one shard) and good8/ (eight), and returns the
 # flags. The error must hold the words, in which {folder} stands for that folder.
@@ -399,10 +399,27 @@ def test_a_truncated_gguf_says_so(part: float, demo_model: Path, tmp_path: Path)
     check(python(COMPLETION, "--ckpt_dir", path), [str(path), "truncated", "download it again"])
 
 
-def test_without_a_demo_model_the_examples_say_how_to_get_it(tmp_path: Path) -> None:
-    for example in (COMPLETION, CHAT):
-        copy = shutil.copy(example, tmp_path)
-        check(python(Path(copy)), ["no --ckpt_dir given", f"{tmp_path}/models/", "scripts/get_model.py"])
+@pytest.mark.parametrize("name", ["complete", "chat", "plan", "bench"])
+def test_without_a_demo_model_commands_say_how_to_get_it(name: str, tmp_path: Path) -> None:
+    done = llama(name, cwd=elsewhere(tmp_path), env={"PYTHONPATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache")})
+    check(done, ["no --ckpt_dir given", f"{tmp_path}/cache/llama/SmolLM2", "`llama get`"])
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["comlete", "--prompt", "a"], "unknown command 'comlete': did you mean complete?"),
+        (["serve"], "unknown command 'serve': see llama --help"),
+        (["--prompt", "a"], "a command comes before its flags, as in llama complete --prompt: see llama --help"),
+        (["plan", "--seed", "1"], "unknown flag --seed: see --help"),
+        (["chat", "--max_batch_size", "2", "--temperature", "0"], "unknown flag --max_batch_size: see --help"),
+        (["get", "models"], "unexpected argument 'models'"),
+        (["bench", "--gen_len", "1"], "--gen_len must be at least 2, got 1"),
+    ],
+    ids=str,
+)
+def test_a_command_that_is_mistyped_says_what_was_meant(words: list[str], error: str) -> None:
+    check(llama(*words), [error])
 
 
 def test_a_chat_says_what_is_wrong_too(tiny_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""scripts/perplexity.py on the real demo model, on several ranks, and on what it cannot score."""
+"""`llama perplexity` on the real demo model, on several ranks, and on what it cannot score."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
-from tests.e2e.processes import ROOT, torchrun
-from tests.parity.test_perplexity import expected, measured, perplexity
+from llama.cli import perplexity
+from llama.engine.options import BuildOptions
+from tests.e2e.processes import LLAMA, torchrun
+from tests.parity.test_perplexity import expected, measured
 
-LICENSE = ROOT / "LICENSE"
+TEXT = perplexity.TEXT
 
 
 def test_the_demo_models_perplexity_equals_transformers(
@@ -25,10 +27,10 @@ def test_the_demo_models_perplexity_equals_transformers(
     made = writer(checkpoint, tokenizer_source(checkpoint), "hf", dtype="float32")
     write_checkpoint(made, tmp_path / "model", lambda n_bytes: None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    tokens = checkpoint.tokenizer().encode(LICENSE.read_bytes().decode(), bos=False, eos=False)
+    tokens = checkpoint.tokenizer().encode(TEXT.read_bytes().decode(), bos=False, eos=False)
     windows = [tokens[i : i + 64] for i in (0, 64)] + [tokens[128:131]]
     wanted, n_scored = expected(model, windows)
-    found = measured(capsys, text=str(LICENSE), ckpt_dir=str(demo_model), window=64, max_tokens=131)
+    found = measured(capsys, ckpt_dir=demo_model, window=64, max_tokens=131)
     assert found["perplexity"] == pytest.approx(wanted, rel=1e-3)
     assert (found["tokens"], found["windows"]) == (n_scored, 3) == (63 + 63 + 2, 3)
 
@@ -36,10 +38,10 @@ def test_the_demo_models_perplexity_equals_transformers(
 def test_ranks_print_one_result_and_it_is_that_of_one_process(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ("--text", LICENSE, "--ckpt_dir", tiny_folder, "--window", 50, "--max_tokens", 120, "--json")
-    done = torchrun(2, ROOT / "scripts" / "perplexity.py", *flags, "--device", "cpu", "--dtype", "float32")
+    flags = ("--ckpt_dir", tiny_folder, "--window", 50, "--max_tokens", 120, "--json")
+    done = torchrun(2, *LLAMA, "perplexity", *flags, "--device", "cpu", "--dtype", "float32")
     (found,) = done.json_lines
-    alone = measured(capsys, text=str(LICENSE), ckpt_dir=str(tiny_folder), window=50, max_tokens=120)
+    alone = measured(capsys, ckpt_dir=tiny_folder, window=50, max_tokens=120)
     assert found == pytest.approx(alone, rel=1e-5)
 
 
@@ -56,10 +58,10 @@ def test_ranks_print_one_result_and_it_is_that_of_one_process(
 def test_what_cannot_be_scored_says_so(content: bytes, options: dict[str, int], words: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(ValueError, match=words):
-        perplexity.main(text=str(tmp_path / "text"), ckpt_dir="/nowhere", **options)
+        perplexity.main(BuildOptions("/nowhere"), text=tmp_path / "text", **options)
 
 
 def test_a_text_of_one_token_has_no_perplexity_without_bos(demo_model: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("a")
     with pytest.raises(ValueError, match="text has 1 token: the first cannot be scored"):
-        perplexity.main(text=str(tmp_path / "text"), ckpt_dir=str(demo_model), device="cpu", dtype="bfloat16")
+        perplexity.main(BuildOptions(demo_model, device="cpu", dtype="bfloat16"), text=tmp_path / "text")

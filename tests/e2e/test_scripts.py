@@ -29,7 +29,7 @@ def test_a_second_demo_prints_completions_without_network(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The capital of France is\n>  Paris")
     assert done.stdout.count("==================================") >= 2
-    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == ["get_model:", "loaded", "prefill"]
+    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == ["demo", "loaded", "prefill"]
     assert STAMP.read_text() == before
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""The checkpoint scripts, run as a user runs them."""
+"""The subcommands that make, convert and check checkpoints, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,19 @@ import pytest
 from llama import Llama
 from llama.checkpoint import open_checkpoint
 from tests.e2e import processes
-from tests.e2e.processes import ROOT, TIMEOUT, Finished
-
-SCRIPTS = ROOT / "scripts"
+from tests.e2e.processes import LLAMA, TIMEOUT, Finished, llama
 
 
-def run(script: str, *arguments: object) -> Finished:
-    return processes.python(SCRIPTS / f"{script}.py", *arguments)
-
-
-def succeed(script: str, *arguments: object) -> Finished:
-    done = run(script, *arguments)
+def succeed(*arguments: object) -> Finished:
+    done = llama(*arguments)
     assert done.returncode == 0, done.stderr
     return done
 
 
 @contextlib.contextmanager
 def making(target: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """scripts/make_checkpoint.py in the middle of writing weights."""
-    command = [sys.executable, SCRIPTS / "make_checkpoint.py", target, "--preset", "smollm2-135m", *arguments]
+    """`llama make` in the middle of writing weights."""
+    command = [sys.executable, *LLAMA, "make", target, "--preset", "smollm2-135m", *arguments]
     with processes.started(command) as process:
         end = time.monotonic() + TIMEOUT
         while sum(file.stat().st_size for file in partial_files(target)) < 10_000_000:
@@ -62,39 +56,39 @@ def answers(path: Path) -> list[object]:
 
 def test_the_demo_model_answers_alike_in_every_format(demo_model: Path, tmp_path: Path) -> None:
     expected = answers(demo_model)
-    done = succeed("convert_checkpoint", demo_model, tmp_path / "meta", "--format", "meta", "--shards", 3)
+    done = succeed("convert", demo_model, tmp_path / "meta", "--format", "meta", "--shards", 3)
     assert "written in bfloat16" in done.stderr and done.stdout == ""
     assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == 3
     assert answers(tmp_path / "meta") == expected
-    succeed("convert_checkpoint", tmp_path / "meta", tmp_path / "hf", "--format=hf", "--dtype=bfloat16")
+    succeed("convert", tmp_path / "meta", tmp_path / "hf", "--format=hf", "--dtype=bfloat16")
     assert answers(tmp_path / "hf") == expected
     assert open_checkpoint(tmp_path / "hf").args.tied_embeddings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "meta"]
 
 
-def test_a_made_up_checkpoint_is_well_and_is_checked(tmp_path: Path) -> None:
+def test_a_random_checkpoint_is_well_and_is_checked(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    succeed("make_checkpoint", folder, "--preset", "tiny", "--shards", 4)
-    assert "all is well" in succeed("verify_checkpoint", folder, "--deep", "--write").stdout
+    succeed("make", folder, "--preset", "tiny", "--shards", 4)
+    assert "all is well" in succeed("verify", folder, "--deep", "--write").stdout
     assert subprocess.run(["sha256sum", "-c", "checksums.sha256"], cwd=folder, capture_output=True).returncode == 0
     weights = folder / "consolidated.02.pth"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
-    done = run("verify_checkpoint", folder)
+    done = llama("verify", folder)
     assert done.returncode == 1 and "1 problem" in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines() if "WRONG" in line] == ["consolidated.02.pth"]
 
 
 def test_a_checkpoint_is_quantized_and_checked(tmp_path: Path) -> None:
-    succeed("make_checkpoint", tmp_path / "tiny", "--preset", "tiny")
-    done = succeed("convert_checkpoint", tmp_path / "tiny", tmp_path / "int4", "--format", "hf", "--quantize", "int4")
+    succeed("make", tmp_path / "tiny", "--preset", "tiny")
+    done = succeed("convert", tmp_path / "tiny", tmp_path / "int4", "--format", "hf", "--quantize", "int4")
     assert "written in bfloat16" not in done.stderr and done.stdout == ""
-    assert "all is well" in succeed("verify_checkpoint", tmp_path / "int4", "--deep").stdout
+    assert "all is well" in succeed("verify", tmp_path / "int4", "--deep").stdout
     assert open_checkpoint(tmp_path / "int4").block_type("norm.weight") is None
-    done = succeed("convert_checkpoint", tmp_path / "int4", tmp_path / "dense", "--format", "meta")
+    done = succeed("convert", tmp_path / "int4", tmp_path / "dense", "--format", "meta")
     assert "written in bfloat16, unless --dtype" in done.stderr
-    done = run("convert_checkpoint", tmp_path / "tiny", tmp_path / "meta", "--format", "meta", "--quantize", "int8")
+    done = llama("convert", tmp_path / "tiny", tmp_path / "meta", "--format", "meta", "--quantize", "int8")
     assert done.returncode == 1 and "error: --quantize int8 is for --format hf alone" in done.stderr
 
 
@@ -122,21 +116,21 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals, code: int, tm
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "words"),
+    ("command", "arguments", "words"),
     [
-        ("convert_checkpoint", ["{full}", "{full}", "--format", "hf"], "full exists already"),
-        ("convert_checkpoint", ["{full}", "--format", "hf"], "DST must be given"),
-        ("convert_checkpoint", ["{full}", "{new}", "--format", "hf", "more"], "unexpected argument 'more'"),
-        ("make_checkpoint", ["{new}", "--preset", "llama-9"], "--preset must be one of tiny,"),
-        ("make_checkpoint", ["{new}", "--preset", "tiny", "--shards", "5"], "use one of 1, 2, 4, 8"),
-        ("verify_checkpoint", ["{new}"], "does not exist"),
+        ("convert", ["{full}", "{full}", "--format", "hf"], "full exists already"),
+        ("convert", ["{full}", "--format", "hf"], "DST must be given"),
+        ("convert", ["{full}", "{new}", "--format", "hf", "more"], "unexpected argument 'more'"),
+        ("make", ["{new}", "--preset", "llama-9"], "--preset must be one of tiny,"),
+        ("make", ["{new}", "--preset", "tiny", "--shards", "5"], "use one of 1, 2, 4, 8"),
+        ("verify", ["{new}"], "does not exist"),
     ],
     ids=str,
 )
-def test_a_users_mistake_is_one_line(script: str, arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_a_users_mistake_is_one_line(command: str, arguments: list[str], words: str, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    done = run(script, *(word.format(full=tmp_path / "full", new=tmp_path / "new") for word in arguments))
+    done = llama(command, *(word.format(full=tmp_path / "full", new=tmp_path / "new") for word in arguments))
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line

@@ -36,4 +36,4 @@ def answer(llm: Llama, call: dict[str, Any]) -> Any:
 if __name__ == "__main__":
     main(*sys.argv[1:])
     if "RANK" in os.environ:
-        os._exit(0)  # as the examples leave: see llama.cli._leave_together
+        os._exit(0)  # as the examples leave: see llama.cli.runner

@@ -11,23 +11,31 @@ import os
 import random
 import socket
 import sys
+import time
 import traceback
-import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fairscale.nn.model_parallel  # noqa: F401  (imported here so that the ranks need not)
 import torch
 
-from llama import Llama
+from llama import Llama, sampling
 from llama.backends.cuda.one_shot import open_one_shot
-from llama.checkpoint.base import kind
-from llama.engine import runner as steps
-from llama.engine import runner_pool as kept
-from llama.engine import scheduler as batch
-from llama.quantization.linear import BlockWeight, PackedWeight
+from llama.backends.eager import EagerBackend
+from llama.checkpoint.names import module_name
+from llama.quantization.weights import QuantizedWeight
 
 DRAFT = {"draft": True}
+
+
+class RepeatingBackend(EagerBackend):
+    """Steps run again instead of captured ones, launched ahead as those are."""
+
+    captures_graphs = True
+
+    def graph_capture(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        return lambda run: run
 
 
 def run_rank(job: dict[str, Any], rank: int) -> None:
@@ -38,8 +46,8 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
     try:
         llm = Llama.build(job["folder"], job.get("tokenizer"), max_seq_len=32, device="cpu", dtype="float32")
         modules = llm.model.named_modules()
-        blocks = [name for name, module in modules if isinstance(module, BlockWeight | PackedWeight)]
-        result["blocks"] = {kind(name) for name in blocks}
+        blocks = [name for name, module in modules if isinstance(module, QuantizedWeight)]
+        result["blocks"] = {module_name(name) for name in blocks}
         with torch.inference_mode():
             tokens = torch.tensor(job["tokens"])
             start_pos = torch.zeros(len(tokens), dtype=torch.long)
@@ -69,12 +77,12 @@ def listen() -> list[str]:
 
 def guess(job: dict[str, Any], rank: int) -> list[Any]:
     """What speculation makes of the prompts, by a clock that tells each rank something else."""
-    batch.time = types.SimpleNamespace(perf_counter=random.Random(rank).random)  # type: ignore[assignment]
+    time.perf_counter = random.Random(rank).random
     found = []
     for way in ({"speculate": "lookup"}, {"draft_ckpt_dir": job["folder"]}):
         llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32", **way)
         tokens = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
-        found.append((tokens, llm.statistics.proposed, llm.statistics.accepted))
+        found.append((tokens, llm.metrics.proposed, llm.metrics.accepted))
     return found
 
 
@@ -83,23 +91,24 @@ def perturbed(job: dict[str, Any], rank: int) -> list[Any]:
 
     By plain steps, by steps that are recorded and launched ahead, and with guesses.
     """
-    choose = steps.sample
+    choose = sampling.sample
 
     def other(logits: torch.Tensor, *args: Any) -> torch.Tensor:
         return (choose(logits, *args) + rank) % logits.shape[-1]
 
     found = []
-    for recorded, way in ((False, {}), (True, {}), (True, {"speculate": "lookup"}), (True, DRAFT)):
+    for captured, way in ((False, {}), (True, {}), (True, {"speculate": "lookup"}), (True, DRAFT)):
         options = {"draft_ckpt_dir": job["folder"]} if way is DRAFT else way
         llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32", **options)
         if rank > 0:
             generator = torch.Generator().manual_seed(rank)
             llm.model.norm.weight.mul_(1 + torch.rand(llm.model.args.dim, generator=generator))
-        steps.sample = other
-        kept.can_record = lambda model, recorded=recorded: recorded
-        kept.CudaGraphs = lambda device: lambda run: run  # type: ignore[assignment,misc]
+        sampling.sample = other
+        if captured:
+            for model in filter(None, (llm.model, llm.draft)):
+                RepeatingBackend(model.device).bind(model)
         found.append(llm.generate(job["prompts"], 24, temperature=0.4, seed=1))
-        steps.sample = choose
+        sampling.sample = choose
     return found
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.backends.cuda.backend import CudaBackend
 from llama.config import ModelArgs
 from llama.distributed.device import choose_dtype
-from llama.engine import runner_pool as kept
-from llama.engine.speculative import Pace
+from llama.engine.speculative import DraftLengthController
 from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, write_meta
 
 pytestmark = [
@@ -97,8 +97,8 @@ def test_graphs_give_the_tokens_of_steps_that_are_not_recorded(
     """Rows end apart; the second batch runs on the graphs of the first."""
     llm = Llama.build(folder, dtype="float32", **options)  # type: ignore[arg-type]
     graphed = [llm.generate(prompts, 24, temperature, logprobs=True, seed=3) for prompts in (PROMPTS, PROMPTS[1:])]
-    assert llm._kept.entries[False].steps[0].runs_ahead
-    monkeypatch.setattr(kept, "can_record", lambda model: False)
+    assert llm.scheduler.pool.pooled[False].runners[0].runs_ahead
+    monkeypatch.setattr(CudaBackend, "captures_graphs", False)
     plain = Llama(llm.model, llm.tokenizer)
     for (tokens, scores), prompts in zip(graphed, (PROMPTS, PROMPTS[1:]), strict=True):
         expected, wanted = plain.generate(prompts, 24, temperature, logprobs=True, seed=3)
@@ -111,13 +111,13 @@ def test_graphs_give_the_tokens_of_steps_that_are_not_recorded(
 def test_guesses_on_cuda_change_no_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, str | bool]
 ) -> None:
-    monkeypatch.setattr(Pace, "next_count", lambda self: 5)
+    monkeypatch.setattr(DraftLengthController, "next_draft_len", lambda self: 5)
     prompt = [[7, 8, 9, 10] * 6]
     expected = Llama.build(folder).generate(prompt, 40, temperature=0.2, seed=1)
     options = {"draft_ckpt_dir": folder} if way.get("draft") else {"speculate": "lookup"}
     llm = Llama.build(folder, **options)  # type: ignore[arg-type]
     assert llm.generate(prompt, 40, temperature=0.2, seed=1) == expected
-    assert llm.statistics.proposed > 0
+    assert llm.metrics.proposed > 0
 
 
 def test_one_graph_serves_all_temperatures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_one_graph_serves_all_temperatures(folder: Path, monkeypatch: pytest.Mon
     llm = Llama.build(folder, dtype="float32")
     ways = [(0.8, 0.9), (0.3, 0.5), (1.5, 0.99)]
     found = [llm.generate(PROMPTS, 12, temperature, top_p, seed=5) for temperature, top_p in ways]
-    monkeypatch.setattr(kept, "can_record", lambda model: False)
+    monkeypatch.setattr(CudaBackend, "captures_graphs", False)
     plain = Llama(llm.model, llm.tokenizer)
     assert found == [plain.generate(PROMPTS, 12, temperature, top_p, seed=5) for temperature, top_p in ways]
 
@@ -149,6 +149,6 @@ def test_a_conversation_goes_on_when_its_cache_grows(folder: Path) -> None:
     llm, fresh = (Llama.build(folder, dtype="float32", max_seq_len=600) for _ in range(2))
     turns = [[7, 8, 9] * 20, [7, 8, 9] * 90, [7, 8, 9] * 180]
     for turn in turns:
-        said = [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)]
+        said = [step.token for step in llm.stream([turn], 9, temperature=0, keep_cache=True)]
         assert said == [step.token for step in fresh.stream([turn], 9, temperature=0)]
-    assert llm.statistics.reused_tokens > 0
+    assert llm.metrics.reused_tokens > 0

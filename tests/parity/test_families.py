@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat
 from llama.model import Transformer
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
 from tests.models import build, one_pass, random_tokens
@@ -87,7 +87,7 @@ def opened(folder: Path) -> Transformer:
     checkpoint = open_checkpoint(folder)
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.float32))
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
     return model
 
 
@@ -140,7 +140,7 @@ def write_bins(model: PreTrainedModel, folder: Path, count: int) -> None:
     if count == 1:
         torch.save(state, folder / "pytorch_model.bin")
         return
-    index = {}
+    index: dict[str, str] = {}
     for i in range(count):
         names = list(state)[i::count]
         file = f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llama import Llama
-from llama.cli.flags import DEMO_MODEL
+from llama.cli.get import demo_model
 
 CASES = json.loads((Path(__file__).parent / "llama_cpp_greedy.json").read_text(encoding="utf-8"))
 NEAR_TIE = 0.05
@@ -22,9 +22,10 @@ NEAR_TIE = 0.05
 
 @pytest.fixture(scope="module")
 def llm() -> Llama:
-    path = Path(__file__).parents[2] / DEMO_MODEL
-    if not path.is_file():
-        pytest.skip(f"no demo model at {path}: scripts/demo gets it")
+    try:
+        path = demo_model()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     return Llama.build(path, max_seq_len=128, dtype="float32", device="cpu")
 
 

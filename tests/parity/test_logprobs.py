@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llama import Llama
-from llama.memory.estimate import SCORED_AT_ONCE
+from llama.memory.estimate import MAX_SCORED_POSITIONS
 from tests.checkpoints import TINY
 from tests.hugging_face import hugging_face_model
 from tests.models import BYTE_BOS, BYTE_EOS, build, random_tokens
 
-LONG = random_tokens(2 * SCORED_AT_ONCE + 17, vocab_size=TINY.vocab_size).tolist()
+LONG = random_tokens(2 * MAX_SCORED_POSITIONS + 17, vocab_size=TINY.vocab_size).tolist()
 PROMPTS = [LONG[:9], LONG[30:31], LONG[40:70], LONG[80:84]]
 
 
@@ -69,7 +69,8 @@ def test_prompts_are_scored_where_nothing_is_generated(ours: Llama, theirs: Llam
 
 
 @pytest.mark.parametrize(
-    "length", [SCORED_AT_ONCE, SCORED_AT_ONCE + 1, SCORED_AT_ONCE + 2, 2 * SCORED_AT_ONCE + 1, len(LONG)]
+    "length",
+    [*(MAX_SCORED_POSITIONS + more for more in range(3)), 2 * MAX_SCORED_POSITIONS + 1, len(LONG)],
 )
 def test_prompts_scored_in_several_parts_miss_no_token(ours: Llama, theirs: LlamaForCausalLM, length: int) -> None:
     tokens, scores = ours.generate([LONG[:length], LONG[:5]], 3, temperature=0, logprobs=True, echo=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.backends.inductor import CompiledLayers
+from llama.backends.inductor import InductorBackend
 from llama.config import ModelArgs
 from llama.model import Transformer
 from tests.checkpoints import random_state
@@ -48,7 +48,7 @@ def test_compiled_steps_give_the_models_own_logits(caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.INFO, "llama")
     model = transformer(ARGS, random_state(ARGS))
     expected = steps(model)
-    model.fused = CompiledLayers(model, backend="aot_eager")
+    InductorBackend(model.device, "aot_eager").bind(model)
     for found, plain in zip(steps(model), expected, strict=True):
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
     assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
@@ -61,7 +61,7 @@ def test_compiled_steps_give_the_models_own_logits(caplog: pytest.LogCaptureFixt
 def test_a_compiler_that_fails_is_told_once_and_the_layers_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     model = transformer(ARGS, random_state(ARGS))
     expected = steps(model)
-    model.fused = CompiledLayers(model, backend=broken)  # type: ignore[arg-type]  # torch takes functions, too
+    InductorBackend(model.device, broken).bind(model)  # type: ignore[arg-type]  # torch takes functions, too
     for found, plain in zip(steps(model), expected, strict=True):
         assert torch.equal(found, plain)
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]

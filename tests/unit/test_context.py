@@ -48,9 +48,9 @@ def test_a_shared_beginning_is_computed_once(
     llm = build(tiny_folder, max_seq_len=64, max_batch_size=4)
     options = {"temperature": 0.5, "seed": 3, "logprobs": True, "echo": echo}
     with monkeypatch.context() as patched:
-        patched.setattr(context, "WORTH_SHARING", 1000)
+        patched.setattr(context, "MIN_SHARED_PREFIX", 1000)
         expected = llm.generate(prompts, 8, **options)
-    assert llm.statistics.reused_tokens == 0
+    assert llm.metrics.reused_tokens == 0
     counted = Counted(llm)
     assert_same(llm.generate(prompts, 1, **options), ([row[: len(row) - 7] for row in expected[0]],
                                                       [row[: len(row) - 7] for row in expected[1]]))  # fmt: skip
@@ -61,9 +61,9 @@ def test_a_shared_beginning_is_computed_once(
 def test_a_short_shared_beginning_is_read_by_every_row(tiny_folder: Path) -> None:
     llm = build(tiny_folder, max_seq_len=64, max_batch_size=4)
     llm.generate([SHARED[:16] + end for end in ENDS], 1)
-    assert llm.statistics.reused_tokens == 0
+    assert llm.metrics.reused_tokens == 0
     llm.generate([SHARED[:17] + end for end in ENDS], 1)
-    assert llm.statistics.reused_tokens == 3 * 16
+    assert llm.metrics.reused_tokens == 3 * 16
 
 
 @pytest.mark.parametrize("echo", [False, True])
@@ -74,7 +74,7 @@ def test_chunks_give_what_one_pass_gives(tiny_folder: Path, monkeypatch: pytest.
     options = {"temperature": 0.5, "seed": 3, "logprobs": True, "echo": echo}
     expected = llm.generate(prompts, 8, **options)
     for positions in (1, 12, 28, 40):
-        monkeypatch.setattr("llama.memory.estimate.READ_AT_ONCE", positions)
+        monkeypatch.setattr("llama.backends.eager.MAX_PREFILL_TOKENS", positions)
         counted = Counted(llm)
         assert_same(llm.generate(prompts, 8, **options), expected)
         assert counted.largest == max(positions // 4 * 4, 4)
@@ -87,15 +87,15 @@ def test_dynamic_scaling_knows_the_whole_length_in_every_chunk(
     args = dataclasses.replace(TINY, rope_scaling=DynamicScaling(4.0, 16), max_seq_len=64, max_batch_size=4)
     llm = Llama(transformer(args, random_state(TINY)), build(tiny_folder).tokenizer)
     alone = [llm.generate([row], 4, temperature=0, logprobs=True, echo=True) for row in RAGGED]
-    monkeypatch.setattr("llama.memory.estimate.READ_AT_ONCE", 20)
+    monkeypatch.setattr("llama.backends.eager.MAX_PREFILL_TOKENS", 20)
     together = llm.generate(RAGGED, 4, temperature=0, logprobs=True, echo=True)
     assert together[1] is not None
     for i, each in enumerate(alone):
         assert_same((together[0][i : i + 1], together[1][i : i + 1]), each)
     for row in (RAGGED[2], RAGGED[0]):
-        kept = [step.token for step in llm.stream([row], 4, temperature=0, keep=True)]
+        kept = [step.token for step in llm.stream([row], 4, temperature=0, keep_cache=True)]
         assert kept == [step.token for step in llm.stream([row], 4, temperature=0)]
-    assert llm.statistics.reused_tokens == 0
+    assert llm.metrics.reused_tokens == 0
 
 
 @pytest.mark.parametrize("way", [{}, {"speculate": "lookup"}, {"draft_ckpt_dir": "self"}], ids=str)
@@ -109,7 +109,7 @@ def test_a_kept_conversation_reads_only_what_is_new(tiny_folder: Path, way: dict
         both = []
         for llm, keep in ((keeping, True), (fresh, False)):
             counted.positions = 0
-            steps = llm.stream([prompt], at_most, temperature=0.5, seed=len(prompt), keep=keep)
+            steps = llm.stream([prompt], at_most, temperature=0.5, seed=len(prompt), keep_cache=keep)
             both.append([step.token for _, step in zip(range(leave_after), steps, strict=False)])
             steps.close()  # type: ignore[attr-defined]
             if keep:
@@ -129,8 +129,8 @@ def test_a_kept_conversation_reads_only_what_is_new(tiny_folder: Path, way: dict
     answer(rewritten, 3)  # the same again: its last token must be read
     answer(ENDS[3], 3)  # nothing in common
     # The newest token of an answer is not in the cache, unless it had been guessed.
-    assert 0 <= 40 + (1 + 9) + (1 + 9) + 9 + 1 + 9 - keeping.statistics.prompt_tokens <= 2 * len(way)
-    assert keeping.statistics.reused_tokens > 0 == fresh.statistics.reused_tokens
+    assert 0 <= 40 + (1 + 9) + (1 + 9) + 9 + 1 + 9 - keeping.metrics.prompt_tokens <= 2 * len(way)
+    assert keeping.metrics.reused_tokens > 0 == fresh.metrics.reused_tokens
     if not way:
         assert computed[:2] == [40 + 11, 10 + 4]
 
@@ -138,19 +138,19 @@ def test_a_kept_conversation_reads_only_what_is_new(tiny_folder: Path, way: dict
 def test_streams_that_overlap_do_not_share_a_cache(tiny_folder: Path) -> None:
     llm = build(tiny_folder, max_seq_len=64)
     expected = [llm.generate([prompt], 6, temperature=0)[0][0] for prompt in (SHARED, ENDS[0])]
-    first = llm.stream([SHARED], 6, temperature=0, keep=True)
+    first = llm.stream([SHARED], 6, temperature=0, keep_cache=True)
     begun = [next(first).token]
-    second = [step.token for step in llm.stream([ENDS[0]], 6, temperature=0, keep=True)]
+    second = [step.token for step in llm.stream([ENDS[0]], 6, temperature=0, keep_cache=True)]
     assert [begun + [step.token for step in first][:-1], second[:-1]] == expected
-    with pytest.raises(ValueError, match="keep is for one prompt at a time, got 2"):
-        llm.stream([[5], [6]], keep=True)
+    with pytest.raises(ValueError, match="keep_cache is for one prompt at a time, got 2"):
+        llm.stream([[5], [6]], keep_cache=True)
 
 
 def test_an_interrupt_within_a_pass_leaves_nothing_wrong(tiny_folder: Path) -> None:
     """Keys may be half written then; only those before are taken to hold."""
     llm = build(tiny_folder, max_seq_len=64)
     expected = llm.generate([SHARED + ENDS[0]], 6, temperature=0)[0][0]
-    list(llm.stream([SHARED], 6, temperature=0, keep=True))
+    list(llm.stream([SHARED], 6, temperature=0, keep_cache=True))
     hidden = llm.model.hidden
 
     def interrupted(tokens: torch.Tensor, start_pos: torch.Tensor, cache: Any, *others: Any) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_an_interrupt_within_a_pass_leaves_nothing_wrong(tiny_folder: Path) -> N
 
     llm.model.hidden = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        list(llm.stream([SHARED[:20] + ENDS[1]], 6, temperature=0, keep=True))
+        list(llm.stream([SHARED[:20] + ENDS[1]], 6, temperature=0, keep_cache=True))
     llm.model.hidden = hidden  # type: ignore[method-assign]
-    assert [step.token for step in llm.stream([SHARED + ENDS[0]], 6, temperature=0, keep=True)][:-1] == expected
-    assert llm.statistics.reused_tokens == 20
+    assert [step.token for step in llm.stream([SHARED + ENDS[0]], 6, temperature=0, keep_cache=True)][:-1] == expected
+    assert llm.metrics.reused_tokens == 20

@@ -31,7 +31,7 @@ def restless_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reasons(llm: Llama, prompts: list[list[int]], *arguments: Any, **options: Any) -> list[str | None]:
-    ends = {step.row: step.finish_reason for step in llm.stream(prompts, *arguments, **options) if step.token is None}
+    ends = {step.index: step.finish_reason for step in llm.stream(prompts, *arguments, **options) if step.token is None}
     return [ends[row] for row in range(len(prompts))]
 
 
@@ -141,7 +141,7 @@ def test_wrong_prompts_are_told_before_anything_runs(llama: Llama, prompts: list
         llama.stream(prompts, 4)
     with pytest.raises(ValueError, match=said):
         llama.generate(prompts, 4)
-    assert llama.statistics.prompt_tokens == 0
+    assert llama.metrics.prompt_tokens == 0
 
 
 def test_a_single_text_is_not_taken_for_a_list_of_characters(llama: Llama) -> None:
@@ -195,14 +195,14 @@ def test_a_stream_may_be_left_and_another_begun(llama: Llama) -> None:
 def test_every_row_ends_with_one_step_that_has_no_token(llama: Llama) -> None:
     steps = list(llama.stream(PROMPTS, 5, temperature=0))
     for row in range(len(PROMPTS)):
-        own = [step for step in steps if step.row == row]
+        own = [step for step in steps if step.index == row]
         assert [step.token is None for step in own] == [False] * 5 + [True]
         assert [step.finish_reason for step in own] == [None] * 5 + ["length"]
 
 
 def test_statistics_count_what_was_computed(llama: Llama) -> None:
     llama.generate([[5, 6, 7], [8]], 4, temperature=0)
-    statistics = llama.statistics
+    statistics = llama.metrics
     # The first token of each row comes out of its prefill.
     assert (statistics.prompt_tokens, statistics.decode_steps, statistics.decoded_tokens) == (4, 3, 6)
     assert statistics.prefill_seconds > 0 and statistics.decode_seconds > 0

@@ -36,21 +36,21 @@ OTHERS = [kind for kind in GGMLQuantizationType if kind not in DECODED]
 
 
 def open_with(path: Path, array: np.ndarray, kind: GGMLQuantizationType):  # type: ignore[no-untyped-def]
-    return open_checkpoint(write_gguf(path / "model.gguf", metadata_of(TINY), {"some.weight": (array, kind)}))
+    return open_checkpoint(write_gguf(path / "model.gguf", metadata_of(TINY), {"output.weight": (array, kind)}))
 
 
 def check_reads(path: Path, array: np.ndarray, kind: GGMLQuantizationType, rows: int = ROWS) -> None:
     checkpoint = open_with(path, array, kind)
     expected = gguf.dequantize(array, kind).reshape(rows, COLUMNS)
-    assert checkpoint.shape("some.weight") == (rows, COLUMNS)
+    assert checkpoint.shape("output.weight") == (rows, COLUMNS)
     slices = [(0, 0, rows), (0, 1, 3), (0, rows - 1, rows), (0, 2, 2), (0, rows, rows)]
     slices += [(1, 0, COLUMNS), (1, 7, 300), (1, 511, 512), (1, 256, 256)]
     for dim, start, stop in slices:
         part = expected[start:stop] if dim == 0 else expected[:, start:stop]
-        found = checkpoint.read("some.weight", dim, start, stop)
+        found = checkpoint.read("output.weight", dim, start, stop)
         assert tuple(found.shape) == part.shape
         np.testing.assert_array_equal(found.float().numpy(), part)
-    np.testing.assert_array_equal(checkpoint.read("some.weight").float().numpy(), expected)
+    np.testing.assert_array_equal(checkpoint.read("output.weight").float().numpy(), expected)
 
 
 def test_the_types_that_matter_are_covered() -> None:
@@ -86,7 +86,7 @@ def test_types_that_cannot_be_decoded_are_refused_when_the_file_is_opened(
 ) -> None:
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.zeros((ROWS, COLUMNS // elements * size), np.uint8)
-    with pytest.raises(ValueError, match=rf"some\.weight .*{kind.name}"):
+    with pytest.raises(ValueError, match=rf"output\.weight .*{kind.name}"):
         open_with(tmp_path, blocks, kind)
 
 
@@ -97,4 +97,4 @@ def test_types_that_cannot_be_decoded_are_refused_when_the_file_is_opened(
 def test_dense_weights_keep_their_dtype(tmp_path: Path, kind: str, expected: torch.dtype) -> None:
     """Blocks stand for no dtype, and are decoded to fp32."""
     array = gguf.quantize(np.ones((ROWS, COLUMNS), np.float32), GGMLQuantizationType[kind])
-    assert open_with(tmp_path, array, GGMLQuantizationType[kind]).read("some.weight").dtype == expected
+    assert open_with(tmp_path, array, GGMLQuantizationType[kind]).read("output.weight").dtype == expected

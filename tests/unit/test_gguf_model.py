@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage, read_part
+from llama.checkpoint.load import WeightFormat, read_part
 from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
 from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
@@ -33,7 +33,7 @@ def test_logits_are_those_of_the_decoded_tensors(tmp_path: Path, kind: str) -> N
     checkpoint = open_checkpoint(tmp_path)  # the only GGUF file of a folder
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.float32))
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
     tokens = random_tokens(3, 7, vocab_size=101)
     torch.testing.assert_close(one_pass(model, tokens), one_pass(transformer(ARGS, stored), tokens), rtol=0, atol=1e-5)
 
@@ -129,7 +129,7 @@ def test_rope_factors_stretch_as_llama3_scaling_does(tmp_path: Path) -> None:
     assert checkpoint.args.rope_scaling == FactorScaling(tuple(factors.float().tolist()))
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.float32))
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
     tokens = random_tokens(2, 200, vocab_size=101)
     expected = one_pass(transformer(scaled, stored), tokens)
     torch.testing.assert_close(one_pass(model, tokens), expected, rtol=0, atol=1e-4)
@@ -164,7 +164,7 @@ def test_a_split_file_is_one_model(tmp_path: Path, given: str) -> None:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.float32))
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
     tokens = random_tokens(3, 7, vocab_size=101)
     torch.testing.assert_close(one_pass(model, tokens), one_pass(transformer(ARGS, stored), tokens), rtol=0, atol=1e-5)
 

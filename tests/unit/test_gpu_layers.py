@@ -13,9 +13,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 from llama.backends.cuda import elementwise, products
-from llama.backends.cuda.layers import GpuLayers
+from llama.backends.cuda.backend import CudaBackend
 from llama.checkpoint.load import global_shapes
 from llama.config import ModelArgs
+from llama.distributed.layers import set_quantized_weight
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, quantize
 from llama.quantization.planar import Fp8Weight, PlanarWeight
@@ -52,7 +53,7 @@ MODELS = {
 def pair(args: ModelArgs, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Transformer]:
     """A model run by torch's operations, and the same run by the kernels."""
     plain, other = (transformer(args, state_of(args)).to(DEVICE, dtype) for _ in range(2))
-    other.fused = GpuLayers(other)
+    CudaBackend(other.device).bind(other)
     return plain, other
 
 
@@ -101,10 +102,9 @@ def hold(model: Transformer, how: dict[str, str]) -> Transformer:
                 held = Fp8Weight.of(linear.weight)
             else:
                 held = PlanarWeight(quantize(linear.weight, BLOCK_TYPES[QUANTIZE[kind]]), BLOCK_TYPES[QUANTIZE[kind]])
-            del linear.weight
-            linear.weight = held
+            set_quantized_weight(linear, held)
             getattr(getattr(other, half), name).weight.copy_(held.dense(torch.float32))
-    model.fused = GpuLayers(model)
+    CudaBackend(model.device).bind(model)
     return dense
 
 
@@ -130,7 +130,7 @@ def test_quantized_layers_give_the_logits_of_their_values(how: dict[str, str]) -
 def test_joined_weights_are_held_once() -> None:
     model = transformer(ARGS, random_state(ARGS)).to(DEVICE)
     before = model.weight_bytes
-    model.fused = GpuLayers(model)
+    CudaBackend(model.device).bind(model)
     attention: Any = model.layers[0].attention
     assert attention.wk.weight.data_ptr() == attention.wq.weight.data_ptr() + attention.wq.weight.nbytes
     assert model.weight_bytes == before
@@ -154,22 +154,25 @@ def test_a_token_is_the_same_alone_and_among_guesses() -> None:
         assert torch.equal(alone[:, 0], together[:, i])
 
 
+class RepeatingBackend(CudaBackend):
+    """Steps run again instead of captured ones, as there is nothing to capture without a GPU."""
+
+    captures_graphs = True  # type: ignore[assignment]
+
+    def graph_capture(self) -> Any:
+        return lambda run: run
+
+
 def test_a_checkpoint_is_built_and_completed_as_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks in planes, layers by kernels, steps that are recorded and launched ahead."""
     write_meta(tmp_path, dataclasses.replace(TINY, n_heads=4, n_kv_heads=2, multiple_of=64, hidden_dim=None))
     prompts, options = [[5, 6, 7], [8]], {"temperature": 0.8, "top_p": 0.9, "seed": 2}
     expected = build(tmp_path, quantize="int8").generate(prompts, 4, logprobs=True, **options)
-    for module in ("llama.engine.build", "llama.backends.cuda.layers"):
-        monkeypatch.setattr(f"{module}.has_triton", lambda device: True)
-    monkeypatch.setattr("llama.engine.build.library", lambda: None)
-    monkeypatch.setattr("llama.engine.build.can_fuse", lambda model: False)
-    monkeypatch.setattr("llama.engine.build._packs", lambda device: PlanarWeight)
-    monkeypatch.setattr("llama.engine.runner_pool.can_record", lambda model: isinstance(model.fused, GpuLayers))
-    monkeypatch.setattr("llama.engine.runner_pool.CudaGraphs", lambda device: lambda run: run)
+    monkeypatch.setattr("llama.engine.build.choose_backend", lambda device, *_: RepeatingBackend(device))
     llm = build(tmp_path, quantize="int8")
     assert llm.model.weight_types[0] == "Q8_0"
     tokens, scores = llm.generate(prompts, 4, logprobs=True, **options)
-    assert llm._kept.entries[False].steps[0].runs_ahead
+    assert llm.scheduler.pool.pooled[False].runners[0].runs_ahead
     assert tokens == expected[0]
     for row, wanted in zip(scores or [], expected[1] or [], strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.backends.cuda import matmul as matmul_module
 from llama.quantization import planar as planes
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
-from llama.quantization.linear import linear
 from llama.quantization.planar import FEW, MOST, Fp8Weight, PlanarWeight
 from tests.gpu_compile import Ahead, compiled_kernels
 from tests.unit.test_kernels import random_blocks
@@ -160,13 +160,12 @@ def test_tokens_may_lie_apart() -> None:
 @each_type(KINDS)
 def test_a_layer_takes_any_number_of_tokens(block_type: BlockType, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, values = stored(block_type)
-    monkeypatch.setattr(planes, "DENSE_AT_ONCE", 10 * COLUMNS)  # in four pieces
-    x = random(1, MOST + 1, COLUMNS)
-    for by_kernels in (False, True):
-        monkeypatch.setattr(planes, "has_triton", lambda device, answer=by_kernels: answer)
+    for module in (planes, matmul_module):
+        monkeypatch.setattr(module, "MAX_DEQUANTIZED_VALUES", 10 * COLUMNS)  # in four pieces
+    x = random(MOST + 1, COLUMNS)
+    for multiply in (weight, lambda x: matmul_module.matmul(x, weight)):
         for n_tokens in (1, 30, MOST + 1):
-            y = linear(x[:, :n_tokens], weight)
-            close(y, x[:, :n_tokens].double() @ values.t())
+            close(multiply(x[:n_tokens]), x[:n_tokens].double() @ values.t())
 
 
 def test_8_bit_floats_are_the_nearest() -> None:

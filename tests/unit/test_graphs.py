@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llama import Llama
-from llama.engine import runner_pool as kept
+from llama.backends.eager import EagerBackend
+from llama.engine import runner_pool
 from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import GraphSteps
-from llama.engine.speculative import Pace
+from llama.engine.cuda_graph_runner import CudaGraphRunner
+from llama.engine.speculative import DraftLengthController
 from llama.sampling import SamplingParams
 from tests.checkpoints import write_model_and_draft
 from tests.models import BYTE_BOS, build, random_tokens
@@ -56,30 +57,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_model_and_draft(tmp_path_factory.mktemp("graphs"))
 
 
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
-    """Steps are recorded here, too."""
-    tapes: list[Tape] = []
+class TapeBackend(EagerBackend):
+    """Torch's operations, which a tape sees, captured on tapes."""
 
-    def record(run: Callable[[], None]) -> Callable[[], None]:
-        tapes.append(Tape(run))  # runs it once, as what records a CUDA graph does
-        return tapes[-1]
+    captures_graphs = True
 
-    monkeypatch.setattr(kept, "can_record", lambda model: True)
-    monkeypatch.setattr(kept, "CudaGraphs", lambda device: record)
-    return tapes
+    def __init__(self, tapes: list[Tape]) -> None:
+        super().__init__(torch.device("cpu"))
+        self.tapes = tapes
 
+    def graph_capture(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        def capture(run: Callable[[], None]) -> Callable[[], None]:
+            self.tapes.append(Tape(run))  # runs it once, as capturing a CUDA graph does
+            return self.tapes[-1]
 
-@pytest.fixture(autouse=True)
-def operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the CPU kernels are no operations that a tape can see."""
-    monkeypatch.setattr("llama.quantization.linear.library", lambda: None)
+        return capture
 
 
-def build_llama(folder: Path, **options: Any) -> Llama:
+def build_llama(folder: Path, tapes: list[Tape] | None = None, **options: Any) -> Llama:
+    """A model that computes by torch's operations, captured if there are tapes to capture them on."""
     llm = build(folder, **{"max_seq_len": 56, "max_batch_size": 5, **options})
     for model in filter(None, (llm.model, llm.draft)):
-        model.fused = None
+        (EagerBackend(model.device) if tapes is None else TapeBackend(tapes)).bind(model)
     return llm
 
 
@@ -100,19 +99,19 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED, FROM_ALL], ids=str)
 @pytest.mark.parametrize("bsz", [1, 5])
 def test_recorded_steps_give_the_tokens_and_scores_of_plain_ones(
-    folders: dict[str, Path], request: pytest.FixtureRequest, bsz: int, options: dict[str, Any]
+    folders: dict[str, Path], bsz: int, options: dict[str, Any]
 ) -> None:
     """Rows end apart, also by stop tokens that the host sees when the next step is under way, and move."""
     cases = [(PROMPTS[:bsz], None), (PROMPTS[:bsz], 1), (PROMPTS[-bsz:], 7)]
     plain = build_llama(folders["model"])
     expected = [plain.generate(prompts, n, logprobs=True, echo=True, **options) for prompts, n in cases]
     assert bsz == 1 or len({len(row) for row in expected[0][0]}) > 1
-    tapes = request.getfixturevalue("tapes")
-    llm = build_llama(folders["model"])
+    tapes: list[Tape] = []
+    llm = build_llama(folders["model"], tapes)
     for (prompts, n), wanted in zip(cases, expected, strict=True):
         assert_same(llm.generate(prompts, n, logprobs=True, echo=True, **options), wanted)
     assert len(tapes) <= {1: 1, 5: 4}[bsz]  # for 5, 4, 2 and 1 rows
-    assert llm.statistics.decoded_tokens == plain.statistics.decoded_tokens
+    assert llm.metrics.decoded_tokens == plain.metrics.decoded_tokens
 
 
 @pytest.mark.parametrize(
@@ -122,25 +121,24 @@ def test_recorded_steps_give_the_tokens_and_scores_of_plain_ones(
 )
 def test_guesses_are_checked_by_recorded_steps(
     folders: dict[str, Path],
-    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     way: str,
     options: dict[str, Any],
 ) -> None:
     """A draft model runs on without the host, and steps of several tokens are padded, but not over a cache's end."""
-    monkeypatch.setattr(Pace, "next_count", lambda self: 5)
+    monkeypatch.setattr(DraftLengthController, "next_draft_len", lambda self: 5)
     prompts = PROMPTS[:3]
     expected = build_llama(folders["model"]).generate(prompts, None, logprobs=True, **options)
-    request.getfixturevalue("tapes")
     ways = {"lookup": {"speculate": "lookup"}, "draft": {"draft_ckpt_dir": folders["draft"]}}
-    llm = build_llama(folders["model"], **ways.get(way, {"draft_ckpt_dir": folders["model"]}))
+    llm = build_llama(folders["model"], [], **ways.get(way, {"draft_ckpt_dir": folders["model"]}))
     assert_same(llm.generate(prompts, None, logprobs=True, **options), expected)
-    assert 0 < llm.statistics.accepted <= llm.statistics.proposed
+    assert 0 < llm.metrics.accepted <= llm.metrics.proposed
 
 
-def test_tapes_of_one_call_serve_the_next(folders: dict[str, Path], tapes: list[Tape]) -> None:
+def test_tapes_of_one_call_serve_the_next(folders: dict[str, Path]) -> None:
     """Of other prompts, fewer rows, and another temperature; only another kind of sampling needs others."""
-    llm = build_llama(folders["model"], max_seq_len=40)
+    tapes: list[Tape] = []
+    llm = build_llama(folders["model"], tapes, max_seq_len=40)
     llm.generate(PROMPTS[1:3], 6, **SAMPLED)
     recorded = len(tapes)
     llm.generate(PROMPTS[4:], 9, **{**SAMPLED, "temperature": 0.2, "top_p": 0.5})
@@ -151,9 +149,10 @@ def test_tapes_of_one_call_serve_the_next(folders: dict[str, Path], tapes: list[
     assert len(tapes) == recorded + 2
 
 
-def test_a_step_neither_waits_for_a_value_nor_brings_one(folders: dict[str, Path], tapes: list[Tape]) -> None:
+def test_a_step_neither_waits_for_a_value_nor_brings_one(folders: dict[str, Path]) -> None:
     """Either would end a capture."""
-    llm = build_llama(folders["model"])
+    tapes: list[Tape] = []
+    llm = build_llama(folders["model"], tapes)
     for options in (GREEDY, SAMPLED, FROM_ALL):
         llm.generate(PROMPTS[:2], 4, logprobs=True, **options)
     names = {str(func) for tape in tapes for func, *_ in tape.calls}
@@ -162,35 +161,34 @@ def test_a_step_neither_waits_for_a_value_nor_brings_one(folders: dict[str, Path
 
 
 def test_a_conversation_that_outgrows_its_cache_goes_on(
-    folders: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Graphs of the old cache would write to memory that is another's by then."""
-    monkeypatch.setattr(kept, "LENGTHS", 8)
+    monkeypatch.setattr(runner_pool, "CACHE_LEN_MULTIPLE", 8)
     turns = [[BYTE_BOS, *b"one two"], [BYTE_BOS, *b"one two three one two three, one"], [BYTE_BOS, *b"one two t" * 4]]
     plain = build_llama(folders["model"])
     expected = [[step.token for step in plain.stream([turn], 9, temperature=0)] for turn in turns]
-    request.getfixturevalue("tapes")
-    llm = build_llama(folders["model"])
+    llm = build_llama(folders["model"], [])
     lengths = set()
     for turn, wanted in zip(turns, expected, strict=True):
-        assert [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)] == wanted
-        lengths.add(llm._kept.entries[True].steps[0].context.cache.max_seq_len)
+        assert [step.token for step in llm.stream([turn], 9, temperature=0, keep_cache=True)] == wanted
+        lengths.add(llm.scheduler.pool.pooled[True].runners[0].context.cache.max_seq_len)
     assert len(lengths) == 2
-    assert llm.statistics.reused_tokens > 0
+    assert llm.metrics.reused_tokens > 0
 
 
-def test_a_stream_that_is_left_leaves_nothing_behind(folders: dict[str, Path], tapes: list[Tape]) -> None:
-    """The step under way then was once collected as the first of the next stream."""
-    llm = build_llama(folders["model"])
+def test_a_stream_that_is_left_leaves_nothing_behind(folders: dict[str, Path]) -> None:
+    """The step in flight then was once taken for the first of the next stream."""
+    llm = build_llama(folders["model"], [])
     llm.tokenizer.stop_tokens = frozenset()
     expected = llm.generate(PROMPTS[1:2], 6, **GREEDY)
     for keep in (False, True):
-        left = llm.stream(PROMPTS[2:3], 12, keep=keep, **GREEDY)
+        left = llm.stream(PROMPTS[2:3], 12, keep_cache=keep, **GREEDY)
         for _ in range(4):
             next(left)
         left.close()  # type: ignore[attr-defined]  # a generator
         assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == expected
-        again = [step.token for step in llm.stream(PROMPTS[2:3], 12, keep=True, **GREEDY)]
+        again = [step.token for step in llm.stream(PROMPTS[2:3], 12, keep_cache=True, **GREEDY)]
         assert again[:-1] == llm.generate(PROMPTS[2:3], 12, **GREEDY)[0][0]
 
 
@@ -198,59 +196,64 @@ class Interrupted(BaseException):
     """As a user's Ctrl-C."""
 
 
-def test_an_interrupt_while_a_step_is_recorded_leaves_a_conversation_true(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+class InterruptedTapes(list[Tape]):
+    """Takes no tape while it interrupts."""
+
+    interrupts = True
+
+    def append(self, tape: Tape) -> None:
+        if self.interrupts:
+            raise Interrupted
+        super().append(tape)
+
+
+def test_an_interrupt_while_a_step_is_captured_leaves_a_conversation_true(folders: dict[str, Path]) -> None:
     """A token was once held before its key was there: the next turn saw a key of zeros."""
     llm = build_llama(folders["model"])
     first = next(iter(llm.stream(PROMPTS[2:3], 8, **GREEDY))).token
     turn = [[*PROMPTS[2], *filter(None, [first])]]
     plain = [step.token for step in llm.stream(turn, 7, **GREEDY)]
 
-    def interrupted(run: Callable[[], None]) -> Callable[[], None]:
-        raise Interrupted
-
-    monkeypatch.setattr(kept, "can_record", lambda model: True)
-    monkeypatch.setattr(kept, "CudaGraphs", lambda device: interrupted)
+    tapes = InterruptedTapes()
+    TapeBackend(tapes).bind(llm.model)
     with pytest.raises(Interrupted):
-        list(llm.stream(PROMPTS[2:3], 8, keep=True, **GREEDY))
-    steps = llm._kept.entries[True].steps[0]
-    assert steps.context.held == [PROMPTS[2]]
-    steps._record = Tape  # type: ignore[attr-defined]
-    assert [step.token for step in llm.stream(turn, 7, keep=True, **GREEDY)] == plain
+        list(llm.stream(PROMPTS[2:3], 8, keep_cache=True, **GREEDY))
+    runner = llm.scheduler.pool.pooled[True].runners[0]
+    assert runner.context.cached_tokens == [PROMPTS[2]]
+    tapes.interrupts = False
+    assert [step.token for step in llm.stream(turn, 7, keep_cache=True, **GREEDY)] == plain
 
 
-def test_a_batch_between_two_turns_takes_nothing_from_the_conversation(
-    folders: dict[str, Path], tapes: list[Tape]
-) -> None:
+def test_a_batch_between_two_turns_takes_nothing_from_the_conversation(folders: dict[str, Path]) -> None:
     """Its rows were once the conversation's, all of which grew with it."""
-    llm = build_llama(folders["model"])
+    llm = build_llama(folders["model"], [])
     turn = PROMPTS[2]
     llm.generate(PROMPTS, 4, **GREEDY)
-    list(llm.stream([turn], 4, keep=True, **GREEDY))
+    list(llm.stream([turn], 4, keep_cache=True, **GREEDY))
     llm.generate(PROMPTS, 6, **GREEDY)
-    reused = llm.statistics.reused_tokens
-    list(llm.stream([[*turn, 5, 6]], 4, keep=True, **GREEDY))
-    assert llm.statistics.reused_tokens == reused + len(turn)
-    assert len(llm._kept.entries[True].steps[0].context.held) == 1
+    reused = llm.metrics.reused_tokens
+    list(llm.stream([[*turn, 5, 6]], 4, keep_cache=True, **GREEDY))
+    assert llm.metrics.reused_tokens == reused + len(turn)
+    assert len(llm.scheduler.pool.pooled[True].runners[0].context.cached_tokens) == 1
 
 
-def test_rows_that_only_fill_up_a_graph_hold_nothing(folders: dict[str, Path], tapes: list[Tape]) -> None:
+def test_rows_that_only_fill_up_a_graph_hold_nothing(folders: dict[str, Path]) -> None:
     """Their first positions are written over."""
     context = Context(build_llama(folders["model"]).model, 4, 32)
     with torch.inference_mode():
-        steps = GraphSteps(context, Tape)
-        steps.begin(SamplingParams(temperature=0), False, torch.zeros(4, 32))
-        context.read([[5, 6, 7], [5, 6], [8], [9, 9]])
-        steps.launch([[1], [2], [3]], [3, 2, 1])
-    assert [len(row) for row in context.held] == [4, 3, 2, 0]
+        runner = CudaGraphRunner(context, Tape)
+        runner.begin(SamplingParams(temperature=0), torch.zeros(4, 32))
+        context.prefill([[5, 6, 7], [5, 6], [8], [9, 9]])
+        runner.launch([[1], [2], [3]], [3, 2, 1])
+    assert [len(row) for row in context.cached_tokens] == [4, 3, 2, 0]
 
 
-def test_steps_of_a_model_that_was_changed_are_not_run_again(folders: dict[str, Path], tapes: list[Tape]) -> None:
+def test_steps_of_a_model_that_was_changed_are_not_run_again(folders: dict[str, Path]) -> None:
     """Graphs know the weights where they were."""
-    llm = build_llama(folders["model"])
+    tapes: list[Tape] = []
+    llm = build_llama(folders["model"], tapes)
     before = llm.generate(PROMPTS[1:2], 6, **GREEDY)
     recorded = len(tapes)
-    llm.model.fused = lambda *args: llm.model.run_layers(*args)
+    TapeBackend(tapes).bind(llm.model)
     assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == before
     assert len(tapes) == recorded + 1

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
 from llama.model import Transformer
 from tests.checkpoints import random_state
@@ -41,7 +41,7 @@ def load(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.float32))
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -20,7 +20,8 @@ from tests.conftest import TEXTS
 from tests.models import build
 
 MARKERS = ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]
-EXAMPLE = Path(__file__).parents[2] / "example_text_completion.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "example_text_completion.py"
 ARGS = ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=420, multiple_of=16)
 
 
@@ -71,7 +72,7 @@ def test_a_filled_text_is_prefix_generation_and_suffix(llm: Llama) -> None:
     prompts = [infilling_tokens(llm.tokenizer, *pair) for pair in zip(prefixes, suffixes, strict=True)]
     steps = list(llm.stream(prompts, 12, 0.8, seed=5))
     for row, result in enumerate(results):
-        assert result["generation"] == "".join(step.text for step in steps if step.row == row)
+        assert result["generation"] == "".join(step.text for step in steps if step.index == row)
         assert result["full_text"] == prefixes[row] + result["generation"] + suffixes[row]
         assert len(result["tokens"]) == len(result["logprobs"]) > 0
         assert result["finish_reason"] in ("stop", "length")
@@ -103,3 +104,17 @@ def test_a_mark_on_the_command_line_is_filled(folder: Path, llm: Llama) -> None:
     assert json.loads(done.stdout) == {"prompt": "Hello<FILL> world", **expected}
     done = subprocess.run([*command, *flags, "--prompt", "<FILL>a<FILL>"], capture_output=True, text=True)
     assert done.returncode == 1 and "has 2 marks <FILL>: each needs exactly one" in done.stderr
+
+
+def test_code_llamas_example_fills_its_texts(folder: Path) -> None:
+    """Under Meta's name and flags, the first two also as plain words."""
+    command = [sys.executable, ROOT / "example_infilling.py", folder, folder / "tokenizer.model", "--device", "cpu"]
+    flags = ["--temperature", "0.0", "--top_p", "0.9", "--max_seq_len", "256", "--max_gen_len", "8"]
+    done = subprocess.run([*command, *flags, "--max_batch_size", "4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *texts = done.stdout.split("\n================= Prompt text =================\n\n")
+    assert first == "" and len(texts) >= 2
+    for text in texts:
+        prompt, filled = text.split("\n================= Filled text =================\n\n")
+        prefix, suffix = prompt.split("<FILL>")
+        assert filled.startswith(prefix) and filled.endswith(suffix)

@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 
 from llama.backends.cpu import ops as kernels
-from llama.backends.cpu.layers import FusedLayers, can_fuse
+from llama.backends.cpu.backend import CpuBackend
+from llama.backends.cpu.build import library
+from llama.backends.cpu.packed_weight import PackedWeight
 from llama.cache import KVCache
 from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
-from llama.quantization.linear import BlockWeight, PackedWeight, linear
+from llama.quantization.weights import BlockWeight
 from tests.checkpoints import random_state
 from tests.models import random_tokens
 from tests.models import transformer as on_state
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler with OpenMP here")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
 
 TYPES = list(BLOCK_TYPES.values())
 # More rows than a tile has and no multiple of it; two blocks of 256 columns.
@@ -72,19 +74,21 @@ def test_products_with_floats_are_torchs(dtype: torch.dtype, columns: int) -> No
     weight, bias = torch.randn(ROWS, columns).to(dtype), torch.randn(ROWS)
     for n_tokens in (1, 2, 5, 16):
         x = torch.randn(n_tokens, columns)
-        close(linear(x, weight, bias), (x.double() @ weight.double().t()).float() + bias)
+        described = kernels.float_weight(weight)
+        described.bias = bias.data_ptr()
+        close(kernels.gemv(described, x), (x.double() @ weight.double().t()).float() + bias)
 
 
 @pytest.mark.parametrize("block_type", [*TYPES, None], ids=lambda kind: kind.name if kind else "bfloat16")
 def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockType | None) -> None:
     """Else a speculated token could differ from the plain one."""
-    weight = (
-        PackedWeight(random_blocks(block_type), block_type) if block_type else torch.randn(ROWS, COLUMNS).bfloat16()
-    )
+    floats = torch.randn(ROWS, COLUMNS).bfloat16()
+    packed = PackedWeight(random_blocks(block_type), block_type) if block_type else None
+    weight = packed.describe() if packed else kernels.float_weight(floats)
     x = torch.randn(16, COLUMNS)
-    together = linear(x, weight)
+    together = kernels.gemv(weight, x)
     for n_tokens in (1, 2, 3, 5, 8, 11):
-        assert torch.equal(linear(x[:n_tokens], weight), together[:n_tokens])
+        assert torch.equal(kernels.gemv(weight, x[:n_tokens]), together[:n_tokens])
 
 
 ARCHITECTURES = {
@@ -111,8 +115,7 @@ def fused(model: Transformer) -> Transformer:
     """The same weights, run by the kernels."""
     other = Transformer(model.args)
     other.load_state_dict(model.state_dict())
-    assert can_fuse(other)
-    other.fused = FusedLayers(other)
+    CpuBackend(other.device).bind(other)
     return other
 
 
@@ -177,11 +180,11 @@ def test_what_is_not_a_number_stays_none(dtype: torch.dtype, value: float) -> No
     weight = torch.randn(ROWS, COLUMNS).to(dtype)
     weight[3, 5] = value
     x = torch.ones(2, COLUMNS)
-    y = linear(x, weight)
+    y = kernels.gemv(kernels.float_weight(weight), x)
     assert torch.equal(y[:, 3].isfinite(), torch.zeros(2, dtype=torch.bool))
     assert y[:, 4:].isfinite().all()
     gates = weight.clone()
-    assert not kernels.gate(gates, torch.ones_like(weight))[3, 5].abs().isfinite() or value < 0
+    assert not kernels.silu_and_mul(gates, torch.ones_like(weight))[3, 5].abs().isfinite() or value < 0
     blocks = random_blocks(BLOCK_TYPES["Q8_0"])
     blocks[3, :2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
     assert not PackedWeight(blocks, BLOCK_TYPES["Q8_0"])(x)[:, 3].isfinite().any()
@@ -194,8 +197,8 @@ def test_a_model_whose_weights_move_is_run_where_they_are() -> None:
     tokens, start = random_tokens(1, 5, vocab_size=64), torch.zeros(1, dtype=torch.long)
     expected = model(tokens, start, model.new_cache(1, 8))
     model.double().float()
-    assert model.fused is None
+    assert model.backend is None
     close(model(tokens, start, model.new_cache(1, 8)), expected)
-    model.fused = FusedLayers(model)
+    CpuBackend(model.device).bind(model)
     model.load_state_dict({name: torch.zeros_like(weight) for name, weight in model.state_dict().items()})
     assert not model(tokens, start, model.new_cache(1, 8)).any()

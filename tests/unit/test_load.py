@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat
 from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
 from tests.checkpoints import TINY, write_meta
@@ -91,7 +91,7 @@ def test_a_ranks_columns_lie_in_one_piece(tmp_path: Path, size: int) -> None:
     checkpoint = open_checkpoint(tmp_path)
     with torch.device("meta"):
         model = Transformer(checkpoint.args, ModelParallel(size - 1, size))
-    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.float32))
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
@@ -102,7 +102,7 @@ def test_a_rank_holds_no_more_than_its_part(tmp_path: Path, size: int) -> None:
     checkpoint = open_checkpoint(tmp_path)
     with torch.device("meta"):
         model = Transformer(checkpoint.args, ModelParallel(size - 1, size))
-    load_weights(model, checkpoint, torch.device("cpu"), Storage(torch.bfloat16))
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.bfloat16))
     whole = sum(tensor.numel() for name, tensor in state.items() if "norm" not in name)
     norms = sum(tensor.numel() for name, tensor in state.items() if "norm" in name)
     kv = sum(tensor.numel() for name, tensor in state.items() if ".wk." in name or ".wv." in name)

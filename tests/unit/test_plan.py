@@ -15,16 +15,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llama import Llama
-from llama.backends.cpu.layers import FusedLayers, can_fuse
+from llama.backends.base import backend_of
+from llama.backends.cpu.backend import CpuBackend
+from llama.backends.cpu.build import library
+from llama.backends.eager import EagerBackend
 from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import Storage
+from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
-from llama.engine.build import check_room, open_source
+from llama.engine.build import open_source
 from llama.engine.context import Context
-from llama.memory.available import PROCESS, UNKNOWN, _cgroups_free, _vm_stat_free, free_bytes
-from llama.memory.estimate import HEAP, Job, activation_bytes, cache_bytes
-from llama.memory.plan import Planner
+from llama.engine.options import BuildOptions
+from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, free_bytes
+from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
+from llama.memory.plan import Planner, check_room
 from llama.model import Transformer
 from llama.sampling import sample
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
@@ -99,7 +103,7 @@ def write_hugging_face(folder: Path, args: ModelArgs, layers: list[int]) -> None
 def planner_of(path: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.bfloat16, **limits: Any) -> Planner:
     checkpoint = open_checkpoint(path)
     args = dataclasses.replace(checkpoint.args, **limits)
-    return Planner(checkpoint, args, ModelParallel(rank, size), Storage(dtype), CPU, free=GB)
+    return Planner(checkpoint, args, ModelParallel(rank, size), WeightFormat(dtype), EagerBackend(CPU), free=GB)
 
 
 def file_pages(addresses: dict[str, int]) -> set[str]:
@@ -124,7 +128,7 @@ def test_planned_weights_are_what_loading_assigns(
         planner = planner_of(folders[name], rank, size, dtype)
         with torch.device("meta"):
             model = Transformer(planner.args, planner.parallel)
-        load_weights(model, planner.checkpoint, CPU, planner.storage)
+        load_weights(model, planner.checkpoint, CPU, planner.weight_format)
         weights = dict(model.named_parameters())
         mapped = file_pages({name: weight.data_ptr() for name, weight in weights.items()})
         assert planner.weights.total == sum(weight.nbytes for weight in weights.values())
@@ -151,7 +155,7 @@ def test_decoded_blocks_need_one_tensor_beside_the_weights(folders: dict[str, Pa
 def test_planned_cache_is_what_the_model_allocates(size: int) -> None:
     parallel = ModelParallel(size - 1, size)
     cache = Transformer(TINY, parallel).new_cache(3, 50)
-    assert cache_bytes(TINY, parallel, torch.float32, Job(3, 7, 50)) == cache.nbytes
+    assert cache_bytes(TINY, parallel, torch.float32, BatchShape(3, 7, 50)) == cache.nbytes
 
 
 SHAPES = {
@@ -185,26 +189,26 @@ def test_planned_activations_are_what_a_run_allocates(
     The layers run by kernels held keys and queries until the next layer, and 1.8 times what was planned.
     """
     args = SHAPES[name]
-    job = Job(8, 40, 48, scored=True) if name == "vocabulary" else Job(2, *lengths)
+    job = BatchShape(8, 40, 48, scored=True) if name == "vocabulary" else BatchShape(2, *lengths)
     model = Transformer(args)
     for weight in model.parameters():
         weight.data = torch.randn_like(weight).div(weight.shape[-1] ** 0.5).to(dtype)
     if kernels:
-        if not can_fuse(model):
-            pytest.skip("no CPU kernels here")
-        model.fused = FusedLayers(model)
+        if library() is None:
+            pytest.skip("no C++ compiler with OpenMP here")
+        CpuBackend(CPU).bind(model)
     tokens = torch.randint(0, args.vocab_size, (job.bsz, job.prompt_len)).tolist()
     with torch.inference_mode():
         context = Context(model, job.bsz, job.length)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            hidden, _ = context.read(tokens, job.scored)
+            hidden, _ = context.prefill(tokens, job.scored)
             sample(model.logits(hidden), 0.6, 0.99, torch.rand(job.bsz))
     allocated = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(allocated, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    planned = activation_bytes(args, ModelParallel(), dtype, CPU, job, kernels)
+    planned = activation_bytes(args, ModelParallel(), dtype, backend_of(model), job)
     planned = max(
         planned - (HEAP // 2 if kernels else HEAP), planned // 3
     )  # less what the allocator keeps; the profiler does not see it
@@ -234,13 +238,13 @@ def test_mapped_weights_larger_than_memory_are_told_and_run(folders: dict[str, P
     """A rank reads them from the file again and again, but it can."""
     planner = dataclasses.replace(planner_of(folders["meta"]), free=100_000)
     planner.check_can_run()
-    assert not planner.plan(Job(1, 1, 1)).fits
+    assert not planner.plan(BatchShape(1, 1, 1)).fits
 
 
 def test_a_batch_without_room_is_refused_before_it_is_allocated(tiny_model: Llama) -> None:
-    check_room(tiny_model.model, Job(4, 50, 60))
+    check_room(tiny_model.model, BatchShape(4, 50, 60))
     with pytest.raises(ValueError, match=r"need \d.* GB of cache and .* are free: use --max_batch_size \d+$"):
-        check_room(tiny_model.model, Job(1 << 24, 1000, 1000))
+        check_room(tiny_model.model, BatchShape(1 << 24, 1000, 1000))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +256,7 @@ def test_planning_reads_no_weights(tmp_path: Path) -> None:
     """Of 7B parameters only headers come into memory, and a page or its neighbourhood where safetensors begins each."""
     args = ModelArgs(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=512, hidden_dim=14336)
     write_hugging_face(tmp_path / "8b", args, list(range(32)))
-    source = open_source(tmp_path / "8b", None, 2048, 1, "cpu", "bfloat16")
+    source = open_source(BuildOptions(tmp_path / "8b", max_batch_size=1, device="cpu", dtype="bfloat16"))
     planner = source.planner(ModelParallel(), GB)
     assert planner.weights.total == pytest.approx(14e9, rel=0.01)
     files, touched, inside = set(), 0, False
@@ -286,16 +290,16 @@ def test_a_container_leaves_what_its_limit_and_file_pages_allow(tmp_path: Path, 
         (folder / limit).write_text(f"{most}\n")
         (folder / used).write_text("3000\n")
         (folder / "memory.stat").write_text(f"{prefix}inactive_file 500\n{prefix}active_file 100\nanon 7\n")
-    assert min(_cgroups_free(tmp_path)) == 5000 - 3000 + 600
+    assert min(cgroups_free(tmp_path)) == 5000 - 3000 + 600
 
 
 def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:
-    assert _cgroups_free(tmp_path) == []
+    assert cgroups_free(tmp_path) == []
 
 
 def test_macos_counts_free_and_inactive_pages() -> None:
     text = (
-        "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n"
+        "Mach Virtual Memory Metrics: (page size of 16384 bytes)\n"
         "Pages free:                               10.\nPages active:                            400.\n"
         "Pages inactive:                           20.\nPages speculative:                         3.\n"
     )

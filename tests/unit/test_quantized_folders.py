@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.checkpoint import Checkpoint, open_checkpoint
-from llama.checkpoint.base import kind
 from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.huggingface import HuggingFaceCheckpoint
+from llama.checkpoint.names import module_name
 from llama.checkpoint.verify.verify import verify
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize, quantize
 from llama.testing.model_presets import PRESETS
-from llama.testing.random_checkpoint import MadeUpCheckpoint
+from llama.testing.random_checkpoint import RandomCheckpoint
 from tests.checkpoints import write_meta
 from tests.models import build
 from tests.unit.test_hugging_face_damage import edit, load, set_to
@@ -33,27 +33,26 @@ TABLES = ("tok_embeddings", "output")
 QUERY, DOWN = "layers.1.attention.wq.weight", "layers.0.feed_forward.w2.weight"
 
 
-def made_up(**changes: Any) -> MadeUpCheckpoint:
+def random_checkpoint(**changes: Any) -> RandomCheckpoint:
     preset = PRESETS["tiny"]
-    return MadeUpCheckpoint("tiny", preset._replace(args=dataclasses.replace(preset.args, **changes)), 1)
+    return RandomCheckpoint("tiny", preset._replace(args=dataclasses.replace(preset.args, **changes)), 1)
 
 
 def convert(source: Checkpoint, target: Path, format: str = "hf", **options: Any) -> HuggingFaceCheckpoint:
-    tokenizer = source.tokenizer_source() if isinstance(source, MadeUpCheckpoint) else tokenizer_source(source)
-    write_checkpoint(writer(source, tokenizer, format, **options), target, lambda n_bytes: None)
+    write_checkpoint(writer(source, tokenizer_source(source), format, **options), target, lambda n_bytes: None)
     return open_checkpoint(target)  # type: ignore[return-value]
 
 
 def expected_type(name: str, mode: str) -> str | None:
     if "norm" in name:
         return None
-    return "Q4_1" if mode == "int4" and kind(name) not in TABLES else "Q8_0"
+    return "Q4_1" if mode == "int4" and module_name(name) not in TABLES else "Q8_0"
 
 
 @pytest.fixture(scope="module")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / "int4"
-    convert(made_up(), folder, quantize="int4")
+    convert(random_checkpoint(), folder, quantize="int4")
     return folder
 
 
@@ -68,7 +67,7 @@ def test_a_quantized_folder_holds_the_blocks_of_every_linear_weight(
     tmp_path: Path, mode: str, changes: dict[str, Any]
 ) -> None:
     """Rows of Q and K lie in Hugging Face's order in the file, and come back in Meta's."""
-    source = made_up(**changes)
+    source = random_checkpoint(**changes)
     checkpoint = convert(source, tmp_path / "hf", quantize=mode)
     assert set(checkpoint.names()) == set(source.names()) and checkpoint.is_quantized
     for name in source.names():
@@ -87,7 +86,7 @@ def test_the_files_bytes_are_under_the_usual_names_in_the_usual_order(int4: Path
     state = load_file(int4 / "model.safetensors")
     rows = state["model.layers.1.self_attn.q_proj.weight"]
     args = open_checkpoint(int4).args
-    expected = quantize(made_up().read(QUERY), BLOCK_TYPES["Q4_1"])
+    expected = quantize(random_checkpoint().read(QUERY), BLOCK_TYPES["Q4_1"])
     pairs = expected.view(args.n_heads, args.head_dim // 2, 2, -1)
     halves = torch.cat([pairs[:, :, 0], pairs[:, :, 1]], dim=1).flatten(0, 1)
     assert rows.dtype == torch.uint8 and torch.equal(rows, halves)
@@ -110,7 +109,7 @@ def test_rows_and_columns_of_blocks_are_read_alone(int4: Path, name: str) -> Non
         assert torch.equal(checkpoint.read(name, 1, start, stop), whole[:, start:stop])
     for start, stop in [(0, columns), (0, 32), (32, 64), (32, 32)]:
         assert torch.equal(dequantize(checkpoint.read_blocks(name, 1, start, stop), block_type), whole[:, start:stop])
-    assert checkpoint.reads_as(name) == (torch.float32, "made")
+    assert checkpoint.reads_as(name) == (torch.float32, "copy")
 
 
 def test_blocks_are_not_copied_out_of_the_mapped_file(int4: Path) -> None:
@@ -120,15 +119,15 @@ def test_blocks_are_not_copied_out_of_the_mapped_file(int4: Path) -> None:
 
 
 def test_rows_that_are_not_whole_blocks_stay_floats(tmp_path: Path) -> None:
-    source = made_up(hidden_dim=200)
+    source = random_checkpoint(hidden_dim=200)
     checkpoint = convert(source, tmp_path / "hf", quantize="int4")
     assert checkpoint.block_type(DOWN) is None and torch.equal(checkpoint.read(DOWN), source.read(DOWN))
     assert checkpoint.block_type("layers.0.feed_forward.w1.weight") == BLOCK_TYPES["Q4_1"]
 
 
 def test_a_split_folder_holds_the_same(tmp_path: Path, int4: Path) -> None:
-    source = made_up()
-    made = writer(source, source.tokenizer_source(), "hf", quantize="int4")
+    source = random_checkpoint()
+    made = writer(source, tokenizer_source(source), "hf", quantize="int4")
     assert isinstance(made, HuggingFaceWriter)
     made.max_file_bytes = 60_000
     written: list[int] = []
@@ -152,9 +151,9 @@ def test_other_formats_get_the_decoded_values(tmp_path: Path, int4: Path) -> Non
 
 
 def test_gguf_files_are_quantized_from_their_decoded_values(tmp_path: Path) -> None:
-    source = made_up()
+    source = random_checkpoint()
     write_checkpoint(
-        writer(source, source.tokenizer_source(), "gguf", dtype="q5_1"), tmp_path / "a.gguf", lambda n_bytes: None
+        writer(source, tokenizer_source(source), "gguf", dtype="q5_1"), tmp_path / "a.gguf", lambda n_bytes: None
     )
     decoded = open_checkpoint(tmp_path / "a.gguf")
     checkpoint = convert(decoded, tmp_path / "hf", quantize="int8")
@@ -181,7 +180,7 @@ def test_what_cannot_be_quantized_is_told_before_anything_is_written(
     tmp_path: Path, format: str, mode: str, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        convert(made_up(), tmp_path / "out", format, quantize=mode)
+        convert(random_checkpoint(), tmp_path / "out", format, quantize=mode)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,18 +12,20 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from llama.backends.cpu.build import library
+from llama.backends.cpu.packed_weight import PackedWeight
+from llama.backends.eager import EagerBackend
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.base import kind
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
-from llama.checkpoint.load import Storage, global_shapes, load_weights
+from llama.checkpoint.load import WeightFormat, global_shapes, load_weights
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.memory.plan import Planner
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize
-from llama.quantization.linear import BlockWeight, PackedWeight, Quantized
 from llama.quantization.planar import PlanarWeight
+from llama.quantization.weights import BlockWeight, QuantizedWeight
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.models import build, one_pass, random_tokens, transformer
@@ -63,8 +65,8 @@ def matrices(model: Transformer) -> dict[str, Any]:
 
 
 def held_bytes(model: Transformer) -> int:
-    blocks = [module for module in model.modules() if isinstance(module, Quantized)]
-    return sum(weight.nbytes for weight in [*model.parameters(), *blocks])
+    blocks = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    return sum(weight.nbytes for weight in model.parameters()) + sum(weight.nbytes for weight in blocks)
 
 
 @needs_kernels
@@ -101,7 +103,7 @@ def test_quantizing_while_loading_gives_what_converting_saves(tmp_path: Path, mo
     for name, weight in matrices(loaded).items():
         same = matrices(saved)[name]
         assert torch.equal(values(weight), values(same))
-        assert weight.block_type.name == expected.get(kind(name), {"int8": "Q8_0", "int4": "Q4_1"}[mode])
+        assert weight.block_type.name == expected.get(module_name(name), {"int8": "Q8_0", "int4": "Q4_1"}[mode])
         assert same.block_type == weight.block_type
     assert all(torch.equal(*both) for both in zip(loaded.parameters(), saved.parameters(), strict=True))
 
@@ -114,7 +116,7 @@ def convert(source: Path, target: Path, **options: Any) -> None:
 def test_rows_that_are_not_whole_blocks_are_held_as_floats(tmp_path: Path) -> None:
     write_meta(tmp_path, dataclasses.replace(SMALL, multiple_of=10, hidden_dim=None))
     held = matrices(build(tmp_path, quantize="int4").model)
-    floats = {kind(name) for name, weight in held.items() if isinstance(weight, Tensor)}
+    floats = {module_name(name) for name, weight in held.items() if isinstance(weight, Tensor)}
     assert floats == {"w2"} and held["layers.0.feed_forward.w2.weight"].shape[1] % 32 != 0
 
 
@@ -148,7 +150,7 @@ def test_blocks_of_a_file_that_are_smaller_stay_as_they_are(
 ) -> None:
     path, stored = write(tmp_path, kind_name)
     for name, weight in matrices(built(path, quantize=mode)).items():
-        table = kind(name) in ("tok_embeddings", "output")
+        table = module_name(name) in ("tok_embeddings", "output")
         assert weight.block_type.name == (tables if table else linear), name
         if weight.block_type.name == kind_name:
             rows = torch.arange(weight.shape[0])
@@ -171,26 +173,31 @@ def test_planned_weights_are_the_bytes_of_the_blocks(
     else:
         write(tmp_path, kind_name)
     checkpoint = open_checkpoint(tmp_path if kind_name == "meta" else tmp_path / "m.gguf")
-    check_planned(checkpoint, Storage(torch.float32, mode, packs))
+    check_planned(checkpoint, WeightFormat(torch.float32, mode, *held_in(packs)))
 
 
 def test_planned_weights_are_the_bytes_of_8_bit_floats(tmp_path: Path) -> None:
     """On a GPU: elsewhere they are refused."""
     write_meta(tmp_path, dtype=torch.bfloat16)
-    check_planned(open_checkpoint(tmp_path), Storage(torch.float32, "fp8", PlanarWeight), sizes=(1, 2))
+    check_planned(open_checkpoint(tmp_path), WeightFormat(torch.float32, "fp8", PlanarWeight, True), sizes=(1, 2))
 
 
-def check_planned(checkpoint: Any, storage: Storage, sizes: tuple[int, ...] = (1, 2, 3)) -> None:
+def held_in(weight_cls: Any) -> tuple[Any, bool]:
+    """The end of a WeightFormat: kernels' class, which keeps a file's blocks, or None for torch's, which does not."""
+    return weight_cls or BlockWeight, weight_cls is not None
+
+
+def check_planned(checkpoint: Any, weight_format: WeightFormat, sizes: tuple[int, ...] = (1, 2, 3)) -> None:
     for size in sizes:
         for rank in {0, size - 1}:
-            parallel = storage.deal(checkpoint, checkpoint.args, ModelParallel(rank, size))
-            planner = Planner(checkpoint, checkpoint.args, parallel, storage, CPU, free=10**9)
+            parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
+            planner = Planner(checkpoint, checkpoint.args, parallel, weight_format, EagerBackend(CPU), free=10**9)
             with torch.device("meta"):
                 model = Transformer(checkpoint.args, parallel)
-            load_weights(model, checkpoint, CPU, storage)
+            load_weights(model, checkpoint, CPU, weight_format)
             assert planner.weights.total == held_bytes(model), (rank, size)
-            in_blocks = any(isinstance(weight, Quantized) for weight in matrices(model).values())
-            assert in_blocks == (storage.packs is not None or storage.quantize is not None)
+            in_blocks = any(isinstance(weight, QuantizedWeight) for weight in matrices(model).values())
+            assert in_blocks == (weight_format.keeps_stored_blocks or weight_format.quantize is not None)
 
 
 @pytest.mark.parametrize("packs", PACKS, ids=["cpu", "gpu", "torch"])
@@ -204,24 +211,24 @@ def test_ranks_cut_rows_between_blocks_or_hold_floats(
     path, stored = write(tmp_path, kind_name)
     checkpoint = open_checkpoint(path)
     # Without kernels blocks are kept where they are asked for.
-    storage = Storage(torch.float32, None if packs else "int8", packs)
+    weight_format = WeightFormat(torch.float32, None if packs else "int8", *held_in(packs))
     ranks = []
     for rank in range(size):
-        parallel = storage.deal(checkpoint, checkpoint.args, ModelParallel(rank, size))
+        parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
         with torch.device("meta"):
             model = Transformer(checkpoint.args, parallel)
-        load_weights(model, checkpoint, CPU, storage)
+        load_weights(model, checkpoint, CPU, weight_format)
         ranks.append(matrices(model))
     for name, expected in stored.items():
-        if expected.dim() == 1 or kind(name) in ("wk", "wv"):
+        if expected.dim() == 1 or module_name(name) in ("wk", "wv"):
             continue
         parts = [values(rank[name]) for rank in ranks]
-        dim = 1 if kind(name) in ("wo", "w2") else 0
+        dim = 1 if module_name(name) in ("wo", "w2") else 0
         joined = torch.cat(parts, dim)
         length = expected.shape[dim]
         torch.testing.assert_close(joined.narrow(dim, 0, length), expected, rtol=1e-6, atol=1e-6)
         assert not joined.narrow(dim, length, joined.shape[dim] - length).any()
-        assert all(isinstance(rank[name], Tensor) == (kind(name) in floats) for rank in ranks), name
+        assert all(isinstance(rank[name], Tensor) == (module_name(name) in floats) for rank in ranks), name
 
 
 def values(weight: Any) -> Tensor:

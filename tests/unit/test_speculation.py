@@ -12,10 +12,9 @@ import torch
 
 from llama import Llama
 from llama.config import DynamicScaling
-from llama.engine import scheduler as batch
 from llama.engine.context import Context
-from llama.engine.speculative import Lookup, Pace
-from llama.generation import check_speculation
+from llama.engine.options import BuildOptions
+from llama.engine.speculative import DraftLengthController, NgramProposer
 from tests.checkpoints import TINY, chain_state, random_state, write_meta, write_model_and_draft
 from tests.models import BYTE_BOS, build, random_tokens, transformer
 
@@ -37,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guess in every step, and never rest, so that what is tested happens."""
-    monkeypatch.setattr(Pace, "next_count", lambda self: 5)
+    monkeypatch.setattr(DraftLengthController, "next_draft_len", lambda self: 5)
 
 
 def build_way(folders: dict[str, Path], way: str | None, **options: Any) -> Llama:
@@ -63,10 +62,10 @@ def test_tokens_and_scores_are_those_of_plain_steps(
         assert scores is not None and expected_scores is not None
         for row, wanted in zip(scores, expected_scores, strict=True):
             assert row == pytest.approx(wanted, abs=1e-4)
-    statistics = guessing.statistics
-    assert 0 < statistics.accepted <= statistics.proposed
-    assert statistics.decoded_tokens == plain.statistics.decoded_tokens
-    assert statistics.decode_steps < plain.statistics.decode_steps
+    metrics = guessing.metrics
+    assert 0 < metrics.accepted <= metrics.proposed
+    assert metrics.decoded_tokens == plain.metrics.decoded_tokens
+    assert metrics.decode_steps < plain.metrics.decode_steps
 
 
 @pytest.mark.usefixtures("eager")
@@ -75,8 +74,8 @@ def test_a_draft_that_is_the_model_is_always_right(folders: dict[str, Path], tem
     """Sampled, too: it draws with the same random numbers. Only the tokens after an end are in vain."""
     llm = build_way(folders, "same")
     llm.generate(PROMPTS[2:3], 19, temperature=temperature, top_p=0.95, seed=4)
-    assert llm.statistics.proposed == llm.statistics.accepted == 15
-    assert llm.statistics.decode_steps == 3
+    assert llm.metrics.proposed == llm.metrics.accepted == 15
+    assert llm.metrics.decode_steps == 3
 
 
 @pytest.mark.usefixtures("eager")
@@ -99,7 +98,7 @@ def test_sampled_tokens_have_the_distribution_of_the_model(folders: dict[str, Pa
     llm = Llama(model, tokenizer, speculate=None if draft else "lookup", draft=draft)
     rows, _ = llm.generate([prompt] * 1500, 4, temperature=1.0, top_p=1.0, seed=1)
     counts = torch.bincount(torch.tensor([row[2] for row in rows]), minlength=5)
-    assert 0 < llm.statistics.accepted < llm.statistics.proposed
+    assert 0 < llm.metrics.accepted < llm.metrics.proposed
     chi_square = float(((counts - 1500 * expected) ** 2 / (1500 * expected)).sum())
     assert chi_square < 18.5, (counts, 1500 * expected)  # 4 degrees of freedom: p = 0.001
 
@@ -149,9 +148,9 @@ def test_dynamic_scaling_takes_plain_steps_beyond_its_context(folders: dict[str,
     model = transformer(args, random_state(TINY))
     plain, guessing = Llama(model, tokenizer), Llama(model, tokenizer, speculate="lookup")
     assert guessing.generate(PROMPTS, 40, temperature=0) == plain.generate(PROMPTS, 40, temperature=0)
-    assert guessing.statistics.proposed == 0
+    assert guessing.metrics.proposed == 0
     guessing.generate(PROMPTS[2:3], 10, temperature=0)
-    assert guessing.statistics.proposed > 0
+    assert guessing.metrics.proposed > 0
 
 
 def test_another_vocabulary_is_refused_by_name(folders: dict[str, Path], tmp_path: Path, llama2_folder: Path) -> None:
@@ -170,7 +169,7 @@ def test_wrong_choices_are_told_before_anything_is_read() -> None:
     with pytest.raises(ValueError, match="speculate must be lookup, or left out, got 'medusa'"):
         Llama.build("nowhere", speculate="medusa")
     with pytest.raises(ValueError, match="give one of them"):
-        check_speculation("lookup", "some/folder")
+        BuildOptions("nowhere", speculate="lookup", draft_ckpt_dir="some/folder")
 
 
 @pytest.mark.parametrize(
@@ -186,20 +185,20 @@ def test_wrong_choices_are_told_before_anything_is_read() -> None:
     ids=str,
 )
 def test_lookup_goes_on_as_after_the_last_place_with_the_same_tokens(text: list[int], guess: list[int]) -> None:
-    assert Lookup().propose([text], 4) == [guess]
+    assert NgramProposer().propose([text], 4) == [guess]
 
 
 def test_guesses_that_cost_more_than_they_give_rest(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that only steps move: a second each, and more for each guess."""
     clock = {"now": 0.0, "more": 0.0}
-    step = Context.step
+    decode = Context.decode
 
     def timed(self: Context, tokens: list[list[int]], start_pos: list[int]) -> torch.Tensor:
         clock["now"] += 1 + clock["more"] * (max(len(row) for row in tokens) - 1)
-        return step(self, tokens, start_pos)
+        return decode(self, tokens, start_pos)
 
-    monkeypatch.setattr(batch.time, "perf_counter", lambda: clock["now"])
-    monkeypatch.setattr(Context, "step", timed)
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(Context, "decode", timed)
     options = {"temperature": 0, "max_gen_len": 400}
     results = {}
     for more in (0.0, 3.0):
@@ -207,8 +206,8 @@ def test_guesses_that_cost_more_than_they_give_rest(folders: dict[str, Path], mo
         llm = build_way(folders, "lookup", max_seq_len=512)
         llm.tokenizer.stop_tokens = frozenset()
         llm.generate(PROMPTS[2:3], **options)
-        results[more] = llm.statistics
-    assert results[0.0].resting_tokens == 0
+        results[more] = llm.metrics
+    assert results[0.0].backoff_tokens == 0
     assert results[0.0].speculation_gain > 2
-    assert results[3.0].resting_tokens > 200
+    assert results[3.0].backoff_tokens > 200
     assert 0.6 < results[3.0].speculation_gain < 1

@@ -30,7 +30,7 @@ def streamed(llm: Llama, prompts: list[str], **options: object) -> list[list[str
     """The pieces of each row's text."""
     pieces: list[list[str]] = [[] for _ in prompts]
     for step in llm.stream(llm.encode_prompts(prompts), **options):  # type: ignore[arg-type]
-        pieces[step.row].append(step.text)
+        pieces[step.index].append(step.text)
     return pieces
 
 

@@ -151,7 +151,24 @@ def test_the_patterns_of_known_models_are_not_refused() -> None:
 
 def mutate(rng: random.Random, value: Any) -> Any:
     """value with one random place changed."""
-    odd = [None, True, -1, 0, 3, 2**40, 1e400, "", "a", "<s>", SPACE, "\ud800", [], {}, [[]], {"type": "Sequence"}]
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        3,
+        2**40,
+        1e400,
+        "",
+        "a",
+        "<s>",
+        SPACE,
+        "\ud800",
+        [],
+        {},
+        [[]],
+        {"type": "Sequence"},
+    ]
     odd += [{"type": kind} for kind in ("Prepend", "Metaspace", "ByteLevel", "Replace", "Strip", "Precompiled", "NFC")]
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))

@@ -20,8 +20,8 @@ from llama import Llama
 from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.checkpoint.export.huggingface import HuggingFaceWriter, hf_config
 from llama.checkpoint.export.meta import meta_params
-from llama.checkpoint.export.plan import Plan, recognised
-from llama.checkpoint.export.streaming_writers import ALIGNMENT, Entry, PickleFile, new_path
+from llama.checkpoint.export.plan import ExportPlan, recognised
+from llama.checkpoint.export.streaming_writers import ALIGNMENT, PickleFile, TensorEntry, new_path
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.hf_config import read_config
@@ -36,7 +36,7 @@ from llama.config import (
     read_params,
 )
 from llama.testing.model_presets import PRESETS
-from llama.testing.random_checkpoint import MadeUpCheckpoint
+from llama.testing.random_checkpoint import RandomCheckpoint
 from tests.checkpoints import TINY, random_state, split_state, write_meta
 
 SCALINGS = [
@@ -49,9 +49,7 @@ SCALINGS = [
 
 def convert(source: Path | Checkpoint, target: Path, format: str, **options: Any) -> Path:
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
-    made_up = isinstance(checkpoint, MadeUpCheckpoint)
-    tokenizer = checkpoint.tokenizer_source() if made_up else tokenizer_source(checkpoint)
-    write_checkpoint(writer(checkpoint, tokenizer, format, **options), target, lambda n_bytes: None)
+    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), format, **options), target, lambda n_bytes: None)
     return target
 
 
@@ -67,8 +65,8 @@ def assert_same_shards(found: list[dict[str, Tensor]], expected: list[dict[str, 
             assert shard[name].dtype == other[name].dtype and torch.equal(shard[name], other[name]), name
 
 
-def made_up(seed: int = 1, preset: str = "tiny", **changes: Any) -> MadeUpCheckpoint:
-    return MadeUpCheckpoint(
+def random_checkpoint(seed: int = 1, preset: str = "tiny", **changes: Any) -> RandomCheckpoint:
+    return RandomCheckpoint(
         preset, PRESETS[preset]._replace(args=dataclasses.replace(PRESETS[preset].args, **changes)), seed
     )
 
@@ -86,9 +84,9 @@ def test_meta_to_hugging_face_and_back_is_bit_exact(tmp_path: Path, dtype: torch
 @pytest.mark.parametrize("changes", [{}, {"tied_embeddings": True}, {"head_dim": 16}], ids=str)
 def test_hugging_face_to_meta_and_back_is_bit_exact(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Meta's releases of tied models hold the table twice: the tie must be found again."""
-    convert(made_up(**changes), tmp_path / "hf", "hf")
+    convert(random_checkpoint(**changes), tmp_path / "hf", "hf")
     convert(tmp_path / "hf", tmp_path / "meta", "meta", shards=4)
-    convert(tmp_path / "meta", tmp_path / "back", "hf")
+    convert(tmp_path / "meta", tmp_path / "back", "hf", context_len=2048)  # which Meta's format does not tell
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
@@ -104,7 +102,7 @@ def test_shards_are_cut_as_meta_cuts_them(tmp_path: Path, count: int) -> None:
 
 def test_llama_2s_embeddings_are_split_by_feature(tmp_path: Path) -> None:
     """As Meta's code for SentencePiece models expects them; Llama 3's splits them by token."""
-    whole, halves = made_up(), shards(convert(made_up(), tmp_path / "meta", "meta", shards=2))
+    whole, halves = random_checkpoint(), shards(convert(random_checkpoint(), tmp_path / "meta", "meta", shards=2))
     table = whole.read("tok_embeddings.weight")
     assert_same_shards(
         [{"t": half["tok_embeddings.weight"]} for half in halves], [{"t": part} for part in table.chunk(2, 1)]
@@ -112,7 +110,7 @@ def test_llama_2s_embeddings_are_split_by_feature(tmp_path: Path) -> None:
 
 
 def test_shards_are_whole_zip_files_with_aligned_storages(tmp_path: Path) -> None:
-    entries = {"a.weight": Entry((3, 5), torch.bfloat16), "b.weight": Entry((7,), torch.float32)}
+    entries = {"a.weight": TensorEntry((3, 5), torch.bfloat16), "b.weight": TensorEntry((7,), torch.float32)}
     tensors = [torch.randn(3, 5).bfloat16(), torch.randn(7)]
     file = PickleFile(tmp_path / "a.pth", entries)
     for tensor in tensors:
@@ -149,7 +147,7 @@ def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
     ids=str,
 )
 def test_transformers_gives_the_same_log_probabilities(tmp_path: Path, changes: dict[str, Any]) -> None:
-    folder = convert(made_up(**changes), tmp_path / "hf", "hf", dtype="float32", context_len=512)
+    folder = convert(random_checkpoint(**changes), tmp_path / "hf", "hf", dtype="float32", context_len=512)
     tokens = torch.randint(3, 512, (200,), generator=torch.Generator().manual_seed(0))
     ours, theirs = logits(folder, tokens)
     assert (ours - theirs).abs().max() < 1e-4
@@ -157,9 +155,9 @@ def test_transformers_gives_the_same_log_probabilities(tmp_path: Path, changes: 
 
 @pytest.mark.parametrize("scaling", [None, *SCALINGS, Llama3Scaling()], ids=str)
 def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> None:
-    checkpoint = made_up(rope_scaling=scaling, norm_eps=1e-6, attention_bias=True, tied_embeddings=True)
-    source = checkpoint.tokenizer_source()
-    plan = Plan(checkpoint, lambda: checkpoint, checkpoint.args, source, torch.float16, 512)
+    checkpoint = random_checkpoint(rope_scaling=scaling, norm_eps=1e-6, attention_bias=True, tied_embeddings=True)
+    source = tokenizer_source(checkpoint)
+    plan = ExportPlan(checkpoint, lambda: checkpoint, checkpoint.args, source, torch.float16, 512)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(plan)))
     found, stops = read_config(tmp_path / "config.json")
     for field in dataclasses.fields(ModelArgs):
@@ -179,10 +177,10 @@ def test_the_architecture_of_every_preset_survives_params_json(tmp_path: Path, n
 
 
 def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> None:
-    made = writer(made_up(), made_up().tokenizer_source(), "hf", dtype="float32")
+    made = writer(random_checkpoint(), tokenizer_source(random_checkpoint()), "hf", dtype="float32")
     assert isinstance(made, HuggingFaceWriter)
     write_checkpoint(HuggingFaceWriter(made.plan, max_file_bytes=100_000), tmp_path / "many", lambda n_bytes: None)
-    convert(made_up(), tmp_path / "one", "hf", dtype="float32")
+    convert(random_checkpoint(), tmp_path / "one", "hf", dtype="float32")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
     one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
     assert_same_shards([many], [one])
@@ -210,7 +208,7 @@ def test_what_a_format_cannot_express_is_an_error_before_anything_is_written(
     tmp_path: Path, format: str, options: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        convert(made_up(**changes), tmp_path / "out", format, **options)
+        convert(random_checkpoint(**changes), tmp_path / "out", format, **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,7 +225,7 @@ def test_values_that_float16_cannot_hold_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_converting_holds_a_few_tensors_in_memory(tmp_path: Path) -> None:
     """torch.save wants a whole shard there."""
-    large = made_up(dim=512, head_dim=64, n_layers=20, hidden_dim=1536)
+    large = random_checkpoint(dim=512, head_dim=64, n_layers=20, hidden_dim=1536)
 
     def held(n_bytes: int = 0) -> None:
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -235,8 +233,7 @@ def test_converting_holds_a_few_tensors_in_memory(tmp_path: Path) -> None:
 
     for source, target, format in ((large, "m", "meta"), ("m", "hf", "hf"), ("hf", "back", "meta")):
         checkpoint = open_checkpoint(tmp_path / source) if isinstance(source, str) else source
-        tokenizer = tokenizer_source(checkpoint) if isinstance(source, str) else large.tokenizer_source()
-        made = writer(checkpoint, tokenizer, format, shards=2 if format == "meta" else 1)
+        made = writer(checkpoint, tokenizer_source(checkpoint), format, shards=2 if format == "meta" else 1)
         readings: list[int] = []
         held()
         write_checkpoint(made, tmp_path / target, held)
@@ -248,8 +245,8 @@ def test_a_path_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").write_text("mine")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileExistsError, match="full exists already"):
-        convert(made_up(), tmp_path / "full", "hf")
-    convert(made_up(), tmp_path / "empty", "hf")
+        convert(random_checkpoint(), tmp_path / "full", "hf")
+    convert(random_checkpoint(), tmp_path / "empty", "hf")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
     with pytest.raises(KeyboardInterrupt), new_path(tmp_path / "new") as partial:
         partial.mkdir()
@@ -258,24 +255,24 @@ def test_a_path_that_holds_something_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_seed_gives_the_same_weights_in_every_format(tmp_path: Path) -> None:
-    convert(made_up(7), tmp_path / "meta", "meta", shards=8)
-    convert(made_up(7), tmp_path / "hf", "hf")
-    convert(made_up(7), tmp_path / "a.gguf", "gguf", dtype="bfloat16")
+    convert(random_checkpoint(7), tmp_path / "meta", "meta", shards=8)
+    convert(random_checkpoint(7), tmp_path / "hf", "hf")
+    convert(random_checkpoint(7), tmp_path / "a.gguf", "gguf", dtype="bfloat16")
     opened = [open_checkpoint(tmp_path / name) for name in ("meta", "hf", "a.gguf")]
     for name in opened[0].names():
         first, *others = (checkpoint.read(name) for checkpoint in opened)
         assert first.std() > 0.01
         assert all(torch.equal(first, other.bfloat16()) for other in others), name
-    other = made_up(8).read("output.weight").bfloat16()
+    other = random_checkpoint(8).read("output.weight").bfloat16()
     assert (other == opened[0].read("output.weight")).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) -> None:
-    path = convert(made_up(), tmp_path / "a.gguf", "gguf", dtype=dtype)
+    path = convert(random_checkpoint(), tmp_path / "a.gguf", "gguf", dtype=dtype)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     found = tensors["blk.1.ffn_down.weight"]
-    expected = made_up().read("layers.1.feed_forward.w2.weight")
+    expected = random_checkpoint().read("layers.1.feed_forward.w2.weight")
     values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
     step = {"float32": 0.0, "float16": 2**-11, "q8_0": 2**-7, "q5_1": 2**-4, "q5_0": 2**-4}.get(dtype, 2**-3)
     assert (values - expected).abs().max() <= step * expected.abs().max()
@@ -285,7 +282,7 @@ def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) 
 
 @pytest.mark.parametrize("scaling", [None, LinearScaling(4.0), Llama3Scaling(8.0), YarnScaling(8.0, 64)], ids=str)
 def test_rope_scaling_survives_gguf(tmp_path: Path, scaling: Any) -> None:
-    path = convert(made_up(rope_scaling=scaling, rope_theta=500000.0), tmp_path / "a.gguf", "gguf")
+    path = convert(random_checkpoint(rope_scaling=scaling, rope_theta=500000.0), tmp_path / "a.gguf", "gguf")
     args = open_checkpoint(path).args
     assert isinstance(args.rope_scaling, FactorScaling) == isinstance(scaling, Llama3Scaling)
     assert recognised(args) == scaling
@@ -314,9 +311,9 @@ def test_presets_have_the_released_models_sizes(name: str) -> None:
     assert sum(torch.Size(shape).numel() for shape in shapes) == PARAMETERS[name]
 
 
-def test_made_up_models_run_in_float16(tmp_path: Path) -> None:
+def test_random_models_run_in_float16(tmp_path: Path) -> None:
     """Activations that overflow, or logits that are all alike, would try out nothing."""
-    deep = made_up(n_layers=32)
+    deep = random_checkpoint(n_layers=32)
     llm = Llama.build(convert(deep, tmp_path / "hf", "hf", dtype="float16"), dtype="float16", device="cpu")
     logprobs = llm.generate([list(range(3, 30))], 4, temperature=0, logprobs=True, echo=True)[1]
     assert logprobs is not None and all(-20 < value < 0 for value in logprobs[0][1:])
@@ -326,7 +323,7 @@ def test_made_up_models_run_in_float16(tmp_path: Path) -> None:
 
 def test_rows_that_pad_an_embedding_are_left_out_of_metas_format(tmp_path: Path) -> None:
     """Hugging Face folders may have more rows than tokens; Meta's have as many."""
-    convert(made_up(), tmp_path / "hf", "hf")
+    convert(random_checkpoint(), tmp_path / "hf", "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     state = load_file(tmp_path / "hf" / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

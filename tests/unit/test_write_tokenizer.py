@@ -16,9 +16,9 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from llama.checkpoint.export.tokenizer import TokenizerSource, tokenizer_source, write_tokenizer
-from llama.checkpoint.export.tokenizer_model import ranks_model, sentencepiece_model
+from llama.checkpoint.export.tokenizer_model import sentencepiece_model, tiktoken_model
 from llama.testing.model_presets import PRESETS
-from llama.testing.random_checkpoint import made_up_tokenizer
+from llama.testing.random_checkpoint import random_tokenizer
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.tiktoken_vocab import PATTERN
 
@@ -37,6 +37,8 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
 
 class NoWeights:
     """A checkpoint of which only the folder counts."""
+
+    tokenizer_metadata = None
 
     def __init__(self, path: Path) -> None:
         self.path: Any = path
@@ -221,16 +223,16 @@ def test_a_sentencepiece_that_has_no_exact_json_keeps_its_own_file(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2-135m", "llama-2-7b", "codellama-7b", "llama-3.1-8b"])
-def test_made_up_tokenizers_have_exactly_the_vocabulary_and_reach_their_words(name: str, tmp_path: Path) -> None:
+def test_random_tokenizers_have_exactly_the_vocabulary_and_reach_their_words(name: str, tmp_path: Path) -> None:
     preset = PRESETS[name]
-    metadata = made_up_tokenizer(preset.tokenizer, preset.args.vocab_size)
+    metadata = random_tokenizer(preset.tokenizer, preset.args.vocab_size)
     tokenizer = Tokenizer.from_gguf(metadata)
     assert tokenizer.n_words == preset.args.vocab_size and tokenizer.bos_id >= 0 and tokenizer.eos_id >= 0
     for text in SAMPLES:
         assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
     assert len(tokenizer.encode("some words of letters", bos=False, eos=False)) < 20
     if preset.tokenizer in ("sentencepiece", "code_llama", "llama3"):
-        model = ranks_model(tokenizer) if preset.tokenizer == "llama3" else sentencepiece_model(metadata)
+        model = tiktoken_model(tokenizer) if preset.tokenizer == "llama3" else sentencepiece_model(metadata)
         assert model is not None
         (tmp_path / "tokenizer.model").write_bytes(model)
         assert_same(tokenizer, Tokenizer(tmp_path))

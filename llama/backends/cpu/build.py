@@ -23,7 +23,7 @@ import torch
 log = logging.getLogger("llama")
 
 SOURCES = Path(__file__).parent / "csrc"
-# Not -ffast-math: the order of additions is the kernels' own.
+# Not -ffast-math: the order of additions is the kernels' own, see D30.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 SECONDS_TO_COMPILE = 300
 

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from llama.backends.cpu.build import library
 
-# Tokens that one pass over the weights can serve, MOST_TOKENS in step.h; of more, matrix products are faster.
-FEW = 16
-TILE = 16  # rows of packed blocks that lie together
+# Tokens that one pass over the weights can serve, MAX_GEMV_TOKENS in step.h; of more, matrix products are faster.
+MAX_GEMV_TOKENS = 16
+TILE_ROWS = 16  # rows of packed blocks that lie together
 
 # Halves of a layer, for `run_layers`.
 ATTENTION, FEED_FORWARD = 1, 2
 
-FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BLOCKS = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6, "Q6_K": 7}
+FLOAT_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BLOCK_TYPE_IDS = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6, "Q6_K": 7}
 # Values of a block, and of 16 rows of such blocks the bytes of heads and of codes (weights.h).
-PACKED = {"Q8_0": (32, 32, 512), "Q4_0": (32, 32, 256), "Q4_1": (32, 64, 256), "Q4_K": (256, 320, 2048)}
-PACKED["Q6_K"] = (256, 288, 3072)
+PACKED_SIZES = {"Q8_0": (32, 32, 512), "Q4_0": (32, 32, 256), "Q4_1": (32, 64, 256), "Q4_K": (256, 320, 2048)}
+PACKED_SIZES["Q6_K"] = (256, 288, 3072)
 
 
 class Weight(ctypes.Structure):
@@ -43,7 +43,7 @@ class Layer(ctypes.Structure):
     ]
 
 
-class Step(ctypes.Structure):
+class LayersInput(ctypes.Structure):
     _fields_ = [
         *(
             (name, c_int32)
@@ -60,31 +60,33 @@ class Step(ctypes.Structure):
     ]
 
 
+@functools.cache
 def kernels() -> ctypes.CDLL:
+    """Return the compiled kernels, which are there: choose_backend has looked."""
     loaded = library()
-    assert loaded is not None, "whoever calls kernels has looked whether there are any"
+    assert loaded is not None, "choose_backend chooses the CPU kernels only where they are"
     return loaded
 
 
 def float_weight(weight: Tensor) -> Weight:
-    """The description of a contiguous (out, in) matrix of floats, which must outlive it."""
+    """Describe a contiguous matrix (out, in) of floats, which must outlive the description."""
     assert weight.is_contiguous() and weight.device.type == "cpu"
-    return Weight(FLOATS[weight.dtype], *weight.shape, weight.data_ptr(), None)
+    return Weight(FLOAT_TYPE_IDS[weight.dtype], *weight.shape, weight.data_ptr(), None)
 
 
 def packed_bytes(block_type: str, rows: int, columns: int) -> int:
-    elements, head, codes = PACKED[block_type]
+    elements, head, codes = PACKED_SIZES[block_type]
     blocks = columns // elements
-    return -(-rows // TILE) * (-(-blocks * head // 64) * 64 + blocks * codes)
+    return -(-rows // TILE_ROWS) * (-(-blocks * head // 64) * 64 + blocks * codes)
 
 
 def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
-    """Rows of raw blocks, uint8 (rows, row_bytes) in ggml's layout, in the order that the kernels read."""
+    """Pack raw blocks, uint8 (rows, row_bytes) as ggml has them, into the order of the kernels: uint8 (bytes,)."""
     rows = len(blocks)
     tiles = torch.empty(packed_bytes(block_type, rows, columns), dtype=torch.uint8)
     blocks = blocks.contiguous()
     kernels().pack(
-        BLOCKS[block_type],
+        BLOCK_TYPE_IDS[block_type],
         c_void_p(blocks.data_ptr()),
         rows,
         columns,
@@ -95,19 +97,19 @@ def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
 
 
 def unpack(weight: Weight, first: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows [first, stop) of a packed weight as the columns of a dense matrix (in, stop - first)."""
-    assert first % TILE == 0
+    """Dequantize rows [first, stop) of a packed weight as the columns of a matrix (in, stop - first)."""
+    assert first % TILE_ROWS == 0
     to = torch.empty(weight.columns, stop - first, dtype=dtype)
     threads = torch.get_num_threads()
-    kernels().unpack(ctypes.byref(weight), first, stop - first, c_void_p(to.data_ptr()), FLOATS[dtype], threads)
+    kernels().unpack(ctypes.byref(weight), first, stop - first, c_void_p(to.data_ptr()), FLOAT_TYPE_IDS[dtype], threads)
     return to
 
 
-def look_up(weight: Weight, rows: Tensor) -> Tensor:
-    """Rows of a packed weight by their numbers, int64 of any shape: fp32 (*rows.shape, in)."""
+def embedding(weight: Weight, rows: Tensor) -> Tensor:
+    """Look up rows of a packed weight by their numbers, int64 of any shape: fp32 (*rows.shape, in)."""
     rows = rows.contiguous()
     to = torch.empty(*rows.shape, weight.columns)
-    kernels().look_up(
+    kernels().embedding(
         ctypes.byref(weight),
         c_void_p(rows.data_ptr()),
         rows.numel(),
@@ -117,13 +119,18 @@ def look_up(weight: Weight, rows: Tensor) -> Tensor:
     return to
 
 
-def multiply(weight: Weight, x: Tensor) -> Tensor:
-    """x (..., in) of at most FEW tokens times the weight, plus its bias: fp32 (..., out)."""
+def is_gemv(x: Tensor) -> bool:
+    """Tell whether x (..., in) has so few tokens that one pass over the weights serves them all."""
+    return x.numel() <= MAX_GEMV_TOKENS * x.shape[-1]
+
+
+def gemv(weight: Weight, x: Tensor) -> Tensor:
+    """Multiply x (..., in) of at most MAX_GEMV_TOKENS tokens by the weight and add its bias: fp32 (..., out)."""
     x = x.float().contiguous()
     n_tokens = x.numel() // weight.columns
-    assert n_tokens <= FEW, n_tokens
+    assert n_tokens <= MAX_GEMV_TOKENS, n_tokens
     y = torch.empty(*x.shape[:-1], weight.rows)
-    kernels().multiply_rows(
+    kernels().gemv(
         ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
     )
     return y
@@ -131,53 +138,57 @@ def multiply(weight: Weight, x: Tensor) -> Tensor:
 
 @functools.cache
 def has_matrix_unit() -> bool:
-    """Whether `multiply_many` works here: the processor has one for bf16, and lets this process use it."""
+    """Tell whether `gemm` works here: the processor has a matrix unit for bf16, and lets this process use it."""
     return bool(kernels().has_matrix_unit())
 
 
-def multiply_many(weight: Weight, x: Tensor) -> Tensor:
-    """x (..., in), bf16, times a packed weight: bf16 (..., out)."""
+def gemm(weight: Weight, x: Tensor) -> Tensor:
+    """Multiply x (..., in), bf16, by a packed weight on the matrix unit: bf16 (..., out)."""
     n_tokens = x.numel() // weight.columns
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], weight.rows, dtype=torch.bfloat16)
-    kernels().multiply_many(
+    kernels().gemm(
         ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
     )
     return y
 
 
-def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, step: Step) -> None:
-    """Layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both by |."""
-    assert step.n_tokens <= FEW, step.n_tokens
+def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, step: LayersInput) -> None:
+    """Compute layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both by |."""
+    assert step.n_tokens <= MAX_GEMV_TOKENS, step.n_tokens
     kernels().run_layers(layers, first, stop, halves, ctypes.byref(step))
 
 
-def add_and_norm(x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+def fused_add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
     """x (n, dim), fp32, grows by delta; its norm times weight, fp32 (dim,), in `dtype`: (n, dim)."""
     y = torch.empty(x.shape, dtype=dtype) if weight is not None else x
-    kernels().add_and_norm(
+    kernels().fused_add_rms_norm(
         c_void_p(x.data_ptr()),
         c_void_p(delta.data_ptr() if delta is not None else None),
         c_void_p(weight.data_ptr() if weight is not None else None),
         c_float(eps),
         *x.shape,
         c_void_p(y.data_ptr() if weight is not None else None),
-        FLOATS[dtype],
+        FLOAT_TYPE_IDS[dtype],
         torch.get_num_threads(),
     )
     return y
 
 
-def gate(gates: Tensor, ups: Tensor) -> Tensor:
-    """silu(gates) * ups, in the place of gates; both contiguous."""
+def silu_and_mul(gates: Tensor, ups: Tensor) -> Tensor:
+    """Compute silu(gates) * ups in place of gates; both are contiguous and of one dtype."""
     n = ctypes.c_size_t(gates.numel())
     threads = torch.get_num_threads()
-    kernels().gate(c_void_p(gates.data_ptr()), c_void_p(ups.data_ptr()), n, FLOATS[gates.dtype], threads)
+    kernels().silu_and_mul(
+        c_void_p(gates.data_ptr()), c_void_p(ups.data_ptr()), n, FLOAT_TYPE_IDS[gates.dtype], threads
+    )
     return gates
 
 
-def rotate_and_keep(step: Step, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+def rope_and_append_kv(step: LayersInput, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Rotate q in place; write k, rotated, and v to the cache that `step` points at. All have the cache's dtype."""
-    kernels().rotate_and_keep(
+    kernels().rope_and_append_kv(
         ctypes.byref(step), layer, c_void_p(q.data_ptr()), c_void_p(k.data_ptr()), c_void_p(v.data_ptr())
     )

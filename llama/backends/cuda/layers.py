@@ -16,30 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from llama.backends.cuda import attention, elementwise, products
-from llama.backends.cuda.available import has_triton
+from llama.backends.cuda.matmul import GpuWeight, is_few, matmul
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.cache import KVCache
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import Transformer, TransformerBlock, attend
-from llama.quantization.linear import Quantized, linear
 from llama.quantization.planar import Fp8Weight, PlanarWeight
-
-GpuWeight = Tensor | PlanarWeight | Fp8Weight
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_HEAD = 256  # the kernels hold a whole head
-
-
-def can_run(model: Transformer) -> bool:
-    """Whether there are kernels for this model here."""
-    blocks = [module for module in model.modules() if isinstance(module, Quantized)]
-    return (
-        has_triton(model.device)
-        and model.dtype in DTYPES
-        and model.args.head_dim <= LARGEST_HEAD
-        and all(isinstance(weight, PlanarWeight | Fp8Weight) for weight in blocks)
-    )
 
 
 @dataclass(frozen=True)
@@ -52,8 +35,8 @@ class Joined:
     def __call__(self, x: Tensor) -> Tensor:
         """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs)."""
         if len(self.weights) == 1:
-            return multiply(x, self.weights[0], self.bias)
-        y = torch.cat([multiply(x, weight) for weight in self.weights], dim=-1)
+            return matmul(x, self.weights[0], self.bias)
+        y = torch.cat([matmul(x, weight) for weight in self.weights], dim=-1)
         return y if self.bias is None else y + self.bias
 
 
@@ -124,7 +107,7 @@ class GpuLayers:
 
     def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""
-        delta = multiply(x, held(last), few_dtype=torch.float32)
+        delta = matmul(x, held(last), few_dtype=torch.float32)
         if sums is not None and sums.takes(delta):
             delta = sums(delta)
         else:
@@ -132,19 +115,9 @@ class GpuLayers:
         return delta if last.bias is None else delta + last.bias
 
 
-def is_few(x: Tensor, weight: GpuWeight) -> bool:
-    """Whether our kernels multiply x (n_tokens, in): of what is stored in codes, more tokens than of floats."""
-    return len(x) <= (products.FEW if isinstance(weight, Tensor) else products.MOST)
-
-
-def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: torch.dtype | None = None) -> Tensor:
-    """x (n_tokens, in) times weight (out, in) transposed, plus bias, in x's dtype, or of few tokens in few_dtype."""
-    return products.multiply(x, weight, bias, few_dtype) if is_few(x, weight) else linear(x, weight, bias)
-
-
 def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:
     weight = linear.weight
-    assert isinstance(weight, Tensor | PlanarWeight | Fp8Weight), "see can_run"
+    assert isinstance(weight, Tensor | PlanarWeight | Fp8Weight), type(weight)
     return weight
 
 

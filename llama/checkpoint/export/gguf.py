@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.export.plan import Plan, check_finite
-from llama.checkpoint.export.streaming_writers import Progress
-from llama.checkpoint.gguf import NAMES, ROPE_FACTORS
+from llama.checkpoint.base import WEIGHT_DTYPES, Progress
+from llama.checkpoint.export.plan import ExportPlan, check_finite
+from llama.checkpoint.gguf import ROPE_FACTORS, convert_rows
+from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS
 from llama.checkpoint.load import global_shapes
+from llama.checkpoint.names import stored_name
 from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
 from llama.rope import scaled_frequencies
 
-# --dtype: what llama.cpp calls it, and the code of a file that has mostly that.
-TYPES = {
+# What --dtype is called by ggml, and the code of a file that has mostly that.
+GGUF_FILE_TYPES = {
     "float32": ("F32", 0),
     "float16": ("F16", 1),
     "bfloat16": ("BF16", 32),
@@ -29,27 +30,24 @@ TYPES = {
     "q5_1": ("Q5_1", 9),
     "q8_0": ("Q8_0", 7),
 }
-MODULES = {meta: name for name, meta in NAMES.items()}
-
-# Values quantized at once by a thread: their temporaries stay in its cache.
-QUANTIZED_AT_ONCE = 1 << 18
 
 
 class GGUFFileWriter:
-    """ValueError, when made, for what the format or the block type cannot express."""
+    """Write a GGUF file. Making the writer raises ValueError for what the format or the type cannot express."""
 
-    def __init__(self, plan: Plan, type_name: str) -> None:
+    def __init__(self, plan: ExportPlan, type_name: str) -> None:
+        """Plan a file whose matrices have the type type_name, one of GGUF_FILE_TYPES."""
         import gguf
 
         self.plan = plan
-        self.qtype = gguf.GGMLQuantizationType[TYPES[type_name][0]]
-        self.file_type = TYPES[type_name][1]
+        name, self.file_type = GGUF_FILE_TYPES[type_name]
+        self.qtype = gguf.GGMLQuantizationType[name]
         args = plan.args
         if args.attention_bias or args.mlp_bias:
             raise ValueError("biases are not written to GGUF: use --format hf")
         if plan.tokenizer.metadata is None:
             raise ValueError("this tokenizer cannot be written to GGUF: use --format hf")
-        self.metadata = _metadata(args, plan.context_len)
+        self.metadata = {**_metadata(args, plan.context_len), **plan.tokenizer.metadata}
         self.shapes = global_shapes(args)
         elements, _ = gguf.GGML_QUANT_SIZES[self.qtype]
         for name, shape in self.shapes.items():
@@ -65,17 +63,17 @@ class GGUFFileWriter:
 
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_file_type(self.file_type)
-        if self.qtype.name not in ("F32", "F16", "BF16"):
+        if self.qtype.name not in WEIGHT_DTYPES:
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        assert self.plan.tokenizer.metadata is not None
-        for key, value in {**self.metadata, **self.plan.tokenizer.metadata}.items():
-            _add(writer, key, value)
+        for key, value in self.metadata.items():
+            _add_value(writer, key, value)
         factors = _rope_factors(self.plan.args)
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         for name, shape in self.shapes.items():
+            float32 = np.dtype(np.float32)  # the library looks at raw_dtype instead
             writer.add_tensor_info(
-                _name(name), shape, np.dtype(np.float32), self._nbytes(shape), raw_dtype=self._type(shape)
+                stored_name(name, "gguf"), shape, float32, self._nbytes(shape), raw_dtype=self._type(shape)
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -94,7 +92,7 @@ class GGUFFileWriter:
         writer.close()
 
     def _type(self, shape: tuple[int, ...]) -> Any:
-        """Norms stay in fp32, as llama.cpp asks for."""
+        """Return the ggml type of a tensor. Norms stay in fp32, as llama.cpp asks for."""
         import gguf
 
         return self.qtype if len(shape) > 1 else gguf.GGMLQuantizationType.F32
@@ -107,34 +105,24 @@ class GGUFFileWriter:
 
 
 def _encode(tensor: Tensor, qtype: Any) -> np.ndarray:
+    """Return a tensor's values as bytes of that ggml type."""
     from gguf import GGML_QUANT_SIZES, quantize
 
-    dense = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(qtype.name)
-    if dense is not None:
-        return tensor.to(dense).contiguous().view(torch.uint8).numpy()
+    if qtype.name in WEIGHT_DTYPES:
+        return tensor.to(WEIGHT_DTYPES[qtype.name]).contiguous().view(torch.uint8).numpy()
     elements, size = GGML_QUANT_SIZES[qtype]
     values = tensor.float().contiguous().view(-1, elements).numpy()
     blocks = np.empty((len(values), size), np.uint8)
-    step = QUANTIZED_AT_ONCE // elements
-
-    def encode(first: int) -> None:
-        blocks[first : first + step] = quantize(values[first : first + step], qtype)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(encode, range(0, len(values), step)))
+    convert_rows(values, blocks, elements, lambda values: quantize(values, qtype))
     return blocks
 
 
 def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
+    """Return the architecture under GGUF's keys; raise ValueError when they cannot express its RoPE scaling."""
     metadata: dict[str, Any] = {
         "llama.vocab_size": args.vocab_size,
         "llama.context_length": context_len,
-        "llama.embedding_length": args.dim,
-        "llama.block_count": args.n_layers,
-        "llama.feed_forward_length": args.hidden_dim,
-        "llama.attention.head_count": args.n_heads,
-        "llama.attention.head_count_kv": args.n_kv_heads,
-        "llama.attention.key_length": args.head_dim,
+        **{key: getattr(args, field) for field, key in {**REQUIRED_GGUF_KEYS, **OPTIONAL_GGUF_KEYS}.items()},
         "llama.attention.value_length": args.head_dim,
         "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
         "llama.rope.dimension_count": args.head_dim,
@@ -154,12 +142,12 @@ def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
             "llama.rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
         }
     elif scaling is not None and _rope_factors(args) is None:
-        raise ValueError(f"GGUF has no place for {scaling}: use --format hf")
+        raise ValueError(f"GGUF cannot express {scaling}: use --format hf")
     return metadata
 
 
 def _rope_factors(args: ModelArgs) -> np.ndarray | None:
-    """Llama 3.1's rule as GGUF stores it, a wavelength factor for each rotated pair."""
+    """Return Llama 3.1's rule as GGUF stores it: a wavelength factor for each rotated pair, (head_dim / 2,)."""
     if isinstance(args.rope_scaling, FactorScaling):
         return np.array(args.rope_scaling.factors, np.float32)
     if not isinstance(args.rope_scaling, Llama3Scaling):
@@ -168,7 +156,7 @@ def _rope_factors(args: ModelArgs) -> np.ndarray | None:
     return (plain / scaled_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)).float().numpy()
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
+def _add_value(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -179,13 +167,3 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
     else:
         writer.add_string(key, value)
-
-
-def _name(name: str) -> str:
-    """layers.3.attention.wq.weight -> blk.3.attn_q.weight"""
-    module, _, attribute = name.rpartition(".")
-    layer = ""
-    if module.startswith("layers."):
-        number, _, module = module.removeprefix("layers.").partition(".")
-        layer = f"blk.{number}."
-    return f"{layer}{MODULES[module]}.{attribute}"

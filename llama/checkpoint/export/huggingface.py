@@ -5,6 +5,7 @@ With --quantize weights are blocks, bytes (rows, row_bytes) under their usual na
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,41 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import dtype_name, quantized_type
-from llama.checkpoint.export.plan import Plan, check_finite, recognised
-from llama.checkpoint.export.streaming_writers import Entry, Progress, SafetensorsFile
+from llama.checkpoint.base import Progress, dtype_name, quantized_type
+from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
+from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry
 from llama.checkpoint.export.tokenizer import write_tokenizer
-from llama.checkpoint.hf_config import BLOCKS_METHOD
-from llama.checkpoint.huggingface import NAMES, HuggingFaceCheckpoint
+from llama.checkpoint.hf_config import BLOCKS_METHOD, CONFIG_FLAGS, OPTIONAL_CONFIG_KEYS, REQUIRED_CONFIG_KEYS
+from llama.checkpoint.huggingface import pair_halves
 from llama.checkpoint.load import global_shapes
-from llama.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from llama.checkpoint.names import ROTATED, module_name, stored_name
+from llama.config import DynamicScaling, FactorScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from llama.quantization.gguf_blocks import BlockType, quantize
 
 MAX_FILE_BYTES = 5_000_000_000
-MODULES = {meta: name for name, meta in NAMES.items()}
+ROPE_TYPES = {LinearScaling: "linear", DynamicScaling: "dynamic", Llama3Scaling: "llama3", YarnScaling: "yarn"}
 
 
 class HuggingFaceWriter:
-    """ValueError, when made, for what transformers' configuration cannot express.
+    """Write a Hugging Face folder. Making the writer raises ValueError for what its config.json cannot express."""
 
-    quantize: what --quantize may be; None keeps all weights in the plan's dtype.
-    """
-
-    def __init__(self, plan: Plan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(self, plan: ExportPlan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        """Plan the files. quantize is int8 or int4; None keeps all weights in the plan's dtype."""
         self.plan, self.max_file_bytes = plan, max_file_bytes
         self.config = hf_config(plan)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         self.block_types: dict[str, BlockType] = {}
         for name, shape in global_shapes(plan.args).items():
             block_type = quantized_type(name, shape, quantize) if quantize else None
             if block_type is None:
-                self.entries[name] = Entry(shape, plan.dtype)
+                self.entries[name] = TensorEntry(shape, plan.dtype)
             else:
                 row_bytes = shape[1] // block_type.elements * block_type.size
-                self.entries[name] = Entry((shape[0], row_bytes), torch.uint8)
+                self.entries[name] = TensorEntry((shape[0], row_bytes), torch.uint8)
                 self.block_types[name] = block_type
         if self.block_types:
-            types = {hf_name(name): block_type.name for name, block_type in self.block_types.items()}
+            types = {stored_name(name, "hf"): block_type.name for name, block_type in self.block_types.items()}
             self.config["quantization_config"] = {"quant_method": BLOCKS_METHOD, "types": types}
 
     @property
@@ -57,89 +57,72 @@ class HuggingFaceWriter:
     def write(self, folder: Path, progress: Progress) -> None:
         folder.mkdir()
         write_tokenizer(self.plan.tokenizer, folder, "hf")
-        groups = self._groups()
+        names_of_files = self._split_names()
         weight_map = {}
-        for i, group in enumerate(groups):
-            name = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-            file = SafetensorsFile(folder / name, {hf_name(tensor): self.entries[tensor] for tensor in group})
-            for stored, tensor in self.plan.read_all(group):
-                file.add(self._in_order(stored, self._stored(stored, tensor)))
-                progress(self.entries[stored].nbytes)
-                weight_map[hf_name(stored)] = name
+        for i, names in enumerate(names_of_files):
+            count = len(names_of_files)
+            file_name = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            file = SafetensorsFile(folder / file_name, {stored_name(name, "hf"): self.entries[name] for name in names})
+            for name, tensor in self.plan.read_all(names):
+                file.add(self._stored(name, tensor))
+                progress(self.entries[name].nbytes)
+                weight_map[stored_name(name, "hf")] = file_name
             file.close()
-        if len(groups) > 1:
+        if len(names_of_files) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             _write_json(folder / "model.safetensors.index.json", index)
         self._write_generation_config(folder / "generation_config.json")
         # Last, because without it a folder cannot be opened.
         _write_json(folder / "config.json", self.config)
 
-    def _groups(self) -> list[list[str]]:
-        """Tensors by file."""
-        groups: list[list[str]] = [[]]
+    def _split_names(self) -> list[list[str]]:
+        """Return the names of the tensors in each file, all of which are at most max_file_bytes long if possible."""
+        files: list[list[str]] = [[]]
         size = 0
         for name, entry in self.entries.items():
-            if groups[-1] and size + entry.nbytes > self.max_file_bytes:
-                groups.append([])
+            if files[-1] and size + entry.nbytes > self.max_file_bytes:
+                files.append([])
                 size = 0
-            groups[-1].append(name)
+            files[-1].append(name)
             size += entry.nbytes
-        return groups
+        return files
 
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a whole tensor as it is written: in the plan's dtype or in blocks, rows in Hugging Face's order."""
         if name not in self.block_types:
-            return check_finite(name, tensor, self.plan.dtype)
-        try:
-            return quantize(tensor, self.block_types[name])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
-    def _in_order(self, name: str, tensor: Tensor) -> Tensor:
-        permuted = ".attention.wq." in name or ".attention.wk." in name
-        return pair_halves(tensor, self.plan.args.head_dim) if permuted else tensor
+            stored = check_finite(name, tensor, self.plan.dtype)
+        else:
+            try:
+                stored = quantize(tensor, self.block_types[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        return pair_halves(stored, self.plan.args.head_dim) if module_name(name) in ROTATED else stored
 
     def _write_generation_config(self, path: Path) -> None:
-        stored = self.plan.checkpoint.path / path.name
-        if isinstance(self.plan.checkpoint, HuggingFaceCheckpoint) and stored.is_file():
-            shutil.copyfile(stored, path)
-            return
-        _write_json(path, {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if key in self.config})
+        """Copy the checkpoint's own file where it has one; else write the ids that begin and end a generation."""
+        own = self.plan.checkpoint.path / path.name
+        if own.is_file():
+            shutil.copyfile(own, path)
+        else:
+            _write_json(path, {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if key in self.config})
 
 
-def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads from Meta's order, whose RoPE rotates neighbours, to Hugging Face's, which rotates halves."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+def hf_config(plan: ExportPlan) -> dict[str, Any]:
+    """Return the content of config.json; raise ValueError for what transformers' configuration cannot express.
 
-
-def hf_name(name: str) -> str:
-    """layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
-    module, _, attribute = name.rpartition(".")
-    layer = ""
-    if module.startswith("layers."):
-        number, _, module = module.removeprefix("layers.").partition(".")
-        layer = f"model.layers.{number}."
-    return f"{layer}{MODULES[module]}.{attribute}"
-
-
-def hf_config(plan: Plan) -> dict[str, Any]:
-    """config.json; RoPE settings are spelled in the older way, which every version of transformers reads."""
+    RoPE settings are spelled in the older way, which every version of transformers reads.
+    """
     args, tokenizer = plan.args, plan.tokenizer.tokenizer
     windowed = args.sliding_window is not None
+    fields = REQUIRED_CONFIG_KEYS | OPTIONAL_CONFIG_KEYS | CONFIG_FLAGS
     config: dict[str, Any] = {
         "architectures": ["MistralForCausalLM" if windowed else "LlamaForCausalLM"],
         "model_type": "mistral" if windowed else "llama",
-        "hidden_size": args.dim,
-        "intermediate_size": args.hidden_dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
-        "head_dim": args.head_dim,
-        "vocab_size": args.vocab_size,
+        **{key: getattr(args, field) for field, key in fields.items()},
         "max_position_embeddings": plan.context_len,
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": None,
-        "tie_word_embeddings": args.tied_embeddings,
         "hidden_act": "silu",
         "torch_dtype": dtype_name(plan.dtype),
         "use_cache": True,
@@ -148,11 +131,9 @@ def hf_config(plan: Plan) -> dict[str, Any]:
         if args.attention_bias or args.mlp_bias:
             raise ValueError("Hugging Face's Mistral has no biases, its Llama no sliding window: nothing has both")
         config["sliding_window"] = args.sliding_window
-    else:
-        config |= {"attention_bias": args.attention_bias, "mlp_bias": args.mlp_bias}
     scaling = recognised(args)
     if scaling is not None:
-        config["rope_scaling"] = _rope_scaling(scaling)
+        config["rope_scaling"] = _rope_settings(scaling)
         if isinstance(scaling, DynamicScaling):
             config["max_position_embeddings"] = scaling.old_context_len
     if tokenizer.bos_id >= 0:
@@ -163,30 +144,15 @@ def hf_config(plan: Plan) -> dict[str, Any]:
     return config
 
 
-def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    if isinstance(scaling, LinearScaling):
-        return {"rope_type": "linear", "factor": scaling.factor}
-    if isinstance(scaling, DynamicScaling):
-        return {"rope_type": "dynamic", "factor": scaling.factor}
-    if isinstance(scaling, Llama3Scaling):
-        return {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.old_context_len,
-        }
-    if isinstance(scaling, YarnScaling):
-        settings = {
-            "rope_type": "yarn",
-            "factor": scaling.factor,
-            "original_max_position_embeddings": scaling.old_context_len,
-            "beta_fast": scaling.beta_fast,
-            "beta_slow": scaling.beta_slow,
-            "truncate": scaling.truncate,
-        }
-        return settings | ({} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor})
-    raise ValueError("RoPE factors for each pair that follow no rule cannot be written to config.json")
+def _rope_settings(scaling: RopeScaling) -> dict[str, Any]:
+    """Return the rope_scaling of config.json, whose keys but one are the fields of the scaling."""
+    if isinstance(scaling, FactorScaling):
+        raise ValueError("RoPE factors for each pair that follow no rule cannot be written to config.json")
+    fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None}
+    old_context_len = fields.pop("old_context_len", None)
+    if old_context_len is not None and not isinstance(scaling, DynamicScaling):
+        fields["original_max_position_embeddings"] = old_context_len
+    return {"rope_type": ROPE_TYPES[type(scaling)], **fields}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

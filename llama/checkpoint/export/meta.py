@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llama.checkpoint.base import kind, shard_dim
-from llama.checkpoint.export.plan import Plan, check_finite, recognised
-from llama.checkpoint.export.streaming_writers import Entry, PickleFile, Progress
+from llama.checkpoint.base import Progress, shard_dim
+from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
+from llama.checkpoint.export.streaming_writers import PickleFile, TensorEntry
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.load import global_shapes
+from llama.checkpoint.names import module_name
 from llama.config import Llama3Scaling, ModelArgs
 from llama.tokenizer import Tokenizer
 
@@ -22,14 +23,16 @@ log = logging.getLogger("llama")
 
 MAX_SHARDS = 100  # their numbers have two digits
 
+# Fields of ModelArgs that a params.json has under their names.
+PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
 # Multipliers and rounding of released models, so that a params.json reads like theirs.
 FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256), (None, 64), (None, 16))
 
 
 class MetaWriter:
-    """ValueError, when made, for what the format or the number of shards cannot express."""
+    """Write a Meta folder. Making the writer raises ValueError for what the format or the shards cannot express."""
 
-    def __init__(self, plan: Plan, shards: int) -> None:
+    def __init__(self, plan: ExportPlan, shards: int) -> None:
         self.plan, self.shards = plan, shards
         self.params = meta_params(plan.args)
         # As Meta's code wants it: Llama 2's splits the table by feature, Llama 3's by token.
@@ -41,7 +44,7 @@ class MetaWriter:
     @property
     def nbytes(self) -> int:
         shapes = (self._shard_shape(name, shape) for name, shape in global_shapes(self.args).items())
-        return self.shards * sum(Entry(shape, self.plan.dtype).nbytes for shape in shapes)
+        return self.shards * sum(TensorEntry(shape, self.plan.dtype).nbytes for shape in shapes)
 
     def write(self, folder: Path, progress: Progress) -> None:
         folder.mkdir()
@@ -49,9 +52,11 @@ class MetaWriter:
         wanted = self.plan.tokenizer.tokenizer.stop_tokens | self.plan.checkpoint.stop_tokens
         lost = wanted - Tokenizer(folder).stop_tokens
         if lost:
-            log.warning("Meta's format has no place for the end tokens %s", ", ".join(map(str, sorted(lost))))
+            log.warning(
+                "Meta's format cannot say that these tokens end a generation: %s", ", ".join(map(str, sorted(lost)))
+            )
         shapes = global_shapes(self.args)
-        entries = {name: Entry(self._shard_shape(name, shape), self.plan.dtype) for name, shape in shapes.items()}
+        entries = {name: TensorEntry(self._shard_shape(name, shape), self.plan.dtype) for name, shape in shapes.items()}
         files = [PickleFile(folder / f"consolidated.{i:02d}.pth", entries) for i in range(self.shards)]
         tied = {"output.weight": "tok_embeddings.weight"} if self.plan.args.tied_embeddings else {}
         names = [tied.get(name, name) for name in shapes]
@@ -59,58 +64,50 @@ class MetaWriter:
             # Rows that only pad an embedding are left out.
             tensor = check_finite(name, tensor.narrow(0, 0, shapes[name][0]), self.plan.dtype)
             for i, file in enumerate(files):
-                file.add(self._part(name, tensor, i))
+                file.add(self._shard(name, tensor, i))
                 progress(entries[name].nbytes)
         for file in files:
             file.close()
         # Last, because without it a folder cannot be opened.
         (folder / "params.json").write_text(json.dumps(self.params, indent=2) + "\n")
 
-    def _part(self, name: str, tensor: Tensor, shard: int) -> Tensor:
-        dim = self._dim(name)
+    def _shard(self, name: str, tensor: Tensor, number: int) -> Tensor:
+        """Return what shard `number` has of a whole tensor."""
+        dim = self._split_dim(name)
         if dim is None:
             return tensor
         size = self._shard_shape(name, tuple(tensor.shape))[dim]
         # Shards that outnumber the KV heads repeat each of them.
         pieces = tensor.shape[dim] // size
-        return tensor.narrow(dim, shard * pieces // self.shards * size, size)
+        return tensor.narrow(dim, number * pieces // self.shards * size, size)
 
-    def _dim(self, name: str) -> int | None:
-        return self.embedding_dim if kind(name) == "tok_embeddings" else shard_dim(name)
+    def _split_dim(self, name: str) -> int | None:
+        return self.embedding_dim if module_name(name) == "tok_embeddings" else shard_dim(name)
 
     def _shard_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        dim = self._dim(name)
+        dim = self._split_dim(name)
         if dim is None:
             return shape
-        pieces = min(self.shards, self.args.n_kv_heads) if kind(name) in ("wk", "wv") else self.shards
+        pieces = min(self.shards, self.args.n_kv_heads) if module_name(name) in ("wk", "wv") else self.shards
         return (*shape[:dim], shape[dim] // pieces, *shape[dim + 1 :])
 
 
 def meta_params(args: ModelArgs) -> dict[str, Any]:
-    """The params.json of an architecture; ValueError when Meta's format has no word for it."""
+    """Return the params.json of an architecture; raise ValueError when Meta's format cannot express it."""
     for name in ("attention_bias", "mlp_bias", "sliding_window"):
         if getattr(args, name):
-            raise ValueError(f"Meta's format has no place for {name} {getattr(args, name)}: use --format hf")
+            raise ValueError(f"Meta's format cannot express {name} {getattr(args, name)}: use --format hf")
     multiplier, multiple_of = _ffn_rule(args)
-    params: dict[str, Any] = {
-        "dim": args.dim,
-        "n_layers": args.n_layers,
-        "n_heads": args.n_heads,
-        "n_kv_heads": args.n_kv_heads,
-        "vocab_size": args.vocab_size,
-        "multiple_of": multiple_of,
-        "norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-    }
+    params: dict[str, Any] = {name: getattr(args, name) for name in PARAMS} | {"multiple_of": multiple_of}
     if multiplier is not None:
         params["ffn_dim_multiplier"] = multiplier
     if args.dim != args.head_dim * args.n_heads:
         params["head_dim"] = args.head_dim
         log.warning("head_dim %d is not dim / n_heads: only this package reads that in params.json", args.head_dim)
-    return params | _scaling(args)
+    return params | _scaling_params(args)
 
 
-def _scaling(args: ModelArgs) -> dict[str, Any]:
+def _scaling_params(args: ModelArgs) -> dict[str, Any]:
     scaling = recognised(args)
     if scaling is None:
         return {}
@@ -124,11 +121,11 @@ def _scaling(args: ModelArgs) -> dict[str, Any]:
 
 
 def _ffn_rule(args: ModelArgs) -> tuple[float | None, int]:
-    """ffn_dim_multiplier and multiple_of that lead to hidden_dim."""
+    """Return the ffn_dim_multiplier and multiple_of that lead to hidden_dim, of a released model if one fits."""
 
     def leads(multiplier: float | None, multiple_of: int) -> bool:
-        made = ModelArgs(dim=args.dim, n_heads=1, head_dim=2, ffn_dim_multiplier=multiplier, multiple_of=multiple_of)
-        return made.hidden_dim == args.hidden_dim
+        other = ModelArgs(dim=args.dim, n_heads=1, head_dim=2, ffn_dim_multiplier=multiplier, multiple_of=multiple_of)
+        return other.hidden_dim == args.hidden_dim
 
     for rule in ((args.ffn_dim_multiplier, args.multiple_of), *FFN_RULES):
         if leads(*rule):
@@ -141,6 +138,7 @@ def _ffn_rule(args: ModelArgs) -> tuple[float | None, int]:
 
 
 def _check_shards(args: ModelArgs, shards: int, embedding_dim: int) -> None:
+    """Raise ValueError unless that many shards can be equal."""
     counts = {"heads": args.n_heads, "hidden features": args.hidden_dim, "tokens": args.vocab_size}
     if embedding_dim == 1:
         counts["embedding features"] = args.dim
@@ -150,8 +148,8 @@ def _check_shards(args: ModelArgs, shards: int, embedding_dim: int) -> None:
         return kv_fits and all(count % shards == 0 for count in counts.values())
 
     if not 1 <= shards <= MAX_SHARDS or not fits(shards):
-        held = ", ".join(f"{count} {what}" for what, count in counts.items())
+        sizes = ", ".join(f"{count} {what}" for what, count in counts.items())
         choices = ", ".join(str(n) for n in range(1, min(args.n_heads, MAX_SHARDS) + 1) if fits(n))
         raise ValueError(
-            f"{shards} shards cannot hold equal parts of {held}, {args.n_kv_heads} KV heads: use one of {choices}"
+            f"{shards} shards cannot hold equal parts of {sizes}, {args.n_kv_heads} KV heads: use one of {choices}"
         )

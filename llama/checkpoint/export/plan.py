@@ -1,4 +1,4 @@
-"""What all written formats share: the checkpoint to write, in which dtype, and what about it can be recognised."""
+"""Hold what all written formats share: the checkpoint, in which dtype it goes, and what about it can be recognised."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.base import Checkpoint, read_in_turn
 from llama.checkpoint.export.tokenizer import TokenizerSource
 from llama.config import FactorScaling, Llama3Scaling, ModelArgs, RopeScaling
 from llama.rope import scaled_frequencies
 
-# Pages of a mapped file that were read count as the process's memory until the file is closed.
-READ_BEFORE_REOPENING = 1 << 28
-
 
 @dataclass(frozen=True)
-class Plan:
-    """A checkpoint to be written. context_len is what the model was trained for, which weights do not tell.
+class ExportPlan:
+    """Describe a checkpoint that is to be written.
 
+    args: its architecture, with ties that its files do not tell. context_len: what the model was trained for.
     reopen: opens the checkpoint once more, so that what was read of a file can leave the memory.
     """
 
@@ -32,19 +30,12 @@ class Plan:
     context_len: int
 
     def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors, as stored, in that order."""
-        checkpoint, read = self.reopen(), 0
-        for name in names:
-            if read > READ_BEFORE_REOPENING:
-                checkpoint, read = self.reopen(), 0
-            tensor = checkpoint.read(name)
-            read += tensor.nbytes
-            yield name, tensor
-            del tensor
+        """Yield names in their order with whole tensors, as stored."""
+        return read_in_turn(names, lambda: self.reopen().read)
 
 
 def check_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in that dtype; ValueError when float16 cannot hold a value."""
+    """Return the tensor in that dtype; raise ValueError when float16 cannot hold a value."""
     if dtype == torch.float16 and tensor.dtype != dtype:
         low, high = (float(value) for value in torch.aminmax(tensor))
         largest = max(-low, high)
@@ -54,7 +45,7 @@ def check_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def recognised(args: ModelArgs) -> RopeScaling | None:
-    """The RoPE scaling; factors for each pair, as GGUF has them, as Llama 3.1's rule where they came from it."""
+    """Return the RoPE scaling, with GGUF's factors for each pair as Llama 3.1's rule where they came from it."""
     if not isinstance(args.rope_scaling, FactorScaling):
         return args.rope_scaling
     found = scaled_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
@@ -66,7 +57,7 @@ def recognised(args: ModelArgs) -> RopeScaling | None:
 
 
 def usual_context_len(args: ModelArgs) -> int:
-    """The context that models of this kind were trained for; where a format does not say it, as Meta's."""
+    """Return the context that models of this kind were trained for, where a format does not say it, as Meta's."""
     scaling = recognised(args)
     if isinstance(scaling, Llama3Scaling):
         return 131072

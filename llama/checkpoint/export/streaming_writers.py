@@ -1,4 +1,4 @@
-"""Write tensors one after another into files, and a path that appears only when everything in it is there.
+"""Write tensors one after another into files, under a path that appears only when everything in it is there.
 
 Nothing larger than a tensor is held in memory. Knows file formats, no architecture.
 """
@@ -15,18 +15,17 @@ import shutil
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Told the bytes of each tensor that has been written.
-Progress = Callable[[int], object]
+from llama.checkpoint.base import WEIGHT_DTYPES
 
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
-STORAGES = {
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()} | {torch.uint8: "U8"}
+TORCH_STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
     torch.bfloat16: torch.BFloat16Storage,
@@ -38,7 +37,9 @@ ZIP64_EXTRA = 20  # bytes that a member of 2 GiB or more adds to its local heade
 ARCHIVE = "archive"
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
+    """Describe the shape and dtype that a tensor is written in."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -49,9 +50,9 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its name when the block ends well and is removed otherwise.
+    """Yield a path to write to beside `path`; give it that name when the caller is done, and remove it on an error.
 
-    A process that is killed leaves it as NAME.partial-PID. FileExistsError when there is something at `path`.
+    A process that is killed leaves it as NAME.partial-PID. Raise FileExistsError when something is at `path`.
     """
     check_new(path)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
@@ -71,20 +72,21 @@ def new_path(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
+    """Raise FileExistsError when something is at `path` that is no empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise FileExistsError(f"{path} exists already: name another, or remove it")
 
 
 class SafetensorsFile:
-    """A safetensors file; `add` takes the tensors of `entries` in their order."""
+    """Write a safetensors file: `add` takes the tensors of `entries` in their order."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, entry in entries.items():
-            place = [offset, offset + entry.nbytes]
-            header[name] = {"dtype": SAFETENSORS_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": place}
-            offset += entry.nbytes
+            start, offset = offset, offset + entry.nbytes
+            dtype = SAFETENSORS_DTYPES[entry.dtype]
+            header[name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": [start, offset]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._file = path.open("xb")
@@ -98,12 +100,12 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A state dict as torch.save writes it; `add` takes the tensors of `entries` in their order.
+    """Write a state dict as torch.save does: `add` takes the tensors of `entries` in their order.
 
     torch.save itself wants all tensors in memory at once.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         self._file = path.open("xb")
         self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         self._count = 0
@@ -130,15 +132,17 @@ class PickleFile:
             member.write(data)
 
 
-class _Storage(NamedTuple):
+class _StorageKey(NamedTuple):
+    """Name a storage by its number in the archive, and the tensor that lies in it."""
+
     key: int
-    entry: Entry
+    entry: TensorEntry
 
 
-class _Weight:
-    """What unpickles as a tensor on the storage `key`."""
+class _PickledTensor:
+    """Stand for a tensor on its storage, as which it unpickles."""
 
-    def __init__(self, storage: _Storage) -> None:
+    def __init__(self, storage: _StorageKey) -> None:
         self.storage = storage
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -150,15 +154,15 @@ class _Weight:
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
-        if not isinstance(obj, _Storage):
+        if not isinstance(obj, _StorageKey):
             return None
         dtype, size = obj.entry.dtype, torch.Size(obj.entry.shape).numel()
-        return "storage", STORAGES[dtype], str(obj.key), "cpu", size
+        return "storage", TORCH_STORAGES[dtype], str(obj.key), "cpu", size
 
 
-def _pickle(entries: Mapping[str, Entry]) -> bytes:
+def _pickle(entries: Mapping[str, TensorEntry]) -> bytes:
     stream = io.BytesIO()
-    state = {name: _Weight(_Storage(i, entry)) for i, (name, entry) in enumerate(entries.items())}
+    state = {name: _PickledTensor(_StorageKey(i, entry)) for i, (name, entry) in enumerate(entries.items())}
     _Pickler(stream, protocol=2).dump(state)
     return stream.getvalue()
 
@@ -168,7 +172,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _close(file: BinaryIO) -> None:
-    """Close a file that is on the disk before a rename can say that it is whole."""
+    """Close a file once it is on the disk, before a rename can say that it is whole."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

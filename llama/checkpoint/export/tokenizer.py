@@ -15,18 +15,16 @@ from typing import Any, Literal
 
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.export.tokenizer_json import tokenizer_config, tokenizer_json
-from llama.checkpoint.export.tokenizer_model import metadata_of, ranks_model, sentencepiece_model
-from llama.checkpoint.gguf import GGUFCheckpoint, split_files
-from llama.checkpoint.gguf_header import read_header
+from llama.checkpoint.export.tokenizer_model import metadata_of, sentencepiece_model, tiktoken_model
 from llama.tokenizer import Tokenizer, find_tokenizer
 
 log = logging.getLogger("llama")
 
-Format = Literal["meta", "hf"]
+FolderFormat = Literal["meta", "hf"]
 
-MAIN_FILES = ("tokenizer.json", "tokenizer.model")
-# What a folder may hold beside them.
-SMALL_FILES = (
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What a folder may have beside them.
+TOKENIZER_SIDE_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -45,7 +43,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """A tokenizer that is to be written: as the files it comes in, or as GGUF metadata, or both."""
+    """Describe a tokenizer that is to be written: as the files it comes in, or as GGUF metadata, or both."""
 
     tokenizer: Tokenizer
     path: Path | None  # tokenizer.model or tokenizer.json
@@ -57,23 +55,21 @@ class TokenizerSource:
 
 
 def tokenizer_source(checkpoint: Checkpoint, path: Path | None = None) -> TokenizerSource:
-    """The tokenizer of a checkpoint, or the file at `path`; FileNotFoundError when there is none."""
-    if path is None and isinstance(checkpoint, GGUFCheckpoint):
-        metadata = read_header(split_files(checkpoint.path)[0]).metadata
-        kept = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-        return TokenizerSource(checkpoint.tokenizer(), None, kept)
+    """Return the tokenizer of a checkpoint, or of a file or folder; raise FileNotFoundError when there is none."""
+    if path is None and checkpoint.tokenizer_metadata is not None:
+        return TokenizerSource(checkpoint.tokenizer(), None, checkpoint.tokenizer_metadata)
     path = find_tokenizer(path or checkpoint.path) if path is None or path.is_dir() else path
     tokenizer = Tokenizer(path)
-    return TokenizerSource(tokenizer, path, None if is_json(path) else metadata_of(path, tokenizer))
+    return TokenizerSource(tokenizer, path, None if _is_json(path) else metadata_of(path, tokenizer))
 
 
-def is_json(path: Path) -> bool:
+def _is_json(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(16).lstrip().startswith(b"{")
 
 
-def write_tokenizer(source: TokenizerSource, folder: Path, format: Format) -> None:
-    """ValueError when the format cannot have a tokenizer with the same ids."""
+def write_tokenizer(source: TokenizerSource, folder: Path, format: FolderFormat) -> None:
+    """Write the files of a tokenizer to a folder; raise ValueError when its format has none with the same ids."""
     if source.path is not None:
         _copy(source.path, folder, format)
     if format == "hf" and source.metadata is not None and not (folder / "tokenizer.json").exists():
@@ -82,19 +78,20 @@ def write_tokenizer(source: TokenizerSource, folder: Path, format: Format) -> No
         _write_meta(source, folder)
 
 
-def _copy(path: Path, folder: Path, format: Format) -> None:
-    """The tokenizer's own file; for Meta's format, tokenizer.model alone where there is one."""
-    if path.name not in MAIN_FILES:
-        shutil.copyfile(path, folder / MAIN_FILES[not is_json(path)])
+def _copy(path: Path, folder: Path, format: FolderFormat) -> None:
+    """Copy the tokenizer's own files; for Meta's format, of the two main ones tokenizer.model alone if it is there."""
+    if path.name not in TOKENIZER_FILES:
+        shutil.copyfile(path, folder / TOKENIZER_FILES[not _is_json(path)])
         return
     model = path.with_name("tokenizer.model")
-    main = (model.name,) if format == "meta" and model.is_file() else MAIN_FILES
-    for name in (*main, *SMALL_FILES):
+    main = (model.name,) if format == "meta" and model.is_file() else TOKENIZER_FILES
+    for name in (*main, *TOKENIZER_SIDE_FILES):
         if path.with_name(name).is_file():
             shutil.copyfile(path.with_name(name), folder / name)
 
 
 def _write_hf(source: TokenizerSource, folder: Path) -> None:
+    """Write a tokenizer.json, and a tokenizer.model for SentencePiece, which suffices where no json is the same."""
     assert source.metadata is not None
     if source.is_sentencepiece and not (folder / "tokenizer.model").exists():
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(source.metadata))
@@ -117,7 +114,7 @@ def _write_hf(source: TokenizerSource, folder: Path) -> None:
 
 
 def _write_meta(source: TokenizerSource, folder: Path) -> None:
-    """A tokenizer.model where there can be one, else a tokenizer.json."""
+    """Write a tokenizer.model where there can be one, else a tokenizer.json."""
     path, template = folder / "tokenizer.model", source.tokenizer.chat_template
     if source.is_sentencepiece:
         assert source.metadata is not None
@@ -125,7 +122,7 @@ def _write_meta(source: TokenizerSource, folder: Path) -> None:
         if template is not None:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         _check_same(source.tokenizer, path)
-    elif not _write_ranks(source.tokenizer, path):
+    elif not _write_tiktoken(source.tokenizer, path):
         log.info("this tokenizer has no form as a tokenizer.model: a tokenizer.json is written, for this package alone")
         if source.metadata is not None:
             _write_hf(source, folder)
@@ -133,12 +130,12 @@ def _write_meta(source: TokenizerSource, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _write_ranks(tokenizer: Tokenizer, path: Path) -> bool:
-    """Whether there is a tokenizer.model of Llama 3's kind with the same ids, which is then written."""
-    ranks = ranks_model(tokenizer)
-    if ranks is None:
+def _write_tiktoken(tokenizer: Tokenizer, path: Path) -> bool:
+    """Write a tokenizer.model of Llama 3's kind; return False, and write none, when none has the same ids."""
+    model = tiktoken_model(tokenizer)
+    if model is None:
         return False
-    path.write_bytes(ranks)
+    path.write_bytes(model)
     try:
         _check_same(tokenizer, path)
     except ValueError:
@@ -149,6 +146,7 @@ def _write_ranks(tokenizer: Tokenizer, path: Path) -> bool:
 
 
 def _check_same(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise ValueError unless the file gives the same ids on probe texts."""
     written = Tokenizer(path)
     for name in ("n_words", "bos_id", "eos_id", "add_bos"):
         found, expected = getattr(written, name), getattr(tokenizer, name)

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json and tokenizer_config.json from the tokenizer keys of a GGUF file's metadata."""
+"""Make Hugging Face's tokenizer.json and tokenizer_config.json of the tokenizer keys of a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from llama.tokenizer.sentencepiece_vocab import SPACE
 
 
 def tokenizer_json(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the `tokenizers` library reads, in words as transformers' own conversions choose them."""
+    """Return the content of a tokenizer.json, in words as transformers' own conversions choose them."""
     tokens = GGUFTokens.from_metadata(metadata)
-    content = _sentencepiece(tokens, metadata) if tokens.model == "llama" else _byte_level(tokens, metadata)
+    content = _sentencepiece_json(tokens, metadata) if tokens.model == "llama" else _byte_level_json(tokens, metadata)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added(tokens, tokenizer),
-        "post_processor": _begin(tokens, tokenizer),
+        "added_tokens": _added_tokens(tokens, tokenizer),
+        "post_processor": _post_processor(tokens, tokenizer),
         **content,
     }
 
 
 def tokenizer_config(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of a tokenizer_config.json."""
     tokens = GGUFTokens.from_metadata(metadata)
     config: dict[str, Any] = {
         # The class that runs a tokenizer.json as it stands: LlamaTokenizer rebuilds it by rules of its own.
@@ -42,8 +43,8 @@ def tokenizer_config(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict[
     return config
 
 
-def _added(tokens: GGUFTokens, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Tokens that are not pieces of text: control tokens, and those that stand for themselves in a text."""
+def _added_tokens(tokens: GGUFTokens, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """List tokens that are not pieces of text: control tokens, and those that stand for themselves in a text."""
     control = set(tokenizer.special_tokens.values())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     pieces = (TokenType.NORMAL, TokenType.BYTE)
@@ -54,7 +55,7 @@ def _added(tokens: GGUFTokens, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     ]
 
 
-def _begin(tokens: GGUFTokens, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def _post_processor(tokens: GGUFTokens, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if not tokenizer.add_bos:
         return None
     text = tokens.texts[tokenizer.bos_id]
@@ -84,7 +85,7 @@ def _bpe(tokens: GGUFTokens, merges: list[list[str]], **settings: Any) -> dict[s
     }
 
 
-def _byte_level(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _byte_level_json(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict[str, Any]:
     rule = PRE_RULES[metadata[PREFIX + "pre"]]
     merges = [list(merge.partition(" ")[::2]) for merge in metadata[PREFIX + "merges"]]
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -98,16 +99,16 @@ def _byte_level(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _sentencepiece(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """SentencePiece's BPE: a pair is merged when it makes a piece, the piece with the highest score first."""
+def _sentencepiece_json(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe SentencePiece's BPE: a pair is merged when it makes a piece, the piece with the highest score first."""
     if tokens.unk_id < 0:
         raise ValueError("a SentencePiece vocabulary without an unknown token has no form as a tokenizer.json")
     scores = metadata[PREFIX + "scores"]
     order = sorted(range(len(tokens.texts)), key=lambda i: -scores[i])
     reached = (TokenType.NORMAL, TokenType.UNUSED)
-    # UTF-8, so that one function serves; no piece is cut within a character, because no such part is a piece.
-    ranks = {tokens.texts[i].encode(): rank for rank, i in enumerate(order) if tokens.types[i] in reached}
-    merges = [[a.decode(), b.decode()] for a, b in merges_of(ranks)]
+    # UTF-8, so that one function serves; no piece is cut within a character, because no fragment of one is a piece.
+    priorities = {tokens.texts[i].encode(): n for n, i in enumerate(order) if tokens.types[i] in reached}
+    merges = [[a.decode(), b.decode()] for a, b in merges_of(priorities)]
     prefix = bool(metadata.get(PREFIX + "add_space_prefix", True))
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     text_spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}

@@ -1,4 +1,4 @@
-"""Meta's tokenizer.model, of both kinds, to and from the tokenizer keys of a GGUF file's metadata."""
+"""Turn Meta's tokenizer.model, of both kinds, into the tokenizer keys of a GGUF file's metadata, and back."""
 
 from __future__ import annotations
 
@@ -14,21 +14,16 @@ from llama.tokenizer.sentencepiece_vocab import SPACE, proto_from_gguf
 from llama.tokenizer.tiktoken_vocab import N_SPECIAL, NAMED_SPECIAL, PATTERN
 from llama.tokenizer.vocab import byte_alphabet
 
-# Of sentencepiece_model.proto: trainer_spec in ModelProto, texts of special pieces in TrainerSpec.
-TRAINER_SPEC = 2
-SPECIAL_PIECES = {"unk_id": 45, "bos_id": 46, "eos_id": 47, "pad_id": 48}
-LENGTH_DELIMITED = 2
-
 # Those that mean something: releases differ in the names of the others.
-USED_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+USED_SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 SPECIAL_TOKENS = (*NAMED_SPECIAL, *(f"<|reserved_special_token_{i}|>" for i in range(2, N_SPECIAL - 10)))
 
 
 def metadata_of(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The vocabulary of a tokenizer.model as GGUF would store it."""
+    """Return the vocabulary of a tokenizer.model as GGUF would store it."""
     with path.open("rb") as file:
         is_sentencepiece = file.read(1) == b"\n"  # field 1 of a protobuf message
-    metadata = _from_sentencepiece(path, tokenizer) if is_sentencepiece else _from_ranks(tokenizer)
+    metadata = _from_sentencepiece(path, tokenizer) if is_sentencepiece else _from_tiktoken(tokenizer)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
     metadata |= {f"{PREFIX}{name}_token_id": number for name, number in ids.items() if number >= 0}
     metadata[PREFIX + "add_bos_token"] = tokenizer.add_bos
@@ -63,62 +58,46 @@ def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _from_ranks(tokenizer: Tokenizer) -> dict[str, Any]:
-    n_ranks = tokenizer.n_words - N_SPECIAL
-    ranks = {tokenizer.token_bytes(i): i for i in range(n_ranks)}
+def _from_tiktoken(tokenizer: Tokenizer) -> dict[str, Any]:
+    n_plain = tokenizer.n_words - N_SPECIAL
+    priorities = {tokenizer.token_bytes(i): i for i in range(n_plain)}
     char_of = {byte: char for char, byte in byte_alphabet().items()}
-    texts = {token: "".join([char_of[byte] for byte in token]) for token in ranks}
+    texts = {token: "".join([char_of[byte] for byte in token]) for token in priorities}
     special = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)
     pre = next(name for name, rule in PRE_RULES.items() if rule.splits == (PATTERN,) and rule.ignore_merges)
     return {
         PREFIX + "model": "gpt2",
         PREFIX + "pre": pre,
         PREFIX + "tokens": [*texts.values(), *special],
-        PREFIX + "token_type": [int(TokenType.NORMAL)] * n_ranks + [int(TokenType.CONTROL)] * N_SPECIAL,
-        PREFIX + "merges": [f"{texts[a]} {texts[b]}" for a, b in merges_of(ranks)],
+        PREFIX + "token_type": [int(TokenType.NORMAL)] * n_plain + [int(TokenType.CONTROL)] * N_SPECIAL,
+        PREFIX + "merges": [f"{texts[a]} {texts[b]}" for a, b in merges_of(priorities)],
     }
 
 
-def merges_of(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The merges of BPE in their order, from the order of what they lead to.
+def merges_of(priorities: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the merges of BPE in their order, from the order of the tokens that they lead to, lowest number first.
 
     All pairs that make up a token are merges, because which pair meets first depends on the text around it.
     """
-    for token in sorted(ranks, key=ranks.__getitem__):
+    for token in sorted(priorities, key=priorities.__getitem__):
         pairs = ((token[:i], token[i:]) for i in range(1, len(token)))
         yield from sorted(
-            (pair for pair in pairs if pair[0] in ranks and pair[1] in ranks),
-            key=lambda pair: (ranks[pair[0]], ranks[pair[1]]),
+            (pair for pair in pairs if pair[0] in priorities and pair[1] in priorities),
+            key=lambda pair: (priorities[pair[0]], priorities[pair[1]]),
         )
 
 
-def ranks_model(tokenizer: Tokenizer) -> bytes | None:
-    """A tokenizer of Llama 3's kind as its tokenizer.model has it, ranks alone; None when it is of another kind."""
-    n_ranks = tokenizer.n_words - N_SPECIAL
+def tiktoken_model(tokenizer: Tokenizer) -> bytes | None:
+    """Return the tokenizer.model of a tokenizer of Llama 3's kind; None when the tokenizer is of another kind."""
+    n_plain = tokenizer.n_words - N_SPECIAL
     special = tokenizer.special_tokens
-    if set(special.values()) != set(range(n_ranks, tokenizer.n_words)):
+    if set(special.values()) != set(range(n_plain, tokenizer.n_words)):
         return None
-    if any(special.get(text) != n_ranks + SPECIAL_TOKENS.index(text) for text in USED_SPECIAL):
+    if any(special.get(text) != n_plain + SPECIAL_TOKENS.index(text) for text in USED_SPECIAL_TOKENS):
         return None
-    return b"".join(base64.b64encode(tokenizer.token_bytes(i)) + b" %d\n" % i for i in range(n_ranks))
+    return b"".join(base64.b64encode(tokenizer.token_bytes(i)) + b" %d\n" % i for i in range(n_plain))
 
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
-    """A SentencePiece model that knows its special pieces, as the GGUF file does."""
-    tokens = GGUFTokens.from_metadata(metadata)
-    spec = b""
-    for name, field in SPECIAL_PIECES.items():
-        number = getattr(tokens, name)
-        if number >= 0:
-            spec += _field(field, tokens.texts[number].encode())
-    # A message that comes twice is merged.
-    return proto_from_gguf(tokens, metadata) + _field(TRAINER_SPEC, spec)
-
-
-def _field(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | LENGTH_DELIMITED) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    low = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
-    return bytes([byte | 0x80 for byte in low[:-1]] + low[-1:])
+    """Return the SentencePiece model of a GGUF file's vocabulary."""
+    return proto_from_gguf(GGUFTokens.from_metadata(metadata), metadata)

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint
-from llama.checkpoint.gguf import GGUFCheckpoint, is_gguf, split_files
-from llama.checkpoint.gguf_header import read_header
+from llama.checkpoint.base import Checkpoint, Progress, read_in_turn
+from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split, split_files
+from llama.checkpoint.gguf_header import is_gguf, read_header
 from llama.checkpoint.hf_config import read_block_types
 from llama.checkpoint.huggingface import LAYOUTS, map_weights
-from llama.checkpoint.load import DERIVED, global_shapes
-from llama.checkpoint.open import LATER_SPLIT, open_checkpoint
-from llama.checkpoint.torch_pickle import map_pickle
-from llama.checkpoint.verify.checksums import Finding, Progress, bytes_listed, verify_lists
+from llama.checkpoint.load import check_vocab_size, global_shapes
+from llama.checkpoint.names import META_DERIVED
+from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint.verify.checksums import Finding, bytes_listed, verify_lists
 from llama.config import read_json_object
-from llama.quantization.gguf_blocks import BlockType, dequantize
+from llama.quantization.gguf_blocks import dequantize
 
 # What is checked of a folder: weights, configuration and tokenizer.
-WEIGHTS = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
-SMALL = ("*.json", "*.model", "*.jinja")
+WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
+TEXT_FILES = ("*.json", "*.model", "*.jinja")
 
 CHECKED_AT_ONCE = 1 << 22  # values of a tensor
-# Pages of a mapped file that were read count as the process's memory until the file is closed.
-READ_BEFORE_REOPENING = 1 << 28
 
 
 def checked_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: those of a folder, or a GGUF file and the rest of its split."""
+    """Return the files of a checkpoint: those of a folder, or a GGUF file and the rest of its split."""
     if path.is_dir():
-        return sorted({file for pattern in WEIGHTS + SMALL for file in path.glob(pattern) if file.is_file()})
+        return sorted({file for pattern in WEIGHT_FILES + TEXT_FILES for file in path.glob(pattern) if file.is_file()})
     try:
         return split_files(path)
     except FileNotFoundError:
@@ -41,7 +39,10 @@ def checked_files(path: Path) -> list[Path]:
 
 
 def verify(path: Path, deep: bool, progress: Progress) -> Iterator[Finding]:
-    """Every check that can be made, in turn; deep also reads every weight. FileNotFoundError when path is nothing."""
+    """Make every check in turn and yield what it finds; deep also reads every weight.
+
+    Raise FileNotFoundError when there is nothing at path.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     sound = True
@@ -56,16 +57,16 @@ def verify(path: Path, deep: bool, progress: Progress) -> Iterator[Finding]:
 
 
 def bytes_to_read(path: Path, deep: bool) -> int:
-    """For a progress bar."""
+    """Return the bytes that `verify` tells its progress in all."""
     return bytes_listed(path) + sum(file.stat().st_size for file in _weights(path) if deep)
 
 
 def _weights(path: Path) -> list[Path]:
-    return [file for file in checked_files(path) if any(file.match(pattern) for pattern in WEIGHTS)]
+    return [file for file in checked_files(path) if any(file.match(pattern) for pattern in WEIGHT_FILES)]
 
 
 def _verify_files(path: Path) -> Iterator[Finding]:
-    """Each file by itself."""
+    """Check each file by itself."""
     weights = set(_weights(path))
     for file in checked_files(path):
         what = "weights" if file in weights else "text"
@@ -78,21 +79,17 @@ def _verify_files(path: Path) -> Iterator[Finding]:
                     what = "JSON"
                     read_json_object(file)
         except (ValueError, OSError) as error:
-            problem = _said(error, file)
+            problem = _text(error, file)
         yield Finding(file.name, file.stat().st_size, what, problem)
 
 
 def _names(file: Path) -> list[str]:
-    """A weights file's own names of its tensors; ValueError when they are not all in it."""
-    if file.suffix == ".pth":
-        return list(map_pickle(file))
-    if file.suffix in (".safetensors", ".bin"):
-        return list(map_weights(file))
-    return list(read_header(file).tensors)
+    """Return a weights file's own names of its tensors; raise ValueError when they are not all in it."""
+    return list(map_weights(file) if file.suffix in (".pth", ".safetensors", ".bin") else read_header(file).tensors)
 
 
 def _foreign(file: Path) -> str | None:
-    """What a file is that is not what its name says."""
+    """Return what a file is that is not what its name says, if it can be told from its first bytes."""
     if file.stat().st_size == 0:
         return "empty: download it again"
     with file.open("rb") as stream:
@@ -105,7 +102,7 @@ def _foreign(file: Path) -> str | None:
 
 
 def _verify_layout(path: Path) -> Iterator[Finding]:
-    """Files against each other."""
+    """Check files against each other."""
     if not path.is_dir():
         return
     numbers = {int(file.name.split(".")[1]) for file in path.glob("consolidated.[0-9][0-9].pth")}
@@ -122,8 +119,9 @@ def _verify_layout(path: Path) -> Iterator[Finding]:
 
 
 def _verify_shards(files: list[Path]) -> Iterator[Finding]:
+    """Check that all of Meta's shards have the tensors of the first, in its shapes."""
     try:
-        shards = [{name: tuple(tensor.shape) for name, tensor in map_pickle(file).items()} for file in files]
+        shards = [{name: tuple(tensor.shape) for name, tensor in map_weights(file).items()} for file in files]
     except (ValueError, OSError):
         return  # named already
     for file, shard in zip(files[1:], shards[1:], strict=True):
@@ -139,7 +137,7 @@ def _verify_shards(files: list[Path]) -> Iterator[Finding]:
 
 
 def _verify_index(index: Path) -> Iterator[Finding]:
-    """Whether every tensor of an index is in the file it names, and every tensor in the index."""
+    """Check that every tensor of an index is in the file it names, and every tensor of the files in the index."""
     size = index.stat().st_size
     try:
         weight_map = read_json_object(index).get("weight_map")
@@ -165,36 +163,34 @@ def _verify_index(index: Path) -> Iterator[Finding]:
 
 
 def _verify_whole(path: Path, sound: bool) -> Iterator[Finding]:
-    """What building a model checks; when not sound, what keeps it from opening is named already."""
+    """Check what building a model checks. When not sound, what keeps the checkpoint from opening is named already."""
     what = "opens as a checkpoint"
     try:
         checkpoint = open_checkpoint(path)
     except (ValueError, OSError) as error:
         if sound:
-            yield Finding(path.name, None, what, _said(error, path))
+            yield Finding(path.name, None, what, _text(error, path))
         return
     yield Finding(path.name, None, what)
     vocab_size = checkpoint.args.vocab_size
+    what = "tokenizer"
     try:
         n_words = checkpoint.tokenizer().n_words
-        problem = None
-        padded = checkpoint.pads_vocab and vocab_size > n_words
-        if not padded and vocab_size not in (-1, n_words):
-            problem = f"it has {n_words} tokens, the weights have {vocab_size}"
-        yield Finding(path.name, None, f"tokenizer of {n_words} tokens", problem)
+        what = f"tokenizer of {n_words} tokens"
+        vocab_size = check_vocab_size(checkpoint, n_words)
+        yield Finding(path.name, None, what)
     except (ValueError, OSError) as error:
-        n_words = -1
-        yield Finding(path.name, None, "tokenizer", _said(error, path))
-    yield from _verify_shapes(checkpoint, vocab_size if vocab_size != -1 else n_words)
+        yield Finding(path.name, None, what, _text(error, path))
+    yield from _verify_shapes(checkpoint, vocab_size)
 
 
 def _verify_shapes(checkpoint: Checkpoint, vocab_size: int) -> Iterator[Finding]:
+    """Check all tensors against the configuration; a vocab_size of -1 is not known and fits any number of rows."""
     args = dataclasses.replace(checkpoint.args, vocab_size=vocab_size)
-    expected, found = global_shapes(args), set(checkpoint.names()) - DERIVED
+    expected, found = global_shapes(args), set(checkpoint.names()) - META_DERIVED
     problems: list[str | None] = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not described by it" for name in sorted(found - expected.keys())]
     for name, shape in expected.items():
-        # Without a vocabulary's size, that dimension is not known.
         stored = checkpoint.shape(name) if name in found else shape
         if len(stored) != len(shape) or any(a not in (b, -1) for a, b in zip(shape, stored, strict=True)):
             problems.append(f"{name} has shape {stored}, it asks for {shape}")
@@ -203,7 +199,7 @@ def _verify_shapes(checkpoint: Checkpoint, vocab_size: int) -> Iterator[Finding]
 
 
 def _verify_values(file: Path, progress: Progress) -> Iterator[Finding]:
-    """NaN and infinite weights, and weights that are only zeros, which a download with holes has."""
+    """Find NaN and infinite weights, and weights that are only zeros, which a download with holes has."""
     size, count, bad = file.stat().st_size, 0, False
     try:
         for name, share, tensor in _tensors(file):
@@ -219,54 +215,41 @@ def _verify_values(file: Path, progress: Progress) -> Iterator[Finding]:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, float, Tensor]]:
-    """Tensors by name, and which part of the file's values each has."""
-    if file.suffix == ".gguf" and LATER_SPLIT.search(file.name):
-        return  # read with the first file
-    source, block_types = _open(file), _block_types(file)
-    names = list(source.names()) if isinstance(source, GGUFCheckpoint) else list(source)
-    sizes = {name: _numel(source, name) for name in names}
-    total, read = max(1, sum(sizes.values())), 0
-    for name in names:
-        if read > READ_BEFORE_REOPENING:
-            source, read = _open(file), 0
-        tensor = source.read(name) if isinstance(source, GGUFCheckpoint) else source[name]
-        read += tensor.nbytes
-        if name in block_types and tensor.dtype == torch.uint8:
-            tensor = dequantize(tensor, block_types[name])
-        yield name, sizes[name] / total, tensor
-
-
-def _open(file: Path) -> GGUFCheckpoint | dict[str, Tensor]:
+    """Yield a file's tensors with their names, and which share of all its values each has."""
     if file.suffix == ".gguf":
-        return GGUFCheckpoint(file)
-    return map_pickle(file) if file.suffix == ".pth" else map_weights(file)
+        if is_later_split(file):
+            return  # read with the first file
+        checkpoint = GGUFCheckpoint(file)
+        sizes = {name: torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names()}
+    else:
+        sizes = {name: tensor.numel() for name, tensor in map_weights(file).items()}
 
+    def reopen() -> Callable[[str], Tensor]:
+        return GGUFCheckpoint(file).read if file.suffix == ".gguf" else map_weights(file).__getitem__
 
-def _block_types(file: Path) -> dict[str, BlockType]:
-    """The types of a safetensors file's tensors that are blocks; GGUF files decode theirs themselves."""
     config = file.parent / "config.json"
-    return read_block_types(config) if file.suffix == ".safetensors" and config.is_file() else {}
-
-
-def _numel(source: GGUFCheckpoint | dict[str, Tensor], name: str) -> int:
-    shape = source.shape(name) if isinstance(source, GGUFCheckpoint) else source[name].shape
-    return torch.Size(shape).numel()
+    block_types = read_block_types(config) if file.suffix == ".safetensors" and config.is_file() else {}
+    total = max(1, sum(sizes.values()))
+    for name, tensor in read_in_turn(sizes, reopen):
+        in_blocks = name in block_types and tensor.dtype == torch.uint8
+        yield name, sizes[name] / total, dequantize(tensor, block_types[name]) if in_blocks else tensor
 
 
 def _wrong_values(tensor: Tensor) -> str | None:
+    """Return how many of a tensor's values are NaN or infinite, or that a matrix has only zeros."""
     nan = infinite = 0
     zero = True
-    for part in tensor.reshape(-1).split(CHECKED_AT_ONCE):
-        nan += int(torch.isnan(part).sum())
-        infinite += int(torch.isinf(part).sum())
-        zero = zero and not bool(part.any())
+    for values in tensor.reshape(-1).split(CHECKED_AT_ONCE):
+        nan += int(torch.isnan(values).sum())
+        infinite += int(torch.isinf(values).sum())
+        zero = zero and not bool(values.any())
     counts = [f"{n} {what}" for n, what in ((nan, "NaN"), (infinite, "infinite")) if n]
     if counts:
         return f"{' and '.join(counts)} of {tensor.numel()} values"
     return "only zeros" if zero and tensor.dim() > 1 else None
 
 
-def _said(error: Exception, file: Path) -> str:
-    """The error without the path, which the table has."""
+def _text(error: Exception, file: Path) -> str:
+    """Return the error in one line without the path, which the table has."""
     text = " ".join(str(error).split())
     return text.removeprefix(str(file)).lstrip(": ") or type(error).__name__

@@ -92,7 +92,7 @@ template <class T> T *aligned_room(std::vector<T> &v, size_t n) {
 }
 
 // y (n, rows) = x (n, columns) times a packed weight, in bf16; columns are a multiple of 32.
-extern "C" void multiply_many(const Weight *weight, const uint16_t *x, int n, uint16_t *y, int threads) {
+extern "C" void gemm(const Weight *weight, const uint16_t *x, int n, uint16_t *y, int threads) {
     const Weight &w = *weight;
     // Tokens that do not stay in a core's cache are read once for two panels, where there is work for all threads.
     const int panels = w.rows >= 1024 * threads ? 2 : 1;
@@ -133,5 +133,5 @@ extern "C" void multiply_many(const Weight *weight, const uint16_t *x, int n, ui
 }
 #else
 extern "C" int has_matrix_unit() { return false; }
-extern "C" void multiply_many(const Weight *, const uint16_t *, int, uint16_t *, int) {}
+extern "C" void gemm(const Weight *, const uint16_t *, int, uint16_t *, int) {}
 #endif

@@ -1,4 +1,4 @@
-// What Python calls (operations.py), beside the functions that headers declare extern "C": one library of them all.
+// What Python calls (ops.py), beside the functions that headers declare extern "C": one library of them all.
 #include "gemm.h"
 #include "many.h"
 #include "pack.h"
@@ -6,9 +6,9 @@
 
 static thread_local Prepared prepared;
 
-extern "C" void run_layers(const Layer *layers, int first, int stop, int halves, const Step *step) {
+extern "C" void run_layers(const Layer *layers, int first, int stop, int halves, const LayersInput *step) {
     static thread_local std::vector<float> kept_q, kept_parts, kept_hidden;
-    const Step &s = *step;
+    const LayersInput &s = *step;
     int max_parts = 1;
     for (int t = 0; t < s.n_tokens; t++) {
         int64_t start = std::max<int64_t>(0, s.positions[t] - s.window + 1);
@@ -46,7 +46,7 @@ extern "C" void unpack(const Weight *weight, int first, int n, void *to, int typ
 }
 
 // Packed rows of the given numbers, (n, columns).
-extern "C" void look_up(const Weight *weight, const int64_t *rows, int n, float *to, int threads) {
+extern "C" void embedding(const Weight *weight, const int64_t *rows, int n, float *to, int threads) {
     const Weight &w = *weight;
 #pragma omp parallel for num_threads(threads)
     for (int i = 0; i < n; i++)
@@ -57,12 +57,12 @@ extern "C" void look_up(const Weight *weight, const int64_t *rows, int n, float 
 }
 
 // y (n, rows) = x (n, columns) times the weight, and its bias.
-extern "C" void multiply_rows(const Weight *weight, const float *x, int n, float *y, int threads) {
+extern "C" void gemv(const Weight *weight, const float *x, int n, float *y, int threads) {
     const Weight &w = *weight;
 #pragma omp parallel num_threads(threads)
     {
         Input input = prepared.made(x, n, w.columns);
-        float made[MOST_TOKENS * TILE];
+        float made[MAX_GEMV_TOKENS * TILE];
         Share share((w.rows + TILE - 1) / TILE, omp_get_thread_num(), omp_get_num_threads());
         for (int tile = share.start; tile < share.stop; tile++) {
             multiply(w, tile, input, n, made);

@@ -3,7 +3,7 @@
 #include "step.h"
 
 // x (n, dim) += delta, if there is one; y = its norm.
-extern "C" void add_and_norm(
+extern "C" void fused_add_rms_norm(
     float *x, const void *delta, const float *weight, float eps, int n, int dim, void *y, int type, int threads
 ) {
 #pragma omp parallel num_threads(threads)
@@ -24,7 +24,7 @@ extern "C" void add_and_norm(
 }
 
 // gates = silu(gates) * ups
-extern "C" void gate(void *gates, const void *ups, size_t n, int type, int threads) {
+extern "C" void silu_and_mul(void *gates, const void *ups, size_t n, int type, int threads) {
     constexpr size_t PIECE = 1024;
 #pragma omp parallel for num_threads(threads)
     for (size_t first = 0; first < n; first += PIECE) {
@@ -39,8 +39,8 @@ extern "C" void gate(void *gates, const void *ups, size_t n, int type, int threa
 
 // Rotates q (n, q_dim) in place, and k (n, kv_dim) on its way into the cache; v goes there as it is. All have the
 // cache's type.
-extern "C" void rotate_and_keep(const Step *step, int layer, void *q, const void *k, const void *v) {
-    const Step &s = *step;
+extern "C" void rope_and_append_kv(const LayersInput *step, int layer, void *q, const void *k, const void *v) {
+    const LayersInput &s = *step;
     const int q_dim = s.n_heads * s.head_dim, kv_dim = s.n_kv_heads * s.head_dim, size = value_bytes(s.cache_type);
 #pragma omp parallel num_threads(s.threads)
     {

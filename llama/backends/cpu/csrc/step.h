@@ -3,14 +3,14 @@
 #include "attention.h"
 #include "team.h"
 
-constexpr int MOST_TOKENS = 16;  // FEW in operations.py
+constexpr int MAX_GEMV_TOKENS = 16;  // FEW in ops.py
 
 struct Layer {
     Weight wq, wk, wv, wo, w1, w2, w3;
     const float *attention_norm, *ffn_norm;
 };
 
-struct Step {
+struct LayersInput {
     int32_t n_tokens, seqlen;  // of rows after one another, seqlen each
     int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, cache_type;
     int64_t window;  // how many keys a query sees
@@ -25,7 +25,7 @@ struct Step {
 };
 
 // Where in the cache token t's key and value begin, in values.
-inline size_t slot(const Step &s, int layer, int t) {
+inline size_t slot(const LayersInput &s, int layer, int t) {
     return size_t(layer) * s.layer_stride + size_t(t / s.seqlen) * s.row_stride +
            size_t(s.positions[t]) * s.n_kv_heads * s.head_dim;
 }
@@ -70,7 +70,7 @@ struct Prepared {
 };
 
 struct Work {
-    const Step &s;
+    const LayersInput &s;
     Team &team;
     int rank;
     float *q, *parts, *hidden;  // shared by the threads
@@ -80,7 +80,7 @@ struct Work {
     int first_key(int t) const { return int(std::max<int64_t>(0, s.positions[t] - s.window + 1)); }
 
     template <class Use> void tiles(const Weight &w, const Input &x, Use use) {
-        float y[MOST_TOKENS * TILE];
+        float y[MAX_GEMV_TOKENS * TILE];
         Share share((w.rows + TILE - 1) / TILE, rank, team.size);
         for (int tile = share.start; tile < share.stop; tile++) {
             multiply(w, tile, x, s.n_tokens, y);
@@ -143,7 +143,7 @@ struct Work {
     void feed_forward(const Layer &w) {
         const int n = s.n_tokens;
         Input x = own.normed(s.x, w.ffn_norm, n, s.dim, s.eps);
-        float up[MOST_TOKENS * TILE];
+        float up[MAX_GEMV_TOKENS * TILE];
         tiles(w.w1, x, [&](int row, int rows, float *y) {
             multiply(w.w3, row / TILE, x, n, up);
             for (int t = 0; t < n; t++) {

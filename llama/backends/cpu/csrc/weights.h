@@ -10,7 +10,7 @@
 //   Q4_1       32  half scale[16], least[16]                                         [4]
 //   Q4_K      256  half d[16], dmin[16], uint8 scale[8][16], least[8][16]            [32]
 //   Q6_K      256  half d[16], int8 scale[16][16]                                    [32] low 4 bits, [16] high 2
-// The order of additions for a token does not depend on how many tokens there are.
+// The order of additions for a token does not depend on how many tokens there are: see D30.
 #pragma once
 #include "vectors.h"
 

@@ -1,4 +1,4 @@
-"""Check a checkpoint before it is used: files whole and what their names say, and all of them belonging together."""
+"""`llama verify`: a checkpoint's files are whole, what their names say, and belong together."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from tqdm import tqdm
 
 from llama.checkpoint.verify.checksums import Finding, write_list
 from llama.checkpoint.verify.verify import bytes_to_read, checked_files, verify
-from llama.cli import flags as cli
 
 
-def main(path: str, *, deep: bool = False, write: bool = False) -> None:
+def main(path: Path, *, deep: bool = False, write: bool = False) -> None:
     """Check the checkpoint PATH; the exit code is 1 when something is wrong, and all that is wrong is listed.
 
     Args:
         path: a folder of Meta's or Hugging Face's format, or a GGUF file.
         deep: also read all weights, and count NaN and infinite values.
         write: if nothing is wrong, write checksums.sha256 (or FILE.gguf.sha256), for later runs and for sha256sum -c.
+
+    Examples:
+        llama verify Meta-Llama-3-8B --deep
     """
-    place = Path(path).expanduser()
+    path = path.expanduser()
     findings = []
-    total = bytes_to_read(place, deep) if place.exists() else 0
+    total = bytes_to_read(path, deep) if path.exists() else 0
     with _bar(total, "checking") as bar:
-        for finding in verify(place, deep, bar.update):
+        for finding in verify(path, deep, bar.update):
             findings.append(finding)
             bar.set_postfix_str(finding.file, refresh=False)
     print_table(findings)
@@ -34,9 +36,9 @@ def main(path: str, *, deep: bool = False, write: bool = False) -> None:
         sys.exit(1)
     print("all is well" + ("" if deep else ", as far as can be told without reading the weights: --deep does"))
     if write:
-        files = checked_files(place)
+        files = checked_files(path)
         with _bar(sum(file.stat().st_size for file in files), "sha256") as bar:
-            print(f"wrote {write_list(place, files, bar.update)}")
+            print(f"wrote {write_list(path, files, bar.update)}")
 
 
 def _bar(total: int, what: str) -> tqdm:
@@ -52,7 +54,3 @@ def print_table(findings: list[Finding]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for file, size, what, result in rows:
         print(f"{file:{widths[0]}}  {size:>{widths[1]}}  {what:{widths[2]}}  {result}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

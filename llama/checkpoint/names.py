@@ -1,0 +1,71 @@
+"""Translate the names of tensors between formats. Readers, writers and checks use this table alone.
+
+Inside this package a tensor has Meta's name, which is also its parameter's in `llama.model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+NamingScheme = Literal["hf", "gguf"]
+
+# Modules by Meta's name, Hugging Face's and GGUF's; those of a layer follow its prefix and number.
+MODULE_NAMES = (
+    ("tok_embeddings", "model.embed_tokens", "token_embd"),
+    ("norm", "model.norm", "output_norm"),
+    ("output", "lm_head", "output"),
+    ("attention.wq", "self_attn.q_proj", "attn_q"),
+    ("attention.wk", "self_attn.k_proj", "attn_k"),
+    ("attention.wv", "self_attn.v_proj", "attn_v"),
+    ("attention.wo", "self_attn.o_proj", "attn_output"),
+    ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
+    ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
+    ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+    ("attention_norm", "input_layernorm", "attn_norm"),
+    ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
+)
+# Stored by some files, computed here: names in Meta's files, and the end of names in Hugging Face's.
+META_DERIVED = {"rope.freqs"}
+HF_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+# Modules whose outputs RoPE rotates, so that the order of their rows is the format's.
+ROTATED = {"wq", "wk"}
+
+META_LAYERS = "layers."
+LAYER_PREFIXES: dict[NamingScheme, str] = {"hf": "model.layers.", "gguf": "blk."}
+
+_FROM_META: dict[NamingScheme, dict[str, str]] = {
+    "hf": {meta: hf for meta, hf, _ in MODULE_NAMES},
+    "gguf": {meta: gguf for meta, _, gguf in MODULE_NAMES},
+}
+_TO_META = {scheme: {name: meta for meta, name in names.items()} for scheme, names in _FROM_META.items()}
+
+
+def meta_name(name: str, scheme: NamingScheme) -> str:
+    """Translate a name of a file: "blk.3.attn_q.weight" -> "layers.3.attention.wq.weight".
+
+    Quote a name that the table lacks, so that it equals none of the model's: a Hugging Face folder whose tensors have
+    Meta's names would otherwise pass, and have the rows of its Q and K put out of order.
+    """
+    return _translate(name, LAYER_PREFIXES[scheme], META_LAYERS, _TO_META[scheme]) or repr(name)
+
+
+def stored_name(name: str, scheme: NamingScheme) -> str:
+    """Translate a name of the model: "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
+    stored = _translate(name, META_LAYERS, LAYER_PREFIXES[scheme], _FROM_META[scheme])
+    assert stored is not None, name
+    return stored
+
+
+def module_name(name: str) -> str:
+    """Return the last module that a tensor's name leads to: "layers.3.attention.wq.weight" -> "wq"."""
+    return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _translate(name: str, prefix: str, new_prefix: str, modules: Mapping[str, str]) -> str | None:
+    module, _, parameter = name.rpartition(".")
+    layer = ""
+    if module.startswith(prefix):
+        number, _, module = module.removeprefix(prefix).partition(".")
+        layer = f"{new_prefix}{number}."
+    return f"{layer}{modules[module]}.{parameter}" if module in modules else None

@@ -1,0 +1,25 @@
+"""How a model's and a sampler's options become flags: what every command has in common of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama.cli.flags import Fields, Late
+from llama.cli.get import demo_model
+
+# What chooses, proposes or words tokens: no flags of commands that only read them, or take any.
+GENERATION = ("seed", "chat_format", "speculate", "draft_ckpt_dir", "draft_quantize")
+SIZES = ("max_seq_len", "max_batch_size")
+
+DEMO_MODEL = Late("the demo model", demo_model)
+
+
+def build_flags(*hidden: str, words: Sequence[str] = (), **defaults: Any) -> Fields:
+    """Flags of BuildOptions but for `hidden`; the demo model is the default of --ckpt_dir."""
+    return Fields("the model", hidden, words, {"ckpt_dir": DEMO_MODEL, **defaults})
+
+
+def sampling_flags(*hidden: str, **defaults: Any) -> Fields:
+    """Flags of SamplingParams but for `hidden`; --seed is that of BuildOptions."""
+    return Fields("sampling", ("seed", *hidden), (), defaults)

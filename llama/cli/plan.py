@@ -1,0 +1,48 @@
+"""`llama plan`: the memory that a run would need on each rank, told before any weight is read."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Sequence
+from typing import Annotated
+
+from llama.cli.options import GENERATION, build_flags, sampling_flags
+from llama.cli.runner import is_first_rank
+from llama.distributed.job import agree
+from llama.engine.build import plan_run
+from llama.engine.options import BuildOptions
+from llama.sampling import SamplingParams
+
+
+def main(
+    options: Annotated[BuildOptions, build_flags(*GENERATION, "compile")],
+    params: Annotated[SamplingParams, sampling_flags("temperature", "top_p", max_gen_len=64)],
+    *,
+    prompt: list[str] | None = None,
+) -> None:
+    """Print a table of the memory that each rank needs and has; exit code 1 when it does not fit.
+
+    The plan is for the most that --max_seq_len and --max_batch_size allow and, where prompts are given, for these. One
+    process plans for any number of ranks, which --model_parallel_size says.
+
+    Args:
+        prompt: text to complete; repeat the flag or give a JSON list for several.
+
+    Examples:
+        llama plan --ckpt_dir Llama-3.1-70B --model_parallel_size 8
+        llama plan --ckpt_dir Llama-3.2-1B --quantize int8 --max_seq_len 131072 --max_batch_size 1
+    """
+    end_with_plan(options, prompt or (), params)
+
+
+def end_with_plan(
+    options: BuildOptions, prompts: Sequence[str] = (), params: SamplingParams | None = None
+) -> typing.NoReturn:
+    """Print the plan of a run and exit, with code 1 when it does not fit."""
+    params = params or SamplingParams()
+    table, fits = plan_run(options, prompts, params.max_gen_len, params.echo and params.logprobs)
+    with agree():  # all ranks wait: torchrun ends them when the first exits with 1
+        if is_first_rank():
+            print(table, flush=True)
+    sys.exit(0 if fits else 1)

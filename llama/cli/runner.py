@@ -1,0 +1,101 @@
+"""Run a command: flags from the command line, one line and exit code 1 for a user's error, on one rank or many.
+
+Imports torch only where ranks have to leave together, so that help and small commands come at once.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+import time
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llama.cli.flags import parse
+from llama.cli.help import page
+
+# Ranks that are not to speak wait this long for torchrun to end them, so that it does not end the one that speaks.
+SECONDS_TO_SPEAK = 30
+
+
+def is_first_rank() -> bool:
+    """Whether this is the one process of the job that prints results; before any process group exists, too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run a script's only command with the flags in sys.argv."""
+    supervise(lambda: call(command, Path(sys.argv[0]).name, sys.argv[1:]))
+
+
+def call(command: Callable[..., None], name: str, argv: Sequence[str]) -> None:
+    """Call a command with flags, or print its help; ValueError where a flag is wrong."""
+    arguments = parse(command, argv)
+    if arguments is not None:
+        command(**arguments)
+    elif is_first_rank():
+        print(page(command, name))
+
+
+def supervise(job: Callable[[], None]) -> None:
+    """Do what a user asked for. A user's error is one line on stderr, from one rank, and exit code 1."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
+    )
+    if not is_first_rank():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a job of several ranks, and one is enough to say so
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks shall not lose the rest
+    try:
+        job()
+        _leave_together()
+    except BrokenPipeError:
+        discard_stdout()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except _errors_of_users() as error:
+        _fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def discard_stdout() -> None:
+    """Print to nobody from here on: the reader of stdout has seen enough, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_on_sigterm() -> None:
+    """Make SIGTERM an exception, so that what is incomplete is removed on the way out."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def _errors_of_users() -> tuple[type[Exception], ...]:
+    """What a user can cause; asked when something was raised, which a process without torch cannot have from it."""
+    torch = sys.modules.get("torch")
+    return (ValueError, OSError) if torch is None else (ValueError, OSError, torch.OutOfMemoryError)
+
+
+def _leave_together() -> None:
+    """End all ranks of a finished job at once, without the interpreter's clean-up.
+
+    A rank that ends while another still talks to it can abort there: see D18.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from llama.distributed.job import agree
+
+        with agree():
+            sys.stdout.flush()
+        os._exit(0)
+
+
+def _fail(message: str) -> typing.NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
+    else:
+        time.sleep(SECONDS_TO_SPEAK)  # whoever lives on is the only one that failed
+        sys.stderr.write(f"error: {message}\n")
+    sys.exit(1)

@@ -1,0 +1,63 @@
+"""What a user chooses when a model is built, as one frozen object that is checked where it is made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from llama.config import check_int
+
+QUANTIZE_MODES = ("int8", "int4", "fp8")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to load a model; wrong values raise ValueError, and files are looked at only by the build itself.
+
+    Args:
+        ckpt_dir: Meta or Hugging Face folder, or .gguf file.
+        tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
+        max_seq_len: most tokens of a prompt and its completion together.
+        max_batch_size: most prompts to run at once; more are run in turn.
+        model_parallel_size: ranks that share one copy of the model; default: all.
+        seed: the same seed gives the same texts.
+        device: cuda, mps or cpu; default: the first of these that is there.
+        dtype: float32, bfloat16 or float16; default: what the device computes well.
+        chat_format: template (the model's own), llama2, llama3, chatml or codellama70b; default: told by the model.
+        quantize: int8, int4 or, on GPUs, fp8: 8.5, 5 or 8 bits a value; blocks that are no larger stay as they are.
+        compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
+        speculate: lookup proposes tokens from what the text said before; texts stay the same, some come faster.
+        draft_ckpt_dir: a smaller model of the same vocabulary, which proposes tokens instead.
+        draft_quantize: int8, int4 or fp8: hold the draft model so; then it may be the model itself.
+    """
+
+    ckpt_dir: str | os.PathLike[str]
+    tokenizer_path: str | os.PathLike[str] | None = None
+    max_seq_len: int = 2048
+    max_batch_size: int = 32
+    model_parallel_size: int | None = None
+    seed: int = 1
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    chat_format: str | None = None
+    quantize: str | None = None
+    compile: bool = False
+    speculate: str | None = None
+    draft_ckpt_dir: str | os.PathLike[str] | None = None
+    draft_quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        check_int("max_seq_len", self.max_seq_len)
+        check_int("max_batch_size", self.max_batch_size)
+        for name in ("quantize", "draft_quantize"):
+            mode = getattr(self, name)
+            if mode is not None and mode not in QUANTIZE_MODES:
+                raise ValueError(f"{name} must be one of {', '.join(QUANTIZE_MODES)}, got {mode!r}")
+        if self.draft_quantize is not None and self.draft_ckpt_dir is None:
+            raise ValueError(f"draft_quantize {self.draft_quantize} needs a draft model: give --draft_ckpt_dir, too")
+        if self.speculate not in (None, "lookup"):
+            raise ValueError(f"speculate must be lookup, or left out, got {self.speculate!r}")
+        if self.speculate is not None and self.draft_ckpt_dir is not None:
+            raise ValueError(f"speculate {self.speculate} and a draft model both propose tokens: give one of them")

@@ -1,0 +1,104 @@
+"""Quantized weights: what a linear or an embedding holds in place of a Parameter, and products in torch with either.
+
+Knows nothing of ranks, of the model's architecture or of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.quantization.gguf_blocks import BlockType, dequantize
+
+# Values of a quantized weight that are dequantized at once, for many tokens.
+MAX_DEQUANTIZED_VALUES = 1 << 22
+
+
+class QuantizedWeight(nn.Module):
+    """A matrix (out, in) of quantized values. Subclasses differ in how the values lie in memory."""
+
+    block_type: BlockType
+    shape: torch.Size
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Multiply x (..., in) by the matrix transposed: (..., out) in `dtype`, or else in x's."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows by their numbers, as an embedding does: fp32 (*ids.shape, in)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        """Return the bytes that a matrix of this class takes."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+
+class BlockWeight(QuantizedWeight):
+    """Blocks as GGUF stores them, on any device; torch dequantizes them where they are used."""
+
+    blocks: Tensor  # uint8 (out, bytes of a row)
+
+    def __init__(self, blocks: Tensor, block_type: BlockType) -> None:
+        super().__init__()
+        self.block_type = block_type
+        self.register_buffer("blocks", blocks)
+        self.shape = matrix_shape(blocks, block_type)
+
+    @staticmethod
+    def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
+        return rows * columns // block_type.elements * block_type.size
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        parts = self.blocks.split(max(1, MAX_DEQUANTIZED_VALUES // self.shape[1]))
+        y = torch.cat([F.linear(x, dequantize(part, self.block_type).type_as(x)) for part in parts], dim=-1)
+        return y.to(dtype or x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return dequantize(F.embedding(ids, self.blocks), self.block_type)
+
+
+Weight = Tensor | QuantizedWeight
+# Multiplies x (..., in) by a weight (out, in) transposed: (..., out) in the dtype given, or else in x's.
+MatMul = Callable[[Tensor, Any, torch.dtype | None], Tensor]
+
+
+def quantized_matmul(x: Tensor, weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiply x (..., in) by a quantized weight (out, in) transposed: (..., out)."""
+    return weight.forward(x, dtype)
+
+
+def float_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiply x (..., in) by floats (out, in) transposed: (..., out), rounded once, to `dtype`, where torch can."""
+    dtype = dtype or x.dtype
+    if weight.device.type == "cpu" and x.numel() == x.shape[-1]:
+        # For one token a CPU's bf16 matrix product takes 1.5 to 2 times as long as its matrix-vector product, and that
+        # twice as long as the one loop that Inductor makes of a sum: see D6.
+        if torch.compiler.is_compiling():
+            y = (weight.float() * x.float()).sum(-1)
+        else:
+            y = torch.mv(weight, x.view(-1).type_as(weight))
+        return y.view(*x.shape[:-1], -1).to(dtype)
+    if dtype == torch.float32 and weight.dtype != dtype and x.device.type == "cuda" and torch.version.cuda is not None:
+        y = torch.mm(x.reshape(-1, x.shape[-1]).type_as(weight), weight.t(), out_dtype=dtype)
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x.type_as(weight), weight).to(dtype)
+
+
+def quantized_embedding(ids: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Return rows of a quantized weight (n, dim): fp32 (*ids.shape, dim)."""
+    return weight.rows(ids)
+
+
+def matrix_shape(blocks: Tensor, block_type: BlockType) -> torch.Size:
+    """Return (out, in) of raw blocks (out, bytes of a row)."""
+    rows, n_bytes = blocks.shape
+    return torch.Size((rows, n_bytes // block_type.size * block_type.elements))

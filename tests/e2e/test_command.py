@@ -1,0 +1,72 @@
+"""The `llama` command as a whole: its pages, its version, and subcommands that no other test runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama as package
+from tests.e2e.processes import COMPLETION, LLAMA, llama, python, run, torchrun
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=str)
+def test_help_names_every_subcommand(words: list[str]) -> None:
+    done = llama(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: llama COMMAND ")
+    names = re.findall(r"^  ([a-z]+)  +[a-z]", done.stdout, re.MULTILINE)
+    folder = Path(package.__file__).parent / "cli"
+    commands = {path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text(encoding="utf-8")}
+    assert sorted(names) == sorted(commands - {"main"})
+
+
+def test_help_and_version_do_not_wait_for_torch() -> None:
+    """Importing torch takes more than a second."""
+    code = "import sys; from llama.cli.main import dispatch; dispatch(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for word in ("--help", "--version", "get --help"):
+        done = run([sys.executable, "-c", code, *word.split()])
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = llama("--version")
+    assert done.stdout == f"llama {package.__version__}\n" and re.fullmatch(r"\d+\.\d+\.\d+", package.__version__)
+
+
+def test_the_example_and_the_command_are_one(tiny_folder: Path) -> None:
+    flags = ["--ckpt_dir", tiny_folder, "--prompt", "hello", "--max_gen_len", "5", "--seed", "3", "--json"]
+    assert llama("complete", *flags).json_lines == python(COMPLETION, *flags).json_lines
+
+
+def test_the_command_runs_on_ranks(tiny_folder: Path) -> None:
+    flags = ["--ckpt_dir", tiny_folder, "--prompt", "hello", "--max_gen_len", "5", "--json", "--dtype", "float32"]
+    assert torchrun(2, *LLAMA, "complete", *flags).json_lines == llama("complete", *flags).json_lines
+
+
+def test_a_plan_is_that_of_a_dry_run(tiny_folder: Path) -> None:
+    flags = ["--ckpt_dir", tiny_folder, "--device", "cpu", "--prompt", "hello", "--max_gen_len", "9"]
+    planned, dry = llama("plan", *flags), llama("complete", *flags, "--dry_run")
+    assert planned.returncode == 0 and planned.stderr == ""
+    # What is free is another process's at every moment.
+    tables = [re.sub(r"(?m)^free.*\n", "", done.stdout) for done in (planned, dry)]
+    assert tables[0] == tables[1] and "these prompts" in tables[0]
+    assert "these prompts" not in llama("plan", *flags[:4]).stdout
+
+
+def test_a_bench_says_how_fast_prefill_and_decode_are(tiny_folder: Path) -> None:
+    """End tokens would end some runs early: gen_len is the number of tokens all the same."""
+    flags = ["--ckpt_dir", tiny_folder, "--prompt_len", "40", "--gen_len", "30", "--runs", "2"]
+    (figures,) = llama("bench", *flags, "--json").json_lines
+    assert (figures["prompt_len"], figures["gen_len"], figures["runs"], figures["ranks"]) == (40, 30, 2, 1)
+    assert figures["prefill_tok_s"] > 0 and figures["decode_tok_s"] > 0 and figures["bandwidth_gb_s"] > 0
+    done = llama("bench", *flags)
+    assert re.fullmatch(
+        r"prefill 40 tokens at [\d.]+ tok/s; decode 30 tokens at [\d.]+ tok/s, [\d.]+ GB/s of weights; median of 2\n",
+        done.stdout,
+    )
+    two = torchrun(2, *LLAMA, "bench", *flags, "--json")
+    assert [json.loads(line)["ranks"] for line in two.stdout.splitlines()] == [2]

@@ -1,0 +1,186 @@
+"""Flags from the types of a function: dataclasses become a flag a field, values are verbatim, mistakes are named."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+
+from llama.cli.complete import main as complete
+from llama.cli.flags import Fields, Late, flags_of, parse
+from llama.cli.help import page
+from llama.cli.main import NAMES
+from llama.engine.options import BuildOptions
+from llama.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What drives.
+
+    Args:
+        fuel: what it burns.
+        cylinders: how many; default: as many as
+            there is room for.
+        turbo: breathe faster.
+        seed: of the engine.
+    """
+
+    fuel: str
+    cylinders: int | None = None
+    turbo: bool = False
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.fuel == "water":
+            raise ValueError("fuel must burn, got 'water'")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Who drives.
+
+    Args:
+        name: what they are called.
+        seed: of the driver.
+        speed: most km/h.
+    """
+
+    name: str = "Ada"
+    seed: int | None = None
+    speed: float = 50.0
+
+
+def find_fuel() -> str:
+    raise FileNotFoundError("no fuel here")
+
+
+FUEL = Late("what is there", find_fuel)
+
+
+def drive(
+    engine: Annotated[Engine, Fields("the engine", words=["fuel"], defaults={"fuel": FUEL})],
+    driver: Annotated[Driver, Fields("the driver", hidden=["seed", "name"], defaults={"name": "Bo", "speed": 80.0})],
+    *,
+    to: list[str] | None = None,
+    map: Path | None = None,
+) -> None:
+    """Drive somewhere.
+
+    Args:
+        to: where.
+        map: what to follow.
+
+    Examples:
+        llama drive petrol --to sea
+    """
+
+
+def test_a_dataclass_becomes_a_flag_a_field_and_comes_back_whole() -> None:
+    words = ["petrol", "--turbo", "--cylinders", "4", "--speed=120", "--map", "x"]
+    assert parse(drive, [*words, "--to", "a,b", "--to", '["None", "-"]']) == {
+        "engine": Engine("petrol", 4, True),
+        "driver": Driver("Bo", speed=120.0),
+        "to": ["a,b", "None", "-"],
+        "map": Path("x"),
+    }
+
+
+def test_a_command_changes_defaults_and_hides_fields() -> None:
+    """Two objects may have a field of one name: the flag sets the one that is not hidden."""
+    assert parse(drive, ["--fuel", "gas", "--seed", "7"]) == {
+        "engine": Engine("gas", seed=7),
+        "driver": Driver("Bo", None, 80.0),
+    }
+    assert list(flags_of(drive)) == ["fuel", "cylinders", "turbo", "seed", "speed", "to", "map"]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--name", "Cy"], "unknown flag --name"),
+        (["--cylnders", "4"], "unknown flag --cylnders: did you mean --cylinders?"),
+        (["--cylinders", "four"], "--cylinders must be an integer, got 'four'"),
+        (["--speed", "fast"], "--speed must be a number, got 'fast'"),
+        (["--turbo=a bit"], "--turbo is on or off: give it alone, got 'a bit'"),
+        (["petrol", "gas"], "unexpected argument 'gas'"),
+        (["water"], "fuel must burn, got 'water'"),
+        (["--speed"], "--speed needs a value"),
+    ],
+    ids=str,
+)
+def test_a_wrong_flag_is_named_before_anything_is_looked_for(words: list[str], error: str) -> None:
+    """A default that has to be found is not: its own error would hide the typing mistake."""
+    with pytest.raises(ValueError, match=error.replace("?", r"\?")):
+        parse(drive, words)
+
+
+def test_a_default_is_looked_up_where_its_flag_is_missing() -> None:
+    with pytest.raises(FileNotFoundError, match="no fuel here"):
+        parse(drive, [])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["petrol", "--speed", "9", "--help"]], ids=str)
+def test_help_is_asked_for_only_in_a_flags_place(words: list[str]) -> None:
+    assert parse(drive, words) is None
+    assert parse(drive, ["petrol", "--to", "--help"]) == parse(drive, ["petrol", "--to=--help"]) is not None
+
+
+def test_a_help_page_names_flags_values_defaults_and_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert page(drive, "llama drive").splitlines() == [
+        "usage: llama drive [FUEL] [--flag value]...",
+        "",
+        "Drive somewhere.",
+        "",
+        "this run:",
+        "  --to TEXT      where",
+        "  --map PATH     what to follow",
+        "",
+        "the engine:",
+        "  --fuel VALUE   what it burns (default: what is there)",
+        "  --cylinders N  how many (default: as many as there is room",
+        "                 for)",
+        "  --turbo        breathe faster",
+        "",
+        "the driver:",
+        "  --speed X      most km/h (default: 80.0)",
+        "",
+        "sampling:",
+        "  --seed N       of the engine (default: 1)",
+        "",
+        "examples:",
+        "  llama drive petrol --to sea",
+    ]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 300])
+def test_help_is_as_wide_as_the_terminal_up_to_a_hundred(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text, _, _ = page(complete, "llama complete").partition("examples:")
+    longest = max(map(len, text.splitlines()))
+    assert longest <= max(columns, 51) and longest <= 100  # 27 of flags, and never fewer than 24 of meaning
+    assert longest > 0.8 * min(columns, 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_of_every_command_has_a_meaning(name: str) -> None:
+    command = importlib.import_module(f"llama.cli.{name}").main
+    assert [flag.name for flag in flags_of(command).values() if not flag.meaning] == []
+    text = page(command, f"llama {name}")
+    assert text.startswith(f"usage: llama {name}")
+    assert [flag.shown for flag in flags_of(command).values() if text.count(f"\n  {flag.shown} ") != 1] == []
+
+
+def test_completing_takes_every_option_of_building_and_sampling() -> None:
+    """A new field of the options is a flag at once: no list of them is kept in the command."""
+    fields = {each.name for kind in (BuildOptions, SamplingParams) for each in dataclasses.fields(kind)}
+    assert fields - flags_of(complete).keys() == {"chat_format"}
+    assert parse(complete, ["--ckpt_dir", "a", "--seed", "3", "--top_p", "0.5", "--compile"]) == {
+        "options": BuildOptions("a", seed=3, compile=True),
+        "params": SamplingParams(top_p=0.5, max_gen_len=64),
+    }
