@@ -26,12 +26,12 @@ BYTES_DTYPE = "U8"  # safetensors' name of bytes, which may be blocks
 
 
 class HuggingFaceCheckpoint:
-    """Read a folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read.
+    """Read a folder in Hugging Face's layout. Files are mapped; rows of Q and K are put into Meta's order: see D15.
 
     Weights may be blocks, of types that config.json gives: `read` decodes them.
     """
 
-    pads_vocab = True
+    pads_vocab = True  # see D16
     tokenizer_metadata = None
 
     def __init__(self, folder: Path) -> None:
