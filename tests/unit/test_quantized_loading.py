@@ -66,7 +66,7 @@ def matrices(model: Transformer) -> dict[str, Any]:
 
 def held_bytes(model: Transformer) -> int:
     blocks = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
-    return sum(weight.nbytes for weight in [*model.parameters(), *blocks])
+    return sum(weight.nbytes for weight in model.parameters()) + sum(weight.nbytes for weight in blocks)
 
 
 @needs_kernels
