@@ -59,8 +59,8 @@ class HuggingFaceCheckpoint:
         for name, tensor in self._tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
                 raise ValueError(f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(WEIGHT_DTYPES)} work")
-        blocks = self.is_quantized or not self._tensors
-        self.dtype = torch.bfloat16 if blocks else next(iter(self._tensors.values())).dtype
+        no_dtype = self.is_quantized or not self._tensors
+        self.dtype = torch.bfloat16 if no_dtype else next(iter(self._tensors.values())).dtype
 
     @property
     def context_len(self) -> int | None:
