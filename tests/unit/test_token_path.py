@@ -1,4 +1,4 @@
-"""A decode token passes few files and few Python calls, so that a reader can follow it and a CPU need not wait for it."""
+"""A decode token passes few files and few Python calls: a reader can follow it, and a CPU does not wait for it."""
 
 from __future__ import annotations
 
