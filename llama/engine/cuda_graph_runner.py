@@ -95,7 +95,7 @@ class CudaGraphRunner:
         self._uniforms[target] = self._uniforms[source]
 
     def _rows(self, bsz: int) -> int:
-        """Return the number of rows of the graph for bsz rows; those beyond are rows of the cache without a sequence."""
+        """Return the number of rows of the graph for bsz rows; the cache's rows beyond bsz have no sequence."""
         rows = 1 << (bsz - 1).bit_length() if bsz <= ROWS_MULTIPLE else -(-bsz // ROWS_MULTIPLE) * ROWS_MULTIPLE
         return min(rows, len(self._running))
 
