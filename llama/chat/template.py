@@ -120,6 +120,7 @@ class TemplateChat:
         return _any_of(_apart(constants, self._spellings), re.IGNORECASE)
 
     def _ask(self, dialogs: list[list[dict[str, str]]]) -> dict[str, Any]:
+        """Return the prompts of dialogs, and the template's constants."""
         return self._renderer.ask({"source": self._source, "variables": self._variables, "dialogs": dialogs})
 
 

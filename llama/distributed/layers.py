@@ -65,8 +65,8 @@ class VocabParallelEmbedding(nn.Module):
         if self.parallel.size == 1:
             return self.embedding(tokens, self.weight)
         local = tokens - self.parallel.rank * self.weight.shape[0]
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        embedded = self.embedding(local.where(mine, 0), self.weight) * mine[..., None]
+        is_local = (local >= 0) & (local < self.weight.shape[0])
+        embedded = self.embedding(local.where(is_local, 0), self.weight) * is_local[..., None]
         return self.parallel.all_reduce(embedded)
 
 

@@ -84,6 +84,7 @@ class RunnerPool:
             self.pooled[keep_cache] = PooledRunners(runners, [backend_of(model) for model in self._models])
 
     def _make_runners(self, contexts: list[Context]) -> list[Runner]:
+        """Make a runner for each context: of CUDA graphs, if its model's backend captures them."""
         runners: list[Runner] = []
         for context in contexts:
             backend = backend_of(context.model)

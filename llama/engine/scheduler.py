@@ -176,6 +176,7 @@ class Batch:
         return output
 
     def _count_step(self) -> None:
+        """Add the step that was waited for to the metrics."""
         now, metrics = time.perf_counter(), self.metrics
         metrics.decode_seconds += now - self._began
         metrics.decode_steps += 1

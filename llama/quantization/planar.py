@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType
 from llama.quantization.weights import QuantizedWeight, float_matmul
 
-# Most tokens of products whose results do not depend on the number of tokens, and most that tensor cores multiply by
-# the stored codes: see D41.
+# Tokens whose results do not depend on each other, and tokens that tensor cores take from the stored codes: see D41.
 FEW = 8
 MOST = 64
-# Values that are dequantized at once for products of more tokens: 128 MB in 16 bits.
+# Beyond: values that are dequantized at once, 128 MB in 16 bits.
 MAX_DEQUANTIZED_VALUES = 1 << 26
 # Values that are taken apart, or rounded to 8 bits, at once: each needs a few bytes of temporary memory.
 QUANTIZED_AT_ONCE = 1 << 24
@@ -109,8 +108,8 @@ class PlanarWeight(QuantizedWeight):
 class Fp8Weight(QuantizedWeight):
     """A matrix (out, in) of 8-bit floats (e4m3, torch.float8_e4m3fn), with one fp32 scale a row (see D43).
 
-    Products of up to MOST tokens round nothing else. For more tokens, where the GPU multiplies 8-bit floats itself
-    (Hopper), activations are rounded to 8 bits as well, each token with a scale of its own.
+    Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),
+    activations are rounded to 8 bits as well, each token with a scale of its own.
     """
 
     codes: Tensor  # float8_e4m3fn (out, in)

@@ -45,6 +45,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _cache_folder() -> Path:
+    """Return the user's cache folder for this package, or a path that cannot be written where there is none."""
     folder = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(folder) if folder else Path.home() / ".cache") / "llama"
