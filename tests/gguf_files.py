@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -93,7 +93,7 @@ SUPERBLOCKS = {"Q4_K": ((0, 1.0), (2, 7.5), 255.0), "Q6_K": ((208, 1.0), 1367.0)
 def superblocks(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Random codes, and scales that give the values about the tensor's standard deviation."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
-    *halves, deviation = SUPERBLOCKS[kind.name]
+    *halves, deviation = cast(Any, SUPERBLOCKS[kind.name])
     generator = np.random.default_rng(int(tensor.float().abs().sum() * 1000))
     n_blocks = tensor.numel() // elements
     blocks = generator.integers(0, 256, (n_blocks, size), np.uint8)

@@ -25,7 +25,7 @@ def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     pre, suf, mid = (tokenizer.special_tokens[token] for token in (PREFIX, SUFFIX, MIDDLE))
     # The suffix continues a text: it gets no space before its first word.
     before = tokenizer.encode(prefix, bos=False, eos=False)
-    after = tokenizer.encode(suffix, bos=False, eos=False, continues=True)
+    after = tokenizer.encode(suffix, bos=False, eos=False, add_prefix_space=False)
     if suffix_first:
         return [tokenizer.bos_id, pre, suf, *after, mid, *before]
     return [tokenizer.bos_id, pre, *before, suf, *after, mid]

@@ -48,7 +48,8 @@ class TemplateChat:
     Linux, 512 MiB of a process of its own (see D14). A template can still write any prompt it likes.
 
     Text between control tokens is encoded in one piece; whether SentencePiece's prefix space begins each piece or
-    only the prompt, the tokenizer knows (`restarts`). An added token's lstrip and rstrip are not known here.
+    only the prompt, the tokenizer knows (`prefix_space_after_special`). An added token's lstrip and rstrip are not
+    known here.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -71,8 +72,8 @@ class TemplateChat:
             if i % 2 == 1:
                 ids.append(self.tokenizer.special_tokens[part])
             else:
-                continues = i > 0 and not self.tokenizer.restarts
-                ids += self.tokenizer.encode(part.translate(originals), bos=False, eos=False, continues=continues)
+                prefix_space = i == 0 or self.tokenizer.prefix_space_after_special
+                ids += self.tokenizer.encode(part.translate(originals), False, False, add_prefix_space=prefix_space)
         return ids
 
     def is_unsafe(self, dialog: Sequence[Mapping[str, object]]) -> bool:

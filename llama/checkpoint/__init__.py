@@ -1,4 +1,4 @@
-"""Checkpoints of every format behind one protocol of whole tensors, and the rule that gives each rank its part."""
+"""Read checkpoints of every format behind one protocol of whole tensors, and give each rank its part of them."""
 
 from llama.checkpoint.base import Checkpoint, StoredCheckpoint
 from llama.checkpoint.load import load_weights

@@ -1,4 +1,4 @@
-"""What a checkpoint offers, whatever its format: the architecture, and whole tensors under Meta's names."""
+"""Define what a checkpoint offers, whatever its format: the architecture, and whole tensors under Meta's names."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def read_in_turn(names: Iterable[str], reopen: Callable[[], Callable[[str], Tens
 
 
 class Checkpoint(Protocol):
-    """An opened checkpoint. Opening reads headers only, and raises ValueError for wrong or broken files."""
+    """Offer an opened checkpoint. Opening one reads headers only; it raises ValueError for wrong or broken files."""
 
     @property
     def path(self) -> Path: ...
@@ -143,7 +143,7 @@ class Checkpoint(Protocol):
 
 
 class StoredCheckpoint(Checkpoint, Protocol):
-    """A checkpoint that lies in files; there is one class per format."""
+    """Offer a checkpoint that lies in files; there is one class per format."""
 
     @property
     def is_quantized(self) -> bool:

@@ -1,10 +1,10 @@
-"""GGUF: architecture, tokenizer and weights in one file or a split one; quantized blocks become dense weights."""
+"""Read GGUF: architecture, tokenizer and weights in one file or a split one; blocks can be decoded to floats."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +23,15 @@ from llama.tokenizer import Tokenizer
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-# Values decoded at once by a thread, whose temporaries stay in its cache: see D10.
-DECODED_AT_ONCE = 1 << 18
+# Values decoded or encoded at once by a thread, whose temporaries stay in its cache: see D10.
+CONVERTED_AT_ONCE = 1 << 18
 
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """A tensor as it lies in a mapped file: rows of whole blocks; floats are blocks of one value."""
+    """Describe a tensor as it lies in a mapped file: rows of whole blocks; floats are blocks of one value."""
 
     raw: np.ndarray  # bytes
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class _StoredTensor:
 
 
 class GGUFCheckpoint:
-    """GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
+    """Read GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
 
     pads_vocab = False
     stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
@@ -69,7 +69,7 @@ class GGUFCheckpoint:
             self.args = read_metadata(
                 self._metadata,
                 tied="output.weight" not in self._tensors,
-                rope_factors=None if factors is None else tuple(_decode(factors, 0, factors.shape[0]).tolist()),
+                rope_factors=None if factors is None else tuple(_decode_rows(factors, 0, factors.shape[0]).tolist()),
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -92,8 +92,8 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         stop = tensor.shape[dim] if stop is None else stop
         if dim == 0:
-            return _decode(tensor, start, stop)
-        return _decode(tensor, 0, tensor.shape[0]).narrow(dim, start, stop - start)
+            return _decode_rows(tensor, start, stop)
+        return _decode_rows(tensor, 0, tensor.shape[0]).narrow(dim, start, stop - start)
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         dtype = self._tensors[name].dtype
@@ -187,6 +187,7 @@ def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
 
 
 def _check_decodable(file: Path, info: TensorInfo, block_type: BlockType) -> None:
+    """Raise ValueError for a type that the `gguf` library cannot decode."""
     import gguf
 
     try:
@@ -195,7 +196,7 @@ def _check_decodable(file: Path, info: TensorInfo, block_type: BlockType) -> Non
         raise ValueError(f"{file}: tensor {info.name} has type {block_type.name}, which cannot be decoded") from None
 
 
-def _decode(tensor: _StoredTensor, start: int, stop: int) -> Tensor:
+def _decode_rows(tensor: _StoredTensor, start: int, stop: int) -> Tensor:
     """Return rows [start, stop) of a tensor: in its own dtype, or fp32 where it is blocks."""
     row_bytes = len(tensor.raw) // tensor.shape[0]
     raw = tensor.raw[start * row_bytes : stop * row_bytes]
@@ -207,16 +208,21 @@ def _decode_blocks(raw: np.ndarray, block_type: BlockType) -> Tensor:
     """Return the fp32 values (n_blocks, elements) of consecutive blocks."""
     from gguf import GGMLQuantizationType, dequantize
 
-    n_blocks = len(raw) // block_type.size
+    qtype = GGMLQuantizationType[block_type.name]
+    blocks = raw.reshape(-1, block_type.size)
     # Not torch's: threads are outside a caller's inference mode.
-    values = np.empty((n_blocks, block_type.elements), np.float32)
-
-    def decode(first: int) -> None:
-        # As one long row: the library works through a few rows at a time, which for short rows is slow.
-        blocks = raw[first * block_type.size : (first + step) * block_type.size][None]
-        values[first : first + step] = dequantize(blocks, qtype).reshape(-1, block_type.elements)
-
-    qtype, step = GGMLQuantizationType[block_type.name], DECODED_AT_ONCE // block_type.elements
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(decode, range(0, n_blocks, step)))
+    values = np.empty((len(blocks), block_type.elements), np.float32)
+    # As one long row: the library works through a few rows at a time, which for short rows is slow.
+    convert_rows(blocks, values, block_type.elements, lambda rows: dequantize(rows.reshape(1, -1), qtype))
     return torch.from_numpy(values)
+
+
+def convert_rows(rows: np.ndarray, out: np.ndarray, elements: int, convert: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Convert rows of `elements` values to rows of `out` on all threads, CONVERTED_AT_ONCE values at a time."""
+    step = CONVERTED_AT_ONCE // elements
+
+    def work(first: int) -> None:
+        out[first : first + step] = convert(rows[first : first + step]).reshape(-1, out.shape[1])
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, range(0, len(rows), step)))

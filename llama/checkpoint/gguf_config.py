@@ -7,6 +7,15 @@ from typing import Any
 
 from llama.config import FactorScaling, LinearScaling, ModelArgs, RopeScaling, YarnScaling
 
+# Fields of ModelArgs and the keys that say them: integers that must be there, and those that may.
+REQUIRED_GGUF_KEYS = {
+    "dim": "llama.embedding_length",
+    "n_layers": "llama.block_count",
+    "n_heads": "llama.attention.head_count",
+    "hidden_dim": "llama.feed_forward_length",
+}
+OPTIONAL_GGUF_KEYS = {"n_kv_heads": "llama.attention.head_count_kv", "head_dim": "llama.attention.key_length"}
+
 
 def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tuple[float, ...] | None) -> ModelArgs:
     """Return the ModelArgs of an architecture "llama".
@@ -21,16 +30,12 @@ def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tupl
         raise ValueError("a mixture of experts is not supported, only dense LLaMA models are")
     tokens = metadata.get("tokenizer.ggml.tokens")
     args = ModelArgs(
-        dim=_get(metadata, "llama.embedding_length", int),
-        n_layers=_get(metadata, "llama.block_count", int),
-        n_heads=_get(metadata, "llama.attention.head_count", int),
-        n_kv_heads=metadata.get("llama.attention.head_count_kv"),  # type: ignore[arg-type]
+        **{field: _get(metadata, key, int) for field, key in REQUIRED_GGUF_KEYS.items()},
+        **{field: metadata.get(key) for field, key in OPTIONAL_GGUF_KEYS.items()},  # type: ignore[arg-type]
         vocab_size=len(tokens) if isinstance(tokens, list) and tokens else -1,
         norm_eps=_get(metadata, "llama.attention.layer_norm_rms_epsilon", float),
         rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
-        head_dim=metadata.get("llama.attention.key_length"),  # type: ignore[arg-type]
-        hidden_dim=_get(metadata, "llama.feed_forward_length", int),
-        rope_scaling=_scaling(metadata, rope_factors),
+        rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
         tied_embeddings=tied,
         sliding_window=metadata.get("llama.attention.sliding_window") or None,
     )
@@ -40,7 +45,7 @@ def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tupl
     return args
 
 
-def _scaling(metadata: Mapping[str, Any], factors: tuple[float, ...] | None) -> RopeScaling | None:
+def _gguf_rope_scaling(metadata: Mapping[str, Any], factors: tuple[float, ...] | None) -> RopeScaling | None:
     kind = metadata.get("llama.rope.scaling.type")
     if kind is None:  # before GGUF had the type, the linear factor had a key of its own
         factor = metadata.get("llama.rope.scale_linear", 1.0)

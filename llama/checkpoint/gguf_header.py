@@ -27,7 +27,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies.
+    """Describe where a tensor lies.
 
     shape is as in torch, rows first; ggml_type is a code; offset counts bytes from the start of the file.
     """
@@ -40,7 +40,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's metadata by key, and its tensors by name."""
+    """Hold a file's metadata by key, and its tensors by name."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
@@ -64,11 +64,11 @@ def read_header(path: Path) -> Header:
 
 
 class _Damaged(Exception):
-    """What is wrong with a file, without its name."""
+    """Say what is wrong with a file, without its name."""
 
 
 class _Reader:
-    """A position in the mapped file that never passes its end."""
+    """Read on from a position in the mapped file that never passes its end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data

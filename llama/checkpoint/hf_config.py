@@ -27,11 +27,22 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq
 MISTRAL_WINDOW = 4096  # transformers' default, where config.json has no sliding_window
 
+# Fields of ModelArgs and the keys of config.json that say them: those that must be there, and those that may.
+REQUIRED_CONFIG_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "hidden_dim": "intermediate_size",
+}
+OPTIONAL_CONFIG_KEYS = {"n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+CONFIG_FLAGS = {"tied_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+
 USED_CONFIG_KEYS = {
-    "architectures", "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "head_dim", "intermediate_size",
-    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "max_position_embeddings",
-    "original_max_position_embeddings", "hidden_act", "partial_rotary_factor", "quantization_config", "eos_token_id",
+    *REQUIRED_CONFIG_KEYS.values(), *OPTIONAL_CONFIG_KEYS.values(), *CONFIG_FLAGS.values(), "architectures",
+    "model_type", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
+    "max_position_embeddings", "original_max_position_embeddings", "hidden_act", "partial_rotary_factor",
+    "quantization_config", "eos_token_id",
 }  # fmt: skip
 # Keys that say nothing about the computation of inference.
 HARMLESS_CONFIG_KEYS = {
@@ -66,19 +77,12 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
     try:
         rope = _rope_parameters(config)
         args = ModelArgs(
-            dim=_required(config, "hidden_size"),
-            n_layers=_required(config, "num_hidden_layers"),
-            n_heads=_required(config, "num_attention_heads"),
-            n_kv_heads=config.get("num_key_value_heads"),  # type: ignore[arg-type]
-            vocab_size=_required(config, "vocab_size"),
+            **{field: _required(config, key) for field, key in REQUIRED_CONFIG_KEYS.items()},
+            **{field: config.get(key) for field, key in OPTIONAL_CONFIG_KEYS.items()},  # type: ignore[arg-type]
+            **{field: _true_or_false(config, key) for field, key in CONFIG_FLAGS.items()},
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", 10000.0),
-            head_dim=config.get("head_dim"),  # type: ignore[arg-type]
-            hidden_dim=_required(config, "intermediate_size"),
-            rope_scaling=_scaling(rope, config),
-            tied_embeddings=_flag(config, "tie_word_embeddings"),
-            attention_bias=_flag(config, "attention_bias"),
-            mlp_bias=_flag(config, "mlp_bias"),
+            rope_scaling=_read_rope_scaling(rope, config),
             # Llama's own code has no window, whatever the key says.
             sliding_window=config.get("sliding_window", MISTRAL_WINDOW) if mistral else None,
         )
@@ -132,7 +136,7 @@ def _required(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def _flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+def _true_or_false(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     value = config.get(key, default)
     if type(value) is not bool:
         raise ValueError(f"{key} must be true or false, got {value!r}")
@@ -153,7 +157,7 @@ def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+def _read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope["rope_type"]
     context_len = config.get("max_position_embeddings", 2048)
     old_context_len = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
@@ -181,7 +185,7 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling 
             beta_fast=rope.get("beta_fast") or 32.0,
             beta_slow=rope.get("beta_slow") or 1.0,
             attention_factor=_yarn_attention_factor(rope, factor),
-            truncate=_flag(rope, "truncate", True),
+            truncate=_true_or_false(rope, "truncate", True),
         )
     raise ValueError(f"RoPE scaling {kind!r} is not supported: only linear, dynamic, llama3 and yarn are")
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json with safetensors or pytorch_model.bin files, whole or split with an index."""
+"""Read Hugging Face folders: config.json with safetensors or pytorch_model.bin files, whole or split with an index."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BYTES_DTYPE = "U8"  # safetensors' name of bytes, which may be blocks
 
 
 class HuggingFaceCheckpoint:
-    """A folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read.
+    """Read a folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read.
 
     Weights may be blocks, of types that config.json gives: `read` decodes them.
     """

@@ -24,16 +24,14 @@ from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """What a rank holds its weights in: floats of `dtype`, or quantized blocks."""
+    """Say what a rank holds its weights in: floats of `dtype`, or quantized blocks."""
 
     dtype: torch.dtype
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
     weight_cls: type[QuantizedWeight] = BlockWeight  # holds quantized weights
     keeps_stored_blocks: bool = False  # whether quantized blocks of a file stay blocks unless asked
 
-    def block_type(
-        self, checkpoint: StoredCheckpoint, name: str, args: ModelArgs, parallel: ModelParallel
-    ) -> BlockType | None:
+    def block_type(self, checkpoint: StoredCheckpoint, name: str, parallel: ModelParallel) -> BlockType | None:
         """Return the block type that this rank holds its part of a tensor in, or None for floats."""
         stored, shape = checkpoint.block_type(name), checkpoint.shape(name)
         if len(shape) != 2:
@@ -47,13 +45,10 @@ class WeightFormat:
         # Ranks cut rows only between blocks.
         return held if part_length(name, shape[1], parallel) % held.elements == 0 else None
 
-    def with_ffn_multiple(
-        self, checkpoint: StoredCheckpoint, args: ModelArgs, parallel: ModelParallel
-    ) -> ModelParallel:
+    def with_ffn_multiple(self, checkpoint: StoredCheckpoint, parallel: ModelParallel) -> ModelParallel:
         """Return the ranks with hidden features split so that w2's rows are cut between blocks."""
-        alone = ModelParallel()
-        names = [name for name in global_shapes(args) if module_name(name) == "w2"]
-        types = [self.block_type(checkpoint, name, args, alone) for name in names]
+        names = [name for name in checkpoint.names() if module_name(name) == "w2"]
+        types = [self.block_type(checkpoint, name, ModelParallel()) for name in names]
         return dataclasses.replace(parallel, ffn_multiple=max((held.elements for held in types if held), default=1))
 
 
@@ -69,7 +64,7 @@ def load_weights(
     for name, shape in check_weights(checkpoint, model.args).items():
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
-        block_type = weight_format.block_type(checkpoint, name, model.args, model.parallel)
+        block_type = weight_format.block_type(checkpoint, name, model.parallel)
         parameter = getattr(module, attribute)
         held: Weight
         if block_type is None:
@@ -97,6 +92,7 @@ def _read_quantized(
     weight_format: WeightFormat,
     block_type: BlockType,
 ) -> QuantizedWeight:
+    """Return this rank's part of a tensor in blocks: as stored, or quantized from its values."""
     if checkpoint.block_type(name) == block_type:
         blocks = read_part(checkpoint, name, model.args, model.parallel, block_type).to(device)
     else:
@@ -187,6 +183,7 @@ def read_part(
 
 
 def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
+    """Return the rows of this rank's KV heads, some of which may repeat."""
     heads = parallel.kv_heads(args.n_heads, args.n_kv_heads)
     first, last = heads[0], heads[-1]
     rows = read(name, 0, first * args.head_dim, (last + 1) * args.head_dim)

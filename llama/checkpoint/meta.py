@@ -1,4 +1,4 @@
-"""Meta's format: params.json and consolidated.00.pth to consolidated.NN.pth, each a pickled slice of every tensor."""
+"""Read Meta's format: params.json and consolidated.00.pth to consolidated.NN.pth, with slices of every tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama.tokenizer import Tokenizer
 
 
 class MetaCheckpoint:
-    """A folder of Meta shards. Files are mapped, not read; pickles that would run code are refused."""
+    """Read a folder of Meta shards. Files are mapped; pickles that would run code are refused."""
 
     pads_vocab = False
     is_quantized = False

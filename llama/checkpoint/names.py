@@ -1,4 +1,4 @@
-"""What tensors are called in each format. Readers, writers and checks translate names by this table alone.
+"""Translate the names of tensors between formats. Readers, writers and checks use this table alone.
 
 Inside this package a tensor has Meta's name, which is also its parameter's in `llama.model`.
 """

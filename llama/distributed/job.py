@@ -37,7 +37,8 @@ def join_job() -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     share_cores(local_world_size())
 
 

@@ -155,10 +155,11 @@ class Source:
         return self.backend.device
 
     def with_ffn_multiple(self, ranks: ModelParallel) -> ModelParallel:
-        """The ranks, sharing out hidden features as the weights' blocks allow."""
-        return self.weight_format.with_ffn_multiple(self.checkpoint, self.args, ranks)
+        """Return the ranks with hidden features split as the blocks of the weights allow."""
+        return self.weight_format.with_ffn_multiple(self.checkpoint, ranks)
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
+        """Return a planner of this model's memory on a rank with `free` bytes."""
         return Planner(self.checkpoint, self.args, ranks, self.weight_format, self.backend, free)
 
     def batch_shape(self, prompts: Sequence[str], max_gen_len: int | None, scored: bool) -> BatchShape:

@@ -99,7 +99,7 @@ class Planner:
         total = mapped = tensor = loading = 0
         for name, shape in check_weights(self.checkpoint, self.args).items():
             parameter = model.get_parameter(name)
-            block_type = self.weight_format.block_type(self.checkpoint, name, self.args, self.parallel)
+            block_type = self.weight_format.block_type(self.checkpoint, name, self.parallel)
             if block_type is not None:
                 part, on_the_way = self._blocks(name, parameter.shape, block_type)
                 is_mapped = False

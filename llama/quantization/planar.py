@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType
 from llama.quantization.weights import QuantizedWeight, float_matmul
 
-# Tokens whose results do not depend on each other, and tokens that tensor cores take from the stored codes: see D41.
-FEW = 8
-MOST = 64
-# Beyond: values that are dequantized at once, 128 MB in 16 bits.
+# Most tokens that products and attention compute in tiles of one shape, so that no token's result depends on the others
+# (see D41); and most that are multiplied by codes as they are decoded: for more, dequantizing first is faster.
+MAX_GEMV_TOKENS = 8
+MAX_DEQUANT_GEMM_TOKENS = 16
+# Most tokens of a product with 8-bit floats that never rounds activations to 8 bits.
+MAX_UNROUNDED_TOKENS = 64
+# Values that are dequantized at once: 128 MB in 16 bits.
 MAX_DEQUANTIZED_VALUES = 1 << 26
 # Values that are taken apart, or rounded to 8 bits, at once: each needs a few bytes of temporary memory.
 QUANTIZED_AT_ONCE = 1 << 24
@@ -108,8 +111,8 @@ class PlanarWeight(QuantizedWeight):
 class Fp8Weight(QuantizedWeight):
     """A matrix (out, in) of 8-bit floats (e4m3, torch.float8_e4m3fn), with one fp32 scale a row (see D43).
 
-    Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),
-    activations are rounded to 8 bits as well, each token with a scale of its own.
+    Products of up to MAX_UNROUNDED_TOKENS tokens round no activations. For more tokens, where the GPU multiplies 8-bit
+    floats itself (Hopper), activations are rounded to 8 bits as well, each token with a scale of its own.
     """
 
     codes: Tensor  # float8_e4m3fn (out, in)
@@ -146,7 +149,7 @@ class Fp8Weight(QuantizedWeight):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         n_tokens = x.numel() // x.shape[-1]
-        if n_tokens > MOST and self.multiplies_fp8(x.device):
+        if n_tokens > MAX_UNROUNDED_TOKENS and self.multiplies_fp8(x.device):
             return multiply_fp8(x.reshape(n_tokens, -1), self).to(dtype or x.dtype).view(*x.shape[:-1], -1)
         return _dequantized_matmul(x, self, dtype or x.dtype)
 

@@ -1,1 +1,1 @@
-"""Random checkpoints of real shapes, for tools and tests."""
+"""Make random checkpoints of real shapes, for tools and tests."""

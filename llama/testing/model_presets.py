@@ -1,4 +1,4 @@
-"""Released architectures by name, the kind of tokenizer each came with, and the context it was trained for."""
+"""List released architectures by name, the kind of tokenizer each came with, and the context it was trained for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TokenizerKind = Literal["sentencepiece", "code_llama", "llama3", "smollm"]
 
 
 class Preset(NamedTuple):
-    """One architecture, with its kind of tokenizer and its context in tokens."""
+    """Describe one architecture, with its kind of tokenizer and its context in tokens."""
 
     args: ModelArgs
     tokenizer: TokenizerKind

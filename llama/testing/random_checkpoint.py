@@ -1,4 +1,4 @@
-"""A checkpoint of any architecture that is in no file: random weights, and a tokenizer that works.
+"""Offer a checkpoint of any architecture that is in no file: random weights, and a tokenizer that works.
 
 The same seed gives the same weights, in whatever format, dtype or number of shards they are written.
 """
@@ -36,14 +36,14 @@ STANDARD_PIECES = ("<unk>", "<s>", "</s>")
 
 
 class RandomCheckpoint:
-    """Random weights in no file, of a size that keeps activations near 1 after any number of layers, even in fp16."""
+    """Draw weights of a size that keeps activations near 1 after any number of layers, so that fp16 holds them."""
 
     dtype = torch.bfloat16
     stop_tokens: frozenset[int] = frozenset()
     pads_vocab = False
 
     def __init__(self, name: str, preset: Preset, seed: int) -> None:
-        """name: what errors call the checkpoint."""
+        """Name the checkpoint, for errors, and draw what `seed` gives for that architecture."""
         self.path = Path(f"{name} (random weights)")
         self.args, self.context_len, self.seed = preset.args, preset.context_len, seed
         self.tokenizer_metadata = random_tokenizer(preset.tokenizer, preset.args.vocab_size)

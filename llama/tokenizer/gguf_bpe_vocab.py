@@ -1,6 +1,7 @@
 """Byte-level BPE as GGUF stores it (model "gpt2"), run by the `tokenizers` library.
 
-How text is split before BPE is not stored, only named (`tokenizer.ggml.pre`): the table below turns names into rules.
+A GGUF file does not store how text is split before BPE, but names it (`tokenizer.ggml.pre`): a table here turns the
+names into rules.
 """
 
 from collections.abc import Mapping
@@ -8,23 +9,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType, array
-from llama.tokenizer.vocab import MARKERS, byte_alphabet
+from llama.tokenizer.tiktoken_vocab import PATTERN
+from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 
 
 @dataclass(frozen=True)
 class PreRule:
-    """splits: patterns applied in turn, each match and each text between matches becoming a piece of its own."""
+    """How text is prepared for BPE.
+
+    splits: patterns that are applied in turn; each match, and each text between two, is then encoded by itself.
+    ignore_merges: whether a split that is a token as a whole becomes that token, whatever the merges say.
+    add_bos: whether a prompt begins with BOS where the file does not say.
+    """
 
     splits: tuple[str, ...]
-    ignore_merges: bool = False  # a piece that is a token is that token, whatever the merges say
+    ignore_merges: bool = False
     add_bos: bool = False
 
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2 = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 SEED = QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s|"
@@ -34,14 +40,14 @@ GPT4O = CASED.replace("%s", CONTRACTION + "?") + r"\p{N}{1,3}|" + SYMBOLS
 VIKING = " ?[^(\\s|.,!?…。，、।۔،)]+"
 CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
-# Names and rules as in llama.cpp's llama-vocab.cpp, patterns as in the models' own tokenizer.json. llama.cpp's
+# Names and rules are those of llama.cpp's llama-vocab.cpp, patterns those of the models' own tokenizer.json. The name
 # "default" is left out: it means that the converter did not know.
 RULES = (
     (
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"),
-        PreRule((LLAMA3,), ignore_merges=True, add_bos=True),
+        PreRule((PATTERN,), ignore_merges=True, add_bos=True),
     ),
-    (("smaug-bpe", "dbrx"), PreRule((LLAMA3,))),
+    (("smaug-bpe", "dbrx"), PreRule((PATTERN,))),
     (
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
         PreRule((r"\p{N}", GPT2)),
@@ -61,7 +67,7 @@ PRE_RULES = {name: rule for names, rule in RULES for name in names}
 
 
 class GGUFBytePairVocab:
-    """Tokens are spelled in GPT-2's alphabet, a printable character for each byte; added tokens in plain text."""
+    """Tokens are spelled in GPT-2's alphabet, a printable character for each byte, and added tokens in plain text."""
 
     def __init__(self, tokens: GGUFTokens, metadata: Mapping[str, Any]) -> None:
         from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
@@ -74,17 +80,13 @@ class GGUFBytePairVocab:
             )
         rule = PRE_RULES[pre]
         kinds = [
-            TokenType.CONTROL if kind == TokenType.USER_DEFINED and text in MARKERS else kind
+            TokenType.CONTROL if kind == TokenType.USER_DEFINED and text in CONTROL_TOKENS else kind
             for text, kind in zip(tokens.texts, tokens.types, strict=True)
         ]
-        # Text can reach these alone: with ignore_merges a control token could be a piece of the text otherwise.
+        # Text can reach these alone: with ignore_merges, a control token could be a whole split otherwise.
         reachable = (TokenType.NORMAL, TokenType.USER_DEFINED)
         vocab = {text: i for i, (text, kind) in enumerate(zip(tokens.texts, kinds, strict=True)) if kind in reachable}
-        merges = [merge.partition(" ")[::2] for merge in array(metadata, "merges", (str,))]
-        # Checked here, because the library panics on some of these.
-        wrong = [f"{a} {b}" for a, b in merges if not (a in vocab and b in vocab and a + b in vocab)]
-        if wrong:
-            raise ValueError(f"{PREFIX}merges has {wrong[0]!r}: expected two tokens of the file that join to a third")
+        merges = parse_merges(array(metadata, "merges", (str,)), vocab, f"{PREFIX}merges has")
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges)
         self._bpe = Tokenizer(model)
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,16 +98,18 @@ class GGUFBytePairVocab:
 
         self.n_words = len(tokens.texts)
         self.bos_id, self.eos_id, self.pad_id = tokens.bos_id, tokens.eos_id, tokens.pad_id
-        self.restarts = False
+        self.prefix_space_after_special = False
         self.add_bos = rule.add_bos if tokens.add_bos is None else tokens.add_bos
         self.special_tokens = {tokens.texts[i]: i for i, kind in enumerate(kinds) if kind == TokenType.CONTROL}
         self._texts, self._kinds = tokens.texts, kinds
         self._byte_of = byte_alphabet()
 
-    def encode(self, s: str, continues: bool) -> list[int]:
+    def encode(self, s: str, add_prefix_space: bool) -> list[int]:
+        """Return the ids of s; this kind puts no space before a text in either case."""
         return self._bpe.encode(s, add_special_tokens=False).ids
 
-    def token_bytes(self, token: int, at_start: bool) -> bytes:
+    def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
+        """Return a token's bytes; a control token is its own text."""
         text = self._texts[token]
         if self._kinds[token] == TokenType.NORMAL and all(char in self._byte_of for char in text):
             return bytes(self._byte_of[char] for char in text)

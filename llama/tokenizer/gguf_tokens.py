@@ -1,4 +1,4 @@
-"""The tokenizer keys that both kinds of GGUF tokenizer share, checked. Knows metadata, not files."""
+"""Check the tokenizer keys that both kinds of GGUF tokenizer share. Knows metadata, not files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ NONE_ID = 0xFFFFFFFF  # -1 as some converters wrote it
 
 
 class TokenType(IntEnum):
-    """tokenizer.ggml.token_type, the same numbers as SentencePiece's piece types."""
+    """The values of tokenizer.ggml.token_type, the same as SentencePiece's piece types."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -23,7 +23,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True)
 class GGUFTokens:
-    """The vocabulary of a GGUF file. An id is -1 when there is none; texts are unique and never empty."""
+    """The vocabulary of a GGUF file. An id is -1 when there is none; the texts are unique and never empty."""
 
     model: str
     texts: list[str]
@@ -32,16 +32,17 @@ class GGUFTokens:
     eos_id: int
     pad_id: int
     unk_id: int
-    stops: tuple[int, ...]  # end of turn, end of message
-    add_bos: bool | None  # None: the file does not say
+    stops: tuple[int, ...]  # the tokens that end a turn and a message
+    add_bos: bool | None  # None when the file does not say
     chat_template: str | None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "GGUFTokens":
+        """Read the keys; ValueError names one that is missing or does not fit, and its value."""
         model = metadata.get(PREFIX + "model")
         if model not in MODELS:
             raise ValueError(f"{PREFIX}model is {model!r}: supported are {', '.join(MODELS)}")
-        # llama.cpp numbers an empty text; SentencePiece takes none.
+        # SentencePiece takes no empty text; the substitute is llama.cpp's.
         texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(array(metadata, "tokens", (str,)))]
         types = array(metadata, "token_type", (int,), len(texts))
         try:
@@ -78,7 +79,7 @@ class GGUFTokens:
 
 
 def array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any]:
-    """An array of the metadata; a missing, mistyped or short one is an error that names it."""
+    """Return an array of the metadata; ValueError names one that is missing, mistyped or of another length."""
     values = metadata.get(PREFIX + name)
     if not isinstance(values, list) or not values:
         raise ValueError(f"{PREFIX}{name} is missing or empty: the file has no whole tokenizer")

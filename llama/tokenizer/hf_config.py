@@ -1,198 +1,144 @@
-"""The small files that Hugging Face keeps beside a tokenizer, read and checked. Knows no tokenizer library."""
+"""Read and check the JSON files of a Hugging Face tokenizer."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llama.tokenizer.vocab import MARKERS
-
-MAX_BYTES = 16 << 20  # the largest known tokenizer_config.json has 0.2 MB
-MAX_CONTAINERS = 1 << 22  # Python needs some 60 bytes for each; the largest known tokenizer.json has 0.5 million
+MAX_CONFIG_BYTES = 16 << 20  # The largest known tokenizer_config.json has 0.2 MB.
+MAX_CONTAINERS = 1 << 22  # Python needs some 60 bytes for each; the largest known tokenizer.json has half a million.
 MAX_ID = 1 << 24
-LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")  # of transformers, "Fast" taken off
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+LISTED_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+TOKEN_FIELDS = ("content", "special", "normalized", "single_word", "lstrip", "rstrip")
+FLAGS = ("add_bos_token", "add_prefix_space", "legacy")
+TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is no piece of the trained vocabulary, with the names and defaults of the `tokenizers` library.
-
-    special: placed by id only; text that spells it stays text. The others are found in text.
-    """
-
-    content: str
-    special: bool = False
-    normalized: bool = True
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-
-    @classmethod
-    def parse(cls, value: Any, where: str) -> "AddedToken":
-        """value: the text alone, or an object with these fields."""
-        if isinstance(value, str):
-            value = {"content": value}
-        if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
-            raise ValueError(f"{where} is {_short(value)}: expected a token's text, or an object with its 'content'")
-        content = value["content"]
-        flags = {name: value.get(name) for name in ("special", "normalized", "single_word", "lstrip", "rstrip")}
-        wrong = [name for name, flag in flags.items() if flag is not None and not isinstance(flag, bool)]
-        if wrong:
-            raise ValueError(f"{where} has {wrong[0]} {_short(flags[wrong[0]])}: expected true or false")
-        return cls(content, **{name: flag for name, flag in flags.items() if flag is not None})
-
-    @property
-    def is_control(self) -> bool:
-        return self.special or self.content in MARKERS
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """tokenizer_config.json, special_tokens_map.json, added_tokens.json and the chat template, as far as they exist.
-
-    named: texts of "bos_token" and the like; None where a file says that there is none, no key where none says it.
-    added: tokens by id. specials: texts of named and additional special tokens.
-    """
-
-    tokenizer_class: str = ""  # of transformers, without "Fast"
-    named: Mapping[str, str | None] = field(default_factory=dict)
-    added: Mapping[int, AddedToken] = field(default_factory=dict)
-    specials: frozenset[str] = frozenset()
-    add_bos: bool | None = None
-    add_prefix_space: bool | None = None
-    legacy: bool | None = None
-    chat_template: str | None = None
-
-    @property
-    def is_llama(self) -> bool:
-        return self.tokenizer_class in LLAMA_CLASSES
-
-    @classmethod
-    def read(cls, folder: Path) -> "TokenizerConfig":
-        """Files that are absent leave the defaults; ValueError names a damaged one, its key and the value."""
-        path = folder / "tokenizer_config.json"
-        config = _read(path)
-        map_path = folder / "special_tokens_map.json"
-        sources = [(path, config), (map_path, _read(map_path))]
-        if "added_tokens_decoder" not in config:  # in older files the map has the last word, as in transformers
-            sources.reverse()
-        named: dict[str, str | None] = {}
-        for source, content in sources:
-            for key in NAMED:
-                if key in content and key not in named:
-                    value = content[key]
-                    named[key] = None if value is None else AddedToken.parse(value, f"{source}: {key}").content
-        specials = {text for text in named.values() if text}
-        for source, content in sources:
-            for key in ("additional_special_tokens", "extra_special_tokens"):
-                values: Any = content.get(key) or []
-                values = list(values.values()) if isinstance(values, dict) else values
-                if not isinstance(values, list):
-                    raise ValueError(f"{source}: {key} is {_short(values)}: expected a list")
-                specials |= {AddedToken.parse(value, f"{source}: {key}").content for value in values}
-        name = config.get("tokenizer_class")
-        return cls(
-            tokenizer_class=name.removesuffix("Fast") if isinstance(name, str) else "",
-            named=named,
-            added=_added(folder, config),
-            specials=frozenset(specials),
-            add_bos=_flag(path, config, "add_bos_token"),
-            add_prefix_space=_flag(path, config, "add_prefix_space"),
-            legacy=_flag(path, config, "legacy"),
-            chat_template=_chat_template(folder, config),
-        )
-
-
-def read_object(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object from a stranger: ValueError for anything else, before it can take much memory."""
-    if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
-        raise ValueError(f"{name} is JSON with more than {MAX_CONTAINERS} lists and objects: no tokenizer needs them")
-    try:
-        value = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is JSON, but no object: {_short(value)}")
+def expect(kind: type[T], value: Any, where: str) -> T:
+    """Return a value of a JSON file unchanged; ValueError says where it stands if it is of another type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} is {value!r:.60}: expected {TYPE_NAMES[kind]}")
     return value
 
 
 def parse_id(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_ID:
-        raise ValueError(f"{where} is {_short(value)}: expected a token id below {MAX_ID}")
+    """Return a token id unchanged; ValueError says where it stands if it is none."""
+    if type(value) is not int or not 0 <= value < MAX_ID:
+        raise ValueError(f"{where} is {value!r:.60}: expected a token id below {MAX_ID}")
     return value
+
+
+def parse_token(value: Any, where: str) -> Any:
+    """Return the library's AddedToken of a text, or of an object with its fields; ValueError begins with `where`."""
+    from tokenizers import AddedToken
+
+    entry = {"content": value} if isinstance(value, str) else expect(dict, value, where)
+    given = {key: entry[key] for key in TOKEN_FIELDS if entry.get(key) is not None}
+    if not given.get("content"):
+        raise ValueError(f"{where} is {value!r:.60}: expected a token's text, or an object with its 'content'")
+    try:
+        return AddedToken(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is {value!r:.200}: {error}") from None
+
+
+def parse_added(entries: Iterable[tuple[Any, Any]], where: str) -> dict[int, Any]:
+    """Return added tokens, given as pairs of an id and a text or object; ValueError begins with `where`."""
+    return {parse_id(i, f"{where}: the id of {token!r:.60}"): parse_token(token, where) for i, token in entries}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What tokenizer_config.json and the older files beside it say; None, or an empty collection, where they do not."""
+
+    is_llama: bool = False  # transformers opens the folder by its Llama class
+    named: Mapping[str, str | None] = field(default_factory=dict)  # "bos_token" and the like; None: there is none
+    added: Mapping[int, Any] = field(default_factory=dict)  # the library's AddedTokens by id
+    specials: frozenset[str] = frozenset()  # the texts of all special tokens
+    add_bos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    legacy: bool | None = None
+    chat_template: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "TokenizerConfig":
+        """Read what there is of these files; ValueError names a damaged one, its key and the value."""
+        path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+        config = _read(path)
+        sources = [(map_path, _read(map_path)), (path, config)]  # The later one wins.
+        if "added_tokens_decoder" not in config:  # In older folders the map wins, as in transformers.
+            sources.reverse()
+        added, named = _read_added(folder, config), dict[str, str | None]()
+        specials = {token.content for token in added.values() if token.special}
+        for source, content in sources:
+            for key in set(NAMED_TOKENS) & content.keys():
+                token = content[key]
+                named[key] = None if token is None else parse_token(token, f"{source}: {key}").content
+            for key in LISTED_TOKENS:
+                listed = content.get(key) or []
+                listed = listed.values() if isinstance(listed, dict) else expect(list, listed, f"{source}: {key}")
+                specials |= {parse_token(token, f"{source}: {key}").content for token in listed}
+        return cls(
+            is_llama=config.get("tokenizer_class") in LLAMA_CLASSES,
+            named=named,
+            added=added,
+            specials=frozenset(specials.union(filter(None, named.values()))),
+            chat_template=_read_chat_template(folder, config),
+            **{key: expect(bool, config[key], f"{path}: {key}") for key in FLAGS if config.get(key) is not None},
+        )
+
+
+def read_object(data: bytes, name: str) -> dict[str, Any]:
+    """Parse a JSON object from a stranger; ValueError for anything else, before it can take much memory."""
+    if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
+        raise ValueError(f"{name} is JSON with more than {MAX_CONTAINERS} lists and objects: no tokenizer needs them")
+    try:
+        value = json.loads(data, parse_constant=int)  # int refuses NaN and Infinity, which are no JSON.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is no valid JSON: {error}") from None
+    return expect(dict, value, name)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = _bytes(path)
-    return {} if data is None else read_object(data, str(path))
+    return read_object(_read_bytes(path), str(path)) if path.is_file() else {}
 
 
-def _bytes(path: Path) -> bytes | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
-    return data
+def _read_bytes(path: Path) -> bytes:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+    return path.read_bytes()
 
 
-def _added(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    """Ids as in tokenizer_config.json, else as in the older added_tokens.json."""
-    path, key = folder / "tokenizer_config.json", "added_tokens_decoder"
-    added: dict[int, AddedToken] = {}
-    if key in config:
-        if not isinstance(config[key], dict):
-            raise ValueError(f"{path}: {key} is {_short(config[key])}: expected an object")
-        for text, value in config[key].items():
-            number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
-            added[parse_id(number, f"{path}: an id in {key}")] = AddedToken.parse(value, f"{path}: {key}.{text}")
-    else:
+def _read_added(folder: Path, config: dict[str, Any]) -> dict[int, Any]:
+    """Read the added tokens from tokenizer_config.json, else from the older added_tokens.json."""
+    if "added_tokens_decoder" not in config:
         path = folder / "added_tokens.json"
-        for text, number in _read(path).items():
-            added[parse_id(number, f"{path}: {_short(text)}")] = AddedToken.parse(text, str(path))
-    return added
+        return parse_added(((number, text) for text, number in _read(path).items()), str(path))
+    where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+    entries = expect(dict, config["added_tokens_decoder"], where).items()
+    return parse_added(((int(key) if re.fullmatch(r"\d{1,9}", key) else key, token) for key, token in entries), where)
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """A file of its own comes before an entry of tokenizer_config.json, as in transformers."""
+def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Read the default chat template: a file of its own comes before tokenizer_config.json, as in transformers."""
     path = folder / "chat_template.jinja"
-    data = _bytes(path)
-    if data is not None:
+    if path.is_file():
         try:
-            return data.decode()
+            return _read_bytes(path).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no text: {error}") from None
-    path = folder / "tokenizer_config.json"
-    template = config.get("chat_template")
+    path, template = folder / "tokenizer_config.json", config.get("chat_template")
     if template is None:
         path = folder / "chat_template.json"
         template = _read(path).get("chat_template")
-    if isinstance(template, list):  # named ones, for tools and the like
-        try:
-            template = {entry["name"]: entry["template"] for entry in template}
-        except (TypeError, KeyError):
-            raise ValueError(f"{path}: chat_template is a list without 'name' and 'template' in each") from None
+    where = f"{path}: chat_template"
+    if isinstance(template, list):  # templates by name, for tools and the like
+        template = {str(expect(dict, entry, where).get("name")): entry.get("template") for entry in template}
     if isinstance(template, dict):
         template = template.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{path}: chat_template is {_short(template)}: expected text")
-    return template
-
-
-def _flag(path: Path, config: dict[str, Any], key: str) -> bool | None:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{path}: {key} is {_short(value)}: expected true or false")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _short(value: Any) -> str:
-    shown = ascii(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    return None if template is None else expect(str, template, where)

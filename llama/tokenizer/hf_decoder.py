@@ -1,198 +1,124 @@
-"""What a `tokenizer.json` says beside its vocabulary: how text is prepared, how tokens become bytes, where BOS goes.
+"""What a `tokenizer.json` says beside its vocabulary: how text is prepared, where BOS goes, how pieces become bytes.
 
-Works on the parsed JSON; knows no vocabulary and no tokenizer library.
+A pipeline is the file's normalizer, pre-tokenizer, post-processor and decoder, each as the list of its steps in JSON.
 """
 
+import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama.tokenizer.vocab import byte_alphabet
-
+Pipeline = dict[str, list[dict[str, Any]]]
+# Each part of a pipeline, and the key under which a sequence of its kind has the steps.
+PARTS = dict(normalizer="normalizers", pre_tokenizer="pretokenizers", post_processor="processors", decoder="decoders")
 MAX_PATTERN = 10_000  # characters; the longest known has some 500
-BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+CLASS_OR_ESCAPE = re.compile(r"\\.|\[(?:\\.|\[[^\]]*\]|[^\]\\])*\]", re.DOTALL)
+GROUP = re.compile(r"\(([^()]*)\)([*+]|\{\d+,\})?")
+REPEATS_OR_CHOOSES = re.compile(r"[*+|]|\{\d+,\}")
 
 
-def nodes(node: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a component in order, those of its sequences in their place; ValueError when it is no component."""
-    if node is None:
-        return
-    if not isinstance(node, dict) or not isinstance(node.get("type"), str):
-        raise ValueError(f"a step of its pipeline is {node!r:.60}: expected an object with a 'type'")
+def library_tokenizer(pipeline: Pipeline, model: Any = None, added: Sequence[Any] = ()) -> Any:
+    """Return a `tokenizers.Tokenizer`; its model is shared and not copied, or takes every word for an "a"."""
+    import tokenizers
+
+    frame = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    sequences = {name: {"type": "Sequence", PARTS[name]: steps} for name, steps in pipeline.items()}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(frame | sequences))
+    tokenizer.model = model or tokenizer.model
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def parse_pipeline(content: dict[str, Any]) -> Pipeline:
+    """Return the pipeline of a parsed tokenizer.json as the library writes it: no key is missing or mistyped.
+
+    Raises ValueError for a part that the library does not know, or with a regex that could take too long.
+    """
+    pipeline = {}
+    for name, part in ((name, content.get(name)) for name in PARTS):
+        check_patterns(part)
+        try:
+            written = library_tokenizer({name: [] if part is None else [part]}).to_str()
+        except Exception as error:
+            raise ValueError(f"its {name} is {part!r:.80}: {error}") from None
+        pipeline[name] = list(_steps(json.loads(written)[name], PARTS[name]))
+    return pipeline
+
+
+def _steps(node: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a part in order, with its sequences flattened."""
     if node["type"] != "Sequence":
         yield node
-        return
-    for key in ("normalizers", "pretokenizers", "decoders", "processors"):
-        inner = node.get(key, [])
-        if not isinstance(inner, list):
-            raise ValueError(f"the {key} of a Sequence are {inner!r:.60}: expected a list")
-        for part in inner:
-            yield from nodes(part)
+    for inner in node.get(key, ()):
+        yield from _steps(inner, key)
 
 
-def without_prefix(node: Any) -> Any:
-    """A normalizer or pre-tokenizer that puts no space before a text, otherwise the same; None when nothing is left."""
-    kind = node and node["type"]
-    if kind == "Prepend":
-        return None
-    if kind == "Metaspace":
-        kept = {key: value for key, value in node.items() if key != "add_prefix_space"}
-        return kept | {"prepend_scheme": "never"}
-    if kind == "ByteLevel":
-        return node | {"add_prefix_space": False}
-    if kind == "Sequence":
-        key = "normalizers" if "normalizers" in node else "pretokenizers"
-        parts = [without_prefix(part) for part in node.get(key, [])]
-        return node | {key: [part for part in parts if part is not None]}
-    return node
+def check_patterns(node: Any) -> None:
+    """Raise ValueError for a regex, anywhere in parsed JSON, that could take exponential time.
 
-
-def restarts(normalizer: Any, pre_tokenizer: Any) -> bool:
-    """Whether the text after a control token gets the space that begins a text: the older (legacy) behaviour."""
-    for node in (*nodes(normalizer), *nodes(pre_tokenizer)):
-        if node["type"] == "Prepend" or (node["type"] == "ByteLevel" and node.get("add_prefix_space", True)):
-            return True
-        # Files from before prepend_scheme have add_prefix_space alone.
-        scheme = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
-        if node["type"] == "Metaspace" and scheme == "always":
-            return True
-    return False
-
-
-def check_patterns(*components: Any) -> None:
-    """ValueError for a regex that could take exponential time; what is left, the library stops after 10 million steps.
-
-    That is a group repeated without limit that repeats or chooses inside, as in "(a+)+" or "(a|b)*".
+    That is one with a group that is repeated without limit and repeats or chooses inside, as in "(a+)+" or "(a|b)*".
+    Any other that takes too long, the library stops after 10 million steps.
     """
-    for component in components:
-        for node in nodes(component):
-            pattern = node.get("pattern")
-            regex = pattern.get("Regex") if isinstance(pattern, dict) else None
-            if isinstance(regex, str) and (len(regex) > MAX_PATTERN or _explodes(regex)):
-                raise ValueError(f"its pattern {regex[:80]!r} could take exponential time")
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key == "Regex" and isinstance(value, str) and (len(value) > MAX_PATTERN or _may_explode(value)):
+            raise ValueError(f"its pattern {value[:80]!r} could take exponential time")
+        check_patterns(value)
 
 
-def _explodes(regex: str) -> bool:
-    groups: list[bool] = []  # of each open group: whether it repeats or chooses inside
-    in_class = 0
-    closed: bool | None = None  # the same of a group that ended just before
-    tokens = re.findall(r"\\.|\{\d*,?\d*\}|\(\?[^:=!<>]*[:=!>]?|.", regex, re.DOTALL)
-    for token in tokens:
-        ended, closed = closed, None
-        if in_class:
-            in_class += (token == "[") - (token == "]")
-        elif token == "[":
-            in_class = 1
-        elif token.startswith("("):
-            groups.append(False)
-        elif token == ")":
-            closed = groups.pop() if groups else None
-            if groups and closed:
-                groups[-1] = True
-        elif token in ("*", "+") or re.fullmatch(r"\{\d+,\}", token):
-            if ended:
-                return True
-            if groups:
-                groups[-1] = True
-        elif token == "|" and groups:
-            groups[-1] = True
+def _may_explode(regex: str) -> bool:
+    regex = CLASS_OR_ESCAPE.sub("a", regex)
+    while group := GROUP.search(regex):  # an innermost one: to those around it, it is one character that may repeat
+        inside, repeated = group.groups("")
+        repeats = REPEATS_OR_CHOOSES.search(inside) is not None
+        if repeats and repeated:
+            return True
+        regex = regex[: group.start()] + ("a+" if repeats else "a" + repeated) + regex[group.end() :]
     return False
 
 
-def bos_of_template(post_processor: Any) -> str | None:
-    """The control token that begins every text; None when there is none.
+def without_prefix_space(pipeline: Pipeline) -> Pipeline:
+    """Return a pipeline that puts no space before a text, and otherwise does the same."""
+    never: dict[str, Any] = {"prepend_scheme": "never", "add_prefix_space": False}
+    plain = [{key: never.get(key, value) for key, value in step.items()} for step in pipeline["pre_tokenizer"]]
+    normalizer = [step for step in pipeline["normalizer"] if step["type"] != "Prepend"]
+    return pipeline | {"normalizer": normalizer, "pre_tokenizer": plain}
+
+
+def has_prefix_space_after_special(pipeline: Pipeline) -> bool:
+    """Return whether text after an added token gets a prefix space too: what transformers calls legacy."""
+    return any(
+        step["type"] == "Prepend" or step.get("prepend_scheme") == "always" or step.get("add_prefix_space", False)
+        for step in (*pipeline["normalizer"], *pipeline["pre_tokenizer"])
+    )
+
+
+def bos_of(pipeline: Pipeline) -> int | None:
+    """Return the id that the post-processor puts before every text; None when it puts none.
 
     transformers goes by the post-processor alone as well: it ignores add_bos_token beside a tokenizer.json.
     """
-    for node in nodes(post_processor):
-        if node["type"] == "TemplateProcessing":
-            begin = []
-            for part in node.get("single") or []:
-                if not isinstance(part, dict):
-                    raise ValueError(f"its post_processor has the part {part!r:.60}: expected an object")
-                if "Sequence" in part:
-                    break
-                token = part.get("SpecialToken")
-                begin.append(token.get("id") if isinstance(token, dict) else None)
-            if len(begin) > 1 or not all(isinstance(token, str) for token in begin):
-                raise ValueError(f"its post_processor begins a text with {begin!r:.60}: expected one token")
-            return begin[0] if begin else None
-        if node["type"] != "ByteLevel":
-            raise ValueError(f"its post_processor has the type {node['type']!r}: supported is TemplateProcessing")
-    return None
+    encoding = library_tokenizer({"post_processor": pipeline["post_processor"]}).encode("a")
+    before: list[int] = encoding.ids[: encoding.special_tokens_mask.index(0)]
+    if len(before) > 1:
+        raise ValueError(f"its post_processor begins a text with the ids {before!r:.60}: expected one token")
+    return before[0] if before else None
 
 
-@dataclass(frozen=True)
-class PieceDecoder:
-    """Bytes of a piece of the vocabulary.
+def decoder_steps(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Return the steps of the decoder or, where the file has none, those that undo how it prepares text.
 
-    Unlike the `tokenizers` library, which joins pieces to text first, this keeps bytes of broken UTF-8: the library
-    writes U+FFFD for every byte of a run of byte pieces that is no valid UTF-8 as a whole.
+    Raises ValueError for a step that does not decode each piece by itself, or that could make a piece very long.
     """
-
-    byte_level: bool  # spelled in GPT-2's alphabet, a character for each byte
-    byte_fallback: bool  # "<0x0A>" is a byte
-    replace: tuple[tuple[str, str], ...]
-    drop_at_start: str  # what begins a text without being part of it, dropped once
-    drop_all: bool  # or as often as it is there
-
-    @classmethod
-    def parse(cls, decoder: Any, normalizer: Any, pre_tokenizer: Any) -> "PieceDecoder":
-        """From the file's decoder, or, where it has none, from how it prepares text."""
-        steps = list(nodes(decoder))
-        if not steps:
-            steps = [node for node in nodes(pre_tokenizer) if node["type"] in ("ByteLevel", "Metaspace")]
-        if not steps and any(node["type"] in ("Prepend", "Replace") for node in nodes(normalizer)):
-            steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}]
-        replace: list[tuple[str, str]] = []
-        drop, drop_all = "", False
-        for node in steps:
-            kind = node["type"]
-            if kind == "Replace":
-                replace.append(_replacement(node))
-            elif kind == "Metaspace":
-                mark = node.get("replacement", "▁")
-                if not isinstance(mark, str) or len(mark) != 1:
-                    raise ValueError(f"its decoder replaces {mark!r:.60}: expected one character")
-                replace.append((mark, " "))
-                if node.get("prepend_scheme", "always") != "never" and node.get("add_prefix_space", True):
-                    drop, drop_all = " ", True
-            elif kind == "Strip":
-                count = node.get("start", 0)
-                if node.get("stop", 0) != 0 or count not in (0, 1) or not isinstance(node.get("content"), str):
-                    raise ValueError(f"its decoder has {node!r:.80}: supported is one character at the start")
-                drop = node["content"] * count
-            elif kind not in ("ByteLevel", "ByteFallback", "Fuse"):
-                raise ValueError(
-                    f"its decoder has the type {kind!r}: supported are ByteLevel, ByteFallback, Fuse, Metaspace, "
-                    "Replace, Strip and Sequence"
-                )
-        kinds = {node["type"] for node in steps}
-        return cls("ByteLevel" in kinds, "ByteFallback" in kinds, tuple(replace), drop, drop_all)
-
-    def decode(self, piece: str, at_start: bool, added: bool) -> bytes:
-        """added: not part of the trained vocabulary, so not in the byte alphabet."""
-        byte = BYTE_PIECE.fullmatch(piece) if self.byte_fallback else None
-        if byte:
-            data = bytes([int(byte[1], 16)])
-            return data.removeprefix(self.drop_at_start.encode()) if at_start else data
-        for old, new in self.replace:
-            piece = piece.replace(old, new)
-        if at_start and self.drop_at_start:
-            piece = piece.lstrip(self.drop_at_start) if self.drop_all else piece.removeprefix(self.drop_at_start)
-        if self.byte_level and not added:
-            alphabet = byte_alphabet()
-            if all(char in alphabet for char in piece):
-                return bytes(alphabet[char] for char in piece)
-        return piece.encode()
-
-
-def _replacement(node: dict[str, Any]) -> tuple[str, str]:
-    pattern, content = node.get("pattern"), node.get("content")
-    old = pattern.get("String") if isinstance(pattern, dict) else None
-    if not isinstance(old, str) or not old or not isinstance(content, str):
-        raise ValueError(f"its decoder has {node!r:.80}: supported is the replacement of one text by another")
-    if len(content) > 8 * len(old):
-        raise ValueError(f"its decoder replaces {old!r} by {len(content)} characters")
-    return old, content
+    undo = [step for step in pipeline["pre_tokenizer"] if step["type"] in ("ByteLevel", "Metaspace")]
+    spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    steps = pipeline["decoder"] or undo or [spaces, {"type": "ByteFallback"}]
+    for step in steps:
+        kind = step["type"]
+        strips_one = kind == "Strip" and (step["start"], step["stop"]) in ((0, 0), (1, 0))
+        replaces = kind == "Replace" and len(step["content"]) <= len(step["pattern"].get("String", "")) > 0
+        if not (kind in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace") or strips_one or replaces):
+            raise ValueError(
+                f"its decoder has the step {step!r:.80}: supported are ByteLevel, ByteFallback, Fuse, Metaspace, "
+                "Strip of one character at the start, and Replace of a text by one no longer"
+            )
+    return steps

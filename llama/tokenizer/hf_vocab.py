@@ -1,280 +1,171 @@
 """Hugging Face's `tokenizer.json`, run by the `tokenizers` library.
 
-The library is given the vocabulary with its control tokens taken out of reach, so that no text can become one.
+The library is given the vocabulary with its control tokens under secret names, so that no text can become one.
 """
 
-import json
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from llama.tokenizer.hf_config import AddedToken, TokenizerConfig, parse_id, read_object
-from llama.tokenizer.hf_decoder import PieceDecoder, bos_of_template, check_patterns, restarts, without_prefix
-from llama.tokenizer.vocab import MARKERS
+from llama.tokenizer.hf_config import NAMED_TOKENS, TokenizerConfig, expect, parse_added, parse_id, read_object
+from llama.tokenizer.hf_decoder import (
+    bos_of,
+    decoder_steps,
+    has_prefix_space_after_special,
+    library_tokenizer,
+    parse_pipeline,
+    without_prefix_space,
+)
+from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 
-# What a file without a tokenizer_config.json beside it calls them.
-CONVENTIONAL = {
-    "bos_token": ("<|begin_of_text|>", "<s>", "<|startoftext|>"),
-    "eos_token": ("<|end_of_text|>", "</s>", "<|endoftext|>"),
-    "pad_token": (),
-}
+# What BOS and EOS are called in a file without a tokenizer_config.json beside it; the last that it has counts.
+USUAL_BOS = ("<|startoftext|>", "<s>", "<|begin_of_text|>")
+USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+USUAL_NAMES = [(text, "bos_token") for text in USUAL_BOS] + [(text, "eos_token") for text in USUAL_EOS]
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class HuggingFaceVocab:
-    """Ids as in transformers with split_special_tokens=True, decoded as transformers decodes without skipping.
+    """Encode as transformers does with split_special_tokens=True, and decode as it does without skipping tokens.
 
-    add_bos is what the file's post-processor says, as in transformers, where add_bos_token of tokenizer_config.json
-    counts for a tokenizer.model alone. An EOS that it puts after a text is left out: a completion could not go on.
-    A tokenizer_class LlamaTokenizer makes transformers 5 rebuild the pipeline from the vocabulary; here the file's own
-    runs, which encodes a text that begins with a space as Meta's SentencePiece does.
+    As in transformers, the file's post-processor decides whether a text begins with BOS; an EOS that it puts after a
+    text is left out, because a completion could not go on. For LlamaTokenizer, transformers 5 builds a pipeline of its
+    own. Here the file's pipeline runs, which encodes a text that begins with a space as Meta's SentencePiece does.
     """
 
     def __init__(self, data: bytes, name: str, config: TokenizerConfig) -> None:
         """name: where data comes from, for errors."""
         content = read_object(data, name)
         self._name = name
-        try:
-            with _library_errors():
-                self._load(content, config)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is JSON, but no tokenizer that works here: {error}") from None
+        with _library_errors(f"{name} is JSON, but no tokenizer that works here"):
+            self._load(content, config)
 
     def _load(self, content: dict[str, Any], config: TokenizerConfig) -> None:
-        model = content.get("model")
-        if not isinstance(model, dict):
-            raise ValueError(f"its model is {model!r:.60}: expected an object")
-        trained = _trained(model)
+        model = expect(dict, content.get("model"), "its model")
+        trained, unknown = _trained(model)
         added = _added(content, config, trained)
         ids = trained | {token.content: number for number, token in added.items()}
-        self._pieces = {number: text for text, number in trained.items()}
-        self._added = {number: token.content for number, token in added.items()}
-        self.n_words = max(ids.values()) + 1
+        self._texts = {number: text for text, number in ids.items()}
+        self._added = added.keys()
+        if len(self._texts) < len(ids):
+            raise ValueError("its vocab has an id twice")
+        self.n_words = max(self._texts) + 1
 
-        post_processor = content.get("post_processor")
-        begin = bos_of_template(post_processor)
-        if begin is not None and begin not in ids:
-            raise ValueError(f"its post_processor begins a text with {begin!r}, which is no token")
-        control = {text for text in (*MARKERS, *config.specials) if text in ids}
-        control |= {token.content for token in added.values() if token.is_control}
-        self.add_bos = begin is not None
-        self.bos_id, self.eos_id, self.pad_id = (_named(key, config, control, ids) for key in CONVENTIONAL)
-        if begin is not None:
-            self.bos_id = ids[begin]
-            control.add(begin)
-        unknown = _unknown(model)
-        if unknown is not None and unknown not in trained:
-            raise ValueError(f"its unk_token {unknown!r} is no piece of its vocabulary")
+        pipeline = parse_pipeline(content)
+        bos = bos_of(pipeline)
+        if bos is not None and bos not in self._texts:
+            raise ValueError(f"its post_processor begins a text with the id {bos}, which is no token")
+        special = {*CONTROL_TOKENS, *config.specials, *(token.content for token in added.values() if token.special)}
+        control = {*special, self._texts.get(bos)} & ids.keys()
+        named = {key: text for text, key in USUAL_NAMES if text in control} | dict(config.named)
+        named |= {} if bos is None else {"bos_token": self._texts[bos]}
+        self.bos_id, self.eos_id, self.pad_id = (ids.get(named.get(key), -1) for key in NAMED_TOKENS[:3])
+        self.add_bos = bos is not None
+        hidden = {*control, unknown}
         # What text that no piece fits becomes is no control token. Where it has another use as well, as in GPT-2's
         # files, such text is dropped; Unigram cannot do that.
-        if unknown in control and (_kind(model) == "BPE" and (ids[unknown] in (self.bos_id, self.eos_id))):
+        if unknown in control and model["type"] == "BPE" and ids[unknown] in (self.bos_id, self.eos_id):
             unknown = None
-        control -= {unknown}
-        self.special_tokens = {text: ids[text] for text in sorted(control, key=ids.__getitem__)}
+        self.special_tokens = {text: ids[text] for text in sorted(control - {unknown}, key=ids.__getitem__)}
 
-        in_text = [token for token in added.values() if token.content not in control and token.content != unknown]
-        hidden = control if unknown is None else control | {unknown}
-        normalizer, pre_tokenizer = content.get("normalizer"), content.get("pre_tokenizer")
-        check_patterns(normalizer, pre_tokenizer)
-        self._decoder = PieceDecoder.parse(content.get("decoder"), normalizer, pre_tokenizer)
-        self.restarts, self._keeps_start = restarts(normalizer, pre_tokenizer), False
-        pieces = _model(model, trained, hidden, unknown)
-        plain = without_prefix(normalizer), without_prefix(pre_tokenizer)
-        self._middle = _pipeline(pieces, in_text, *plain)
-        self._begin = self._middle
-        if config.is_llama and config.add_prefix_space is False:
-            self.restarts, self._keeps_start = False, True
-        elif plain != (normalizer, pre_tokenizer):
-            self._begin = _pipeline(pieces, in_text, normalizer, pre_tokenizer)
-        # The library numbers what it adds from the size of the vocabulary on.
-        self._number = {self._middle.token_to_id(token.content): ids[token.content] for token in in_text}
-        taken = [number for number, own in self._number.items() if number != own and number in self._pieces]
-        if taken:
-            raise ValueError(f"its vocabulary has gaps, so that an added token takes the id {taken[0]} of a piece")
+        names = {text: secrets.token_hex(16) if text in hidden else text for text in ids}
+        tokens = [names[token.content] if token.content in hidden else token for token in added.values()]
+        library_model = _library_model(model, names, unknown)
+        # transformers' own Llama class goes by tokenizer_config.json here, also for the space that decoding strips.
+        self._has_prefix_space = not (config.is_llama and config.add_prefix_space is False)
+        pipeline["decoder"] = decoder_steps(pipeline)
+        self._decoder_kinds = {step["type"] for step in pipeline["decoder"]}
+        plain = without_prefix_space(pipeline)
+        pipeline = pipeline if self._has_prefix_space else plain
+        self.prefix_space_after_special = has_prefix_space_after_special(pipeline)
+        self._with_prefix_space = library_tokenizer(pipeline, library_model, tokens)
+        self._without_prefix_space = library_tokenizer(plain, library_model, tokens)
+        for number, token in added.items():  # The library numbers them by their order, whatever the file says.
+            found = self._with_prefix_space.token_to_id(names[token.content])
+            if found != number:
+                raise ValueError(f"added token {token.content!r:.60} has the id {number}: expected {found}")
 
-    def encode(self, s: str, continues: bool) -> list[int]:
-        pipeline = self._middle if continues else self._begin
-        try:
-            with _library_errors():
-                ids = pipeline.encode(s, add_special_tokens=False).ids
-        except ValueError as error:
-            raise ValueError(f"{self._name} cannot encode this text: {error}") from None
-        return [self._number.get(token, token) for token in ids] if self._number else ids
+    def encode(self, s: str, add_prefix_space: bool) -> list[int]:
+        tokenizer = self._with_prefix_space if add_prefix_space else self._without_prefix_space
+        with _library_errors(f"{self._name} cannot encode this text"):
+            return list(tokenizer.encode(s, add_special_tokens=False).ids)
 
-    def token_bytes(self, token: int, at_start: bool) -> bytes:
-        """Control tokens are their own text; an id without a token, in a gap, is nothing."""
-        at_start = at_start and not self._keeps_start
-        if token in self._added:
-            return self._decoder.decode(self._added[token], at_start, added=True)
-        return self._decoder.decode(self._pieces.get(token, ""), at_start, added=False)
+    def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
+        """Return a token's bytes. A control token is its own text, and an id without a token, in a gap, is nothing.
+
+        The library decodes to text, with U+FFFD for bytes that are no valid UTF-8. Here those bytes are kept, because
+        the next token may complete the character.
+        """
+        piece, kinds, decode = self._texts.get(token, ""), self._decoder_kinds, self._with_prefix_space.decoder.decode
+        if token in self._added and "ByteLevel" in kinds:
+            return piece.encode()  # which the library takes for a spelling of bytes
+        first = strip_prefix_space and self._has_prefix_space
+        text: str = decode([piece]) if first else decode(["a", piece])[len(decode(["a"])) :]
+        if "\ufffd" in text and "ByteFallback" in kinds and (byte := BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(byte[1], 16)])
+        if "\ufffd" in text and "ByteLevel" in kinds and all(char in byte_alphabet() for char in piece):
+            return bytes(byte_alphabet()[char] for char in piece)
+        return text.encode()
 
 
 @contextmanager
-def _library_errors() -> Iterator[None]:
-    """The library's plain exceptions and panics, which are no Exception in Python, as ValueError."""
+def _library_errors(what: str) -> Iterator[None]:
+    """Raise any error as a ValueError of one line, also the library's panics, which are no Exception in Python."""
     try:
         yield
-    except (ValueError, RecursionError, MemoryError):
+    except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(str(error).partition("\n")[0][:300] or type(error).__name__) from None
-        raise
+        said = str(error).partition("\n")[0][:300] or type(error).__name__
+        raise ValueError(f"{what}: {said}") from None
 
 
-def _kind(model: dict[str, Any]) -> str:
-    """Older files leave out the type."""
-    return model.get("type") or ("BPE" if "merges" in model else "Unigram")
-
-
-def _trained(model: dict[str, Any]) -> dict[str, int]:
-    """Ids of the vocabulary's pieces by text; ValueError unless both are unique."""
-    kind, vocab = _kind(model), model.get("vocab")
+def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
+    """Return the ids of the vocabulary's pieces by text, and the piece for text that no other piece fits."""
+    kind = model["type"] = model.get("type") or ("BPE" if "merges" in model else "Unigram")  # Older files have none.
     if kind not in ("BPE", "Unigram"):
         raise ValueError(f"its model has the type {kind!r:.60}: supported are BPE and Unigram")
-    if not isinstance(vocab, dict if kind == "BPE" else list) or not vocab:
-        raise ValueError(f"the vocab of its {kind} model is {vocab!r:.60}")
-    if isinstance(vocab, list):
-        wrong = [entry for entry in vocab if not (isinstance(entry, list) and len(entry) == 2 and _scored(*entry))]
-        if wrong:
-            raise ValueError(f"its vocab has {wrong[0]!r:.60}: expected a text and a score")
-        pairs = [(text, number) for number, (text, _) in enumerate(vocab)]
-    else:
-        pairs = [(text, parse_id(number, f"the id of {text!r:.60} in its vocab")) for text, number in vocab.items()]
-    trained = dict(pairs)
-    if len(trained) < len(pairs):
-        raise ValueError("its vocab has a text twice")
-    if len(set(trained.values())) < len(trained):
-        raise ValueError("its vocab has an id twice")
-    try:
-        "".join(trained).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"its vocab is no valid Unicode: {error.reason}") from None
-    return trained
+    vocab: Any = expect(dict if kind == "BPE" else list, model.get("vocab"), "its vocab")
+    pairs = vocab.items() if kind == "BPE" else ((text, number) for number, (text, _) in enumerate(vocab))
+    trained = {expect(str, text, "a piece"): parse_id(i, f"the id of {text!r:.60} in its vocab") for text, i in pairs}
+    if len(trained) < len(vocab) or not vocab:
+        raise ValueError("its vocab is empty or has a text twice")
+    "".join(trained).encode()  # UnicodeEncodeError for half a surrogate pair
+    unknown = model.get("unk_token") or None
+    if kind == "Unigram" and model.get("unk_id") is not None:
+        unknown = {i: text for text, i in trained.items()}.get(model["unk_id"], model["unk_id"])
+    if unknown is not None and unknown not in trained:
+        raise ValueError(f"its unknown piece {unknown!r:.60} is not in its vocab")
+    return trained, unknown
 
 
-def _scored(text: Any, score: Any) -> bool:
-    return isinstance(text, str) and isinstance(score, (int, float)) and abs(score) < 1e30
+def _added(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, Any]:
+    """Return added tokens by id: the file's, then those that only the files beside it have."""
+    where, entries = "an added token", expect(list, content.get("added_tokens") or [], "its added_tokens")
+    added = parse_added(((expect(dict, entry, where).get("id"), entry) for entry in entries), where)
+    known = {token.content for token in added.values()}
+    others = {number: token for number, token in sorted(config.added.items()) if token.content not in known}
+    return added | {trained.get(token.content, number): token for number, token in others.items()}
 
 
-def _added(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, AddedToken]:
-    """Added tokens by id: the file's, then those that only the files beside it have.
-
-    The library goes by their order and ignores the ids it reads; a file where the two differ is refused.
-    """
-    entries = content.get("added_tokens") or []
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError("its added_tokens are no list of objects")
-    stated = [
-        (parse_id(entry.get("id"), "the id of an added token"), AddedToken.parse(entry, "an added token"))
-        for entry in entries
-    ]
-    known = {token.content for _, token in stated}
-    stated += [
-        (trained.get(token.content, number), token)
-        for number, token in sorted(config.added.items())
-        if token.content not in known
-    ]
-    special = {token.content for token in config.added.values() if token.special} | config.specials
-    added: dict[int, AddedToken] = {}
-    numbers: dict[str, int] = {}
-    following = len(trained)
-    for number, token in stated:
-        token.content.encode()
-        expected = trained.get(token.content, numbers.get(token.content, following))
-        if number != expected:
-            raise ValueError(f"added token {token.content!r:.60} has the id {number}: expected {expected}")
-        numbers[token.content] = number
-        following = max(following, number + 1)
-        control = token.special or token.content in special
-        added[number] = AddedToken(
-            token.content, control, token.normalized, token.single_word, token.lstrip, token.rstrip
-        )
-    return added
-
-
-def _named(key: str, config: TokenizerConfig, control: set[str], ids: Mapping[str, int]) -> int:
-    if key in config.named:
-        return ids.get(config.named[key] or "", -1)
-    return next((ids[text] for text in CONVENTIONAL[key] if text in control), -1)
-
-
-def _unknown(model: dict[str, Any]) -> str | None:
-    """The piece that stands for text that no piece fits."""
-    if _kind(model) == "BPE":
-        unknown = model.get("unk_token")
-        if unknown is not None and not isinstance(unknown, str):
-            raise ValueError(f"its unk_token is {unknown!r:.60}: expected text")
-        return unknown or None
-    number = model.get("unk_id")
-    if number is None:
-        return None
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(model["vocab"]):
-        raise ValueError(f"its unk_id is {number!r:.60}: it has {len(model['vocab'])} pieces")
-    return model["vocab"][number][0]
-
-
-def _model(model: dict[str, Any], trained: dict[str, int], hidden: set[str], unknown: str | None) -> Any:
-    """The library's model, in which no text reaches the hidden pieces, under names that nobody can guess."""
+def _library_model(model: dict[str, Any], names: Mapping[str, str], unknown: str | None) -> Any:
+    """Return the library's model, in which each piece has the name given."""
     from tokenizers import models
 
-    secret = secrets.token_hex(16)
-    names = {text: f"{secret}{number}" if text in hidden else text for text, number in trained.items()}
-    flags = {key: model.get(key) or False for key in ("fuse_unk", "byte_fallback", "ignore_merges")}
-    wrong = [key for key, value in flags.items() if not isinstance(value, bool)]
-    if wrong:
-        raise ValueError(f"its {wrong[0]} is {flags[wrong[0]]!r:.60}: expected true or false")
-    if _kind(model) == "Unigram":
-        vocab = [(names[text], float(score)) for text, score in model["vocab"]]
-        return models.Unigram(vocab, model.get("unk_id"), flags["byte_fallback"])
+    keys = ("byte_fallback", "fuse_unk", "ignore_merges")
+    flags = {key: expect(bool, model.get(key) or False, f"its {key}") for key in keys}
+    if model["type"] == "Unigram":
+        pieces = [(names[text], score) for text, score in model["vocab"]]
+        return models.Unigram(pieces, model.get("unk_id"), flags["byte_fallback"])
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"its {key} is {model[key]!r:.60}: supported is none")
-    merges = [(a, b) for a, b in _merges(model, trained) if not (a in hidden or b in hidden or a + b in hidden)]
+    merges = parse_merges(expect(list, model.get("merges"), "its merges"), model["vocab"], "its merges have")
     return models.BPE(
-        vocab={names[text]: number for text, number in trained.items()},
-        merges=merges,
-        unk_token=names[unknown] if unknown is not None else None,
+        vocab={names[text]: number for text, number in model["vocab"].items()},
+        merges=[(a, b) for a, b in merges if names[a] == a and names[b] == b and names[a + b] == a + b],
+        unk_token=names.get(unknown or ""),
         **flags,
     )
-
-
-def _pipeline(pieces: Any, in_text: list[AddedToken], normalizer: Any, pre_tokenizer: Any) -> Any:
-    """The library's tokenizer of text; pieces, its model, is shared and not copied."""
-    import tokenizers
-
-    empty = {"type": "BPE", "vocab": {}, "merges": []}
-    frame = {"version": "1.0", "model": empty, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
-    frame |= {"added_tokens": [], "post_processor": None, "decoder": None}
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(frame))
-    tokenizer.model = pieces
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(
-                token.content,
-                normalized=token.normalized,
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-            )
-            for token in in_text
-        ]
-    )
-    return tokenizer
-
-
-def _merges(model: dict[str, Any], trained: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Checked here, because the library panics on some of these."""
-    entries = model.get("merges")
-    if not isinstance(entries, list):
-        raise ValueError(f"its merges are {entries!r:.60}: expected a list")
-    merges = []
-    for entry in entries:
-        pair = entry.split(" ") if isinstance(entry, str) else entry  # text in older files
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise ValueError(f"its merges have {entry!r:.60}: expected two pieces")
-        a, b = pair
-        if not (a in trained and b in trained and a + b in trained):
-            raise ValueError(f"its merges have {entry!r:.60}: expected two pieces that join to a third")
-        merges.append((a, b))
-    return merges

@@ -1,4 +1,4 @@
-"""SentencePiece: Llama 1, Llama 2 and Code Llama's `tokenizer.model`, and GGUF's "llama" kind turned into one.
+"""SentencePiece: the `tokenizer.model` of Llama 1, Llama 2 and Code Llama, and GGUF's "llama" kind turned into one.
 
 A model is a protobuf message. The few fields needed are read and written by hand: sentencepiece's generated module
 cannot be imported in a process that has imported transformers' copy of it (the descriptor pool refuses the second).
@@ -9,10 +9,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType, array
-from llama.tokenizer.vocab import MARKERS
+from llama.tokenizer.vocab import CONTROL_TOKENS
 
 SPACE = "▁"
-BEFORE = "☺"
+BEFORE = "☺"  # merges with no character after it
 # Field numbers of sentencepiece_model.proto.
 PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3  # in ModelProto
 PIECE, SCORE, TYPE = 1, 2, 3  # in ModelProto.SentencePiece
@@ -24,38 +24,40 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 class SentencePieceVocab:
+    """Encode and decode as the sentencepiece library, but for `CONTROL_TOKENS`, which text never reaches."""
+
     def __init__(self, proto: bytes, name: str, control: Collection[int] = ()) -> None:
-        """name: where the proto comes from, for errors. control: ids to keep out of text, as control pieces."""
+        """name: where the proto comes from, for errors. control: ids to make control pieces, out of reach for text."""
         import sentencepiece
 
         try:
             proto, spec = _prepare(proto, control)
             self._sp = sentencepiece.SentencePieceProcessor()
             self._sp.LoadFromSerializedProto(proto)
+            self.ids = {self._sp.id_to_piece(i): i for i in range(self._sp.vocab_size())}
         except (ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0] if str(error) else "damaged"
             raise ValueError(f"{name} is no whole SentencePiece model: {why}") from None
         self.n_words = self._sp.vocab_size()
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
-        self.add_bos = self.restarts = True
-        ids = list(range(self.n_words))
-        self.special_tokens = {self._sp.id_to_piece(i): i for i in ids if self._sp.is_control(i)}
+        self.add_bos = self.prefix_space_after_special = True
+        self.special_tokens = {text: i for text, i in self.ids.items() if self._sp.is_control(i)}
         self.unk_id = self._sp.unk_id()
         self._unk = {self.unk_id: self._sp.decode([self.unk_id]).encode()}
         # Both default to true.
-        self._drops_space = bool(spec.get(ADD_DUMMY_PREFIX, 1) or spec.get(REMOVE_EXTRA_WHITESPACES, 1))
+        self._puts_prefix_space = bool(spec.get(ADD_DUMMY_PREFIX, 1) or spec.get(REMOVE_EXTRA_WHITESPACES, 1))
 
-    def encode(self, s: str, continues: bool) -> list[int]:
-        """A continuation as Meta's Code Llama encodes it: after a character that joins no other, taken away again."""
-        if not continues:
+    def encode(self, s: str, add_prefix_space: bool) -> list[int]:
+        """Return the ids of s. Without a prefix space, it is encoded as in Meta's Code Llama.
+
+        That is after a character that merges with no other, whose ids are then taken away again.
+        """
+        if add_prefix_space:
             return self._sp.encode(s)
         return self._sp.encode(BEFORE + s)[len(self._sp.encode(BEFORE)) :]
 
-    def ids(self) -> dict[str, int]:
-        """Every piece's id by its text."""
-        return {self._sp.id_to_piece(i): i for i in range(self.n_words)}
-
-    def token_bytes(self, token: int, at_start: bool) -> bytes:
+    def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
+        """Return a token's bytes; a control token has none."""
         if self._sp.is_control(token):
             return b""
         if token in self._unk:
@@ -63,13 +65,13 @@ class SentencePieceVocab:
         piece = self._sp.id_to_piece(token)
         if self._sp.is_byte(token):
             return bytes([int(piece[3:5], 16)])  # "<0x0A>"
-        if at_start and self._drops_space:
+        if strip_prefix_space and self._puts_prefix_space:
             piece = piece.removeprefix(SPACE)
         return piece.replace(SPACE, " ").encode()
 
 
 def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
-    """The SentencePiece model that a GGUF file's tokens, scores and types came from."""
+    """Return the SentencePiece model that a GGUF file's tokens, scores and types came from."""
     scores = array(metadata, "scores", (float, int), len(tokens.texts))
     types = list(tokens.types)
     if TokenType.UNKNOWN not in types and tokens.unk_id >= 0:
@@ -96,19 +98,20 @@ def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
 
 
 def _prepare(proto: bytes, control: Collection[int]) -> tuple[bytes, dict[int, int]]:
-    """The model with its `MARKERS` and the ids of control made control pieces, and the numbers of its normalizer spec.
+    """Return the model with some pieces made control pieces, and the one-byte values of its normalizer spec by field.
 
-    Code Llama's markers are ordinary pieces with merges that lead to them: typed text would become control ids.
-    Raises ValueError when the message is cut off or lacks its specs (without them SentencePiece takes the defaults,
-    another algorithm).
+    Those pieces are `CONTROL_TOKENS` and the ids in control. Code Llama's are ordinary pieces with merges that lead to
+    them, so that typed text would become control ids.
+    Raises ValueError when the message is cut off or lacks its specs, without which SentencePiece takes the defaults:
+    another algorithm.
     """
-    markers = tuple(_field(PIECE, text.encode()) for text in MARKERS)
+    fields = tuple(_field(PIECE, text.encode()) for text in CONTROL_TOKENS)
     as_control = _field(TYPE, TokenType.CONTROL)
     parts, copied, piece = [], 0, -1
     specs: dict[int, dict[int, int]] = {}
     for number, begin, start, end in _fields(proto, 0, len(proto)):
         piece += number == PIECES
-        if number == PIECES and (proto.startswith(markers, start, end) or piece in control):
+        if number == PIECES and (proto.startswith(fields, start, end) or piece in control):
             # The last value of a field counts, so that appending the type sets it.
             parts += [proto[copied:begin], _field(PIECES, proto[start:end] + as_control)]
             copied = end
@@ -121,7 +124,7 @@ def _prepare(proto: bytes, control: Collection[int]) -> tuple[bytes, dict[int, i
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(number, begin, start, end) of each field in data[at:end]: begin is its tag's place, start:end its value's."""
+    """Yield (number, begin, start, end) of each field in data[at:end]: its tag begins at begin, its value at start."""
     while at < end:
         begin = at
         tag, at = _read_varint(data, at, end)
@@ -141,6 +144,7 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int
 
 
 def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """Return the number that begins at data[at], and the index after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= end:

@@ -1,35 +1,38 @@
-"""Token ids to text, one id at a time. Knows tokens only as bytes."""
+"""Turn token ids into text, one id at a time. Knows a token only as bytes."""
 
 import codecs
 from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    def token_bytes(self, token: int, at_start: bool = False) -> bytes: ...
+    """What `StreamDecoder` asks of a vocabulary or of a `Tokenizer`."""
+
+    def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes: ...
 
 
 class StreamDecoder:
-    """Incremental UTF-8 over the bytes of tokens.
+    """Decode UTF-8 incrementally over the bytes of tokens; no piece of text ends inside a character.
 
-    All pieces joined, flush() included, are the bytes of all tokens decoded with errors="replace": the same text as
-    `Tokenizer.decode` when at_start is true. No piece ends inside a character.
+    All pieces joined, that of `flush` included, are the bytes of all tokens decoded with errors="replace". With
+    add_prefix_space, that is the text of `Tokenizer.decode`.
 
-    at_start: these tokens begin a text, so that the space SentencePiece puts before its first word is dropped. False
-    for the continuation of a prompt, where that space separates words.
+    add_prefix_space: the tokens were encoded with it, as a text of their own, so that the space that the tokenizer
+    puts before the first word is stripped. False for the continuation of a prompt, where that space separates words.
     """
 
-    def __init__(self, tokenizer: TokenBytes, at_start: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._at_start = at_start
+    def __init__(self, vocab: TokenBytes, add_prefix_space: bool = True) -> None:
+        self._vocab = vocab
+        self._strip_prefix_space = add_prefix_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        data = self._tokenizer.token_bytes(token, self._at_start)
-        # A control token without bytes, such as BOS, leaves the next one at the start.
-        if self._at_start and self._tokenizer.token_bytes(token):
-            self._at_start = False
+        """Return the characters that a token completes."""
+        data = self._vocab.token_bytes(token, self._strip_prefix_space)
+        # A control token without bytes, such as BOS, leaves the next token at the start of the text.
+        if self._strip_prefix_space and self._vocab.token_bytes(token, False):
+            self._strip_prefix_space = False
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """The end of the text: what is left of an unfinished character, as U+FFFD."""
+        """Return the end of the text: what is left of an unfinished character, as U+FFFD."""
         return self._utf8.decode(b"", final=True)

@@ -1,16 +1,17 @@
-"""Llama 3's tokenizer: tiktoken ranks from a file, the special tokens and the pattern from here."""
+"""Llama 3's `tokenizer.model`: BPE tokens in a file of tiktoken's, special tokens and the split pattern from here."""
 
 import base64
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+# How Llama 3 splits a text before BPE.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-N_SPECIAL = 256
-NAMED_SPECIAL = (  # in order after the ranks, names as of Llama 3.1 to 3.3
+# Special tokens in the order of their ids, which follow those of the file; names as of Llama 3.1 to 3.3.
+NAMED_SPECIAL = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
     "<|reserved_special_token_0|>",
@@ -24,55 +25,63 @@ NAMED_SPECIAL = (  # in order after the ranks, names as of Llama 3.1 to 3.3
     "<|python_tag|>",
     "<|image|>",
 )
+N_SPECIAL = 256
+SPECIAL_TOKENS = (*NAMED_SPECIAL, *(f"<|reserved_special_token_{i}|>" for i in range(2, N_SPECIAL - 10)))
 # Longer texts, and longer runs of (non-)whitespace, make tiktoken panic; Meta cuts at the same lengths.
 MAX_CHARS = 400_000
 MAX_RUN = 25_000
 RUNS = re.compile(r"\s+|\S+")
 
 
-class RanksVocab:
+class TiktokenVocab:
+    """Llama 3's vocabulary, encoded by the `tiktoken` library."""
+
     def __init__(self, data: bytes, path: Path) -> None:
+        """data: the content of the file at path, lines of a token in base64 and its id."""
         import tiktoken
 
-        ranks = _parse(data, path)
-        reserved = [f"<|reserved_special_token_{2 + i}|>" for i in range(N_SPECIAL - len(NAMED_SPECIAL))]
-        self.special_tokens = {text: len(ranks) + i for i, text in enumerate((*NAMED_SPECIAL, *reserved))}
+        ids = _parse(data, path)
+        self.special_tokens = {text: len(ids) + i for i, text in enumerate(SPECIAL_TOKENS)}
+        # tiktoken calls a token's id its rank, because BPE merges the pair first that makes the lowest one.
         self._bpe = tiktoken.Encoding(
-            path.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            path.name, pat_str=PATTERN, mergeable_ranks=ids, special_tokens=self.special_tokens
         )
-        self.n_words = len(ranks) + N_SPECIAL
+        self.n_words = len(ids) + N_SPECIAL
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.pad_id = -1
-        self.add_bos, self.restarts = True, False
+        self.add_bos, self.prefix_space_after_special = True, False
 
-    def encode(self, s: str, continues: bool) -> list[int]:
+    def encode(self, s: str, add_prefix_space: bool) -> list[int]:
+        """Return the ids of s; this kind puts no space before a text in either case."""
         return [token for part in _parts(s) for token in self._bpe.encode_ordinary(part)]
 
-    def token_bytes(self, token: int, at_start: bool) -> bytes:
+    def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
+        """Return a token's bytes; a control token is its own text."""
         return self._bpe.decode_single_token_bytes(token)
 
 
 def _parse(data: bytes, path: Path) -> dict[bytes, int]:
-    ranks: dict[bytes, int] = {}
+    """Return the id of each token by its bytes; ValueError names a line or a fault that keeps BPE from working."""
+    ids: dict[bytes, int] = {}
     lines = [line for line in data.splitlines() if line]
     for line in lines:
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            token, number = line.split()
+            ids[base64.b64decode(token, validate=True)] = int(number)
         except ValueError:
             shown = line[:40].decode("ascii", "replace")
-            raise ValueError(f"{path} has the line {shown!r}: expected 'base64 rank' in each (truncated?)") from None
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise ValueError(f"{path} is damaged: expected {len(lines)} different tokens ranked from 0 without a gap")
-    lacking = sum(bytes([byte]) not in ranks for byte in range(256))
+            raise ValueError(f"{path} has the line {shown!r}: expected 'base64 id' in each (truncated?)") from None
+    if sorted(ids.values()) != list(range(len(lines))):
+        raise ValueError(f"{path} is damaged: expected {len(lines)} different tokens with ids from 0 without a gap")
+    lacking = sum(bytes([byte]) not in ids for byte in range(256))
     if lacking:
         raise ValueError(f"{path} is damaged: it lacks {lacking} of the 256 single bytes")
-    return ranks
+    return ids
 
 
 def _parts(s: str) -> Iterator[str]:
-    """s in parts that tiktoken can take, cut where Meta's Llama 3 cuts."""
+    """Yield s in parts that tiktoken can take, cut where Meta's Llama 3 cuts."""
     if len(s) <= MAX_RUN:
         yield s
         return

@@ -1,4 +1,4 @@
-"""`Tokenizer`: finds out what kind a tokenizer is, by content, and gives every kind the same interface."""
+"""`Tokenizer`: one interface for every kind of tokenizer file, which is told by its content."""
 
 import copy
 import os
@@ -14,16 +14,16 @@ from llama.tokenizer.hf_config import TokenizerConfig
 from llama.tokenizer.hf_vocab import HuggingFaceVocab
 from llama.tokenizer.sentencepiece_vocab import SentencePieceVocab, proto_from_gguf
 from llama.tokenizer.stream import StreamDecoder
-from llama.tokenizer.tiktoken_vocab import RanksVocab
+from llama.tokenizer.tiktoken_vocab import TiktokenVocab
 from llama.tokenizer.vocab import END_TOKENS, Vocab
 
 EXPECTED = (
-    "expected a SentencePiece model (Llama 1 and 2), tiktoken ranks, lines of 'base64 rank' (Llama 3), or Hugging "
+    "expected a SentencePiece model (Llama 1 and 2), a tiktoken file with lines of 'base64 id' (Llama 3), or Hugging "
     "Face's tokenizer.json"
 )
-MAX_BYTES = 64 << 20  # the largest known tokenizer file has 33 MB; weights given by mistake are not read
-RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s")
-NOT_TOKENIZERS = (  # first bytes, what they mean
+MAX_TOKENIZER_BYTES = 64 << 20  # The largest known file has 33 MB; weights given by mistake are not read.
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s")
+NOT_TOKENIZERS = (  # the first bytes of other files, and what those are
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself (git lfs pull fetches it)"),
     (b"GGUF", "a GGUF file, which holds its own tokenizer: give it as the checkpoint"),
     (b"PK\x03\x04", "a zip archive, perhaps weights"),
@@ -34,32 +34,33 @@ NOT_TOKENIZERS = (  # first bytes, what they mean
 
 
 class Tokenizer:
-    """Meta's interface: `encode(s, bos, eos)`, `decode`, `n_words`, `bos_id`, `eos_id`, `pad_id`, for every kind.
+    """Encode text to token ids and decode them, by Meta's interface, for every kind of tokenizer.
 
     n_words: the largest id + 1, added tokens included.
-    special_tokens: ids of the control tokens by text. Code Llama's are "▁<PRE>", "▁<SUF>", "▁<MID>" and "▁<EOT>".
-    stop_tokens: every id that ends a generation (`with_stop_tokens` adds to them).
+    bos_id, eos_id, pad_id: -1 when there is none.
     add_bos: whether a plain completion prompt begins with BOS.
-    restarts: whether text after a control token begins like a text of its own, with SentencePiece's implicit space;
-        False: it is encoded with continues=True.
-    chat_template: jinja source stored with the tokenizer.
+    special_tokens: the ids of control tokens by text. Code Llama's are "▁<PRE>", "▁<SUF>", "▁<MID>" and "▁<EOT>".
+    stop_tokens: every id that ends a generation; `with_stop_tokens` adds to them.
+    prefix_space_after_special: whether the text after a control token begins with a prefix space, as a text of its own
+        does (`legacy` in transformers). Where it is False, encode that text with add_prefix_space=False.
+    chat_template: the jinja source stored with the tokenizer, None when there is none.
     """
 
     n_words: int
-    bos_id: int  # -1 when the tokenizer has none, as for eos_id and pad_id
+    bos_id: int
     eos_id: int
     pad_id: int
     add_bos: bool
-    restarts: bool
+    prefix_space_after_special: bool
     special_tokens: dict[str, int]
     stop_tokens: frozenset[int]
     chat_template: str | None
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        """Open a SentencePiece model, tiktoken ranks or a `tokenizer.json`, told apart by content, or a folder of one.
+        """Open a SentencePiece model, a tiktoken file or a `tokenizer.json`, or the one in a folder.
 
         Hugging Face's smaller files beside it (tokenizer_config.json and the like) are read as well.
-        Raises FileNotFoundError with what lies beside the path, ValueError for any other content.
+        Raises FileNotFoundError, which says what lies beside the path, and ValueError for any other content.
         """
         path = Path(model_path)
         if path.is_dir():
@@ -69,10 +70,10 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
-        """The tokenizer inside a GGUF file.
+        """Make the tokenizer that a GGUF file holds.
 
-        metadata: the file's keys to plain values (arrays as lists).
-        Raises ValueError naming the key, its value and what is supported.
+        metadata: the file's keys with plain values, arrays as lists.
+        Raises ValueError, which names the key, its value and what is supported.
         """
         tokens = GGUFTokens.from_metadata(metadata)
         vocab: Vocab
@@ -90,7 +91,8 @@ class Tokenizer:
 
     def _adopt(self, vocab: Vocab, stops: Iterable[int], chat_template: str | None) -> None:
         self._vocab = vocab
-        self.n_words, self.add_bos, self.restarts = vocab.n_words, vocab.add_bos, vocab.restarts
+        self.n_words, self.add_bos = vocab.n_words, vocab.add_bos
+        self.prefix_space_after_special = vocab.prefix_space_after_special
         self.bos_id, self.eos_id, self.pad_id = vocab.bos_id, vocab.eos_id, vocab.pad_id
         self.special_tokens = vocab.special_tokens
         named = (token for text, token in vocab.special_tokens.items() if text in END_TOKENS)
@@ -98,7 +100,7 @@ class Tokenizer:
         self.chat_template = chat_template
 
     def with_stop_tokens(self, tokens: Iterable[int]) -> "Tokenizer":
-        """The same tokenizer with more ids that end a generation, such as those of generation_config.json."""
+        """Return this tokenizer with more ids that end a generation, such as those of generation_config.json."""
         tokens = list(tokens)
         wrong = [token for token in tokens if not 0 <= token < self.n_words]
         if wrong:
@@ -107,46 +109,57 @@ class Tokenizer:
         other.stop_tokens = self.stop_tokens | set(tokens)
         return other
 
-    def encode(self, s: str, bos: bool, eos: bool, continues: bool = False) -> list[int]:
-        """Ids of s as plain text: a special token spelled in s is never a control id.
+    def encode(self, s: str, bos: bool, eos: bool, add_prefix_space: bool = True) -> list[int]:
+        """Return the ids of s as plain text: a control token that s spells is never a control id.
 
-        continues: s is the middle of a text and gets no implicit space before its first word. Code Llama's infilling
-        needs it; it makes a difference for the kinds that put such a space, SentencePiece and what came from it.
+        bos, eos: whether to put BOS before the ids and EOS after them.
+        add_prefix_space: whether the space goes before the first word that SentencePiece, and what came from it, puts
+            there. False where s is the middle of a text, as the suffix of Code Llama's infilling. The other kinds put
+            no such space.
         A lone surrogate is encoded as U+FFFD. Bytes that a byte-level BPE vocabulary lacks are dropped, as by the
         `tokenizers` library (the demo model lacks some control characters).
         """
         for wanted, token, name in ((bos, self.bos_id, "BOS"), (eos, self.eos_id, "EOS")):
             if wanted and token < 0:
                 raise ValueError(f"this tokenizer has no {name} token")
-        ids = self._vocab.encode(_valid_unicode(s), continues)
+        ids = self._vocab.encode(_valid_unicode(s), add_prefix_space)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Sequence[int]) -> str:
-        """Text of all tokens, invalid UTF-8 as U+FFFD.
+        """Return the text of tokens, with invalid UTF-8 as U+FFFD and without the prefix space.
 
         Control tokens are nothing for SentencePiece, and their own text for the other kinds, as in Meta's Llama 2 and
-        Llama 3. SentencePiece's space before the first word is dropped. (Where bytes are no valid UTF-8, the
-        sentencepiece library writes one U+FFFD a byte; here it is one per broken character, as everywhere else.)
+        Llama 3. Where bytes are no valid UTF-8, the sentencepiece library writes U+FFFD for each byte; here it is one
+        for each broken character, as everywhere else.
         """
-        stream = StreamDecoder(self)
+        stream = StreamDecoder(self)  # which tells ids that are out of range
         return "".join([stream.push(token) for token in t]) + stream.flush()
 
+    def stream_decoder(self, add_prefix_space: bool = True) -> StreamDecoder:
+        """Return a decoder of one text, token by token, whose ids must be in range; see `StreamDecoder`."""
+        return StreamDecoder(self._vocab, add_prefix_space)
+
     def has_tokens_of(self, other: "Tokenizer") -> bool:
-        """Whether every id means the same in both."""
+        """Return whether every id means the same in both."""
         return (self.n_words, self.special_tokens) == (other.n_words, other.special_tokens) and all(
             self.token_bytes(token) == other.token_bytes(token) for token in range(self.n_words)
         )
 
-    def token_bytes(self, token: int, at_start: bool = False) -> bytes:
-        """The bytes a token adds to a text; at_start: as its first token (see `StreamDecoder`)."""
+    def token_bytes(self, token: int, strip_prefix_space: bool = False) -> bytes:
+        """Return the bytes that a token adds to a text.
+
+        strip_prefix_space: leave out the space that add_prefix_space put there, as for the first token of a text.
+        """
         if not 0 <= token < self.n_words:
             raise ValueError(f"token id {token} is out of range: the tokenizer's n_words is {self.n_words}")
-        return self._vocab.token_bytes(int(token), at_start)
+        return self._vocab.token_bytes(int(token), strip_prefix_space)
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """`tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model`, `tokenizer.json`,
-    or `tokenizer.model` in the folder above, as Meta laid out Llama 1.
+    """Return the tokenizer file of a folder; FileNotFoundError says what lies there when there is none.
+
+    That is `tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model`, then
+    `tokenizer.json`, then `tokenizer.model` in the folder above, where Meta put Llama 1's.
     """
     whole, model = folder / "tokenizer.json", folder / "tokenizer.model"
     hugging_face = [whole] if (folder / "config.json").is_file() else []
@@ -160,41 +173,35 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def _open(path: Path) -> tuple[Vocab, str | None]:
-    """The vocabulary in a file, and the chat template beside it."""
+    """Open the vocabulary in a file, and find the chat template beside it."""
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer file {path}: {_listing(path.parent)}")
     with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    vocab: Vocab
-    if len(data) > MAX_BYTES:
+        data = file.read(MAX_TOKENIZER_BYTES + 1)
+    is_tiktoken = TIKTOKEN_LINE.match(data) is not None
+    is_sentencepiece = data.startswith(b"\n") and bool(data.strip())  # field 1 of a protobuf message: the first piece
+    is_json = data.lstrip().startswith(b"{")
+    if len(data) > MAX_TOKENIZER_BYTES or not (is_tiktoken or is_sentencepiece or is_json):
         raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
-    if RANKS_LINE.match(data):
-        config = TokenizerConfig.read(path.parent)
-        vocab = RanksVocab(data, path)
-    elif data.startswith(b"\n") and data.strip():  # field 1 of a protobuf message: the first piece
-        config = TokenizerConfig.read(path.parent)
-        vocab = (
-            SentencePieceVocab(data, str(path))
-            if config == TokenizerConfig()
-            else AddedTokensVocab(data, str(path), config)
-        )
-    elif data.lstrip().startswith(b"{"):
-        config = TokenizerConfig.read(path.parent)
-        vocab = HuggingFaceVocab(data, str(path), config)
-    else:
-        raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
-    return vocab, config.chat_template
+    config = TokenizerConfig.read(path.parent)
+    if is_tiktoken:
+        return TiktokenVocab(data, path), config.chat_template
+    if is_sentencepiece:
+        return AddedTokensVocab(data, str(path), config), config.chat_template
+    return HuggingFaceVocab(data, str(path), config), config.chat_template
 
 
 def _describe(data: bytes) -> str:
+    """Say what the content of a file is that is no tokenizer."""
     if not data.strip():
         return "empty"
-    if len(data) > MAX_BYTES:
-        return f"larger than {MAX_BYTES >> 20} MiB, perhaps weights"
+    if len(data) > MAX_TOKENIZER_BYTES:
+        return f"larger than {MAX_TOKENIZER_BYTES >> 20} MiB, perhaps weights"
     return next((what for start, what in NOT_TOKENIZERS if data.lstrip().startswith(start)), "no tokenizer")
 
 
 def _listing(folder: Path, limit: int = 12) -> str:
+    """Say what a folder holds."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
     names = sorted(entry.name for entry in folder.iterdir())
@@ -203,7 +210,7 @@ def _listing(folder: Path, limit: int = 12) -> str:
 
 
 def _valid_unicode(s: str) -> str:
-    """s with surrogate pairs joined and lone surrogates as U+FFFD: none of the libraries takes them."""
+    """Return s with surrogate pairs joined and lone surrogates as U+FFFD: none of the libraries takes them."""
     try:
         s.encode()
     except UnicodeEncodeError:

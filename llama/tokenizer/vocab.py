@@ -1,28 +1,34 @@
-"""What every kind of tokenizer gives to `Tokenizer`, and the names of tokens that mean something to all kinds."""
+"""What every kind of vocabulary gives to `Tokenizer`, and what several kinds share."""
 
+from collections.abc import Container, Iterable
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Vocab(Protocol):
-    """One loaded tokenizer. Ids passed in are in range; strings passed in are valid Unicode."""
+    """One loaded tokenizer file; its attributes are those of `Tokenizer`.
+
+    The token ids that its methods get are in range, and the texts are valid Unicode.
+    """
 
     n_words: int
-    bos_id: int  # -1: none, as for the next two
+    bos_id: int  # -1 when there is none, as for eos_id and pad_id
     eos_id: int
     pad_id: int
     add_bos: bool
-    restarts: bool
+    prefix_space_after_special: bool
     special_tokens: dict[str, int]
 
-    def encode(self, s: str, continues: bool) -> list[int]:
-        """Ids of plain text: never one of `special_tokens`, whatever s spells. continues: see `Tokenizer.encode`."""
+    def encode(self, s: str, add_prefix_space: bool) -> list[int]:
+        """Return the ids of s as plain text: never one of `special_tokens`, whatever s spells."""
         ...
 
-    def token_bytes(self, token: int, at_start: bool) -> bytes: ...
+    def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
+        """Return the bytes that a token stands for, as `Tokenizer.token_bytes` does."""
+        ...
 
 
-# A control token of one of these names ends a generation.
+# A control token with one of these names ends a generation.
 END_TOKENS = frozenset(
     {
         "</s>",
@@ -43,13 +49,31 @@ END_TOKENS = frozenset(
     }
 )
 
-# Control tokens by use, although some files store them as ordinary or user-defined pieces, which typed text reaches.
-MARKERS = END_TOKENS | {"▁<PRE>", "▁<MID>", "▁<SUF>", "<step>", "<|im_start|>"}
+# Tokens with these names are control tokens wherever they occur, although some files store them as ordinary or
+# user-defined pieces, which typed text would reach.
+CONTROL_TOKENS = END_TOKENS | {"▁<PRE>", "▁<MID>", "▁<SUF>", "<|im_start|>"}
 
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters to bytes: printable ones stand for themselves, the n-th other byte is chr(256 + n)."""
+    """Return the byte that each character stands for in GPT-2's spelling of byte-level BPE.
+
+    Printable characters stand for themselves, and chr(256 + n) for the n-th other byte.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def parse_merges(entries: Iterable[Any], pieces: Container[str], where: str) -> list[tuple[str, str]]:
+    """Return BPE merges, each given as a list of two pieces or as a text with a space between them.
+
+    Raises ValueError unless the two are pieces that join to a third: the `tokenizers` library panics on some others.
+    """
+    merges = []
+    for entry in entries:
+        pair = entry.partition(" ")[::2] if isinstance(entry, str) else tuple(entry)
+        if not (len(pair) == 2 and all(part in pieces for part in (*pair, "".join(pair)))):
+            raise ValueError(f"{where} {entry!r:.60}: expected two pieces of the vocabulary that join to a third")
+        merges.append(pair)
+    return merges

@@ -58,7 +58,17 @@ def test_a_dry_run_prints_the_plan_and_nothing_else(folder: Path) -> None:
 def test_a_dry_run_that_does_not_fit_says_what_would(folder: Path) -> None:
     """And its advice is true: the same dry run within that limit exits with 0."""
     prompts = json.dumps(["abcd"] * 1000)
-    flags = ("--ckpt_dir", folder, "--dry_run", "--device", "cpu", "--prompt", prompts, "--max_gen_len", "None")
+    flags: tuple[object, ...] = (
+        "--ckpt_dir",
+        folder,
+        "--dry_run",
+        "--device",
+        "cpu",
+        "--prompt",
+        prompts,
+        "--max_gen_len",
+        "None",
+    )
     flags = (*flags, "--max_seq_len", 16_000_000)
     done = python(COMPLETION, *flags, "--max_batch_size", 10_000)
     assert done.returncode == 1
@@ -80,7 +90,7 @@ def test_under_torchrun_the_first_rank_prints_one_plan(folder: Path) -> None:
 
 
 def test_one_process_plans_for_ranks_that_are_not_there(folder: Path) -> None:
-    flags = ("--ckpt_dir", folder, "--dry_run", "--device", "cpu")
+    flags: tuple[object, ...] = ("--ckpt_dir", folder, "--dry_run", "--device", "cpu")
     alone, eight = (python(CHAT, *flags, "--model_parallel_size", size) for size in (1, 8))
     assert ": 8 ranks, float32, cpu\n" in eight.stdout
     assert rows(eight)["KV cache"] == ["131.07 KB"]  # a quarter of it: 8 ranks hold 4 KV heads, each of them twice

@@ -66,7 +66,7 @@ def test_the_demo_model_answers_alike_in_every_format(demo_model: Path, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "meta"]
 
 
-def test_a_made_up_checkpoint_is_well_and_is_checked(tmp_path: Path) -> None:
+def test_a_random_checkpoint_is_well_and_is_checked(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     succeed("make", folder, "--preset", "tiny", "--shards", 4)
     assert "all is well" in succeed("verify", folder, "--deep", "--write").stdout

@@ -11,8 +11,8 @@ import os
 import random
 import socket
 import sys
+import time
 import traceback
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from llama import Llama, sampling
 from llama.backends.cuda.one_shot import open_one_shot
 from llama.backends.eager import EagerBackend
 from llama.checkpoint.names import module_name
-from llama.engine import speculative
 from llama.quantization.weights import QuantizedWeight
 
 DRAFT = {"draft": True}
@@ -78,7 +77,7 @@ def listen() -> list[str]:
 
 def guess(job: dict[str, Any], rank: int) -> list[Any]:
     """What speculation makes of the prompts, by a clock that tells each rank something else."""
-    speculative.time = types.SimpleNamespace(perf_counter=random.Random(rank).random)  # type: ignore[assignment]
+    time.perf_counter = random.Random(rank).random
     found = []
     for way in ({"speculate": "lookup"}, {"draft_ckpt_dir": job["folder"]}):
         llm = Llama.build(job["folder"], max_seq_len=32, device="cpu", dtype="float32", **way)

@@ -140,7 +140,7 @@ def write_bins(model: PreTrainedModel, folder: Path, count: int) -> None:
     if count == 1:
         torch.save(state, folder / "pytorch_model.bin")
         return
-    index = {}
+    index: dict[str, str] = {}
     for i in range(count):
         names = list(state)[i::count]
         file = f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"

@@ -93,7 +93,7 @@ def llama2_new(folder: Path, spm_path: Path) -> Path:
     vocab, merges = converted(spm_path)
     tokenizer = LlamaTokenizer(vocab=vocab, merges=merges)
     tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
-    tokenizer.add_bos_token = True
+    tokenizer.add_bos_token = True  # type: ignore[misc]  # it can be set, whatever its type says
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder

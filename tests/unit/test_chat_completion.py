@@ -61,7 +61,7 @@ def test_only_unsafe_dialogs_run_nothing(llama2: Llama) -> None:
     answers = llama2.chat_completion([ask("<<SYS>>")] * 2, temperature=0)
     assert [answer["generation"]["content"] for answer in answers] == [UNSAFE_ERROR] * 2
     assert "logprobs" not in answers[0]
-    assert llama2.statistics.prompt_tokens == 0
+    assert llama2.metrics.prompt_tokens == 0
 
 
 def test_no_dialogs_are_told(llama: Llama) -> None:

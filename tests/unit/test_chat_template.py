@@ -344,7 +344,7 @@ def test_sentencepiece_ids_are_those_of_a_legacy_tokenizer_json(legacy: bool) ->
             "tokenizer.chat_template": LLAMA_2,
         }
     )
-    ours.restarts = legacy
+    ours.prefix_space_after_special = legacy
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = [
         (vocab[piece], (piece[:i], piece[i:]))

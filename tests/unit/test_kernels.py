@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llama.backends.cpu import ops as kernels
 from llama.backends.cpu.backend import CpuBackend
+from llama.backends.cpu.build import library
 from llama.backends.cpu.packed_weight import PackedWeight
 from llama.cache import KVCache
 from llama.config import ModelArgs
@@ -18,7 +19,7 @@ from tests.checkpoints import random_state
 from tests.models import random_tokens
 from tests.models import transformer as on_state
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler with OpenMP here")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
 
 TYPES = list(BLOCK_TYPES.values())
 # More rows than a tile has and no multiple of it; two blocks of 256 columns.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,12 @@ def rejected(folder: Path, said: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-def test_a_missing_tensor_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["layers.1.attention.wo.weight", "layers.0.feed_forward.w2.weight", "norm.weight"])
+def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
+    """Without a w2, counting its blocks ended in a KeyError before names were checked."""
     for shard in (0, 1):
-        edit(folder, shard, layers__1__attention__wo__weight=None)
-    rejected(folder, r"lacks tensors layers\.1\.attention\.wo\.weight")
+        edit(folder, shard, **{name.replace(".", "__"): None})
+    rejected(folder, f"lacks tensors {re.escape(name)}")
 
 
 def test_an_unexpected_tensor_is_named(folder: Path) -> None:

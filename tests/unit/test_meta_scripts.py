@@ -149,10 +149,14 @@ def test_metas_modules_names_and_arguments_are_there(
 
 
 def test_metas_chat_example_runs_under_its_name_and_flags(llama2_folder: Path) -> None:
-    names = {"ckpt_dir": llama2_folder, "tokenizer_path": llama2_folder / "tokenizer.model", "temperature": 0.6}
+    names: dict[str, object] = {
+        "ckpt_dir": llama2_folder,
+        "tokenizer_path": llama2_folder / "tokenizer.model",
+        "temperature": 0.6,
+    }
     names |= {"top_p": 0.9, "max_seq_len": 512, "max_batch_size": 8, "max_gen_len": 6}
     flags = [f"--{name}={value}" for name, value in names.items()]
-    command = [sys.executable, ROOT / "example_chat_completion.py", *flags]
+    command = [sys.executable, str(ROOT / "example_chat_completion.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     *dialogs, rest = done.stdout.split("\n==================================\n\n")

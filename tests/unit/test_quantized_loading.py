@@ -66,7 +66,7 @@ def matrices(model: Transformer) -> dict[str, Any]:
 
 def held_bytes(model: Transformer) -> int:
     blocks = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
-    return sum(weight.nbytes for weight in [*model.parameters(), *blocks])
+    return sum(weight.nbytes for weight in model.parameters()) + sum(weight.nbytes for weight in blocks)
 
 
 @needs_kernels
@@ -190,7 +190,7 @@ def held_in(weight_cls: Any) -> tuple[Any, bool]:
 def check_planned(checkpoint: Any, weight_format: WeightFormat, sizes: tuple[int, ...] = (1, 2, 3)) -> None:
     for size in sizes:
         for rank in {0, size - 1}:
-            parallel = weight_format.with_ffn_multiple(checkpoint, checkpoint.args, ModelParallel(rank, size))
+            parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
             planner = Planner(checkpoint, checkpoint.args, parallel, weight_format, EagerBackend(CPU), free=10**9)
             with torch.device("meta"):
                 model = Transformer(checkpoint.args, parallel)
@@ -214,7 +214,7 @@ def test_ranks_cut_rows_between_blocks_or_hold_floats(
     weight_format = WeightFormat(torch.float32, None if packs else "int8", *held_in(packs))
     ranks = []
     for rank in range(size):
-        parallel = weight_format.with_ffn_multiple(checkpoint, checkpoint.args, ModelParallel(rank, size))
+        parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
         with torch.device("meta"):
             model = Transformer(checkpoint.args, parallel)
         load_weights(model, checkpoint, CPU, weight_format)

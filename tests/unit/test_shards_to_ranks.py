@@ -146,7 +146,7 @@ def test_kv_slots_hold_the_heads_that_their_query_heads_use(
 @pytest.mark.parametrize("total", [0, 1, 7, 8, 49, 512])
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
 def test_spans_cover_everything_once(total: int, size: int) -> None:
-    covered = []
+    covered: list[int] = []
     for rank in range(size):
         start, stop = ModelParallel(rank, size).span(total)
         assert stop - start <= ModelParallel(rank, size).part(total)

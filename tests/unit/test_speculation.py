@@ -12,7 +12,6 @@ import torch
 
 from llama import Llama
 from llama.config import DynamicScaling
-from llama.engine import speculative
 from llama.engine.context import Context
 from llama.engine.options import BuildOptions
 from llama.engine.speculative import DraftLengthController, NgramProposer
@@ -198,7 +197,7 @@ def test_guesses_that_cost_more_than_they_give_rest(folders: dict[str, Path], mo
         clock["now"] += 1 + clock["more"] * (max(len(row) for row in tokens) - 1)
         return decode(self, tokens, start_pos)
 
-    monkeypatch.setattr(speculative.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
     monkeypatch.setattr(Context, "decode", timed)
     options = {"temperature": 0, "max_gen_len": 400}
     results = {}

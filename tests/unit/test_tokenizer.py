@@ -477,7 +477,7 @@ def test_stream_never_splits_a_character_and_replaces_broken_ones(each_kind: Tok
     for _ in range(200):
         ids = rng.choices(byte_tokens, k=8) + rng.choices(range(each_kind.n_words), k=4)
         rng.shuffle(ids)
-        stream = StreamDecoder(each_kind, at_start=False)
+        stream = StreamDecoder(each_kind, add_prefix_space=False)
         joined = "".join([stream.push(token) for token in ids]) + stream.flush()
         assert joined == b"".join(map(each_kind.token_bytes, ids)).decode(errors="replace")
     smile = [next(t for t in byte_tokens if each_kind.token_bytes(t) == bytes([b])) for b in "😀".encode()]
@@ -491,9 +491,9 @@ def test_stream_keeps_the_first_space_of_a_continuation(spm_path: Path) -> None:
     tokenizer = Tokenizer(spm_path)
     ids = tokenizer.encode("world", bos=False, eos=False)
     texts = {}
-    for at_start in (True, False):
-        stream = StreamDecoder(tokenizer, at_start=at_start)
-        texts[at_start] = "".join(stream.push(token) for token in ids) + stream.flush()
+    for add_prefix_space in (True, False):
+        stream = StreamDecoder(tokenizer, add_prefix_space=add_prefix_space)
+        texts[add_prefix_space] = "".join(stream.push(token) for token in ids) + stream.flush()
     assert texts == {True: "world", False: " world"}
 
 
@@ -515,8 +515,8 @@ def test_stream_keeps_the_first_space_of_a_continuation(spm_path: Path) -> None:
         (b"hello world\n", "no tokenizer"),
         (b"\n\x05abc", "SentencePiece"),
         (b"\nplain text that starts with a blank line", "SentencePiece"),
-        (b"AAAA 0\n!!!! 1\n", "base64 rank"),
-        (b"AAAA 0\nAAEC\n", "base64 rank"),
+        (b"AAAA 0\n!!!! 1\n", "base64 id"),
+        (b"AAAA 0\nAAEC\n", "base64 id"),
         (b"AAAA 0\nAAEC 2\n", "without a gap"),
         (b"AAAA 0\nAAAA 1\n", "without a gap"),
         (b"AAAA 0\nAAEC 1\n", "256 single bytes"),
@@ -592,7 +592,7 @@ def test_tokenizer_is_found_beside_the_weights_or_one_folder_up(tmp_path: Path) 
         ({"token_type": [1, 1]}, "token_type has 2 entries"),
         ({"merges": None}, "merges is missing"),
         ({"merges": ["a b c"]}, "'a b c'"),
-        ({"merges": ["ab"]}, "'ab '"),
+        ({"merges": ["ab"]}, "'ab'"),
         ({"merges": ["a "]}, "'a '"),
         ({"merges": ["a \u0120\u0120\u0120nope"]}, "nope"),
         ({"bos_token_id": 10**6}, "bos_token_id is 1000000"),

@@ -123,7 +123,7 @@ def test_bytes_of_tokens_are_exact(folders: dict[str, Path], kind: str) -> None:
     tokenizer = Tokenizer(folders[kind])
     for s in ("😀", "中", "é", "\x00"):
         ids = tokenizer.encode(s, bos=False, eos=False)
-        joined = b"".join(tokenizer.token_bytes(token, at_start=i == 0) for i, token in enumerate(ids))
+        joined = b"".join(tokenizer.token_bytes(token, strip_prefix_space=i == 0) for i, token in enumerate(ids))
         assert joined == s.encode() or (kind == "smollm" and s.encode().startswith(joined))
     if kind == "llama2":
         vocab = json.loads((folders[kind] / "tokenizer.json").read_text())["model"]["vocab"]
@@ -166,13 +166,13 @@ def test_a_continuation_has_no_implicit_space(folders: dict[str, Path], spm_path
     tokenizer = Tokenizer(spm_path if kind == "spm" else folders[kind])
     sp = sentencepiece.SentencePieceProcessor(model_file=str(spm_path))
     for s in [*SAMPLES, "def f():\n    return", "    return 1\n"]:
-        ids = tokenizer.encode(s, bos=False, eos=False, continues=True)
+        ids = tokenizer.encode(s, bos=False, eos=False, add_prefix_space=False)
         if kind in ("llama3", "smollm"):
             assert ids == tokenizer.encode(s, bos=False, eos=False)
         else:
             assert ids == expected_continuation(sp, s), s
-    assert tokenizer.encode("a", bos=True, eos=True, continues=True)[1:-1] == tokenizer.encode(
-        "a", bos=False, eos=False, continues=True
+    assert tokenizer.encode("a", bos=True, eos=True, add_prefix_space=False)[1:-1] == tokenizer.encode(
+        "a", bos=False, eos=False, add_prefix_space=False
     )
 
 
@@ -185,7 +185,7 @@ def test_the_legacy_pipeline_encodes_as_sentencepiece(folders: dict[str, Path], 
         if not s.startswith((" ", SPACE)):
             assert new.encode(s, bos=False, eos=False) == sp.encode(s)
     assert new.encode(" a", bos=False, eos=False) == sp.encode("a")
-    assert (old.restarts, new.restarts) == (True, False)
+    assert (old.prefix_space_after_special, new.prefix_space_after_special) == (True, False)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -206,11 +206,11 @@ def test_add_prefix_space_is_kept_as_by_transformers_own_class(tmp_path: Path, s
 
 
 @pytest.mark.parametrize(
-    ("scheme", "restarts", "text"),
+    ("scheme", "prefix_space_after_special", "text"),
     [("first", False, b" a"), ("always", True, b" a"), ("never", False, b"a"), (None, True, b" a")],
 )
 def test_metaspace_puts_a_space_as_its_scheme_says(
-    tmp_path: Path, spm_path: Path, scheme: str | None, restarts: bool, text: bytes
+    tmp_path: Path, spm_path: Path, scheme: str | None, prefix_space_after_special: bool, text: bytes
 ) -> None:
     """Files from before prepend_scheme have add_prefix_space."""
     vocab, merges = converted(spm_path)
@@ -226,7 +226,10 @@ def test_metaspace_puts_a_space_as_its_scheme_says(
         ids = mine.encode(s, bos=False, eos=False)
         assert ids == library.encode(s).ids and mine.decode(ids) == library.decode(ids)
     ids = mine.encode("a", bos=False, eos=False)
-    assert mine.restarts == restarts and b"".join(mine.token_bytes(token) for token in ids) == text
+    assert (
+        mine.prefix_space_after_special == prefix_space_after_special
+        and b"".join(mine.token_bytes(token) for token in ids) == text
+    )
 
 
 def test_byte_level_can_put_a_space_as_well(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
@@ -237,8 +240,8 @@ def test_byte_level_can_put_a_space_as_well(tmp_path: Path, bpe: tokenizers.Toke
     for s in ("a b", " a", "1"):
         ids = mine.encode(s, bos=False, eos=False)
         assert ids == tokenizer.encode(s).ids and mine.decode(ids) == tokenizer.decode(ids)
-        assert mine.decode(mine.encode(s, bos=False, eos=False, continues=True)) == s
-    assert mine.restarts
+        assert mine.decode(mine.encode(s, bos=False, eos=False, add_prefix_space=False)) == s
+    assert mine.prefix_space_after_special
 
 
 # tokenizer.model in a Hugging Face folder
@@ -253,7 +256,7 @@ def test_a_sentencepiece_folder_keeps_sentencepieces_ids(spm_folder: Callable[..
     tokenizer, sp = Tokenizer(folder), sentencepiece.SentencePieceProcessor(model_file=str(spm_path))
     assert (tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (524, 1, 522, 520)
     assert tokenizer.special_tokens == {"<s>": 1, "</s>": 2, "<pad>": 520, "<|im_start|>": 521, "<|im_end|>": 522}
-    assert tokenizer.stop_tokens == {2, 522} and tokenizer.add_bos and tokenizer.restarts
+    assert tokenizer.stop_tokens == {2, 522} and tokenizer.add_bos and tokenizer.prefix_space_after_special
     for s in [*SAMPLES, "<pad> <|im_start|> <|im_end|> <unk>"]:
         ids = sp.encode(s)
         assert tokenizer.encode(s, bos=False, eos=False) == ids
@@ -275,7 +278,7 @@ def test_a_sentencepiece_folder_puts_the_implicit_space_as_it_says(
     tokenizer, sp = Tokenizer(folder), sentencepiece.SentencePieceProcessor(model_file=str(spm_path))
     encode = {True: sp.encode, False: lambda s: expected_continuation(sp, s)}
     assert tokenizer.encode("x y<think>z", bos=False, eos=False) == [*encode[first]("x y"), 520, *encode[second]("z")]
-    assert tokenizer.restarts == second and not tokenizer.add_bos
+    assert tokenizer.prefix_space_after_special == second and not tokenizer.add_bos
     for s in ("x y", " x", "  x"):
         assert tokenizer.decode(tokenizer.encode(s, bos=False, eos=False)) == s
 

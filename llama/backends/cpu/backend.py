@@ -17,7 +17,7 @@ from llama.backends.cpu import ops
 from llama.backends.cpu.packed_weight import PackedWeight
 from llama.backends.eager import EagerBackend
 from llama.cache import KVCache
-from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.model import Transformer, TransformerBlock, attend
 
 # A sliding window longer than any cache.
@@ -54,8 +54,7 @@ class CpuBackend(EagerBackend):
             described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
             self._norms.append(norms)
         self._c_output = self._describe(self.output)
-        table = self.tok_embeddings.weight
-        self._c_table = table.describe() if isinstance(table, PackedWeight) else None
+        self._c_table = self._describe(self.tok_embeddings)
         self._norm_weight = self.norm.weight.float()
         attention = self.layers[0].attention
         # Fields of LayersInput that are the same for every call.
@@ -90,9 +89,12 @@ class CpuBackend(EagerBackend):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens (bsz, seqlen) in new memory, fp32: layers add to them in place."""
-        if self.parallel.size == 1 and self._c_table is not None:
-            return ops.embedding(self._c_table, tokens)
-        return self.tok_embeddings(tokens).to(torch.float32, copy=True)
+        table = self.tok_embeddings.weight
+        if self.parallel.size > 1:
+            return self.tok_embeddings(tokens).to(torch.float32, copy=True)
+        if isinstance(table, Tensor):
+            return F.embedding(tokens, table).float()
+        return ops.embedding(self._c_table, tokens)
 
     def _run_few(self, x: Tensor, inputs: ops.LayersInput) -> None:
         """Run the layers in C++ on the residual x (n_tokens, dim), in place; ranks add up results after each half."""
@@ -145,14 +147,15 @@ class CpuBackend(EagerBackend):
         del q
         return attention.wo(y.reshape(bsz * seqlen, -1))
 
-    def _describe(self, linear: ColumnParallelLinear | RowParallelLinear) -> ops.Weight:
-        """Return the C structure of a linear."""
-        weight = linear.weight
+    def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.Weight:
+        """Return the C structure of a linear or of the embedding table."""
+        weight = module.weight
         assert isinstance(weight, Tensor | PackedWeight), type(weight)
         described = weight.describe() if isinstance(weight, PackedWeight) else ops.float_weight(weight)
-        # Where ranks add their results, the bias is added once, after the sum.
-        if linear.bias is not None and (isinstance(linear, ColumnParallelLinear) or self.parallel.size == 1):
-            self._biases.append(linear.bias.float())
+        # Where ranks add up results, the bias is added once, after the sum.
+        bias = None if isinstance(module, VocabParallelEmbedding) else module.bias
+        if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
+            self._biases.append(bias.float())
             described.bias = self._biases[-1].data_ptr()
         return described
 

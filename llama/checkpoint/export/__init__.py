@@ -1,1 +1,1 @@
-"""Writers: any checkpoint as a Meta folder, a Hugging Face folder or a GGUF file."""
+"""Write any checkpoint as a Meta folder, a Hugging Face folder or a GGUF file."""

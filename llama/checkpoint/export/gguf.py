@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Progress
 from llama.checkpoint.export.plan import ExportPlan, check_finite
-from llama.checkpoint.gguf import ROPE_FACTORS
+from llama.checkpoint.gguf import ROPE_FACTORS, convert_rows
+from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import stored_name
 from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
@@ -31,15 +31,12 @@ GGUF_FILE_TYPES = {
     "q8_0": ("Q8_0", 7),
 }
 
-# Values quantized at once by a thread: their temporaries stay in its cache.
-ENCODED_AT_ONCE = 1 << 18
-
 
 class GGUFFileWriter:
     """Write a GGUF file. Making the writer raises ValueError for what the format or the type cannot express."""
 
     def __init__(self, plan: ExportPlan, type_name: str) -> None:
-        """type_name: one of GGUF_FILE_TYPES."""
+        """Plan a file whose matrices have the type type_name, one of GGUF_FILE_TYPES."""
         import gguf
 
         self.plan = plan
@@ -116,13 +113,7 @@ def _encode(tensor: Tensor, qtype: Any) -> np.ndarray:
     elements, size = GGML_QUANT_SIZES[qtype]
     values = tensor.float().contiguous().view(-1, elements).numpy()
     blocks = np.empty((len(values), size), np.uint8)
-    step = ENCODED_AT_ONCE // elements
-
-    def encode(first: int) -> None:
-        blocks[first : first + step] = quantize(values[first : first + step], qtype)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(encode, range(0, len(values), step)))
+    convert_rows(values, blocks, elements, lambda values: quantize(values, qtype))
     return blocks
 
 
@@ -131,12 +122,7 @@ def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "llama.vocab_size": args.vocab_size,
         "llama.context_length": context_len,
-        "llama.embedding_length": args.dim,
-        "llama.block_count": args.n_layers,
-        "llama.feed_forward_length": args.hidden_dim,
-        "llama.attention.head_count": args.n_heads,
-        "llama.attention.head_count_kv": args.n_kv_heads,
-        "llama.attention.key_length": args.head_dim,
+        **{key: getattr(args, field) for field, key in {**REQUIRED_GGUF_KEYS, **OPTIONAL_GGUF_KEYS}.items()},
         "llama.attention.value_length": args.head_dim,
         "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
         "llama.rope.dimension_count": args.head_dim,
@@ -156,7 +142,7 @@ def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
             "llama.rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
         }
     elif scaling is not None and _rope_factors(args) is None:
-        raise ValueError(f"GGUF has no place for {scaling}: use --format hf")
+        raise ValueError(f"GGUF cannot express {scaling}: use --format hf")
     return metadata
 
 

@@ -5,6 +5,7 @@ With --quantize weights are blocks, bytes (rows, row_bytes) under their usual na
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,21 +18,22 @@ from llama.checkpoint.base import Progress, dtype_name, quantized_type
 from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
 from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry
 from llama.checkpoint.export.tokenizer import write_tokenizer
-from llama.checkpoint.hf_config import BLOCKS_METHOD
+from llama.checkpoint.hf_config import BLOCKS_METHOD, CONFIG_FLAGS, OPTIONAL_CONFIG_KEYS, REQUIRED_CONFIG_KEYS
 from llama.checkpoint.huggingface import pair_halves
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, module_name, stored_name
-from llama.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from llama.config import DynamicScaling, FactorScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from llama.quantization.gguf_blocks import BlockType, quantize
 
 MAX_FILE_BYTES = 5_000_000_000
+ROPE_TYPES = {LinearScaling: "linear", DynamicScaling: "dynamic", Llama3Scaling: "llama3", YarnScaling: "yarn"}
 
 
 class HuggingFaceWriter:
     """Write a Hugging Face folder. Making the writer raises ValueError for what its config.json cannot express."""
 
     def __init__(self, plan: ExportPlan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-        """quantize: int8 or int4; None keeps all weights in the plan's dtype."""
+        """Plan the files. quantize is int8 or int4; None keeps all weights in the plan's dtype."""
         self.plan, self.max_file_bytes = plan, max_file_bytes
         self.config = hf_config(plan)
         self.entries: dict[str, TensorEntry] = {}
@@ -112,21 +114,15 @@ def hf_config(plan: ExportPlan) -> dict[str, Any]:
     """
     args, tokenizer = plan.args, plan.tokenizer.tokenizer
     windowed = args.sliding_window is not None
+    fields = REQUIRED_CONFIG_KEYS | OPTIONAL_CONFIG_KEYS | CONFIG_FLAGS
     config: dict[str, Any] = {
         "architectures": ["MistralForCausalLM" if windowed else "LlamaForCausalLM"],
         "model_type": "mistral" if windowed else "llama",
-        "hidden_size": args.dim,
-        "intermediate_size": args.hidden_dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
-        "head_dim": args.head_dim,
-        "vocab_size": args.vocab_size,
+        **{key: getattr(args, field) for field, key in fields.items()},
         "max_position_embeddings": plan.context_len,
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": None,
-        "tie_word_embeddings": args.tied_embeddings,
         "hidden_act": "silu",
         "torch_dtype": dtype_name(plan.dtype),
         "use_cache": True,
@@ -135,11 +131,9 @@ def hf_config(plan: ExportPlan) -> dict[str, Any]:
         if args.attention_bias or args.mlp_bias:
             raise ValueError("Hugging Face's Mistral has no biases, its Llama no sliding window: nothing has both")
         config["sliding_window"] = args.sliding_window
-    else:
-        config |= {"attention_bias": args.attention_bias, "mlp_bias": args.mlp_bias}
     scaling = recognised(args)
     if scaling is not None:
-        config["rope_scaling"] = _rope_scaling(scaling)
+        config["rope_scaling"] = _rope_settings(scaling)
         if isinstance(scaling, DynamicScaling):
             config["max_position_embeddings"] = scaling.old_context_len
     if tokenizer.bos_id >= 0:
@@ -150,30 +144,15 @@ def hf_config(plan: ExportPlan) -> dict[str, Any]:
     return config
 
 
-def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
-    if isinstance(scaling, LinearScaling):
-        return {"rope_type": "linear", "factor": scaling.factor}
-    if isinstance(scaling, DynamicScaling):
-        return {"rope_type": "dynamic", "factor": scaling.factor}
-    if isinstance(scaling, Llama3Scaling):
-        return {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.old_context_len,
-        }
-    if isinstance(scaling, YarnScaling):
-        settings = {
-            "rope_type": "yarn",
-            "factor": scaling.factor,
-            "original_max_position_embeddings": scaling.old_context_len,
-            "beta_fast": scaling.beta_fast,
-            "beta_slow": scaling.beta_slow,
-            "truncate": scaling.truncate,
-        }
-        return settings | ({} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor})
-    raise ValueError("RoPE factors for each pair that follow no rule cannot be written to config.json")
+def _rope_settings(scaling: RopeScaling) -> dict[str, Any]:
+    """Return the rope_scaling of config.json, whose keys but one are the fields of the scaling."""
+    if isinstance(scaling, FactorScaling):
+        raise ValueError("RoPE factors for each pair that follow no rule cannot be written to config.json")
+    fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None}
+    old_context_len = fields.pop("old_context_len", None)
+    if old_context_len is not None and not isinstance(scaling, DynamicScaling):
+        fields["original_max_position_embeddings"] = old_context_len
+    return {"rope_type": ROPE_TYPES[type(scaling)], **fields}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

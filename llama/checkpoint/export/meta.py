@@ -23,6 +23,8 @@ log = logging.getLogger("llama")
 
 MAX_SHARDS = 100  # their numbers have two digits
 
+# Fields of ModelArgs that a params.json has under their names.
+PARAMS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
 # Multipliers and rounding of released models, so that a params.json reads like theirs.
 FFN_RULES = ((None, 256), (1.3, 1024), (1.3, 4096), (1.2, 4096), (1.5, 256), (1.0, 256), (None, 64), (None, 16))
 
@@ -50,7 +52,9 @@ class MetaWriter:
         wanted = self.plan.tokenizer.tokenizer.stop_tokens | self.plan.checkpoint.stop_tokens
         lost = wanted - Tokenizer(folder).stop_tokens
         if lost:
-            log.warning("Meta's format has no place for the end tokens %s", ", ".join(map(str, sorted(lost))))
+            log.warning(
+                "Meta's format cannot say that these tokens end a generation: %s", ", ".join(map(str, sorted(lost)))
+            )
         shapes = global_shapes(self.args)
         entries = {name: TensorEntry(self._shard_shape(name, shape), self.plan.dtype) for name, shape in shapes.items()}
         files = [PickleFile(folder / f"consolidated.{i:02d}.pth", entries) for i in range(self.shards)]
@@ -92,18 +96,9 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
     """Return the params.json of an architecture; raise ValueError when Meta's format cannot express it."""
     for name in ("attention_bias", "mlp_bias", "sliding_window"):
         if getattr(args, name):
-            raise ValueError(f"Meta's format has no place for {name} {getattr(args, name)}: use --format hf")
+            raise ValueError(f"Meta's format cannot express {name} {getattr(args, name)}: use --format hf")
     multiplier, multiple_of = _ffn_rule(args)
-    params: dict[str, Any] = {
-        "dim": args.dim,
-        "n_layers": args.n_layers,
-        "n_heads": args.n_heads,
-        "n_kv_heads": args.n_kv_heads,
-        "vocab_size": args.vocab_size,
-        "multiple_of": multiple_of,
-        "norm_eps": args.norm_eps,
-        "rope_theta": args.rope_theta,
-    }
+    params: dict[str, Any] = {name: getattr(args, name) for name in PARAMS} | {"multiple_of": multiple_of}
     if multiplier is not None:
         params["ffn_dim_multiplier"] = multiplier
     if args.dim != args.head_dim * args.n_heads:

@@ -1,4 +1,4 @@
-"""What all written formats share: the checkpoint to write, in which dtype, and what about it can be recognised."""
+"""Hold what all written formats share: the checkpoint, in which dtype it goes, and what about it can be recognised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama.rope import scaled_frequencies
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """A checkpoint that is to be written.
+    """Describe a checkpoint that is to be written.
 
     args: its architecture, with ties that its files do not tell. context_len: what the model was trained for.
     reopen: opens the checkpoint once more, so that what was read of a file can leave the memory.

@@ -1,4 +1,4 @@
-"""Write tensors one after another into files, and a path that appears only when everything in it is there.
+"""Write tensors one after another into files, under a path that appears only when everything in it is there.
 
 Nothing larger than a tensor is held in memory. Knows file formats, no architecture.
 """
@@ -38,7 +38,7 @@ ARCHIVE = "archive"
 
 
 class TensorEntry(NamedTuple):
-    """The shape and dtype that a tensor is written in."""
+    """Describe the shape and dtype that a tensor is written in."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -78,7 +78,7 @@ def check_new(path: Path) -> None:
 
 
 class SafetensorsFile:
-    """A safetensors file that is written by `add`, which takes the tensors of `entries` in their order."""
+    """Write a safetensors file: `add` takes the tensors of `entries` in their order."""
 
     def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -100,7 +100,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A state dict like torch.save's that is written by `add`, which takes the tensors of `entries` in their order.
+    """Write a state dict as torch.save does: `add` takes the tensors of `entries` in their order.
 
     torch.save itself wants all tensors in memory at once.
     """
@@ -133,14 +133,14 @@ class PickleFile:
 
 
 class _StorageKey(NamedTuple):
-    """The number of a storage in the archive, and the tensor that it is for."""
+    """Name a storage by its number in the archive, and the tensor that lies in it."""
 
     key: int
     entry: TensorEntry
 
 
 class _PickledTensor:
-    """What unpickles as a tensor on its storage."""
+    """Stand for a tensor on its storage, as which it unpickles."""
 
     def __init__(self, storage: _StorageKey) -> None:
         self.storage = storage

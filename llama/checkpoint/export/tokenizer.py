@@ -43,7 +43,7 @@ PROBES = (
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """A tokenizer that is to be written: as the files it comes in, or as GGUF metadata, or both."""
+    """Describe a tokenizer that is to be written: as the files it comes in, or as GGUF metadata, or both."""
 
     tokenizer: Tokenizer
     path: Path | None  # tokenizer.model or tokenizer.json

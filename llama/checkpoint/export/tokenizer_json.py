@@ -106,7 +106,7 @@ def _sentencepiece_json(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict
     scores = metadata[PREFIX + "scores"]
     order = sorted(range(len(tokens.texts)), key=lambda i: -scores[i])
     reached = (TokenType.NORMAL, TokenType.UNUSED)
-    # UTF-8, so that one function serves; no piece is cut within a character, because no such part is a piece.
+    # UTF-8, so that one function serves; no piece is cut within a character, because no fragment of one is a piece.
     priorities = {tokens.texts[i].encode(): n for n, i in enumerate(order) if tokens.types[i] in reached}
     merges = [[a.decode(), b.decode()] for a, b in merges_of(priorities)]
     prefix = bool(metadata.get(PREFIX + "add_space_prefix", True))

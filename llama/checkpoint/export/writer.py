@@ -28,7 +28,7 @@ EXPORT_FORMATS = ("meta", "hf", "gguf")
 
 
 class Writer(Protocol):
-    """What writes one checkpoint in one format."""
+    """Write one checkpoint in one format."""
 
     @property
     def nbytes(self) -> int:

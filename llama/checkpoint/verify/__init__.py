@@ -1,1 +1,1 @@
-"""Whether files are what they should be: checksums, names, shapes and values."""
+"""Check whether files are what they should be: checksums, names, shapes and values."""

@@ -1,4 +1,4 @@
-"""Lists of checksums beside weights: Meta's checklist.chk, and one in sha256sum's format that is written here."""
+"""Check lists of checksums beside weights, Meta's checklist.chk and sha256sum's format, and write the latter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HASHED_AT_ONCE = 1 << 22  # bytes
 
 
 class Finding(NamedTuple):
-    """What was checked of a file, and what is wrong with it: None when all is well."""
+    """Say what was checked of a file, and what problem was found, if any; size is in bytes."""
 
     file: str
     size: int | None
