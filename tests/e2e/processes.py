@@ -98,7 +98,7 @@ def without_notices(stderr: str) -> str:
     if library() is not None:
         return stderr
     lines = stderr.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("no CPU kernels") and " held as " not in line)
+    return "".join(line for line in lines if not line.startswith("no CPU kernels") and " loaded as " not in line)
 
 
 def python(script: object, *arguments: object, **options: Any) -> Finished:
