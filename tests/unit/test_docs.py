@@ -1,19 +1,39 @@
-"""Decisions that code cites are written down in docs/decisions, each once, with its reasons; files they name exist."""
+"""Documents tell the truth: what code cites is written down, and what they name, link to and describe is there."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from collections import Counter
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
+from llama import Llama
+from llama.backends.cpu.build import library
+from llama.cli.flags import flags_of
+from llama.cli.main import NAMES
+from tests.scripts import script
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+# What describes the tree as it is; CHANGELOG.md also names what is gone.
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ARCHITECTURE, *GUIDES, *FILES]
 DECIDED = re.compile(r"^\*\*(D\d+)\.", re.MULTILINE)
 CITED = re.compile(r"\bsee (D\d+(?:(?:,| and) D\d+)*)")
-NAMED = re.compile(r"`((?:llama|scripts|tests)/[\w./-]*\w)`")
+NAMED = re.compile(r"`((?:llama|scripts|tests|docs)/[\w./-]*\w)`")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]+)")
 LISTED = re.compile(r"^\| (D\d+) \|.*\((\d+-[a-z-]+\.md)\) \|$", re.MULTILINE)
+
+COMMANDS = [importlib.import_module(f"llama.cli.{name}").main for name in NAMES] + [script("benchmark").main]
+# torchrun's, pip's and pytest's, and gpu_check's, which needs a GPU to say.
+OF_OTHER_PROGRAMS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "editable", "help", "version"}
 
 
 def decisions() -> list[tuple[str, str]]:
@@ -51,8 +71,71 @@ def test_a_decision_tells_its_reasons(path: Path) -> None:
     assert headings == ["Context", "Decision", "Measured", "Rejected"]
 
 
-@pytest.mark.parametrize("path", [*FILES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_files_that_a_document_names_exist(path: Path) -> None:
     """Modules move, and a path in prose is nobody's import."""
     named = set(NAMED.findall(path.read_text(encoding="utf-8")))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    lost = []
+    for target, heading in LINK.findall(path.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        file = path.parent / target if target else path
+        if not file.exists() or (heading and heading not in headings(file)):
+            lost.append(f"{target}#{heading}")
+    assert lost == []
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a file's headings."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *GUIDES], ids=lambda path: path.stem)
+def test_flags_that_a_document_names_exist(path: Path) -> None:
+    """Commands are run by tests/e2e/test_guides.py; this is about prose."""
+    flags = {name for command in COMMANDS for name in flags_of(command)} | OF_OTHER_PROGRAMS
+    assert set(FLAG.findall(path.read_text(encoding="utf-8"))) - flags == set()
+
+
+def test_what_is_to_be_changed_lies_where_the_table_says() -> None:
+    """Each name in the last column of "Where do I change" is in one of the files beside it."""
+    _, _, table = ARCHITECTURE.read_text(encoding="utf-8").partition("## Where do I change\n")
+    rows = re.findall(r"^\| [^|]+ \| (`[^|]+) \| (`[^|]+) \|$", table, re.MULTILINE)
+    assert len(rows) >= 20, "the pattern has lost the table"
+    for files, names in rows:
+        code = "".join((ROOT / file).read_text(encoding="utf-8") for file in re.findall(r"`([^`]+)`", files))
+        for name in re.findall(r"`([^`]+)`", names):
+            assert re.search(rf"\b{name}\b", code), f"{name} is not in {files}"
+
+
+@pytest.mark.skipif(library() is None, reason="the way described is that of the CPU kernels, which are not here")
+def test_a_token_passes_the_files_that_the_architecture_says() -> None:
+    if not DEMO_MODEL.exists():
+        pytest.skip("no demo model here: scripts/test gets it")
+    _, _, life = ARCHITECTURE.read_text(encoding="utf-8").partition("## The life of a token\n")
+    described = re.findall(r"^\d+\. `llama/([^`]+)`", life.partition("\n## ")[0], re.MULTILINE)
+    package = ROOT / "llama"
+    passed: dict[str, None] = {}
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            passed.setdefault(path.relative_to(package).as_posix())
+
+    llm = Llama.build(DEMO_MODEL, device="cpu")
+    events = llm.stream(llm.encode_prompts(["The capital of France is"]), max_gen_len=8, temperature=0)
+    for _ in range(4):
+        next(events)
+    sys.setprofile(note)
+    try:
+        next(events)
+    finally:
+        sys.setprofile(None)
+    # The vocabulary's own file depends on the model.
+    assert [name for name in passed if not name.endswith("_vocab.py")] == described
