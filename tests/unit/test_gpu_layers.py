@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from llama.backends.cuda import elementwise, products
+from llama.backends.cuda import attention, elementwise, products
 from llama.backends.cuda.backend import CudaBackend
 from llama.checkpoint.load import global_shapes
 from llama.config import ModelArgs
@@ -33,6 +33,7 @@ def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(products, "ROWS", dict.fromkeys(products.ROWS, 64))
         monkeypatch.setattr(elementwise, "VECTOR", 4096)
+        monkeypatch.setattr(attention, "PROGRAMS", 1)
 
 
 def state_of(args: ModelArgs) -> dict[str, Tensor]:
