@@ -62,13 +62,22 @@ def close(actual: Tensor, wanted: Tensor) -> None:
         (8, 7, 12, 80, 70),  # more rows than a tile
         (8, 3, 256, 60, None),
         (40, 1, 64, 150, None),
-        (40, 4, 128, 60, None),
-        (40, 7, 80, 60, 33),
+        (33, 4, 128, 60, None),  # a row more than a tile of 128 holds
+        (19, 7, 80, 60, 33),
     ],
 )
 def test_a_query_sees_the_keys_up_to_its_own(
-    seqlen: int, group: int, head_dim: int, max_seq_len: int, window: int | None, dtype: torch.dtype
+    seqlen: int,
+    group: int,
+    head_dim: int,
+    max_seq_len: int,
+    window: int | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if DEVICE.type == "cpu" and seqlen > FEW and dtype != torch.float32:
+        # As long prompts are: not split. To merge splits takes the interpreter longest, and is done in fp32 for any dtype.
+        monkeypatch.setattr(attention, "PROGRAMS", 1)
     q, keys, values = random_step(3, seqlen, group, head_dim, max_seq_len, dtype)
     start_pos = torch.tensor([max_seq_len - seqlen, 0, (max_seq_len - seqlen) // 2], device=DEVICE)
     for row, start in enumerate(start_pos.tolist()):  # what was not written may be anything

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from llama.backends.cuda import elementwise, gemm
+from llama.backends.cuda import attention, elementwise, gemm
 from llama.backends.cuda.backend import CudaBackend
 from llama.checkpoint.load import global_shapes
 from llama.config import ModelArgs
@@ -36,6 +36,7 @@ def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(gemm, "TILES", dict.fromkeys(gemm.TILES, tiles))
         monkeypatch.setattr(gemm, "FP32_TILE", tile)
         monkeypatch.setattr(elementwise, "VECTOR", 4096)
+        monkeypatch.setattr(attention, "PROGRAMS", 1)
 
 
 def state_of(args: ModelArgs) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
 from llama.tokenizer.gguf_bpe_vocab import PRE_RULES, PreRule
 
-DEMO = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAGRAPHS = [
     "Hello world, it's the 2nd of May 2024; we'll pay $1,234.56 -- don't DON'T you'Ve.",
     "Zürich, naïve café, smørrebrød, Ærø, İstanbul, ﬁle, e\u0301, ǅ, ªº ½²٣४.",
@@ -151,12 +150,10 @@ def gguf_from_spm(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def demo() -> dict[str, Any]:
-    if not DEMO.is_file():
-        pytest.skip(f"no demo model at {DEMO}: scripts/demo gets it")
+def demo(demo_model: Path) -> dict[str, Any]:
     import gguf
 
-    return {name: field.contents() for name, field in gguf.GGUFReader(DEMO).fields.items()}
+    return {name: field.contents() for name, field in gguf.GGUFReader(demo_model).fields.items()}
 
 
 @pytest.fixture(params=["spm", "tiktoken", "gguf_bpe", "gguf_spm"])
