@@ -1,6 +1,6 @@
 """The key/value cache: preallocated storage that the model writes and reads, row by row.
 
-Knows nothing of the model; which positions of a row are valid is the caller's business.
+Knows nothing of the model; the caller keeps track of which positions of a row are valid.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values of every layer for up to `bsz` rows of up to `max_seq_len` positions.
 
-    keys, values: (n_layers, bsz, max_seq_len, n_kv_heads, head_dim). Rows have lengths of their own: a position that
-    was not written holds anything finite, and attention masks it. Untouched memory is not committed on a CPU.
+    keys, values: (n_layers, bsz, max_seq_len, n_kv_heads, head_dim). Rows have different lengths: a position that was
+    not written yet has any finite value, and attention masks it. On a CPU, memory is committed only when it is written.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
 
     def slots(self, positions: Tensor) -> Tensor:
-        """Where positions (bsz, seqlen) of rows 0 to bsz - 1 are stored, counted over all rows: (bsz * seqlen,)."""
+        """Return the slots of positions (bsz, seqlen) of rows 0 to bsz - 1, counted over all rows: (bsz * seqlen,)."""
         rows = torch.arange(positions.shape[0], device=positions.device)
         return (rows[:, None] * self.max_seq_len + positions).flatten()
 
@@ -43,7 +43,7 @@ class KVCache:
         self.values[layer].flatten(0, 1).index_copy_(0, slots, values.flatten(0, 1))
 
     def read(self, layer: int, bsz: int, kv_len: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first kv_len positions of the first bsz rows, as views."""
+        """Return the keys and values of the first kv_len positions of the first bsz rows, as views."""
         return self.keys[layer, :bsz, :kv_len], self.values[layer, :bsz, :kv_len]
 
     @property
@@ -51,9 +51,9 @@ class KVCache:
         return self.keys.shape[2]
 
     def grow(self, max_seq_len: int, length: int) -> None:
-        """Make room for max_seq_len positions, and keep the first `length`."""
+        """Enlarge every row to max_seq_len positions, and copy the first `length`."""
         n_layers, bsz, _, n_kv_heads, head_dim = self.keys.shape
-        for name in ("keys", "values"):  # one after the other: the old keys are gone when the values are copied
+        for name in ("keys", "values"):  # one after the other, so that the old keys are freed before values are copied
             old: Tensor = getattr(self, name)
             new = old.new_zeros(n_layers, bsz, max_seq_len, n_kv_heads, head_dim)
             new[:, :, :length] = old[:, :, :length]

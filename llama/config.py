@@ -15,7 +15,7 @@ from typing import Any
 # Keys of released params.json files that say nothing about the computation.
 HARMLESS_KEYS = {"max_seq_len", "max_batch_size", "model_parallel_size", "dtype", "name", "_name_or_path"}
 
-# Those that do; the rest of ModelArgs comes from other formats.
+# Keys that matter to it; the other fields of ModelArgs come from other formats.
 USED_KEYS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
     "rope_theta", "use_scaled_rope", "head_dim", "hidden_dim",
@@ -23,7 +23,7 @@ USED_KEYS = {
 
 _QUANTIZED = "a quantized Llama 3.2 release, whose packed linears are not supported: use the bf16 release"
 _VISION = "a vision model: only text models are supported"
-# Keys that mean another architecture or another kind of weights: refused, in words of their own.
+# Keys that mean another architecture or another kind of weights, and why they are refused.
 REFUSED_KEYS = {
     "quantization_args": _QUANTIZED,
     "lora_args": _QUANTIZED,
@@ -34,7 +34,7 @@ REFUSED_KEYS = {
     "moe_args": "a mixture-of-experts model (Llama 4): only dense LLaMA models are supported",
 }
 
-# What a params.json may say of the scaled RoPE, and the fields of Llama3Scaling that it means.
+# Keys of params.json about scaled RoPE, and the fields of Llama3Scaling that they set.
 ROPE_KEYS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_freq_factor"}
 # (dim, n_layers) of the models whose scaled RoPE has factor 32: see D13.
 SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
@@ -42,7 +42,7 @@ SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Every rotary wavelength times `factor`."""
+    """Linear scaling (arXiv:2306.15595), which multiplies every rotary wavelength by `factor`."""
 
     factor: float
 
@@ -52,7 +52,7 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class DynamicScaling:
-    """NTK-aware stretching that begins where a row is longer than old_context_len, and grows with it."""
+    """Dynamic NTK-aware scaling: rows longer than old_context_len are stretched, the more the longer they are."""
 
     factor: float
     old_context_len: int
@@ -64,10 +64,10 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's stretching of the long rotary wavelengths.
+    """Llama 3.1's scaling, which stretches long rotary wavelengths only.
 
     Wavelengths above old_context_len / low_freq_factor are multiplied by `factor`, those below
-    old_context_len / high_freq_factor are kept, and those between are blended.
+    old_context_len / high_freq_factor stay as they are, and those between are blended.
     """
 
     factor: float = 8.0
@@ -85,8 +85,10 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """YaRN (arXiv:2309.00071): pairs that turn more than beta_fast times in the old context are kept, those that turn
-    less than beta_slow times are stretched by `factor`; attention is sharpened by `magnitude`, on queries and keys.
+    """YaRN scaling (arXiv:2309.00071), pair by pair.
+
+    Pairs that turn more than beta_fast times within old_context_len stay as they are, those that turn less than
+    beta_slow times are stretched by `factor`, and those between are blended.
     """
 
     factor: float
@@ -105,6 +107,7 @@ class YarnScaling:
 
     @property
     def magnitude(self) -> float:
+        """The factor of rotated queries and of rotated keys, which sharpens attention."""
         if self.attention_factor is not None:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
@@ -112,7 +115,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class FactorScaling:
-    """A wavelength factor of its own for each pair, as GGUF files store Llama 3.1's scaling."""
+    """One wavelength factor for each rotated pair, as GGUF files store Llama 3.1's scaling."""
 
     factors: tuple[float, ...]
 
@@ -129,7 +132,7 @@ class ModelArgs:
     """The architecture, under the names of Meta's params.json; wrong values raise ValueError.
 
     n_kv_heads, head_dim and hidden_dim (rows of w1 and w3) follow from the other fields when left out. vocab_size
-    -1 means "ask the tokenizer". max_seq_len and max_batch_size bound a run and shape no weight.
+    -1 means "ask the tokenizer". max_seq_len and max_batch_size limit a run and shape no weight.
     """
 
     dim: int = 4096
@@ -150,7 +153,7 @@ class ModelArgs:
     tied_embeddings: bool = False  # the output projection is the embedding table
     attention_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int | None = None  # a token sees this many tokens, itself among them; None: all
+    sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all
 
     def __post_init__(self) -> None:
         def resolve(name: str, value: Any) -> None:
@@ -193,7 +196,7 @@ class ModelArgs:
 
 
 def read_params(path: Path) -> ModelArgs:
-    """ModelArgs from Meta's params.json; every key is used, known to be harmless, or an error that names it."""
+    """Read Meta's params.json; raise ValueError for a key that is neither used nor known to be harmless."""
     params = read_json_object(path)
     for key in params.keys() & REFUSED_KEYS:
         raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
@@ -213,7 +216,7 @@ def read_params(path: Path) -> ModelArgs:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ValueError names the file and where it is broken."""
+    """Read a JSON file that holds an object; raise ValueError that names the file and where it is broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -224,7 +227,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
-    """Two thirds of 4 * dim, times the multiplier, rounded up to multiple_of (the rule of Meta's FeedForward)."""
+    """Return 2/3 of 4 * dim, times the multiplier, rounded up to multiple_of (the rule of Meta's FeedForward)."""
     hidden_dim = 2 * (4 * dim) // 3
     if multiplier is not None:
         check_number("ffn_dim_multiplier", multiplier)
@@ -232,17 +235,19 @@ def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int
     return multiple_of * math.ceil(hidden_dim / multiple_of)
 
 
-# Above any LLaMA there is; they keep a corrupt file from asking for terabytes.
+# Limits above those of any LLaMA model, so that a corrupt file cannot ask for terabytes.
 _MAX_INT = 1 << 24
 _MAX_LAYERS = 1 << 12
 _MAX_NUMBER = 1e15
 
 
 def check_int(name: str, value: Any, most: int = _MAX_INT) -> None:
+    """Raise ValueError unless a value is an integer from 1 to `most`."""
     if type(value) is not int or not 0 < value <= most:
         raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
 
 
 def check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is a positive number of at most _MAX_NUMBER."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
         raise ValueError(f"{name} must be a positive number of at most {_MAX_NUMBER:g}, got {value!r}")

@@ -31,7 +31,7 @@ class LayersBackend(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute this rank's logits of final states (..., dim): fp32 (..., local vocabulary)."""
+        """Return this rank's logits of final states (..., dim): fp32 (..., local vocabulary)."""
         ...
 
 
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention (arXiv:2305.13245): softmax(q k^T / sqrt(head_dim)) v.
+    """Compute grouped-query attention (arXiv:2305.13245), softmax(q k^T / sqrt(head_dim)) v, shaped like q.
 
     q: (bsz, seqlen, n_heads, head_dim); k, v: (bsz, kv_len, n_kv_heads, head_dim).
     mask: (bsz, 1, seqlen, kv_len), True where a query sees a key; None is causal over seqlen == kv_len.
@@ -57,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     n_kv_heads = k.shape[2]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if seqlen == 1:
-        # The query heads of one KV head as a sequence: K and V are read once and never repeated.
+        # Treat the query heads of one KV head as a sequence, so that K and V are read once and never repeated.
         q = q.view(bsz, n_kv_heads, n_heads // n_kv_heads, head_dim)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(bsz, 1, n_heads, head_dim)
     y = F.scaled_dot_product_attention(
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202) over this rank's hidden features; padded ones are zero and stay zero."""
+    """SwiGLU (arXiv:2002.05202) over this rank's hidden features; padding features are zero and stay zero."""
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
@@ -106,6 +106,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """One layer: attention and feed-forward, each of the normalised input and added to it."""
+
     def __init__(self, args: ModelArgs, parallel: ModelParallel, layer: int) -> None:
         super().__init__()
         self.attention = Attention(args, parallel, layer)
@@ -119,7 +121,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """This rank's share of a LLaMA. Parameters have Meta's names; ValueError when the heads cannot be split."""
+    """This rank's share of a LLaMA model, with Meta's names of parameters.
+
+    Raises ValueError where the number of ranks does not divide the number of heads.
+    """
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel | None = None) -> None:
         super().__init__()
@@ -133,11 +138,11 @@ class Transformer(nn.Module):
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling)
-        # What computes the layers in place of their own forward, bound from outside: see backends/base.py.
+        # Computes the layers in place of their own forward; bound from outside (see backends/base.py).
         self.backend: LayersBackend | None = None
 
     def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
-        """Logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden` and then `logits`."""
+        """Return the logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden`, then `logits`."""
         return self.logits(self.hidden(tokens, start_pos, cache, kv_len))
 
     def hidden(
@@ -148,17 +153,18 @@ class Transformer(nn.Module):
         kv_len: int | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Write tokens (bsz, seqlen) into the cache from start_pos (bsz,) on; final states (bsz, seqlen, dim).
+        """Write tokens (bsz, seqlen) into the cache from start_pos (bsz,) on; return final states (bsz, seqlen, dim).
 
-        Row i is row i of the cache; a short row is padded on the right with any tokens, whose outputs mean nothing
-        and whose places in the cache are overwritten when the row gets there. kv_len is how much of the cache is
-        looked at, at least max(start_pos) + seqlen, which is taken (with a device sync) when it is not given.
-        lengths (bsz,) are what the rows' positions end at, without padding; None: no row is padded.
+        Row i of the batch is row i of the cache. Short rows are padded on the right with any token: the states of
+        padding mean nothing, and its cache positions are overwritten when the row reaches them.
+        kv_len: cache positions that attention sees, at least max(start_pos) + seqlen; None is just that, found by a
+        synchronization with the device.
+        lengths: (bsz,), the position at which each row ends, without padding; None: no row is padded.
         """
         bsz, seqlen = tokens.shape
         if kv_len is None:
             kv_len = int(start_pos.max()) + seqlen
-        # One place further would be the next row's first.
+        # One position further would be the next row's first.
         assert seqlen <= kv_len <= cache.keys.shape[2], (seqlen, kv_len, cache.keys.shape)
         positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
         rotation = self.rope(positions, lengths)
@@ -166,7 +172,7 @@ class Transformer(nn.Module):
         return run(tokens, positions, rotation, kv_len, cache)
 
     def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        """Final states, (bsz, seqlen, dim), of tokens (bsz, seqlen) at positions, whose keys go to the cache."""
+        """Return final states (bsz, seqlen, dim) of tokens at positions, both (bsz, seqlen), and cache their keys."""
         x = self.tok_embeddings(tokens).to(self.dtype)
         mask, slots = self.mask(positions, kv_len), cache.slots(positions)
         for layer in self.layers:
@@ -174,7 +180,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
-        """Which keys the queries at positions (bsz, seqlen) see: (bsz, 1, seqlen, kv_len); None is plainly causal."""
+        """Return where queries at positions (bsz, seqlen) see keys: bool (bsz, 1, seqlen, kv_len); None is causal."""
         window = self.args.sliding_window or kv_len
         if kv_len == positions.shape[1] <= window:  # all rows start at 0
             return None
@@ -184,7 +190,7 @@ class Transformer(nn.Module):
         return mask & (keys > queries - window) if window < kv_len else mask
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""
+        """Return next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""
         backend = self.backend
         logits = self.output(hidden, torch.float32) if backend is None else backend.logits(hidden)
         if self.parallel.size > 1:
@@ -192,7 +198,7 @@ class Transformer(nn.Module):
         return logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
-        self.backend = None  # it knows the weights where they were
+        self.backend = None  # it points at the memory that the weights had
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,18 +211,18 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in, and cached; quantized weights have no dtype of their own."""
+        """The dtype of activations and of the cache; quantized weights have no dtype of their own."""
         return self.norm.weight.dtype
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that this rank reads for one token: an embedding table only where it is the output too."""
+        """Bytes of weights that this rank reads for one token; the embedding table counts if it is the output, too."""
         table = 0 if self.args.tied_embeddings else self.tok_embeddings.weight.nbytes
         return sum(weight.nbytes for weight in self._weights()) - table
 
     @property
     def weight_types(self) -> list[str]:
-        """What matrices are held in, the most bytes first: names of block types, or of the dtype."""
+        """Names of the block types and dtypes of this rank's matrices, the one with the most bytes first."""
         floats = str(self.dtype).removeprefix("torch.")
         counts: Counter[str] = Counter()
         for weight in self._weights():
@@ -226,12 +232,12 @@ class Transformer(nn.Module):
         return [name for name, _ in counts.most_common()]
 
     def _weights(self) -> list[Weight]:
-        """Return every weight and bias once, also where two modules hold the same."""
-        held = [getattr(module, name, None) for module in self.modules() for name in ("weight", "bias")]
-        return list({id(weight): weight for weight in held if weight is not None}.values())
+        """Return every weight and bias once, also where two modules share one."""
+        found = [getattr(module, name, None) for module in self.modules() for name in ("weight", "bias")]
+        return list({id(weight): weight for weight in found if weight is not None}.values())
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:
-        """An empty cache for `bsz` rows of `max_seq_len` positions, in the dtype and on the device of the model."""
+        """Return an empty cache for `bsz` rows of `max_seq_len` positions, with the model's dtype and device."""
         args = self.args
         n_local_kv_heads = len(self.parallel.kv_heads(args.n_heads, args.n_kv_heads))
         return KVCache(

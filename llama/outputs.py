@@ -1,4 +1,4 @@
-"""What a stream yields, and what completions return: plain dictionaries, with Meta's keys and finish_reason."""
+"""The events that a stream yields, and the predictions that completions return: dictionaries with Meta's keys."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Literal, TypedDict
 from llama.chat.formats import Message
 from llama.tokenizer import Tokenizer
 
+# An end token was sampled, or a limit of tokens is reached.
 FinishReason = Literal["stop", "length"]
 
 
 class CompletionPrediction(TypedDict, total=False):
+    """The continuation of a text; tokens are the texts of single tokens, logprobs only where they are asked for."""
+
     generation: str
     tokens: list[str]
     logprobs: list[float]
@@ -20,6 +23,8 @@ class CompletionPrediction(TypedDict, total=False):
 
 
 class ChatPrediction(TypedDict, total=False):
+    """The answer to a dialog; other keys as in `CompletionPrediction`."""
+
     generation: Message
     tokens: list[str]
     logprobs: list[float]
@@ -27,6 +32,8 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class InfillingPrediction(TypedDict, total=False):
+    """The text of a gap, and as full_text with the texts around it; other keys as in `CompletionPrediction`."""
+
     generation: str
     full_text: str
     tokens: list[str]
@@ -36,11 +43,11 @@ class InfillingPrediction(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token of one prompt, or its end: the last event of a prompt has no token, and says why it is the last."""
+    """A token of one prompt, or its end: the last event of a prompt has a finish_reason in place of a token."""
 
-    index: int  # the prompt's place in the input
+    index: int  # of the prompt in the input
     token: int | None
-    text: str  # what the token adds; a character comes when it is complete, a control token adds nothing
+    text: str  # that the token adds: a character appears when it is complete, and control tokens add nothing
     logprob: float | None = None
     finish_reason: FinishReason | None = None
 
@@ -52,14 +59,14 @@ def fold_events(
     by_prompt: list[list[TokenEvent]] = [[] for _ in range(n_prompts)]
     for event in events:
         by_prompt[event.index].append(event)
-    return [_prediction(of_prompt, tokenizer, logprobs) for of_prompt in by_prompt]
+    return [_prediction(prompt_events, tokenizer, logprobs) for prompt_events in by_prompt]
 
 
 def _prediction(events: list[TokenEvent], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:
     tokens = [event.token for event in events if event.token is not None]
     prediction = CompletionPrediction(
         generation="".join(event.text for event in events),
-        # Ids beyond the tokenizer's only pad an embedding.
+        # Ids beyond the tokenizer's are padding of the embedding.
         tokens=[tokenizer.decode([token]) if token < tokenizer.n_words else "" for token in tokens],
     )
     if logprobs:

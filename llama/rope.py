@@ -1,6 +1,6 @@
-"""Rotary position embeddings and the ways of stretching them beyond the context that a model was trained on.
+"""Rotary position embeddings, and the ways of stretching them beyond the context that a model was trained on.
 
-Knows nothing of attention: it makes rotations of positions, and rotates.
+Knows nothing of attention.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama.config import (
 
 
 class Rotary(nn.Module):
-    """Positions to rotations (arXiv:2104.09864), stretched as `scaling` says.
+    """The rotations of positions (arXiv:2104.09864), stretched as `scaling` says.
 
     frequencies: (head_dim / 2,), radians per position of each rotated pair, fp32.
     """
@@ -35,10 +35,10 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", scaled_frequencies(head_dim, theta, scaling), persistent=False)
 
     def forward(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Complex numbers that rotate each pair to its position: positions (bsz, seqlen) to (bsz, seqlen, 1, pairs).
+        """Return the complex numbers that rotate pairs at positions (bsz, seqlen): (bsz, seqlen, 1, head_dim / 2).
 
-        Their magnitude is 1, but for YaRN, which also sharpens attention. lengths (bsz,) are those of the rows without
-        their padding, on which dynamic scaling depends; None: no row is padded.
+        Their magnitude is 1, except with YaRN, which also sharpens attention.
+        lengths: (bsz,), those of the rows without padding, on which dynamic scaling depends; None: no row is padded.
         """
         frequencies = self.frequencies
         if isinstance(self.scaling, DynamicScaling):
@@ -48,7 +48,7 @@ class Rotary(nn.Module):
         return torch.polar(torch.full_like(angles, self.magnitude), angles)[:, :, None]
 
     def _dynamic(self, scaling: DynamicScaling, lengths: Tensor) -> Tensor:
-        """Frequencies for rows as long as `lengths` (bsz,): (bsz, 1, pairs). Keys cached earlier keep theirs."""
+        """Return frequencies for rows of `lengths` (bsz,): (bsz, 1, head_dim / 2). Cached keys keep their rotation."""
         excess = (lengths / scaling.old_context_len).clamp(min=1) - 1
         stretch = (1 + scaling.factor * excess) ** (self.head_dim / (self.head_dim - 2))
         exponents = torch.arange(0, self.head_dim, 2, device=lengths.device) / self.head_dim
@@ -57,7 +57,7 @@ class Rotary(nn.Module):
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the adjacent pairs of x (bsz, seqlen, heads, head_dim), as in Meta's order of dimensions."""
-    if torch.compiler.is_compiling():  # Inductor knows no complex numbers
+    if torch.compiler.is_compiling():  # Inductor does not compile complex numbers
         cos, sin = torch.view_as_real(rotation).unbind(-1)
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
@@ -66,15 +66,15 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def scaled_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each rotated pair: (head_dim / 2,), fp32; those of a short row for dynamic scaling."""
-    # On the CPU also where the model is built on the meta device.
+    """Return radians per position of each rotated pair: (head_dim / 2,), fp32; dynamic scaling stretches them later."""
+    # On the CPU, also where the model is built on the meta device.
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if isinstance(scaling, LinearScaling):
         frequencies = frequencies / scaling.factor
     elif isinstance(scaling, Llama3Scaling):
         turns = scaling.old_context_len * frequencies / (2 * math.pi)  # full turns within the old context
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        frequencies = _blend(frequencies, frequencies / scaling.factor, kept)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        frequencies = _blend(frequencies, frequencies / scaling.factor, share)
     elif isinstance(scaling, YarnScaling):
         low, high = _yarn_range(head_dim, theta, scaling)
         ramp = (torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - low) / (high - low)
@@ -84,14 +84,14 @@ def scaled_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
     return frequencies.float()
 
 
-def _blend(kept: Tensor, stretched: Tensor, share: Tensor) -> Tensor:
-    """`share` of the kept frequencies, clamped to [0, 1], and the rest of the stretched ones."""
+def _blend(original: Tensor, stretched: Tensor, share: Tensor) -> Tensor:
+    """Mix frequencies: a `share`, clamped to [0, 1], of the original ones, and the rest of the stretched ones."""
     share = share.clamp(0, 1)
-    return kept * share + stretched * (1 - share)
+    return original * share + stretched * (1 - share)
 
 
 def _yarn_range(head_dim: int, theta: float, scaling: YarnScaling) -> tuple[float, float]:
-    """Between which pairs YaRN goes over from keeping to stretching (arXiv:2309.00071, section 3.2)."""
+    """Return the pairs between which YaRN goes over from original to stretched (arXiv:2309.00071, section 3.2)."""
 
     def pair_of(turns: float) -> float:
         return head_dim * math.log(scaling.old_context_len / (turns * 2 * math.pi)) / (2 * math.log(theta))

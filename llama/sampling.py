@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# What `sample` returns for a row whose logits are NaN or infinite; no tokenizer has it.
+# The token that `sample` returns for a row whose logits are NaN or infinite; it is in no vocabulary.
 INVALID = -1
 
-# Candidates that are sorted, unless they hold too little mass: see D8.
+# How many of the most probable tokens are sorted, unless their mass is too little: see D8.
 TOP_K_PREFIX = 512
 
 
@@ -26,7 +26,7 @@ class SamplingParams:
         top_p: probability mass of the nucleus that tokens are drawn from, in (0, 1].
         max_gen_len: most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
         seed: the same seed gives the same texts; None goes on with the model's own sequence of seeds.
-        logprobs: also give the log-probability of every token.
+        logprobs: also return the log-probability of every token.
         echo: repeat the prompt in the completion.
     """
 
@@ -48,27 +48,30 @@ class SamplingParams:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
 
 
-def uniforms(seed: int, row: int, count: int) -> Tensor:
-    """The `count` random numbers in [0, 1) of one row: (count,), fp32 on the CPU, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
+def uniforms(seed: int, index: int, count: int) -> Tensor:
+    """Return `count` random numbers in [0, 1) for the prompt with this index: (count,), fp32, on the CPU.
+
+    They are the same on every machine, and a longer series begins with a shorter one (see D8).
+    """
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.rand(count, generator=generator)
 
 
 class TokenSampler(Protocol):
-    """Draws tokens from logits; backends have their own."""
+    """Draws tokens from logits; a backend may have one of its own."""
 
     def begin(self, params: SamplingParams) -> None:
-        """Draw as these parameters say from here on."""
+        """Use these parameters from here on."""
         ...
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Draw one token a row, (bsz,); see `sample`."""
+        """Draw one token for each row, (bsz,); see `sample`."""
         ...
 
 
 class TorchSampler:
-    """Draws by torch's operations, on any device."""
+    """Draws tokens with torch's operations, on any device."""
 
     def begin(self, params: SamplingParams) -> None:
         self.params = params
@@ -78,7 +81,7 @@ class TorchSampler:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
-    """One token a row, (bsz,): the greatest logit at temperature 0, else drawn from the nucleus.
+    """Return one token for each row, (bsz,): the greatest logit's at temperature 0, else one drawn from the nucleus.
 
     logits: (bsz, vocab_size), fp32; uniform: (bsz,), in [0, 1). Rows without a finite maximum get INVALID.
     """
@@ -88,46 +91,45 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 
 def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """The tokens of the nucleus and their probabilities, both (bsz, n), not renormalised (arXiv:1904.09751).
+    """Return the tokens of the nucleus and their probabilities, both (bsz, n), not renormalised (arXiv:1904.09751).
 
-    A token stays while the mass before it is <= top_p, so one always stays; those that go have probability 0. The
-    order is by falling probability, and by id among equals, whatever the other rows hold: bf16 logits are full of
-    ties. With top_p 1 all stay, in the order of the vocabulary.
+    A token stays while the mass before it is <= top_p, so one always stays; the others get probability 0. Tokens are
+    in order of falling probability, and of ids among equals (see D19); with top_p 1, in the vocabulary's order.
     """
-    # The maximum is subtracted before the division, which could overflow at a small temperature; one that is 0 in
-    # fp32 would divide 0 by 0.
+    # Subtract the maximum before the division, which could overflow at a small temperature; a temperature that is 0
+    # in fp32 would divide 0 by 0.
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     vocab_size = probs.shape[-1]
     if top_p == 1:
         return torch.arange(vocab_size, device=probs.device).expand_as(probs), probs
-    kept, tokens = probs.topk(min(TOP_K_PREFIX, vocab_size))
-    # Of the tokens that tie with the last, top-k keeps any: the mass above them must reach beyond top_p.
-    above = kept.where(kept > kept[:, -1:], 0).sum(-1)
-    if kept.shape[-1] < vocab_size and bool((above <= top_p).any()):
-        kept, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    top_probs, tokens = probs.topk(min(TOP_K_PREFIX, vocab_size))
+    # Which of the tokens that tie with the last are among the top k is not defined: the mass above must exceed top_p.
+    above = top_probs.where(top_probs > top_probs[:, -1:], 0).sum(-1)
+    if top_probs.shape[-1] < vocab_size and bool((above <= top_p).any()):
+        top_probs, tokens = probs.sort(dim=-1, descending=True, stable=True)
     else:
         tokens, by_id = tokens.sort(dim=-1)
-        kept, by_prob = kept.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+        top_probs, by_prob = top_probs.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
         tokens = tokens.gather(-1, by_prob)
-    before = kept.cumsum(-1) - kept
-    return tokens, kept.where(before <= top_p, 0)
+    before = top_probs.cumsum(-1) - top_probs
+    return tokens, top_probs.where(before <= top_p, 0)
 
 
 def draw(candidates: tuple[Tensor, Tensor], uniform: Tensor) -> Tensor:
-    """Invert the cumulative distribution of (tokens, probs), both (bsz, n), at uniform (bsz,)."""
+    """Draw one token for each row, (bsz,): invert the cumulative distribution of (tokens, probs), both (bsz, n)."""
     tokens, probs = candidates
     mass = probs.cumsum(-1)
     target = uniform.to(mass)[:, None] * mass[:, -1:]
     index = (mass <= target).sum(-1, keepdim=True)
-    # Rounding can put the target on the whole mass: then the last token that has any probability (NaN is none).
-    places = torch.arange(probs.shape[-1], device=probs.device)
-    index = index.minimum((places * (probs > 0)).amax(-1, keepdim=True))
+    # Rounding can put the target on the whole mass: then take the last token with a probability above 0 (NaN is not).
+    indices = torch.arange(probs.shape[-1], device=probs.device)
+    index = index.minimum((indices * (probs > 0)).amax(-1, keepdim=True))
     return tokens.gather(-1, index)[:, 0]
 
 
 def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each token under its logits, before any temperature: fp32, shaped like tokens."""
+    """Return the log-probability of each token under its logits, before any temperature: fp32, shaped like tokens."""
     chosen = logits.gather(-1, tokens[..., None])[..., 0]
     return chosen - logits.logsumexp(-1)
 

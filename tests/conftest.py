@@ -1,4 +1,4 @@
-"""Tiny checkpoints that many tests share: written once a session, and never written to again."""
+"""Checkpoints that many tests share: tiny ones, written once a session and never again, and the demo model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama
+from llama.cli import get
 from llama.config import ModelArgs
 from tests.checkpoints import write_meta
 from tests.models import build
@@ -19,6 +20,10 @@ from tests.models import build
 # Read when triton is imported: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Workers of pytest-xdist share the cores, and threads of several that wait for each other take them from one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 # For trained tokenizers: words that tests use, and characters that need several bytes.
 TEXTS = [
@@ -32,6 +37,25 @@ SENTENCEPIECE_VOCAB_SIZE = 400
 TINY_LLAMA2 = ModelArgs(
     dim=32, n_layers=2, n_heads=4, vocab_size=SENTENCEPIECE_VOCAB_SIZE, multiple_of=16, max_seq_len=256
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the tests of kernels are among those that `-m gpu` selects: there they run on it."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.name.startswith("test_gpu_") and item.path.parent.name == "unit":
+                item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The real model that scripts/test gets: tests that need it fail there without it, and are skipped elsewhere."""
+    try:
+        return get.demo_model()
+    except FileNotFoundError as error:
+        if os.environ.get("LLAMA_REQUIRE_DEMO_MODEL"):
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

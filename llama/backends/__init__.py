@@ -1,1 +1,1 @@
-"""What computes a layer: torch's operations, Inductor, the CPU kernels or the Triton kernels."""
+"""Backends, which compute the layers: torch's operations, Inductor, the CPU kernels or the Triton kernels."""

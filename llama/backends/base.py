@@ -1,7 +1,7 @@
-"""What computes a model: the protocol of a backend, and the one place that chooses it.
+"""The protocol of a backend, which computes a model, and the one function that chooses it.
 
-Everything that depends on which kernels there are is an answer of the backend that `choose_backend` returns; no other
-module asks whether a compiler, Triton or a processor's instructions are there.
+Everything that depends on which kernels exist is an attribute or a method of the backend that `choose_backend` returns;
+no other module asks whether there is a compiler, Triton or a processor's instruction.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llama.sampling import TokenSampler
 log = logging.getLogger("llama")
 
 
-# Takes what a step does on the device and runs it once; the result runs it again, on the same memory.
+# Captures a function's work on the device, running it once, and returns a function that replays it on the same memory.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class Backend(Protocol):
-    """Computes one model on one device. It is chosen before weights are read, and bound when they are there."""
+    """Computes one model on one device. It is chosen before weights are read, and bound to the model afterwards."""
 
     device: torch.device
 
@@ -45,7 +45,7 @@ class Backend(Protocol):
 
     @property
     def weight_cls(self) -> type[QuantizedWeight]:
-        """The class that holds quantized weights."""
+        """The class of quantized weights."""
         ...
 
     @property
@@ -55,49 +55,49 @@ class Backend(Protocol):
 
     @property
     def quantize_modes(self) -> tuple[str, ...]:
-        """What `BuildOptions.quantize` may be here."""
+        """The values of `BuildOptions.quantize` that this backend can run."""
         ...
 
     @property
     def captures_graphs(self) -> bool:
-        """Whether a decode step of the bound model can be a CUDA graph: its kernels find all lengths on the device."""
+        """Whether decode steps of the bound model can be CUDA graphs: see D38."""
         ...
 
     def graph_capture(self) -> Capture:
-        """Return what captures decode steps, whose graphs share one pool of memory; only if `captures_graphs`."""
+        """Return a function that captures decode steps, in one pool of memory; only where `captures_graphs`."""
         ...
 
     @property
     def max_prefill_tokens(self) -> int:
-        """Tokens of all sequences together that a prefill reads at once."""
+        """Tokens of all sequences together in a prefill chunk."""
         ...
 
     @property
     def dequantized_values(self) -> int:
-        """Values of a quantized weight that a product of many tokens holds in floats at once, beside activations."""
+        """Values of a quantized weight that are in memory as floats at once in a product of many tokens."""
         ...
 
     def bind(self, model: Transformer) -> None:
-        """Compute this model from here on. A model whose weights move or change drops its backend."""
+        """Compute this model from here on; it drops its backend when its weights move or change."""
         ...
 
     def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        """Compute final states as `Transformer.run_layers` does, in its dtype or in fp32."""
+        """Return final states as `Transformer.run_layers` does, in the model's dtype or in fp32."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute this rank's logits of final states (..., dim): fp32 (..., local vocabulary)."""
+        """Return this rank's logits of final states (..., dim): fp32 (..., local vocabulary)."""
         ...
 
     def token_sampler(self) -> TokenSampler:
-        """Return what draws tokens from logits on this device."""
+        """Return the sampler that draws tokens from logits on this device."""
         ...
 
 
 def choose_backend(device: torch.device, head_dim: int, compile: bool = False) -> Backend:
-    """Choose what computes a model on a device: the package's kernels where they run, else Inductor or torch.
+    """Choose the backend for a device: the package's kernels where they run, else Inductor or torch's operations.
 
-    compile: the user asked for torch.compile, which the package's kernels do without.
+    compile: the user asked for torch.compile, which kernels of the package do without (see D34).
     """
     backend: Backend | None = None
     if device.type == "cpu" and library() is not None:
@@ -110,7 +110,7 @@ def choose_backend(device: torch.device, head_dim: int, compile: bool = False) -
         backend = CudaBackend(device) if head_dim <= MAX_HEAD_DIM else None
     if backend is not None:
         if compile:
-            log.info("--compile has nothing to add: kernels of our own run the layers, and are compiled")
+            log.info("--compile changes nothing: the package's own kernels, which are compiled, run the layers")
         return backend
     if compile:
         from llama.backends.inductor import InductorBackend
@@ -120,7 +120,7 @@ def choose_backend(device: torch.device, head_dim: int, compile: bool = False) -
 
 
 def backend_of(model: Transformer) -> Backend:
-    """Return what computes a model: what was bound to it, else torch's operations."""
+    """Return the backend that is bound to a model; bind torch's operations where none is."""
     if model.backend is None:
         EagerBackend(model.device).bind(model)
     return cast(Backend, model.backend)

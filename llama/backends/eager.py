@@ -1,4 +1,4 @@
-"""Torch's own operations, on any device; and what the other backends answer alike."""
+"""The backend of torch's own operations, on any device, and the base class of the others."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llama.model import Transformer
 from llama.quantization.weights import BlockWeight, QuantizedWeight
 from llama.sampling import TokenSampler, TorchSampler
 
-# Tokens of all sequences together that a prefill reads at once: enough that a matrix product is as fast as it gets.
+# Tokens of all sequences together in a prefill chunk: enough for matrix products to be as fast as they get.
 MAX_PREFILL_TOKENS = 2048
 
 
 class EagerBackend:
-    """Computes a Transformer by its own modules; see `Backend` for what each answer means."""
+    """Computes a Transformer by its own modules; see `Backend` for the meaning of each member."""
 
     name = "eager"
     own_kernels = False
@@ -58,5 +58,5 @@ class EagerBackend:
 
 
 def is_nccl(group: dist.ProcessGroup | None) -> bool:
-    """Tell whether a group's collectives can be captured in a CUDA graph; there is nothing to capture without one."""
+    """Tell whether a group's collectives can be captured in a CUDA graph; a rank without a group has none."""
     return group is None or dist.get_backend(group) == "nccl"

@@ -1,6 +1,6 @@
-"""The decode step of a model compiled by torch (Inductor), where --compile asks and no kernels of ours run.
+"""The decode step of a model compiled by torch (Inductor), for --compile where no kernels of the package run.
 
-Only steps of one token a sequence are compiled: what happens once for a prompt is not worth a compiler's time.
+Only steps of one token a sequence are compiled: a prefill runs once, which is not worth a compiler's time.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ log = logging.getLogger("llama")
 
 
 class InductorBackend(EagerBackend):
-    """Computes a Transformer's layers. What Inductor builds is kept on disk, so a later process has it in seconds.
+    """Computes a Transformer's layers by compiled code, which Inductor caches on disk for later processes.
 
-    Where the compiler fails, the model's own layers run, and one line says why.
+    Where the compiler fails, the model's own layers run, and one line is logged that says why.
     """
 
     name = "inductor"
 
     def __init__(self, device: torch.device, compiler: str = "inductor") -> None:
-        """compiler: a backend of torch.compile."""
+        """Prepare for a device; compiler: a backend of torch.compile."""
         super().__init__(device)
         self._compiler = compiler
 

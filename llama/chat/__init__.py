@@ -1,1 +1,1 @@
-"""Dialogs as token ids: chat formats, templates, and prompts for infilling."""
+"""Dialogs to token ids: chat formats, templates, and prompts for infilling."""

@@ -18,23 +18,27 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Message(TypedDict):
+    """One message of a dialog."""
+
     role: Role
     content: str
 
 
 Dialog = Sequence[Message]
 
-# What Meta's code answers to a dialog that spells out Llama 2's tags.
+# The answer of Meta's code to a dialog that spells out Llama 2's tags.
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 class ChatFormat(Protocol):
+    """The format of dialogs that a model was tuned on."""
+
     def encode(self, dialog: Dialog) -> list[int]:
-        """Ids up to where the assistant's answer begins; ValueError when the roles do not fit the format."""
+        """Encode a dialog up to where the answer begins; raise ValueError where its roles do not fit the format."""
         ...
 
     def is_unsafe(self, dialog: Dialog) -> bool:
-        """Whether a message spells out tags that, as text, would still steer the model."""
+        """Tell whether a message spells out tags that, as text, would still steer the model."""
         ...
 
 
@@ -65,7 +69,7 @@ class Llama2Chat:
 
 
 class GuessedChat(Llama2Chat):
-    """Llama 2's format for a tokenizer that tells nothing about chats; says so when it is first used."""
+    """Llama 2's format, assumed where neither template nor tokens tell one; the first use logs a warning."""
 
     warned = False
 
@@ -80,7 +84,7 @@ class GuessedChat(Llama2Chat):
 
 
 class Llama3Chat:
-    """Each message between a header that names its role and <|eot_id|>."""
+    """Llama 3's format: a header with the role, the message, <|eot_id|>."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -104,7 +108,7 @@ class Llama3Chat:
 
 
 class ChatML:
-    """<|im_start|>role, the message, <|im_end|>."""
+    """The ChatML format: <|im_start|>role, the message, <|im_end|>."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -126,7 +130,7 @@ class ChatML:
 
 
 class CodeLlama70BChat:
-    """Code Llama 70B Instruct: "Source: role", the message, <step>; a system message always, if only its header."""
+    """Code Llama 70B Instruct's format: "Source: role", the message, <step>; always with a system message's header."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -160,8 +164,8 @@ CHAT_FORMATS: dict[str, Callable[[Tokenizer], ChatFormat]] = {
     "chatml": ChatML,
     "codellama70b": CodeLlama70BChat,
 }
-# The control tokens that a built-in format writes, and by which it is told; Llama 2's are plain text.
-MARKS = {
+# The control tokens of each built-in format, by which it is recognised; Llama 2's tags are plain text.
+CONTROL_TOKENS = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "codellama70b": ("<step>",),
@@ -169,27 +173,27 @@ MARKS = {
 
 
 def choose_chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
-    """The format named, else the model's own template, else the built-in one whose control tokens the tokenizer has.
+    """Return the format named, else the model's own template, else the format whose control tokens the tokenizer has.
 
-    With none of these it is a GuessedChat. ValueError when the tokenizer lacks what the format named needs.
+    Without any of these, return a GuessedChat. Raise ValueError where the tokenizer lacks tokens of the format named.
     """
     if name is None and tokenizer.chat_template:
         name = "template"
     if name is None:
-        told = (name for name, marks in MARKS.items() if all(mark in tokenizer.special_tokens for mark in marks))
-        name = next(told, None)
+        special = tokenizer.special_tokens
+        name = next((name for name, tokens in CONTROL_TOKENS.items() if all(each in special for each in tokens)), None)
     if name is None:
         return GuessedChat(tokenizer)
     if name not in CHAT_FORMATS:
         raise ValueError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}, got {name!r}")
-    missing = [mark for mark in MARKS.get(name, ()) if mark not in tokenizer.special_tokens]
+    missing = [token for token in CONTROL_TOKENS.get(name, ()) if token not in tokenizer.special_tokens]
     if missing:
         raise ValueError(f"chat_format {name} needs the tokens {', '.join(missing)}, which this tokenizer lacks")
     return CHAT_FORMATS[name](tokenizer)
 
 
 def check_system(chat_format: ChatFormat, system: str) -> None:
-    """ValueError when the format refuses a system prompt, or leaves it out without a word."""
+    """Raise ValueError where the format refuses a system prompt, or leaves it out."""
     question = Message(role="user", content="Hello")
     prompts = [[Message(role="system", content=text), question] for text in (system, system + "!")]
     if chat_format.encode(prompts[0]) == chat_format.encode(prompts[1]):
@@ -197,7 +201,7 @@ def check_system(chat_format: ChatFormat, system: str) -> None:
 
 
 def check_messages(dialog: Dialog) -> None:
-    """ValueError unless a dialog is a list of messages, each with a role and a text."""
+    """Raise ValueError unless a dialog is a list of messages, each with a role and a content that are text."""
     for message in dialog if isinstance(dialog, list | tuple) else [dialog]:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(
@@ -206,7 +210,7 @@ def check_messages(dialog: Dialog) -> None:
 
 
 def check_roles(dialog: Dialog) -> None:
-    """ValueError unless an optional system message is followed by user and assistant in turn, ending with the user."""
+    """Raise ValueError unless roles are an optional system, then user and assistant in turn, ending with user."""
     check_messages(dialog)
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles

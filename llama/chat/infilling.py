@@ -6,16 +6,17 @@ from llama.tokenizer import Tokenizer
 
 PREFIX, SUFFIX, MIDDLE = "▁<PRE>", "▁<SUF>", "▁<MID>"
 
-# Where a prompt on the command line has its gap.
+# Marks the gap in a prompt on the command line.
 FILL_MARK = "<FILL>"
 
 
 def can_infill(tokenizer: Tokenizer) -> bool:
+    """Tell whether the tokenizer has the control tokens of infilling."""
     return all(token in tokenizer.special_tokens for token in (PREFIX, SUFFIX, MIDDLE))
 
 
 def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
-    """Ids that ask for the text between prefix and suffix; ValueError when the tokenizer has no tokens for it.
+    """Encode a prompt for the text between prefix and suffix; raise ValueError unless the tokenizer can infill.
 
     suffix_first puts the suffix before the prefix: <PRE> <SUF> suffix <MID> prefix.
     """

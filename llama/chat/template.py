@@ -1,4 +1,4 @@
-"""The chat format that a model brings along: a jinja template, rendered by another process (template_worker.py)."""
+"""The chat format that comes with a model: a jinja template, rendered by another process (template_worker.py)."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from typing import Any
 
 from llama.tokenizer import Tokenizer
 
-SECONDS = 5.0  # for one prompt, which takes a few milliseconds
+SECONDS = 5.0  # limit for one prompt, which takes a few milliseconds
 ROLES = ("system", "user", "assistant")
 # Llama 2's tags are plain text, in its vocabulary and in its template.
 TEXT_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-# -S and the caller's own path: jinja2 is found as the caller finds it, and nothing else runs at the start.
+# With -S and the caller's own path, jinja2 is found as the caller finds it, and no site module runs at the start.
 START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-# Matches nowhere, with a group as _any_of has.
+# Matches nowhere; has a group, like the patterns of _any_of.
 NOTHING = re.compile("((?!))")
 
 
 class TemplateChat:
-    """The tokenizer's own `chat_template`: the prompt that transformers' apply_chat_template renders, as ids.
+    """The tokenizer's own `chat_template`: encodes the prompt that transformers' apply_chat_template renders.
 
-    A control token in the prompt becomes its id only if the template wrote all of it. What came from a message is
+    A control token in the prompt becomes its id only where the template wrote all of it. What came from a message is
     text, whatever it spells: whole, in pieces that template and message complete together, or after the template
-    has trimmed, split, sliced, joined, upper-cased or JSON-encoded it. To know where a character came from, the
-    dialog is rendered twice, as it is and with stand-ins for those characters of messages that control tokens are
-    spelled with. Both prompts must be the same but for that, so the ids are always those of the text that transformers
-    renders; where they cannot be, because the template takes a message for a number, say, or looks for a control
-    token in it, that message gets ValueError.
+    has trimmed, split, sliced, joined, upper-cased or JSON-encoded it.
 
-    Two things never get stand-ins: whitespace, which templates trim, and the roles system, user and assistant, from
+    To know where a character came from, the dialog is rendered twice: as it is, and with placeholders for those
+    characters of messages that occur in the spellings of control tokens. The two prompts must be equal apart from the
+    placeholders, so that ids are always those of the text that transformers renders. ValueError is raised for a message
+    where they are not: where the template compares it with a number, say, or looks for a control token in it.
+
+    Two things never get placeholders: whitespace, which templates trim, and the roles system, user and assistant, from
     which templates build control tokens. Texts that the template spells as constants and looks for in a message, such
-    as "</think>", get none if the prompts differ otherwise and no control token can overlap them: part of one could
-    then end up in a control token, but only by a template that looks for it, cuts it up, and writes all the rest of
-    the token around what is left.
+    as "</think>", get none if the prompts differ otherwise and no control token can overlap them. (A template could
+    still make a part of such a text into a control token, if it cuts the text up and writes the rest of the token
+    around that part.)
 
-    Rendering runs no code of the template's outside jinja's sandbox, opens no files, takes at most SECONDS and, on
-    Linux, 512 MiB of a process of its own. A template can still write any prompt it likes.
+    Rendering runs no code of the template outside jinja's sandbox, opens no files, and takes at most SECONDS and, on
+    Linux, 512 MiB of a process of its own (see D14). A template can still write any prompt it likes.
 
     Text between control tokens is encoded in one piece; whether SentencePiece's prefix space begins each piece or
     only the prompt, the tokenizer knows (`prefix_space_after_special`). An added token's lstrip and rstrip are not
@@ -64,7 +65,7 @@ class TemplateChat:
         self._renderer = _Renderer()
 
     def encode(self, dialog: Sequence[Mapping[str, object]]) -> list[int]:
-        """Ids of the prompt. BOS is where the template writes it, and nowhere else."""
+        """Encode the prompt of a dialog; BOS is where the template writes it, and nowhere else."""
         prompt, originals = self._render(_checked(dialog))
         ids: list[int] = []
         for i, part in enumerate(self._control.split(prompt)):
@@ -76,31 +77,31 @@ class TemplateChat:
         return ids
 
     def is_unsafe(self, dialog: Sequence[Mapping[str, object]]) -> bool:
-        """Whether a message spells out tags of Llama 2's that this template writes as plain text."""
+        """Tell whether a message spells out tags of Llama 2 that this template writes as plain text."""
         tags = [tag for tag in TEXT_TAGS if tag in self._source and tag not in self.tokenizer.special_tokens]
         return any(tag in str(message.get("content")) for message in dialog for tag in tags)
 
     def _render(self, dialog: list[dict[str, str]]) -> tuple[str, dict[int, str]]:
-        """The prompt with stand-ins for characters of messages, and what each stands for."""
-        typed = [text for message in dialog for text in message.values()]
-        stand_ins = _choose_stand_ins(typed, self._characters, taken=set("".join([self._source, *typed])))
-        originals = {ord(stand_in): original for original, stand_in in stand_ins.items()}
-        table = str.maketrans(stand_ins)
+        """Return the prompt with placeholders for characters of messages, and the original of each placeholder."""
+        texts = [text for message in dialog for text in message.values()]
+        placeholders = _choose_placeholders(texts, self._characters, used=set("".join([self._source, *texts])))
+        originals = {ord(placeholder): original for original, placeholder in placeholders.items()}
+        table = str.maketrans(placeholders)
 
-        def disguise(text: str, kept: re.Pattern[str]) -> str:
-            parts = kept.split(text)  # odd ones are kept
+        def replace(text: str, unchanged: re.Pattern[str]) -> str:
+            parts = unchanged.split(text)  # odd ones match
             return "".join([part if i % 2 else part.translate(table) for i, part in enumerate(parts)])
 
         for keep_constants in (False, True):
-            kept = self._constants if keep_constants else NOTHING
-            disguised = [
+            unchanged = self._constants if keep_constants else NOTHING
+            replaced = [
                 {
-                    key: text if key == "role" and text in ROLES else disguise(text, kept)
+                    key: text if key == "role" and text in ROLES else replace(text, unchanged)
                     for key, text in message.items()
                 }
                 for message in dialog
             ]
-            plain, prompt = self._ask([dialog, disguised])["prompts"]
+            plain, prompt = self._ask([dialog, replaced])["prompts"]
             if prompt is not None and prompt.translate(originals) == plain:
                 return prompt, originals
         raise ValueError(
@@ -110,6 +111,7 @@ class TemplateChat:
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:
+        """Matches the spellings of control tokens."""
         return _any_of(self._spellings)
 
     @functools.cached_property
@@ -119,17 +121,19 @@ class TemplateChat:
         return _any_of(_apart(constants, self._spellings), re.IGNORECASE)
 
     def _ask(self, dialogs: list[list[dict[str, str]]]) -> dict[str, Any]:
+        """Return the prompts of dialogs, and the template's constants."""
         return self._renderer.ask({"source": self._source, "variables": self._variables, "dialogs": dialogs})
 
 
 class _Renderer:
-    """The process behind a template, started when first needed and again after it had to be killed."""
+    """The process that renders templates, started when it is first needed and again after it was killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request; raise ValueError for an error of the template or a lack of time or memory."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = _start_process()
@@ -144,10 +148,10 @@ class _Renderer:
                 process.stdin.flush()
                 line = process.stdout.readline()
             except OSError:
-                pass  # it has ended
+                pass  # the process has ended
             finally:
                 timer.cancel()
-                if not line.endswith("\n"):  # after Ctrl-C, too: a late answer would be taken for the next one
+                if not line.endswith("\n"):  # also after Ctrl-C: a late answer would be taken for the next one
                     self._end()
         if not line.endswith("\n"):
             raise ValueError(f"the chat template was stopped: it takes more than {SECONDS:g} s or too much memory")
@@ -158,6 +162,7 @@ class _Renderer:
 
 
 def _start_process() -> subprocess.Popen[str]:
+    """Start template_worker.py, and wait until it is ready; raise ChildProcessError where it does not start."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", START, str(Path(__file__).with_name("template_worker.py")), *sys.path],
         stdin=subprocess.PIPE,
@@ -178,9 +183,9 @@ def _end_process(process: subprocess.Popen[str]) -> None:
 
 
 def _checked(dialog: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
-    """Roles and contents, which must be text, with surrogates as `Tokenizer.encode` takes them.
+    """Return roles and contents, with surrogates replaced as `Tokenizer.encode` does.
 
-    Everything else about a dialog is for the template to judge.
+    Raise ValueError where one is not text; everything else about a dialog is for the template to judge.
     """
     if not dialog:
         raise ValueError("a dialog needs at least one message")
@@ -195,56 +200,56 @@ def _checked(dialog: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
     return messages
 
 
-def _choose_stand_ins(texts: list[str], characters: frozenset[str], taken: set[str]) -> dict[str, str]:
-    """A character outside `taken` for each one of the texts that is one of `characters`, or becomes one by its case.
+def _choose_placeholders(texts: list[str], characters: frozenset[str], used: set[str]) -> dict[str, str]:
+    """Choose an unused character for each character of texts that is one of `characters`, in lower or upper case.
 
-    Letters get letters of scripts that hardly anyone uses, so that changing case means the same for both.
+    Letters are replaced by letters of rare scripts, so that a change of case changes the placeholder alike.
     """
-    taken = taken | characters
-    pairs, singles = _unused_letters(taken), _unused_characters(taken)
-    stand_ins: dict[str, str] = {}
+    used = used | characters
+    pairs, singles = _unused_letters(used), _unused_characters(used)
+    placeholders: dict[str, str] = {}
     for char in sorted(set("".join(texts))):
         forms = {char, *char.lower(), *char.upper(), *char.title()}
-        if char in stand_ins or char.isspace() or not forms & characters:
+        if char in placeholders or char.isspace() or not forms & characters:
             continue
         lower, upper = char.lower(), char.upper()
         if lower != upper and lower.upper() == upper and upper.lower() == lower:
-            stand_ins[lower], stand_ins[upper] = next(pairs, None) or (next(singles), next(singles))
+            placeholders[lower], placeholders[upper] = next(pairs, None) or (next(singles), next(singles))
         else:
-            stand_ins[char] = next(singles)
-    return stand_ins
+            placeholders[char] = next(singles)
+    return placeholders
 
 
-def _unused_letters(taken: set[str]) -> Iterator[tuple[str, str]]:
-    """Lower and upper forms, Deseret's first."""
+def _unused_letters(used: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the lower and upper cases of letters of rare scripts that are not in use, Deseret's first."""
     for upper in map(chr, range(0x10400, 0x1E944)):
         lower = upper.lower()
-        if lower != upper and lower.upper() == upper and not {lower, upper} & taken:
+        if lower != upper and lower.upper() == upper and not {lower, upper} & used:
             yield lower, upper
 
 
-def _unused_characters(taken: set[str]) -> Iterator[str]:
-    """Private-use characters."""
+def _unused_characters(used: set[str]) -> Iterator[str]:
+    """Yield private-use characters that are not in use; raise ValueError when there are no more."""
     for char in map(chr, itertools.chain(range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))):
-        if char not in taken:
+        if char not in used:
             yield char
     raise ValueError("a dialog uses all private-use characters of Unicode: leave out some")
 
 
 def _any_of(texts: list[str], flags: int = 0) -> re.Pattern[str]:
-    """One group that matches any of the texts, the longest one at a place."""
+    """Return a pattern with one group that matches any of the texts, the longest that matches at a position."""
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")", flags)
 
 
 def _apart(texts: list[str], spellings: list[str]) -> list[str]:
-    """The texts that can stand nowhere so that they share a character with one of the spellings, whatever the case."""
+    """Return the texts that can nowhere overlap one of the spellings, whatever the case."""
     spellings = [spelling.lower() for spelling in spellings]
     starts = {spelling[:i] for spelling in spellings for i in range(1, len(spelling) + 1)}
     ends = {spelling[i:] for spelling in spellings for i in range(len(spelling))}
 
-    def meets(text: str) -> bool:
+    def overlaps(text: str) -> bool:
         inside = any(text in spelling or spelling in text for spelling in spellings)
         return inside or any(text[i:] in starts or text[: i + 1] in ends for i in range(len(text)))
 
-    return [text for text in texts if not meets(text.lower())]
+    return [text for text in texts if not overlaps(text.lower())]

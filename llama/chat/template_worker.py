@@ -1,7 +1,7 @@
-"""A process of its own that renders chat templates, started and ended by `TemplateChat`; it knows jinja2 alone.
+"""Renders chat templates in a process of its own, started and ended by `TemplateChat`; imports jinja2 alone.
 
-Files come with templates from strangers. Jinja's sandbox keeps a template from Python's internals, not from taking all
-memory or never ending; a process can be limited in the one and killed for the other.
+Templates come in files from strangers. Jinja's sandbox keeps a template from Python's internals, but not from using all
+memory or running forever; a process can be limited in memory, and killed when it takes too long (see D14).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_BYTES = 512 << 20  # of address space
 MAX_CHARS = 4 << 20  # of a prompt: about a million tokens
-MAX_CONSTANTS = 300  # told of a template
+MAX_CONSTANTS = 300  # of a template, in an answer
 MAX_CONSTANT_CHARS = 100
 MAX_ERROR_CHARS = 300
 
 
 class Refusal(TemplateError):
-    """What a template raises by itself, such as that roles must alternate."""
+    """An error that a template raises by raise_exception, such as that roles must alternate."""
 
 
 class Generation(Extension):
-    """{% generation %} marks what an assistant says, for training: its body is rendered as it is."""
+    """The tag {% generation %}, which marks an assistant's text for training: its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012  # as Extension declares it
 
@@ -46,18 +46,19 @@ class Generation(Extension):
 
 
 def raise_exception(message: str) -> NoReturn:
+    """Raise Refusal: the function of this name in templates."""
     raise Refusal(message)
 
 
 def tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON without jinja's escapes for HTML."""
+    """Return JSON without jinja's escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def new_environment() -> Environment:
-    """As transformers sets it up."""
+    """Return an environment like that of transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -68,7 +69,7 @@ def new_environment() -> Environment:
 
 @functools.lru_cache(maxsize=1)
 def compile_template(source: str) -> tuple[Template, list[str]]:
-    """The template, and the texts it spells as constants: those it may look for in a message."""
+    """Return the template and the texts that it spells as constants, which it may look for in a message."""
     environment = new_environment()
     constants = {node.value for node in environment.parse(source).find_all(nodes.Const)}
     texts = [text for text in constants if isinstance(text, str) and 0 < len(text) <= MAX_CONSTANT_CHARS]
@@ -76,6 +77,7 @@ def compile_template(source: str) -> tuple[Template, list[str]]:
 
 
 def render(template: Template, messages: list[dict[str, str]], now: datetime, variables: dict[str, str]) -> str:
+    """Render the prompt of a dialog; raise OverflowError where it is longer than MAX_CHARS."""
     text = template.render(
         messages=messages,
         tools=None,
@@ -90,8 +92,8 @@ def render(template: Template, messages: list[dict[str, str]], now: datetime, va
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Prompts of all dialogs, None for one that fails, or why the first one fails."""
-    now = datetime.now()  # one for all
+    """Return the prompts of all dialogs, None for a later one that fails, or the error of the first."""
+    now = datetime.now()  # the same for all
     prompts: list[str | None] = []
     constants: list[str] = []
     try:
@@ -113,12 +115,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_line(message: str) -> str:
+    """Join a message's lines, and cut it to MAX_ERROR_CHARS."""
     message = " ".join(message[: 10 * MAX_ERROR_CHARS].split()).rstrip(": ")
     return message if len(message) <= MAX_ERROR_CHARS else message[:MAX_ERROR_CHARS] + "..."
 
 
 def limit_process() -> None:
-    """Bound memory, and open no file any more. macOS does not hold a process to the first, Windows to neither."""
+    """Limit memory to MAX_BYTES and open files to none. macOS does not enforce the first, Windows neither of them."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -127,9 +130,9 @@ def limit_process() -> None:
 
 
 def main() -> None:
-    """A JSON object a line from stdin, its answer a line to stdout; the first line says that all is ready."""
+    """Answer a JSON object on each line of stdin by one on stdout; a first line there says "ready"."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
-    # What Python and jinja2 read from files when first needed; this template ends in an error, too.
+    # Load what Python and jinja2 read from files when it is first needed; this template ends in an error, too.
     first = "{{ lipsum() | wordwrap | striptags | pprint }}{{ strftime_now('%c') }}{{ undefined.name }}"
     answer({"source": first, "variables": {}, "dialogs": [[]]})
     limit_process()

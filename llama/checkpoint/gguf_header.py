@@ -1,7 +1,7 @@
 """Read a GGUF file's header: metadata and where its tensors lie, every length checked before it is believed.
 
 The `gguf` library needs seconds for a vocabulary's arrays, as it makes several objects a string; this needs tenths.
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+See D10; format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 log = logging.getLogger("llama")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq
+BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq: see D22
 MISTRAL_WINDOW = 4096  # transformers' default, where config.json has no sliding_window
 
 # Fields of ModelArgs and the keys of config.json that say them: those that must be there, and those that may.
@@ -58,7 +58,7 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
     """Return the architecture, and the ids that end a generation, of a config.json.
 
     Raise ValueError that names what is not supported, before any weight is looked at. Ignore keys that are not known,
-    as transformers does, and log them.
+    as transformers does, and log them: see D17.
     """
     config = read_json_object(path)
     found = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
@@ -171,12 +171,8 @@ def _read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Ro
     if kind == "dynamic":
         return DynamicScaling(_required(rope, "factor"), context_len)
     if kind == "llama3":
-        return Llama3Scaling(
-            _required(rope, "factor"),
-            _required(rope, "low_freq_factor"),
-            _required(rope, "high_freq_factor"),
-            old_context_len,
-        )
+        factors = {key: _required(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        return Llama3Scaling(**factors, old_context_len=old_context_len)
     if kind == "yarn":
         factor = rope.get("factor") or context_len / old_context_len
         return YarnScaling(

@@ -26,12 +26,12 @@ BYTES_DTYPE = "U8"  # safetensors' name of bytes, which may be blocks
 
 
 class HuggingFaceCheckpoint:
-    """Read a folder in Hugging Face's layout. Files are mapped; Q and K rows are put into Meta's order when read.
+    """Read a folder in Hugging Face's layout. Files are mapped; rows of Q and K are put into Meta's order: see D15.
 
     Weights may be blocks, of types that config.json gives: `read` decodes them.
     """
 
-    pads_vocab = True
+    pads_vocab = True  # see D16
     tokenizer_metadata = None
 
     def __init__(self, folder: Path) -> None:
@@ -59,8 +59,8 @@ class HuggingFaceCheckpoint:
         for name, tensor in self._tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
                 raise ValueError(f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(WEIGHT_DTYPES)} work")
-        blocks = self.is_quantized or not self._tensors
-        self.dtype = torch.bfloat16 if blocks else next(iter(self._tensors.values())).dtype
+        no_dtype = self.is_quantized or not self._tensors
+        self.dtype = torch.bfloat16 if no_dtype else next(iter(self._tensors.values())).dtype
 
     @property
     def context_len(self) -> int | None:

@@ -46,7 +46,7 @@ class WeightFormat:
         return held if part_length(name, shape[1], parallel) % held.elements == 0 else None
 
     def with_ffn_multiple(self, checkpoint: StoredCheckpoint, parallel: ModelParallel) -> ModelParallel:
-        """Return the ranks with hidden features split so that w2's rows are cut between blocks."""
+        """Return the ranks with hidden features split so that w2's rows are cut between blocks: see D33."""
         names = [name for name in checkpoint.names() if module_name(name) == "w2"]
         types = [self.block_type(checkpoint, name, ModelParallel()) for name in names]
         return dataclasses.replace(parallel, ffn_multiple=max((held.elements for held in types if held), default=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ class MetaCheckpoint:
         return SHARD_DIM.get(module_name(name), 0)
 
     def _check_count(self) -> None:
-        """Raise ValueError when the last shards are missing: their number is found nowhere but in shapes."""
+        """Raise ValueError when the last shards are missing: their number is only in shapes (see D4)."""
         query = "layers.0.attention.wq.weight"
         rows = self.shape(query)[0] if query in self._shards[0] and self._shards[0][query].dim() == 2 else 0
         times, rest = divmod(self.args.n_heads * self.args.head_dim, rows or 1)
@@ -107,18 +107,25 @@ class MetaCheckpoint:
 
     def _check_shards(self) -> None:
         """Raise ValueError unless all shards have the same tensors, in dtypes that are known."""
-        first = self._shards[0]
-        for number, shard in enumerate(self._shards):
-            for name in first.keys() ^ shard.keys():
-                raise ValueError(f"{self.path}: shards 00 and {number:02d} do not belong together: one lacks {name}")
+        for number, problem in shard_problems(self._shards):
+            raise ValueError(f"{self.path}: shards 00 and {number:02d} do not belong together: the latter {problem}")
+        for shard in self._shards:
             for name, tensor in shard.items():
-                if tensor.shape != first[name].shape:
-                    raise ValueError(
-                        f"{self.path}: shards 00 and {number:02d} do not belong together: {name} has shapes "
-                        f"{tuple(first[name].shape)} and {tuple(tensor.shape)}"
-                    )
                 if tensor.dtype not in WEIGHT_DTYPES.values():
                     raise ValueError(f"{self.path}: {name} has dtype {tensor.dtype}, which is not supported")
+
+
+def shard_problems(shards: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[int, str]]:
+    """Yield numbers of shards and what each lacks, or has other than the first."""
+    first = shards[0]
+    for number, shard in enumerate(shards):
+        for name in sorted(first.keys() | shard.keys()):
+            if name not in shard:
+                yield number, f"lacks {name}"
+            elif name not in first:
+                yield number, f"has {name}, which shard 00 lacks"
+            elif shard[name].shape != first[name].shape:
+                yield number, f"has {name} of shape {tuple(shard[name].shape)}, shard 00 of {tuple(first[name].shape)}"
 
 
 def _read_across(pieces: list[Tensor], dim: int, start: int, stop: int) -> Tensor:

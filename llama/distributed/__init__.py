@@ -1,1 +1,1 @@
-"""Ranks that work together: the job, its process groups, devices and dtypes, and linears split over ranks."""
+"""Ranks that work together: the job, process groups, devices and dtypes, and layers split over ranks."""

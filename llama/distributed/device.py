@@ -1,4 +1,4 @@
-"""Where a rank computes, and in which dtype."""
+"""The device that a rank computes on, and the dtype that it computes in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """The device of this rank: as named, else CUDA, then MPS, then CPU. ValueError when it cannot be had."""
+    """Return this rank's device: the one named, else the first that exists of CUDA, MPS and CPU.
+
+    Raise ValueError where the device named does not exist, or not for every rank of the host.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -29,6 +32,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 
 def _choose_cuda_device(device: torch.device) -> torch.device:
+    """Return this rank's own CUDA device, and make it torch's current one."""
     if not torch.cuda.is_available():
         raise ValueError("device cuda was asked for, but torch finds no CUDA device: use --device cpu")
     ranks, found = local_world_size(), torch.cuda.device_count()
@@ -42,7 +46,10 @@ def _choose_cuda_device(device: torch.device) -> torch.device:
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: as named, else the best the device has for weights stored in `stored`."""
+    """Return the dtype to compute in: the one named, else the device's best for weights stored in `stored` (see D12).
+
+    Raise ValueError for a name that is not one of DTYPES.
+    """
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
     if name is not None:
@@ -57,6 +64,7 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device, stored: t
 
 
 def _cpu_computes_bfloat16() -> bool:
+    """Tell whether this CPU has instructions for products of bf16."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,6 +1,6 @@
-"""The ranks that hold one model together: which part of a tensor is whose, and the collectives over activations.
+"""Model parallelism: which part of a tensor belongs to which rank, and the collectives over activations.
 
-fairscale keeps the groups; their backend suits the device. Knows nothing of the model's architecture.
+fairscale holds the process groups; their backend suits the device. Knows nothing of the model's architecture.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# One tensor for all parts: a CUDA graph holds it. Its name until torch 2.12 warns in later ones.
+# Gathers all parts into one tensor, which a CUDA graph can hold. The name up to torch 2.12 warns in later versions.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
 class ModelParallel:
-    """This rank's place among the ranks that hold one model together; the default is a rank alone."""
+    """This rank among the ranks that share one model; by default it is alone."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    ffn_multiple: int = 1  # hidden features of feed-forwards are split in multiples of it: whole quantized blocks
+    ffn_multiple: int = 1  # hidden features are split in multiples of this: whole quantized blocks, see D33
 
     def span(self, total: int, multiple: int = 1) -> tuple[int, int]:
-        """The [start, stop) of `total` rows that are this rank's; the last ranks' may be short or empty."""
+        """Return this rank's [start, stop) of `total` rows; those of the last ranks may be short or empty."""
         part = self.part(total, multiple)
         return min(self.rank * part, total), min((self.rank + 1) * part, total)
 
     def part(self, total: int, multiple: int = 1) -> int:
-        """Rows per rank when `total` rows are split evenly, in multiples of `multiple`, the last part padded."""
+        """Return the rows per rank when `total` are split evenly, in multiples of `multiple`, the last part padded."""
         return total if self.size == 1 else -(-total // (self.size * multiple)) * multiple
 
     def heads(self, n_heads: int) -> int:
-        """Query heads per rank. Heads are never padded, so a size that does not divide them is a ValueError."""
+        """Return the query heads per rank; raise ValueError where ranks do not divide them, as heads are not padded."""
         if n_heads % self.size:
             sizes = ", ".join(str(size) for size in range(1, n_heads + 1) if n_heads % size == 0)
             raise ValueError(f"{n_heads} heads cannot be split over {self.size} ranks: use one of {sizes}")
         return n_heads // self.size
 
     def kv_heads(self, n_heads: int, n_kv_heads: int) -> list[int]:
-        """The KV head of each of this rank's KV slots; every slot serves the same number of its query heads.
+        """Return the KV head of each of this rank's KV slots, which all serve the same number of its query heads.
 
-        Heads repeat where ranks outnumber them, and where a rank's query heads do not start on a group's edge.
+        A KV head repeats where ranks outnumber KV heads, and where a rank's query heads start inside a group (see D3).
         """
         local, group = self.heads(n_heads), n_heads // n_kv_heads
         per_slot = math.gcd(local, group)
@@ -55,7 +55,7 @@ class ModelParallel:
         return [head // group for head in range(first, first + local, per_slot)]
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks; x itself may be overwritten."""
+        """Return the sum of x over the ranks; x itself may be overwritten."""
         if self.size > 1:
             staged = self._stage(x)
             dist.all_reduce(staged, group=self.group)
@@ -63,7 +63,7 @@ class ModelParallel:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's x (n, ..., size), joined along the last dimension in rank order."""
+        """Return every rank's x (n, ..., size), joined along the last dimension in rank order."""
         if self.size > 1:
             staged = self._stage(x.contiguous())
             parts = staged.new_empty(self.size * staged.shape[0], *staged.shape[1:])
@@ -72,7 +72,7 @@ class ModelParallel:
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """The first rank's x; x itself may be overwritten."""
+        """Return the first rank's x; x itself may be overwritten."""
         if self.size > 1:
             staged = self._stage(x)
             dist.broadcast(staged, group_src=0, group=self.group)
@@ -80,7 +80,7 @@ class ModelParallel:
         return x
 
     def share(self, value: Any) -> Any:
-        """The first rank's value, a small object."""
+        """Return the first rank's value, a small object."""
         if self.size > 1:
             values = [value]
             dist.broadcast_object_list(values, group_src=0, group=self.group)
@@ -88,15 +88,15 @@ class ModelParallel:
         return value
 
     def _stage(self, x: Tensor) -> Tensor:
-        """x where the group's backend can reach it: gloo cannot read MPS memory."""
+        """Return x in memory that the group's backend can read: gloo cannot read an MPS device's."""
         return x.cpu() if x.device.type == "mps" else x
 
 
 def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel:
     """Split the job into model-parallel groups of `size` consecutive ranks; None means all ranks.
 
-    NCCL where every rank of the host has a CUDA device of its own, gloo otherwise. ValueError when `size` does not
-    divide the world. Called again with another size it regroups the ranks; models built before keep their groups.
+    The backend is NCCL on CUDA devices, gloo otherwise. Raise ValueError where `size` does not divide the number of
+    ranks. A later call with another size regroups the ranks; models built before keep their groups.
     """
     from fairscale.nn.model_parallel import initialize
 
@@ -119,7 +119,7 @@ def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel
 
 
 def _are_grouped(size: int, backend: str) -> bool:
-    """Whether fairscale has such groups already, of process groups that are still there."""
+    """Tell whether fairscale already has groups of this size and backend, in a job that still runs."""
     from fairscale.nn.model_parallel import initialize
 
     if not initialize.model_parallel_is_initialized():
@@ -127,5 +127,5 @@ def _are_grouped(size: int, backend: str) -> bool:
     try:
         group = initialize.get_model_parallel_group()
         return dist.get_world_size(group) == size and dist.get_backend(group) == backend
-    except (ValueError, RuntimeError):  # groups of a job that was ended since
+    except (ValueError, RuntimeError):  # the groups are those of a job that has ended
         return False

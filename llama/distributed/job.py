@@ -1,4 +1,4 @@
-"""The job: torchrun's ranks or this process alone, and what they tell each other through the control group (gloo).
+"""The job: torchrun's ranks or this process alone, and the control group (gloo) that carries their errors and words.
 
 Knows nothing of devices, of models or of the groups that carry activations.
 """
@@ -21,17 +21,17 @@ CONTROL_TIMEOUT = timedelta(days=7)
 
 
 def local_rank() -> int:
-    """This process's number on its host; 0 without torchrun."""
+    """Return this process's number on its host; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """How many processes of the job this host runs; 1 without torchrun."""
+    """Return how many processes of the job run on this host; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def join_job() -> None:
-    """Make the control group: torchrun's ranks, or this process alone. One that exists already is used."""
+    """Create the control group of torchrun's ranks, or of this process alone, unless there is one already."""
     if dist.is_initialized():
         return
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -44,9 +44,10 @@ def join_job() -> None:
 
 @contextlib.contextmanager
 def agree() -> Iterator[None]:
-    """Make a user's error on any rank an error on every rank, so that none waits for one that gave up.
+    """Raise an error of the code inside on every rank where one rank has it, so that no rank waits for one that failed.
 
-    Every rank must pass through the same `agree` blocks, and no block may hold a collective operation.
+    Errors are those that users cause: ValueError, OSError and a lack of memory. Every rank must enter the same `agree`
+    contexts in the same order, and none may contain a collective operation (see D2).
     """
     error: Exception | None = None
     try:
@@ -62,7 +63,7 @@ def agree() -> Iterator[None]:
 
 
 def from_first_rank(value: Any) -> Any:
-    """The job's first rank's value, on every rank: a small object, sent through the control group."""
+    """Return on every rank the value of the job's first rank: a small object, sent through the control group."""
     if dist.get_world_size() == 1:
         return value
     values = [value]
@@ -71,7 +72,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def from_all_ranks(value: Any) -> list[Any]:
-    """Every rank's value, in rank order: small objects, sent through the control group."""
+    """Return the values of all ranks, in rank order: small objects, sent through the control group."""
     values = [value] * dist.get_world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)

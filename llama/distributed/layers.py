@@ -21,7 +21,7 @@ from llama.quantization.weights import (
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear whose output features are split over the ranks: each rank yields its own."""
+    """A linear whose output features are split over the ranks: each rank computes its own."""
 
     def __init__(self, in_features: int, local_out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class ColumnParallelLinear(nn.Module):
         self.matmul: MatMul = float_matmul
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Multiply x (..., in): (..., local out) in `dtype`, or else in x's."""
+        """Apply the linear to x (..., in): (..., local out), in `dtype`, by default x's."""
         y = self.matmul(x, self.weight, dtype)
         return y if self.bias is None else y + self.bias
 
 
 class RowParallelLinear(nn.Module):
-    """A linear whose input features are split over the ranks, which add up their shares; the bias is added once."""
+    """A linear whose input features are split over the ranks; their results are summed, and the bias is added once."""
 
     def __init__(self, local_in_features: int, out_features: int, parallel: ModelParallel, bias: bool = False) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class RowParallelLinear(nn.Module):
         self.parallel = parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply x (..., local in): (..., out), the same on every rank."""
+        """Apply the linear to x (..., local in): (..., out), the same on every rank."""
         y = self.parallel.all_reduce(self.matmul(x, self.weight, None))
         return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding table whose rows are split over the ranks; ids of other ranks add zero here."""
+    """An embedding table whose rows are split over the ranks; each adds zeros for the ids of other ranks."""
 
     def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel) -> None:
         super().__init__()
@@ -61,17 +61,17 @@ class VocabParallelEmbedding(nn.Module):
         self.parallel = parallel
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look up tokens (bsz, seqlen): (bsz, seqlen, dim), in the weight's dtype, or fp32 from blocks."""
+        """Look up tokens (bsz, seqlen): (bsz, seqlen, dim), in the weight's dtype, fp32 of a quantized weight."""
         if self.parallel.size == 1:
             return self.embedding(tokens, self.weight)
         local = tokens - self.parallel.rank * self.weight.shape[0]
-        mine = (local >= 0) & (local < self.weight.shape[0])
-        embedded = self.embedding(local.where(mine, 0), self.weight) * mine[..., None]
+        is_local = (local >= 0) & (local < self.weight.shape[0])
+        embedded = self.embedding(local.where(is_local, 0), self.weight) * is_local[..., None]
         return self.parallel.all_reduce(embedded)
 
 
 def set_quantized_weight(module: nn.Module, weight: QuantizedWeight) -> None:
-    """Let a linear or an embedding hold quantized values in place of its Parameter."""
+    """Replace the Parameter of a linear or an embedding by a quantized weight."""
     del module.weight
     module.weight = weight
     if isinstance(module, VocabParallelEmbedding):
@@ -82,7 +82,7 @@ def set_quantized_weight(module: nn.Module, weight: QuantizedWeight) -> None:
 
 
 def tie_output(output: ColumnParallelLinear, table: VocabParallelEmbedding) -> None:
-    """Let the output projection hold the embedding table's weight, whatever that is."""
+    """Make the output projection use the embedding table's weight, quantized or not."""
     del output.weight
     output.weight = table.weight
     output.matmul = quantized_matmul if table.embedding is quantized_embedding else float_matmul

@@ -1,1 +1,1 @@
-"""Requests become tokens: what is loaded, which rows run together, and the runners that compute their steps."""
+"""Requests become tokens: loading a model, scheduling sequences, and the runners that compute decode steps."""

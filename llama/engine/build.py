@@ -1,4 +1,4 @@
-"""From a path and the user's choices to a model on this rank; every rank of a job calls it alike."""
+"""Builds a model on this rank from a path and the user's choices; every rank of a job makes the same calls."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
+# What helps where ranks differ.
 SAME_FILES = "give every host the same files"
 FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, or set LLAMA_KERNELS=0 on all"}
 
@@ -42,7 +43,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
         choose_chat_format(source.tokenizer, options.chat_format)  # checked before gigabytes are read
     check_alike(source)
     ranks = source.with_ffn_multiple(join_model_parallel(options.model_parallel_size, source.device))
-    # In a block of its own: no rank loads before all have seen what is free.
+    # In a context of its own, so that no rank loads before all have read the free memory.
     with agree():
         source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
     with agree():
@@ -52,8 +53,8 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
             log.info("quantizing to %s; llama convert --quantize does it once for all", options.quantize)
         changes = load_weights(model, source.checkpoint, source.device, source.weight_format)
         source.backend.bind(model)
-    for (stored, held), count in sorted(changes.items()):
-        log.info("%s held as %s: %d matrices", stored, held, count)
+    for (stored, loaded), count in sorted(changes.items()):
+        log.info("%s loaded as %s: %d matrices", stored, loaded, count)
     log.info(
         "loaded %s in %.2f s: %d rank%s of %.2f GB in %s, computing in %s on %s by %s, threads: %d",
         source.checkpoint.path,
@@ -73,10 +74,10 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
 def plan_run(
     options: BuildOptions, prompts: Sequence[str] = (), max_gen_len: int | None = None, scored: bool = False
 ) -> tuple[str, bool]:
-    """A table of the memory that each rank would need, and whether it has it; no weight is read.
+    """Return a table of the memory that each rank would need, and whether it has that; no weight is read.
 
-    A process alone plans for any model_parallel_size: for so many CUDA devices like its own, or for so many ranks on
-    this host's CPU. With prompts there is a plan of completing them, too; scored: with log-probabilities of prompts.
+    A process alone plans for any model_parallel_size: for that many CUDA devices like its own, or for that many ranks
+    on this host's CPU. prompts: plan their completion, too; scored: with the log-probabilities of their tokens.
     """
     join_job()
     world_size = dist.get_world_size()
@@ -96,7 +97,7 @@ def plan_run(
 
 
 def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer) -> Transformer:
-    """Load this rank's share of the draft model; ValueError where its tokens are not those of `model`."""
+    """Load this rank's share of the draft model; raise ValueError where its vocabulary is not that of `model`."""
     assert options.draft_ckpt_dir is not None
     draft = dataclasses.replace(
         options,
@@ -122,7 +123,7 @@ def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer)
 
 
 def check_alike(source: Source) -> None:
-    """ValueError, on every rank, when hosts chose another device or dtype, or have another checkpoint at the path."""
+    """Raise ValueError, on every rank, where ranks differ in device, dtype, kernels or the checkpoint at the path."""
     choices = {
         "device": source.device.type,
         "dtype": dtype_name(source.weight_format.dtype),
@@ -141,7 +142,7 @@ def check_alike(source: Source) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """What is known before ranks join and weights are read."""
+    """An opened checkpoint, and how it will be run: all that is known before ranks join and weights are read."""
 
     checkpoint: StoredCheckpoint
     tokenizer: Tokenizer
@@ -154,28 +155,29 @@ class Source:
         return self.backend.device
 
     def with_ffn_multiple(self, ranks: ModelParallel) -> ModelParallel:
-        """The ranks, sharing out hidden features as the weights' blocks allow."""
+        """Return the ranks with hidden features split as the blocks of the weights allow."""
         return self.weight_format.with_ffn_multiple(self.checkpoint, ranks)
 
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
+        """Return a planner of this model's memory on a rank with `free` bytes."""
         return Planner(self.checkpoint, self.args, ranks, self.weight_format, self.backend, free)
 
     def batch_shape(self, prompts: Sequence[str], max_gen_len: int | None, scored: bool) -> BatchShape:
-        """Return the shape of the largest batch of completing prompts."""
-        most = self.args.max_seq_len
+        """Return the shape of the largest batch when prompts are completed; raise ValueError for too long a prompt."""
+        limit = self.args.max_seq_len
         longest = max(1, *(len(self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)) for text in prompts))
-        if longest > most:
-            raise ValueError(f"a prompt has {longest} tokens, max_seq_len is {most}: raise it or shorten the prompt")
-        length = most if max_gen_len is None else min(most, longest + max_gen_len)
+        if longest > limit:
+            raise ValueError(f"a prompt has {longest} tokens, max_seq_len is {limit}: raise it or shorten the prompt")
+        length = limit if max_gen_len is None else min(limit, longest + max_gen_len)
         return BatchShape(min(len(prompts), self.args.max_batch_size), longest, length, scored)
 
 
 def open_source(options: BuildOptions) -> Source:
-    """Open the files that the options name; ValueError or FileNotFoundError where they do not go together."""
+    """Open the files that the options name; raise ValueError or FileNotFoundError where they do not fit together."""
     device = choose_device(options.device)
     checkpoint = open_checkpoint(options.ckpt_dir)
-    given = options.tokenizer_path
-    tokenizer = Tokenizer(given) if given is not None else checkpoint.tokenizer()
+    path = options.tokenizer_path
+    tokenizer = Tokenizer(path) if path is not None else checkpoint.tokenizer()
     tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
     args = dataclasses.replace(
         checkpoint.args,

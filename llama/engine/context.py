@@ -1,4 +1,4 @@
-"""A model with the KV cache of one batch, and the tokens whose keys and values the cache holds.
+"""A model together with the KV cache of one batch, and a list of the tokens that are cached.
 
 Knows nothing of sampling or of text; rows are lists of token ids.
 """
@@ -16,31 +16,31 @@ from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
 from llama.sampling import log_probs
 
-# Tokens of a common beginning from which it is prefilled once and copied: see D26.
+# Shortest common prefix of a batch's prompts that is prefilled once and copied to every row: see D26.
 MIN_SHARED_PREFIX = 16
 
 
 class Context:
-    """The rows of one batch as a model has read them, each from position 0.
+    """The rows of one batch as far as a model has computed them, each from position 0.
 
-    cached_tokens: the tokens of each row whose keys and values are in the cache, true also after an interrupt.
+    cached_tokens: of each row, the tokens whose keys and values are in the cache; correct also after an interrupt.
     """
 
     def __init__(self, model: Transformer, bsz: int, max_seq_len: int) -> None:
         self.model, self.device = model, model.device
         self.cache = model.new_cache(bsz, max_seq_len)
         self.cached_tokens: list[list[int]] = [[] for _ in range(bsz)]
-        self.n_computed = 0  # tokens that passed through the model, in all
+        self.n_computed = 0  # tokens that have passed through the model so far
 
     @property
     def prefix_reusable(self) -> bool:
-        """Whether a key depends on nothing after it, and is the same in a longer text or another row: see D28."""
+        """Whether cached keys stay valid as their text grows, and in other rows that begin alike: see D28."""
         scaling = self.model.args.rope_scaling
         return not isinstance(scaling, DynamicScaling) or self.cache.max_seq_len <= scaling.old_context_len
 
     @property
     def bytes_in_use(self) -> int:
-        """Bytes of the cache; on a CPU what was never written takes no memory."""
+        """Bytes of memory that the cache takes: on a CPU, positions that were never written take none."""
         if self.device.type != "cpu":
             return self.cache.nbytes
         return self.cache.nbytes // self.cache.max_seq_len * max(len(row) for row in self.cached_tokens)
@@ -50,22 +50,22 @@ class Context:
         return bsz <= len(self.cached_tokens) and seqlen <= self.cache.max_seq_len
 
     def grow(self, max_seq_len: int) -> None:
-        """Let rows have at least `max_seq_len` positions, and keep what is cached."""
+        """Enlarge rows to at least `max_seq_len` positions; cached tokens stay."""
         if max_seq_len > self.cache.max_seq_len:
             self.cache.grow(max_seq_len, max(len(row) for row in self.cached_tokens))
 
     def prefill(self, texts: Sequence[Sequence[int]], scored: bool = False) -> tuple[Tensor, list[list[float]]]:
-        """Read what is not cached of each row's text, at least its last token, and what all share only once.
+        """Compute the tokens of each row's text that are not cached, at least the last, and a common prefix only once.
 
         Returns the final states of the last tokens, (bsz, dim), and if scored the log-probability of each token given
-        those before it; 0.0 stands for the first, which has none before it.
+        the tokens before it; 0.0 for the first token, which follows none.
         """
         starts = [0] * len(texts)
         scores: list[list[float]] = [[0.0] for _ in texts]
         if self.prefix_reusable and not scored:
             pairs = zip(self.cached_tokens, texts, strict=False)
             starts = [min(common_prefix_len(cached, text), len(text) - 1) for cached, text in pairs]
-        # The token after the shared ones is the same for all, too: so are the scores.
+        # One less than all have in common: the token after the prefix is the same for all, and so is its score.
         shared = min(common_prefix_len(texts[0], text) for text in texts) - 1
         if self.prefix_reusable and not any(starts) and len(texts) > 1 and shared >= MIN_SHARED_PREFIX:
             _, first = self._prefill_in_chunks(texts[:1], [0], [shared], scored)
@@ -77,16 +77,16 @@ class Context:
         return last, [begun + row for begun, row in zip(scores, rest, strict=True)] if scored else []
 
     def decode(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int]) -> Tensor:
-        """Read a few tokens of each of the first rows in one pass; all final states, (bsz, seqlen, dim)."""
+        """Compute a few tokens of each of the first rows in one pass; return all final states, (bsz, seqlen, dim)."""
         return self._forward(tokens, start_pos)
 
     def truncate(self, start_pos: Sequence[int]) -> None:
-        """Forget what the first rows hold from start_pos on: it is about to be written over."""
+        """Drop the cached tokens of the first rows from start_pos on: their positions are about to be overwritten."""
         for cached, start in zip(self.cached_tokens, start_pos, strict=False):
             del cached[start:]
 
     def append(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Note that the first rows hold these tokens, too, behind those that they held."""
+        """Add tokens that have just been cached to those of the first rows."""
         for cached, row in zip(self.cached_tokens, tokens, strict=False):
             cached.extend(row)
             self.n_computed += len(row)
@@ -99,13 +99,13 @@ class Context:
     def _prefill_in_chunks(
         self, texts: Sequence[Sequence[int]], starts: Sequence[int], stops: Sequence[int], scored: bool
     ) -> tuple[Tensor, list[list[float]]]:
-        """Read each text from its start to its stop, so many positions at once that activations stay small.
+        """Compute each text from its start to its stop, in chunks, so that activations stay small (see D27).
 
         Returns the final states of the last tokens, (bsz, dim), and if scored the log-probabilities of the tokens that
-        follow those read: up to the one at `stop`, if the text has it.
+        follow the computed ones, up to the one at `stop`, if the text has it.
         """
         seqlen = max(stop - start for start, stop in zip(starts, stops, strict=True))
-        # A short row near the end of the cache begins earlier, so that its padding has room.
+        # A short row near the end of the cache starts earlier, so that its padding has room.
         starts = [min(start, self.cache.max_seq_len - seqlen) for start in starts]
         lengths = torch.tensor([len(text) for text in texts], device=self.device)
         last: dict[int, Tensor] = {}
@@ -118,19 +118,19 @@ class Context:
             hidden = self._forward(tokens, begins, lengths)
             for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
                 if begin < end == stops[row]:
-                    last[row] = hidden[row, end - begin - 1].clone()  # a view would keep the rest
+                    last[row] = hidden[row, end - begin - 1].clone()  # a view would keep the whole chunk in memory
                 if scored:
                     scores[row] += self._score(hidden[row], texts[row][begin + 1 : end + 1])
-            del hidden  # before the next chunk is read
+            del hidden  # before the next chunk is computed
         return torch.stack([last[row] for row in range(len(texts))]), scores
 
     def _forward(
         self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], lengths: Tensor | None = None
     ) -> Tensor:
-        """Final states of tokens, (bsz, seqlen, dim), short rows padded on the right; from here on they are cached."""
+        """Return the final states of tokens, (bsz, seqlen, dim), short rows padded on the right, and cache them."""
         seqlen = max(map(len, tokens))
         self.truncate(start_pos)
-        # Any token pads.
+        # Any token will do as padding.
         padded = tokens if seqlen == min(map(len, tokens)) else [[*row, *[0] * (seqlen - len(row))] for row in tokens]
         hidden = self.model.hidden(
             torch.tensor(padded, device=self.device),
@@ -143,7 +143,7 @@ class Context:
         return hidden
 
     def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:
-        """Log-probability of each target under the final state before it, hidden (at least as many, dim)."""
+        """Return the log-probability of each target, given the state before it in hidden (n_targets or more, dim)."""
         scores: list[float] = []
         for i in range(0, len(targets), MAX_SCORED_POSITIONS):
             chunk = torch.tensor(targets[i : i + MAX_SCORED_POSITIONS], device=self.device)
@@ -152,6 +152,6 @@ class Context:
 
 
 def common_prefix_len(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the tokens that two texts begin with alike."""
+    """Count the tokens that both texts begin with."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)

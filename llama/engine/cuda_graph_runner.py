@@ -1,7 +1,7 @@
-"""Steps captured once as CUDA graphs and replayed: the host launches a whole step at once, and one ahead.
+"""Decode steps captured once as CUDA graphs and replayed: the host launches a whole step at once, and one ahead.
 
-A graph runs on fixed memory: the context's cache, and buffers here that hold each row's newest tokens, its position and
-its random numbers. A step leaves them as the next one needs them, so a step can follow another without the host.
+A graph runs on fixed memory: the context's cache, and buffers here with each row's newest tokens, its position and its
+random numbers. A step updates them for the next one, so that steps can follow each other without the host.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ log = logging.getLogger("llama")
 # Most tokens of a row in a step.
 MAX_STEP_TOKENS = 8
 
-# From so many rows on graphs are made for multiples of it, below it for powers of two.
+# Graphs are captured for numbers of rows that are powers of two up to this one, and multiples of it beyond: see D37.
 ROWS_MULTIPLE = 8
 
-# Seconds; with kernels that are compiled already capturing takes far less.
+# Seconds from which on a capture is logged; with kernels that are compiled already it takes far less.
 SLOW_CAPTURE = 1.0
 
 
 class CudaGraphRunner:
-    """See `Runner`. A graph serves a number of rows, a number of tokens a row and a kind of sampling."""
+    """Replays a graph for each number of rows, number of tokens a row, and kind of sampling (see D37); see `Runner`."""
 
     runs_ahead = True
 
     def __init__(self, context: Context, capture: Capture) -> None:
-        """Steps run on the context's cache as it is: one that has grown needs another runner."""
+        """Bind the runner to the context's cache as it is: a cache that has grown needs another runner."""
         self.context = context
         self._capture = capture
         self._sampler = Sampler(context.model)
@@ -47,14 +47,14 @@ class CudaGraphRunner:
         device = context.model.device
         self._tokens = torch.zeros(rows, MAX_STEP_TOKENS, dtype=torch.long, device=device)
         self._start_pos = torch.zeros(rows, dtype=torch.long, device=device)
-        self._running = torch.zeros(rows, dtype=torch.long, device=device)  # 1, or 0 for rows that only fill up a graph
+        self._running = torch.zeros(rows, dtype=torch.long, device=device)  # 1, or 0 for rows that only pad a graph
         self._draft_len = torch.zeros(1, dtype=torch.long, device=device)
         self._uniforms = torch.zeros(rows, length, device=device)
         self._sampled = torch.zeros(rows * MAX_STEP_TOKENS + 1, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(rows * MAX_STEP_TOKENS, device=device)
 
     def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
-        self._in_flight.clear()  # of a batch that was interrupted
+        self._in_flight.clear()  # left by a batch that was interrupted
         self._sampler.begin(params)
         self._uniforms[: uniforms.shape[0], : uniforms.shape[1]] = uniforms.to(self._uniforms.device)
 
@@ -62,9 +62,9 @@ class CudaGraphRunner:
         return self._sampler.sample(hidden, self._uniforms, start_pos, draft_len)
 
     def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], draft_len: int = 0) -> None:
-        assert not self._in_flight, "only what was sampled on the device can be read ahead"
+        assert not self._in_flight, "a step in flight is followed by launch_next"
         bsz, longest = len(tokens), max(len(row) for row in tokens)
-        # As few graphs as the room behind the longest row allows.
+        # A power of two, so that there are few graphs, unless the cache ends before.
         seqlen = 1 << (longest - 1).bit_length()
         if max(start_pos) + seqlen > self.context.cache.max_seq_len:
             seqlen = longest
@@ -86,7 +86,7 @@ class CudaGraphRunner:
         if event is not None:
             event.synchronize()
         output = step_output(tokens, logprobs[0] if logprobs else None, seqlen, bsz)
-        if self._in_flight:  # by a step that has read these tokens
+        if self._in_flight:  # the step after it has read these tokens
             self.context.append([[max(row[-1], 0)] for row in output.tokens])
         return output
 
@@ -95,14 +95,15 @@ class CudaGraphRunner:
         self._uniforms[target] = self._uniforms[source]
 
     def _rows(self, bsz: int) -> int:
-        """Count the rows of the graph for bsz rows; those beyond are rows of the cache that nobody needs any more."""
+        """Return the number of rows of the graph for bsz rows; the cache's rows beyond bsz have no sequence."""
         rows = 1 << (bsz - 1).bit_length() if bsz <= ROWS_MULTIPLE else -(-bsz // ROWS_MULTIPLE) * ROWS_MULTIPLE
         return min(rows, len(self._running))
 
     def _replay(self, bsz: int, seqlen: int) -> None:
+        """Launch the graph of a step; capture it first if there is none yet."""
         rows = self._rows(bsz)
         params = self._sampler.params
-        # What decides which operations run; of the parameters all else is data on the device.
+        # All that decides which operations run; other parameters are data on the device.
         key = (rows, seqlen, params.temperature == 0, params.temperature == 0 or params.top_p == 1, params.logprobs)
         if key not in self._graphs:
             start = time.perf_counter()
@@ -112,16 +113,16 @@ class CudaGraphRunner:
             self._start_pos.copy_(state[1])
             seconds = time.perf_counter() - start
             if seconds > SLOW_CAPTURE:
-                log.info("compiled and captured a step in %.1f s; Triton keeps what it compiles", seconds)
-        found = [self._sampled[: rows * seqlen + 1]]
+                log.info("compiled and captured a step in %.1f s; Triton caches compiled kernels", seconds)
+        outputs = [self._sampled[: rows * seqlen + 1]]
         if self._sampler.params.logprobs:
-            found.append(self._logprobs[: rows * seqlen])
+            outputs.append(self._logprobs[: rows * seqlen])
         with torch.cuda.device_of(self._draft_len):
             self._graphs[key]()
-            self._in_flight.append((*_download(found), bsz, seqlen))
+            self._in_flight.append((*_download(outputs), bsz, seqlen))
 
     def _step(self, rows: int, seqlen: int) -> None:
-        """Do what a graph does: read, sample, and leave the newest tokens and positions for a step of one token."""
+        """Run what a graph captures: compute, sample, and store tokens and positions for a next step of one token."""
         model, cache = self.context.model, self.context.cache
         tokens, start_pos = self._tokens[:rows, :seqlen], self._start_pos[:rows]
         hidden = model.hidden(tokens, start_pos, cache, cache.max_seq_len)
@@ -134,12 +135,13 @@ class CudaGraphRunner:
         self._start_pos[:rows] += seqlen * self._running[:rows]
 
     def _upload(self, values: Sequence[object]) -> Tensor:
+        """Copy numbers to the device, without waiting for it."""
         device = self._draft_len.device
         return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _download(tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
-    """Copy tensors to the host, where they are when the event has happened; without an event they are there."""
+    """Copy tensors to the host, where they are complete after the event, or at once if the event is None."""
     if tensors[0].device.type != "cuda":
         return [tensor.clone() for tensor in tensors], None
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]

@@ -1,6 +1,6 @@
-"""Decode steps of a batch: the newest tokens of each row are read, and what follows each of them is sampled.
+"""Decode steps of a batch: each computes the newest tokens of every row, and samples a token after each of them.
 
-Knows nothing of proposals, of limits or of when sequences end.
+Knows nothing of draft tokens, of limits or of when sequences end.
 """
 
 from __future__ import annotations
@@ -21,37 +21,47 @@ from llama.sampling import SamplingParams, log_probs
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step sampled after each token that it read: a list for each row."""
+    """The tokens that a step sampled, one after each token that it computed: a list for each row."""
 
     tokens: list[list[int]]  # INVALID where logits are NaN or infinite
-    logprobs: list[list[float]] | None  # if they were asked for
-    draft_len: int  # what the first rank said when it launched the step
+    logprobs: list[list[float]] | None  # where the sampling parameters ask for them
+    draft_len: int  # that the first rank launched the step with
 
 
 class Runner(Protocol):
-    """Runs steps over the first rows of a context. Steps are waited for in the order of launch, on every rank alike."""
+    """Runs steps over the first rows of a context, which are launched and waited for in the same order on every rank.
+
+    Each step carries along a draft_len, the number of draft tokens in the next step, so that all ranks use the first
+    rank's.
+    """
 
     context: Context
-    runs_ahead: bool  # whether a step may be launched before the one before it is waited for, and it pays
+    runs_ahead: bool  # whether it pays to launch a step before the previous one is waited for: see D35
 
     def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
-        """Begin a batch. uniforms: (bsz, seqlen), what samples the token that follows a row's position."""
+        """Begin a batch. uniforms: (bsz, seqlen), the random number of the token after each position of a row."""
         ...
 
     def sample(self, hidden: Tensor, start_pos: Sequence[int], draft_len: int = 0) -> StepOutput:
-        """Sample what follows tokens that were read already: final states (bsz, seqlen, dim) from start_pos on."""
+        """Sample the tokens that follow final states hidden (bsz, seqlen, dim) at positions from start_pos on."""
         ...
 
     def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], draft_len: int = 0) -> None:
-        """Read a few tokens of each row from start_pos on; what is sampled after a shorter row's last means nothing."""
+        """Launch a step that computes a few tokens of each row from start_pos on.
+
+        Tokens that are sampled beyond the end of a shorter row mean nothing.
+        """
         ...
 
     def launch_next(self) -> None:
-        """Launch a step that reads what the last one launched sampled; its rows had as many tokens: a power of two."""
+        """Launch a step that computes the newest tokens that the previous step samples.
+
+        All rows of the previous step had the same number of tokens, a power of two.
+        """
         ...
 
     def wait(self) -> StepOutput:
-        """Return what the oldest step in flight sampled."""
+        """Wait for the oldest step in flight, and return what it sampled."""
         ...
 
     def copy_row(self, source: int, target: int, seqlen: int) -> None:
@@ -60,7 +70,7 @@ class Runner(Protocol):
 
 
 class Sampler:
-    """Samples tokens from final states: on every rank those of the first, since rounding differs between ranks."""
+    """Samples tokens from final states; every rank gets the first rank's, since rounding differs between ranks."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -72,9 +82,9 @@ class Sampler:
         self._draw.begin(params)
 
     def __call__(self, hidden: Tensor, uniform: Tensor, draft_len: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sample tokens (n,), which come with draft_len (1,) behind them, (n + 1,), and their log-probabilities (n,).
+        """Return tokens (n,) with draft_len (1,) appended, (n + 1,), and their log-probabilities (n,), if asked for.
 
-        hidden: (n, dim); uniform: (n,).
+        hidden: (n, dim), final states; uniform: (n,), random numbers.
         """
         logits = self.model.logits(hidden)
         tokens = torch.cat([self._draw(logits, uniform), draft_len])
@@ -92,7 +102,7 @@ class Sampler:
 
 
 class EagerRunner:
-    """Computes steps as they are launched."""
+    """Computes each step when it is launched; see `Runner`."""
 
     runs_ahead = False
 
@@ -100,7 +110,7 @@ class EagerRunner:
         self.context = context
         self._sampler = Sampler(context.model)
         self._outputs: deque[StepOutput] = deque()
-        self._end: list[int] = []  # positions that the last step launched read up to
+        self._end: list[int] = []  # of each row: the position after those of the last step
 
     def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
         self._outputs.clear()
@@ -127,13 +137,13 @@ class EagerRunner:
 
 
 def uniforms_at(uniforms: Tensor, start_pos: Tensor, seqlen: int) -> Tensor:
-    """Of uniforms (rows, n), those of positions start_pos (bsz,) and after: (bsz, seqlen); padding gets any."""
+    """Return uniforms (rows, n) at the seqlen positions from start_pos (bsz,) on: (bsz, seqlen); any for padding."""
     positions = start_pos[:, None] + torch.arange(seqlen, device=start_pos.device)
     return uniforms[: len(start_pos)].gather(1, positions.clamp(max=uniforms.shape[1] - 1))
 
 
 def step_output(tokens: Tensor, logprobs: Tensor | None, seqlen: int, bsz: int) -> StepOutput:
-    """What a Sampler gave, on the host: the first bsz rows of seqlen tokens."""
+    """Convert a Sampler's results on the host to lists: the first bsz rows of seqlen tokens."""
     rows = tokens[:-1].view(-1, seqlen)[:bsz].tolist()
     scores = None if logprobs is None else logprobs.view(-1, seqlen)[:bsz].tolist()
     return StepOutput(rows, scores, int(tokens[-1]))

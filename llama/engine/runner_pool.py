@@ -1,4 +1,4 @@
-"""Runners that outlive a run: a conversation's, whose cache goes on, and those with CUDA graphs for one cache.
+"""Runners that later runs use again: in a conversation for their cache, otherwise for their CUDA graphs.
 
 Knows nothing of what is run on them.
 """
@@ -16,34 +16,36 @@ from llama.memory.estimate import BatchShape
 from llama.memory.plan import check_room
 from llama.model import Transformer
 
-# Positions of a cache that graphs are made for are a multiple of it: the next batch may be a little longer.
+# Caches that graphs are captured for have a multiple of this many positions, as the next batch may be a little longer.
 CACHE_LEN_MULTIPLE = 256
 
 
 @dataclass
 class PooledRunners:
-    """Runners of the model and of a draft model, and the backends that computed when they were made."""
+    """Runners of the model and of a draft model, and the backends that the models had when they were put back."""
 
     runners: list[Runner]
     backends: list[Backend]
 
     def has_room(self, shape: BatchShape) -> bool:
+        """Tell whether a batch fits into the caches."""
         return all(each.context.has_room(shape.bsz, shape.length) for each in self.runners)
 
 
 class RunnerPool:
-    """The runners of the last runs: of a conversation, and of the others where they are graphs."""
+    """The runners of a conversation's last run, and of the last other run, if they have graphs."""
 
     def __init__(self, model: Transformer, draft: Transformer | None) -> None:
         self.model, self.draft = model, draft
         self._models = [model] if draft is None else [model, draft]
-        self.pooled: dict[bool, PooledRunners] = {}  # by whether they are a conversation's
+        self.pooled: dict[bool, PooledRunners] = {}  # by keep_cache
 
     def take(self, shape: BatchShape, keep_cache: bool) -> list[Runner]:
-        """Return runners with room for a batch: those of the last such run, which no other then has, or new ones.
+        """Return runners with room for a batch: pooled ones, which leave the pool, or new ones.
 
-        keep_cache: a conversation goes on, and what its last run read is still cached. Otherwise all is read anew, so
-        that no result depends on calls before. ValueError, on every rank if on one, where memory is too short.
+        keep_cache: a conversation goes on, and the tokens of its last run stay cached. Otherwise the cache begins
+        empty, so that no result depends on earlier calls. Raise ValueError, on every rank if on one, where memory is
+        too short.
         """
         backends = [backend_of(model) for model in self._models]
         if any(backend.captures_graphs for backend in backends):
@@ -52,7 +54,7 @@ class RunnerPool:
             shape = dataclasses.replace(shape, length=longest)
         pooled = self.pooled.pop(keep_cache, None)
         if pooled is not None and any(was is not now for was, now in zip(pooled.backends, backends, strict=True)):
-            pooled = None  # the model was changed, or moved, since
+            pooled = None  # the model has changed or moved since
         if pooled is not None and not keep_cache and not pooled.has_room(shape):
             pooled = None
         contexts = [] if pooled is None else [each.context for each in pooled.runners]
@@ -70,18 +72,19 @@ class RunnerPool:
             for context in contexts:
                 context.truncate([0] * len(context.cached_tokens))
         elif not pooled.has_room(shape):
-            pooled.runners.clear()  # graphs know the cache where it was
+            pooled.runners.clear()  # their graphs point at the old cache
             for context in contexts:
                 context.grow(shape.length)
             return self._make_runners(contexts)
         return pooled.runners
 
     def give_back(self, runners: list[Runner], keep_cache: bool) -> None:
-        """Keep runners for the next run, if it goes on with what this one cached or can use their graphs."""
+        """Put runners back into the pool, if the next run can use their cache or their graphs."""
         if keep_cache or any(each.runs_ahead for each in runners):
             self.pooled[keep_cache] = PooledRunners(runners, [backend_of(model) for model in self._models])
 
     def _make_runners(self, contexts: list[Context]) -> list[Runner]:
+        """Make a runner for each context: of CUDA graphs, if its model's backend captures them."""
         runners: list[Runner] = []
         for context in contexts:
             backend = backend_of(context.model)

@@ -1,6 +1,6 @@
-"""Which sequences run together, and when each ends: a prefill, then steps of one token or more for every running one.
+"""Which sequences run together, and when each ends: a batch is prefilled, then decode steps run until all have ended.
 
-Everything that happens leaves as `TokenEvent`s. Stop tokens are ids like any other; knows nothing of file formats.
+All results leave as `TokenEvent`s. Knows nothing of file formats.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from llama.tokenizer import Tokenizer
 
 
 class Scheduler:
-    """Cuts sequences into batches, and runs one batch after the other."""
+    """Splits sequences into batches, and runs one batch after the other."""
 
     def __init__(self, pool: RunnerPool, tokenizer: Tokenizer, speculate: str | None = None) -> None:
-        """speculate: lookup, or None; a draft model is the pool's."""
+        """Make a scheduler; speculate: "lookup" or None, as a draft model is in the pool."""
         self.pool, self.tokenizer, self.speculate = pool, tokenizer, speculate
         self.metrics = Metrics()
         args = pool.model.args
         self.max_batch_size = args.max_batch_size
-        # Control tokens, and the rows of an embedding that only pad it: they add nothing to a text.
+        # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self.silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, args.vocab_size)}
 
     @torch.inference_mode()
     def run(
         self, sequences: abc.Sequence[Sequence], params: SamplingParams, keep_cache: bool = False
     ) -> abc.Iterator[TokenEvent]:
-        """Complete the sequences; with params.echo their prompts come first. NaN logits raise ValueError.
+        """Complete the sequences and yield their events, with params.echo those of their prompts first.
 
-        keep_cache: the cache of the one sequence stays, and the next run to keep it prefills only what is new.
+        keep_cache: keep the cache of the one sequence, so that the next run with keep_cache prefills only what is new.
+        Raise ValueError where logits are NaN or infinite.
         """
         for first in range(0, len(sequences), self.max_batch_size):
             batch = sequences[first : first + self.max_batch_size]
@@ -63,9 +64,10 @@ class Scheduler:
 
 
 class Batch:
-    """Sequences that run together, to the end of the last.
+    """Sequences that run together until the last has ended.
 
-    The running sequences are the first rows of the runner's context, in order; the last takes the row of one that ends.
+    The running sequences are the first rows of the runner's context, in order. Where one ends, the last moves into its
+    row.
     """
 
     def __init__(
@@ -81,10 +83,10 @@ class Batch:
         self.params, self.metrics = params, scheduler.metrics
         self.stop_tokens, self.silent_tokens = scheduler.tokenizer.stop_tokens, scheduler.silent_tokens
         self.speculation: Speculation | None = None
-        if proposer is not None and self.context.prefix_reusable:  # otherwise proposals would change keys before them
+        if proposer is not None and self.context.prefix_reusable:  # otherwise draft tokens would change earlier keys
             self.speculation = Speculation(proposer, runner, self.stop_tokens, self.metrics)
-        self._in_flight = False  # whether a step was launched that is not waited for
-        self._began = 0.0  # when the host last had nothing to wait for
+        self._in_flight = False  # whether a step is launched and not yet waited for
+        self._began = 0.0  # when the step that is waited for began
 
     def run(self) -> abc.Iterator[TokenEvent]:
         """Complete the sequences; see `Scheduler.run`."""
@@ -118,7 +120,7 @@ class Batch:
                 if reason is not None:
                     yield TokenEvent(sequence.index, None, sequence.decoder.flush(), finish_reason=reason)
                     ended.append(i)
-            # A step that was launched ahead has the rows that were running then.
+            # A step that was launched ahead still has the rows of sequences that have ended.
             late = self.runner.wait() if ended and self._in_flight else None
             if ended:
                 self._remove(ended, late)
@@ -130,7 +132,7 @@ class Batch:
                 self._count_step()
 
     def _prefill(self) -> tuple[StepOutput | None, list[list[float]]]:
-        """Read the prompts; their first new tokens, None where none are asked for, and the log-probabilities."""
+        """Prefill the prompts; return their first new tokens, None if max_gen_len is 0, and the prompts' scores."""
         start, computed = time.perf_counter(), self.context.n_computed
         prompts = [sequence.prompt for sequence in self.running]
         uniforms = self._uniforms()
@@ -149,14 +151,14 @@ class Batch:
         return output, scores
 
     def _uniforms(self) -> Tensor:
-        """Each sequence's random numbers, at the positions of the tokens after which they sample: (bsz, seqlen)."""
+        """Return each sequence's random numbers, at the positions after which they sample a token: (bsz, seqlen)."""
         uniforms = torch.zeros(len(self.running), self.context.cache.max_seq_len)
         for numbers, sequence in zip(uniforms, self.running, strict=True):
             numbers[len(sequence.prompt) - 1 :][: sequence.max_new_tokens] = sequence.uniforms
         return uniforms
 
     def _step(self) -> StepOutput:
-        """Make the next tokens of each running sequence."""
+        """Generate the next tokens of each running sequence."""
         if self.speculation:
             return self.speculation.step(self.running)
         if not self._in_flight:
@@ -174,6 +176,7 @@ class Batch:
         return output
 
     def _count_step(self) -> None:
+        """Add the step that was waited for to the metrics."""
         now, metrics = time.perf_counter(), self.metrics
         metrics.decode_seconds += now - self._began
         metrics.decode_steps += 1
@@ -181,16 +184,16 @@ class Batch:
         self._began = now
 
     def _remove(self, ended: abc.Sequence[int], late: StepOutput | None) -> None:
-        """End sequences: the last running one takes the row of each, also in what a step sampled before that was known.
+        """Remove sequences that have ended: the last running one moves into the row of each.
 
-        late: that step's output, which is changed.
+        late: the output of a step that was launched before they ended, or None; its rows move, too.
         """
         outputs = (late.tokens, late.logprobs) if late is not None else ()
-        columns: list[list[Any]] = [rows for rows in outputs if rows is not None]
+        late_rows: list[list[Any]] = [rows for rows in outputs if rows is not None]
         for i in reversed(ended):
             last = self.running.pop()
             source = len(self.running)
-            for rows in columns:
+            for rows in late_rows:
                 moved = rows.pop()
                 if i < source:
                     rows[i] = moved
@@ -202,7 +205,7 @@ class Batch:
                 self.running[i] = last
 
     def _text(self, sequence: Sequence, token: int) -> str:
-        """What a token adds to its text."""
+        """Return the text that a token adds to its sequence."""
         return "" if token in self.silent_tokens else sequence.decoder.push(token)
 
     def _invalid_logits(self, sequence: Sequence) -> ValueError:

@@ -1,4 +1,4 @@
-"""One prompt on its way to a text: what it holds, what it may still get, and how it draws."""
+"""One prompt while it is completed: its tokens, their limit, its random numbers and its decoder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llama.tokenizer import StreamDecoder, Tokenizer
 
 @dataclass
 class Sequence:
-    """A prompt and the tokens generated for it so far. `index` is the prompt's place in the caller's input."""
+    """A prompt and the tokens generated for it so far."""
 
-    index: int
+    index: int  # of the prompt in the caller's input
     prompt: abc.Sequence[int]
     max_new_tokens: int
     uniforms: Tensor  # (max_new_tokens,), fp32: the random number of each new token
     decoder: StreamDecoder
-    tokens: list[int] = field(init=False)  # all; the newest is not in the cache: the model reads it next
+    tokens: list[int] = field(init=False)  # prompt and completion; the newest is cached by the next step
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -34,17 +34,18 @@ def make_sequences(
     seed: int,
     first: int,
     tokenizer: Tokenizer,
-    at_start: bool,
+    add_prefix_space: bool,
 ) -> list[Sequence]:
-    """Make a sequence of each prompt; its random numbers follow from the seed and its index counted from `first` on.
+    """Make a sequence of each prompt; random numbers follow from the seed and the prompt's index plus `first`.
 
-    at_start: texts begin with the first new token; see `StreamDecoder`.
+    add_prefix_space: the new tokens begin a text, so that the space before its first word is no part of it; see
+    `StreamDecoder`.
     """
     sequences = []
     for index, prompt in enumerate(prompts):
         limit = max_seq_len - len(prompt)
         if params.max_gen_len is not None:
             limit = min(limit, params.max_gen_len)
-        decoder = StreamDecoder(tokenizer, at_start)
+        decoder = tokenizer.stream_decoder(add_prefix_space)
         sequences.append(Sequence(index, prompt, limit, uniforms(seed, first + index, limit), decoder))
     return sequences

@@ -1,7 +1,7 @@
-"""Speculative decoding: proposals of how sequences go on, which the model checks in one pass, and whether they pay.
+"""Speculative decoding (arXiv:2211.17192): draft tokens that the model verifies in one pass, and whether they pay.
 
-Tokens are the same with and without it: a proposal only says which positions are computed together
-(arXiv:2211.17192, with a random number fixed for each token; see D24 and D25).
+Texts are the same with and without it: draft tokens only decide which positions are computed together, as the random
+number of each token is fixed (see D24 and D25).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from llama.engine.sequence import Sequence as SequenceState
 from llama.memory.estimate import MAX_SPECULATIVE_POSITIONS
 from llama.sampling import SamplingParams
 
-# Most tokens proposed for one sequence: with its newest they are 8, which the kernels take in one pass.
+# Most draft tokens of one sequence: with its newest token they are 8, which the kernels compute in one pass.
 MAX_DRAFT_LEN = 7
 
-# Plain steps after proposals that cost more than they gave, when that happens for the first time.
+# Plain steps after speculation has lost for the first time.
 FIRST_BACKOFF = 32
 
 
@@ -40,14 +40,14 @@ class Proposer(Protocol):
         ...
 
     def copy_row(self, source: int, target: int, seqlen: int) -> None:
-        """Let row `source` take the place of row `target`; see `Runner.copy_row`."""
+        """Copy row `source` over row `target`; see `Runner.copy_row`."""
         ...
 
 
 class NgramProposer:
-    """Proposes what followed when a text last had its newest tokens: prompt lookup, for texts that repeat."""
+    """Prompt lookup: proposes the tokens that followed when a text last had its newest two or three tokens."""
 
-    longest = 3  # tokens to find again; two may do
+    longest = 3  # most tokens to find again; the least is 2
     window = 8192  # tokens to search, from the end: 0.5 ms
 
     def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
@@ -60,6 +60,7 @@ class NgramProposer:
         pass
 
     def _continuation(self, text: Sequence[int], count: int) -> list[int]:
+        """Return `count` tokens that follow the last of the longest matches of the newest tokens; none without one."""
         best, after = 1, 0
         for end in range(len(text) - 1, max(len(text) - self.window, best), -1):
             if text[end - 1] != text[-1] or text[end - 2] != text[-2]:
@@ -71,12 +72,12 @@ class NgramProposer:
                 best, after = length, end
             if best == self.longest:
                 break
-        period = len(text) - after  # a text that goes in circles may go on so
+        period = len(text) - after  # beyond the end of the text, repeat it from the match on
         return [text[after + i % period] for i in range(count)] if after else []
 
 
 class DraftModelProposer:
-    """Proposes what a smaller model of the same vocabulary says, with the random numbers that the model will use."""
+    """Proposes the tokens that a smaller model of the same vocabulary samples with the same random numbers."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
@@ -91,11 +92,11 @@ class DraftModelProposer:
             len(text) - common_prefix_len(cached, text)
             for cached, text in zip(context.cached_tokens, texts, strict=False)
         )
-        new = 1 << max(new - 1, 0).bit_length()  # what a recorded step reads without padding
-        if new > MAX_DRAFT_LEN + 1 or new > min(len(text) for text in texts):  # after a rest, or much was accepted
+        new = 1 << max(new - 1, 0).bit_length()  # what a captured step computes without padding
+        if new > MAX_DRAFT_LEN + 1 or new > min(len(text) for text in texts):  # after backing off
             context.prefill([text[:-1] for text in texts])
             new = 1
-        # Of as many tokens each, some of which are held already.
+        # All rows have the same number of tokens, some of which may be cached already.
         self.runner.launch([text[-new:] for text in texts], [len(text) - new for text in texts])
         for _ in range(count - 1):
             self.runner.launch_next()
@@ -107,23 +108,23 @@ class DraftModelProposer:
 
 
 class DraftLengthController:
-    """How many tokens to propose in the next step, from what the last steps took and gave.
+    """Decides how many draft tokens the next step has, from the time and the tokens of the last steps.
 
-    Proposals that cost more than they give back off, for twice as many steps each time until they gain again. Clocks
-    differ between ranks, so what the first rank's controller says holds for all.
+    Where speculation is slower than plain steps it backs off, each time for twice as many steps until it gains again.
+    Clocks differ between ranks, so the first rank's controller decides for all.
     """
 
     def __init__(self) -> None:
         self._draft_len = 4
         self._plain: deque[float] = deque(maxlen=9)  # seconds of a step
-        self._speculative: deque[tuple[float, float]] = deque(maxlen=12)  # seconds of a step, tokens that a row got
+        self._speculative: deque[tuple[float, float]] = deque(maxlen=12)  # seconds of a step, mean tokens of a row
         self._steps = 0
         self._backoff = FIRST_BACKOFF
         self._steps_left = 0
         self.backs_off = False
 
     def next_draft_len(self) -> int:
-        """Return the tokens to propose in the next step; 0 is a plain step, some of which tell the plain speed."""
+        """Return the number of draft tokens in the next step; 0 is a plain step, also to measure the speed of these."""
         self._steps += 1
         self.backs_off = self._steps_left > 0
         if self.backs_off:
@@ -132,7 +133,7 @@ class DraftLengthController:
         return 0 if len(self._plain) < 3 or self._steps % 16 == 0 else self._draft_len
 
     def record(self, seconds: float, bsz: int, proposed: int, accepted: int) -> None:
-        """Learn from a step of bsz rows."""
+        """Add a step of bsz rows to the statistics; proposed, accepted: draft tokens of all rows together."""
         if proposed == 0:
             self._plain.append(seconds)
             return
@@ -148,13 +149,13 @@ class DraftLengthController:
             self._backoff = FIRST_BACKOFF
 
     def _gain(self) -> float:
-        """Return the speed of the last speculative steps, against plain ones."""
+        """Return the speed of the last speculative steps divided by that of plain steps."""
         seconds, tokens = (sum(values) for values in zip(*self._speculative, strict=True))
         return tokens * statistics.median(self._plain) / seconds
 
 
 class Speculation:
-    """Speculative steps of one batch: proposes, lets the runner check, and keeps what the model samples, too."""
+    """Speculative steps of one batch, which verify draft tokens and accept those that the model samples, too."""
 
     def __init__(self, proposer: Proposer, runner: Runner, stop_tokens: Collection[int], metrics: Metrics) -> None:
         self.proposer, self._runner, self._stop_tokens, self._metrics = proposer, runner, stop_tokens, metrics
@@ -163,7 +164,7 @@ class Speculation:
         self._began = 0.0
 
     def next_draft_len(self) -> int:
-        """Return what the step about to be launched carries along: how many tokens the one after it proposes."""
+        """Return the draft_len to launch the next step with: the number of draft tokens in the step after it."""
         return self.controller.next_draft_len()
 
     def begin(
@@ -174,7 +175,7 @@ class Speculation:
         self.proposer.begin(prompts, params, uniforms)
 
     def step(self, running: Sequence[SequenceState]) -> StepOutput:
-        """Make the next tokens of each sequence: one from its newest, and one from each proposal that was right."""
+        """Generate the next tokens of each sequence: one after its newest, and one after each accepted draft token."""
         start, backs_off = time.perf_counter(), self.controller.backs_off
         proposals = self._propose(running)
         newest = [[each.tokens[-1], *proposal] for each, proposal in zip(running, proposals, strict=True)]
@@ -186,14 +187,14 @@ class Speculation:
             n = accepted_len(proposal, output.tokens[i], self._stop_tokens) + 1
             tokens.append(output.tokens[i][:n])
             logprobs.append(output.logprobs[i][:n] if output.logprobs else [])
-        proposed, made = sum(map(len, proposals)), sum(map(len, tokens))
-        seconds = time.perf_counter() - start
-        self.controller.record(seconds, len(tokens), proposed, made - len(tokens))
-        self._metrics.add_speculative_step(seconds, made, proposed, made - len(tokens), backs_off)
+        proposed, generated = sum(map(len, proposals)), sum(map(len, tokens))
+        accepted, seconds = generated - len(tokens), time.perf_counter() - start
+        self.controller.record(seconds, len(tokens), proposed, accepted)
+        self._metrics.add_speculative_step(seconds, generated, proposed, accepted, backs_off)
         return StepOutput(tokens, logprobs if output.logprobs else None, output.draft_len)
 
     def _propose(self, running: Sequence[SequenceState]) -> list[list[int]]:
-        """Propose for each sequence; nothing beyond its limit, nor where the cache has no room for all."""
+        """Propose draft tokens for each sequence: none beyond its limit, nor where the cache has no room for all."""
         longest = max(len(each.tokens) for each in running)
         room = self._runner.context.cache.max_seq_len - longest
         count = min(self._draft_len, room, MAX_SPECULATIVE_POSITIONS // len(running) - 1)
@@ -206,6 +207,6 @@ class Speculation:
 
 
 def accepted_len(proposal: Sequence[int], sampled: Sequence[int], stop_tokens: Collection[int]) -> int:
-    """Count the tokens of a proposal that were sampled, too, up to one that ends a sequence."""
+    """Count the first tokens of a proposal that were sampled, too, up to a stop token, which is not counted."""
     pairs = zip(proposal, sampled, strict=False)
     return next((i for i, (one, other) in enumerate(pairs) if one != other or one in stop_tokens), len(proposal))

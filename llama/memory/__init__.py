@@ -1,1 +1,1 @@
-"""What a run needs of each rank's memory, what is free, and the plan made of both."""
+"""The memory that a run needs on each rank, the memory that is free, and the plan that compares them."""

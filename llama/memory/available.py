@@ -1,4 +1,4 @@
-"""How much memory a device has to give. Knows nothing of models."""
+"""How much memory is free on a device. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-# What a rank takes before it has a model: Python, torch and this package (measured: 159 to 164 MB, Linux, no CUDA).
+# Bytes of a rank before it has a model: Python, torch and this package (measured: 159 to 164 MB, Linux, no CUDA).
 PROCESS = 165_000_000
 
-# Where nothing tells: more than any machine has.
+# Returned where the free memory cannot be found out: more than any machine has.
 UNKNOWN = 1 << 62
 
-# Files of a control group, version 2 and 1: the limit, what is used, and what of that are pages of files.
+# Of control groups (cgroups), version 2 and 1: the files with the limit and the usage, and the keys of memory.stat
+# that count pages of files in it.
 CGROUP_FILES = (
     ("memory.max", "memory.current", ("active_file", "inactive_file")),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
@@ -26,6 +27,7 @@ CGROUP_FILES = (
 
 
 def readable(n_bytes: int) -> str:
+    """Format a number of bytes for people, like "1.50 GB"."""
     if n_bytes >= UNKNOWN:
         return "unknown"
     unit, size = ("GB", 1e9) if n_bytes >= 1e9 else ("MB", 1e6) if n_bytes >= 1e6 else ("KB", 1e3)
@@ -33,11 +35,14 @@ def readable(n_bytes: int) -> str:
 
 
 def free_bytes(device: torch.device, ranks: int, started: int | None = None) -> int:
-    """What one of a host's `ranks` processes may take on its device, when all or `started` of them are running."""
+    """Return the bytes that each of a host's `ranks` processes may take on its device.
+
+    started: how many of them are running already; None: all.
+    """
     if device.type == "cuda":
-        # What this process freed is kept by torch, for this process.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        # torch caches what this process has freed, for this process.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     free = min([_host_free(), *cgroups_free(Path("/"))])
     if device.type == "mps":  # a share of the host's memory
         free = min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
@@ -46,7 +51,7 @@ def free_bytes(device: torch.device, ranks: int, started: int | None = None) -> 
 
 
 def _host_free() -> int:
-    """Memory that can be had without swapping: free pages, and pages of files that can be read again."""
+    """Return the bytes that are available without swapping: free pages, and pages of files that can be read again."""
     try:
         meminfo = Path("/proc/meminfo").read_text()
     except OSError:
@@ -62,31 +67,31 @@ def _host_free() -> int:
 
 
 def _vm_stat_free(text: str) -> int:
-    """Free and inactive memory from macOS's vm_stat, which counts pages."""
+    """Return the bytes that are free or inactive by macOS's vm_stat, which counts pages."""
     page = re.search(r"page size of (\d+) bytes", text)
     counts = re.findall(r"^Pages (?:free|inactive|speculative):\s+(\d+)", text, re.MULTILINE)
     return int(page[1]) * sum(map(int, counts)) if page and counts else UNKNOWN
 
 
 def cgroups_free(root: Path) -> list[int]:
-    """What each limited control group of this process leaves it below `root`; pages of files are given back if needed.
+    """Return the free bytes of each limited control group of this process; pages of files count as free.
 
-    Which groups have limits is read once a process, what they use each time.
+    The limits are read once a process, the usage at every call. root: the root of the file system.
     """
-    rooms = []
+    free = []
     for folder, limit, used, file_pages in _limited_cgroups(root):
         try:
             stat, now = (folder / "memory.stat").read_text(), int((folder / used).read_text())
         except (OSError, ValueError):
             continue
         pages = re.findall(rf"^(?:{'|'.join(file_pages)}) (\d+)$", stat, re.MULTILINE)
-        rooms.append(max(0, limit - now + sum(map(int, pages))))
-    return rooms
+        free.append(max(0, limit - now + sum(map(int, pages))))
+    return free
 
 
 @functools.cache
 def _limited_cgroups(root: Path) -> list[tuple[Path, int, str, tuple[str, ...]]]:
-    """The folder of each control group that limits this process, its limit in bytes, and the names to read there."""
+    """Return each control group that limits this process: its folder, its limit in bytes, and names of CGROUP_FILES."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -102,7 +107,7 @@ def _limited_cgroups(root: Path) -> list[tuple[Path, int, str, tuple[str, ...]]]
         for folder in folders[: folders.index(top) + 1]:
             for limit, used, file_pages in CGROUP_FILES:
                 with contextlib.suppress(OSError):
-                    most = (folder / limit).read_text().strip()
-                    if most.isdecimal():
-                        limited.append((folder, int(most), used, file_pages))
+                    value = (folder / limit).read_text().strip()
+                    if value.isdecimal():
+                        limited.append((folder, int(value), used, file_pages))
     return limited

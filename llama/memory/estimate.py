@@ -1,4 +1,4 @@
-"""What a batch takes of each rank's memory beside the weights: the cache, and the most that computing holds at once.
+"""The memory of a batch on each rank beside the weights: its cache, and the peak of its activations.
 
 All figures are bytes of one rank.
 """
@@ -13,22 +13,22 @@ from llama.backends.base import Backend
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 
-# Positions whose logits are held at once while a prompt is scored: 128 MiB for a vocabulary of 128k.
+# Positions whose logits are in memory at once while a prompt is scored: 128 MiB for a vocabulary of 128k.
 MAX_SCORED_POSITIONS = 256
 
-# Positions in one speculative step, of all sequences together: see D25.
+# Most positions of one speculative step, of all sequences together: see D25.
 MAX_SPECULATIVE_POSITIONS = 16
 
 # The constants below, and the sums in `activation_bytes`, were measured with torch's memory profiler on a CPU.
-SAMPLED_LOGIT_BYTES = 29  # while a token is sampled: a logit's fp32 value, and 6.25 times that for a full sort
-SCORED_LOGIT_BYTES = 8  # of a scored prompt
-UNFUSED_SCORE_BYTES = 10  # of each attention score where no fused kernel serves
-HEAP = 100_000_000  # what glibc's heap keeps between blocks in use, where they are large (measured: 22 to 180 MB)
+SAMPLED_LOGIT_BYTES = 29  # per logit while a token is sampled: its fp32 value, and 6.25 times that for a full sort
+SCORED_LOGIT_BYTES = 8  # per logit while a prompt is scored
+UNFUSED_SCORE_BYTES = 10  # per attention score where torch has no fused kernel
+HEAP = 100_000_000  # fragmentation of glibc's heap by large tensors (measured: 22 to 180 MB)
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The largest batch of a run: bsz prompts of up to prompt_len tokens, up to `length` with what follows them."""
+    """The largest batch of a run: bsz prompts of up to prompt_len tokens, up to `length` with their completions."""
 
     bsz: int
     prompt_len: int
@@ -38,7 +38,7 @@ class BatchShape:
 
 
 def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, shape: BatchShape) -> int:
-    """Return the bytes of this rank's keys and values of a batch."""
+    """Return the bytes of a batch's keys and values on this rank."""
     n_local_kv_heads = len(parallel.kv_heads(args.n_heads, args.n_kv_heads))
     return 2 * args.n_layers * shape.bsz * shape.length * n_local_kv_heads * args.head_dim * dtype.itemsize
 
@@ -50,25 +50,25 @@ def activation_bytes(
     backend: Backend,
     shape: BatchShape,
 ) -> int:
-    """Estimate the most that the forward passes and the sampling of a batch hold at once, beside weights and cache.
+    """Estimate the peak bytes of the forward passes and the sampling of a batch, beside weights and cache.
 
-    Counted per position that the prefill reads at once, which is where it peaks: a layer's input, the sum after
-    attention and the normalised sum, and what is computed from them. After the first chunk there is a mask, too.
-    By the package's kernels the sum is one, in fp32, and norms and rotations make nothing beside their results.
+    The peak is in a prefill chunk, and is counted per position of it: a layer's input, the residual after attention,
+    the normalised residual, and what is computed from them. From the second chunk on there is a mask, too. The
+    package's kernels have one residual, in fp32, and need no memory beside the results of norms and rotations.
     """
     device, kernels = backend.device, backend.own_kernels
     half = dtype != torch.float32
     x = args.dim * dtype.itemsize
     q = parallel.heads(args.n_heads) * args.head_dim
     kv = len(parallel.kv_heads(args.n_heads, args.n_kv_heads)) * args.head_dim
-    kept = 4 * args.head_dim + 32  # rotation, positions, slots, ids
+    inputs = 4 * args.head_dim + 32  # rotation, positions, slots, ids
     seqlen = min(shape.prompt_len, max(1, backend.max_prefill_tokens // shape.bsz))
-    # For a matrix unit torch's attention packs K and V of the whole prompt.
+    # Where there is a matrix unit (AMX), torch's attention packs K and V of the whole prompt.
     packs = half and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     scores = 2 * kv * dtype.itemsize * packs * shape.prompt_len // seqlen
     masked = seqlen < shape.prompt_len or (args.sliding_window is not None and args.sliding_window < shape.prompt_len)
     if masked:
-        kept += shape.prompt_len
+        inputs += shape.prompt_len
         scores += shape.prompt_len * dtype.itemsize
     if device.type == "cuda" and (masked or not half) and args.n_heads != args.n_kv_heads:
         scores = UNFUSED_SCORE_BYTES * parallel.heads(args.n_heads) * shape.prompt_len
@@ -78,18 +78,18 @@ def activation_bytes(
     attend = 2 * x + 3 * q * dtype.itemsize + scores
     feed_forward = 3 * x + 3 * parallel.part(args.hidden_dim) * dtype.itemsize
     layer = max(norm, rotate_k, rotate_q, attend, feed_forward)
-    dense = 0
+    dequantized = 0
     hidden = parallel.part(args.hidden_dim, parallel.ffn_multiple) * dtype.itemsize
     if kernels and device.type == "cuda":
-        kept = 8 * args.head_dim + 32  # no mask
+        inputs = 8 * args.head_dim + 32  # no mask
         layer = 4 * args.dim + 2 * x + max(3 * q + 2 * kv, 3 * hidden // dtype.itemsize) * dtype.itemsize
-        dense = backend.dequantized_values * dtype.itemsize
+        dequantized = backend.dequantized_values * dtype.itemsize
     elif kernels:
         packed = 0 if masked else 2 * (q - kv) * dtype.itemsize * packs  # without a mask, for all query heads
         attend = max(3 * q * dtype.itemsize, 2 * q * dtype.itemsize + scores + packed)
         layer = 4 * args.dim + x + max(attend, x + 2 * hidden)
     n_tokens = shape.bsz * seqlen
-    prefill = n_tokens * (kept + layer) + dense
+    prefill = n_tokens * (inputs + layer) + dequantized
     sampled = max(shape.bsz, MAX_SPECULATIVE_POSITIONS * shape.speculative) * SAMPLED_LOGIT_BYTES
     logits = args.vocab_size * max(
         sampled, min(seqlen, MAX_SCORED_POSITIONS) * SCORED_LOGIT_BYTES if shape.scored else 0

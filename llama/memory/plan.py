@@ -1,6 +1,6 @@
-"""What a run takes of each rank's memory: arithmetic on headers, before any weight is read.
+"""The plan of a run's memory on each rank, computed from the headers of files before any weight is read.
 
-All figures are bytes of one rank. Whoever asks says which rank of how many it is.
+All figures are bytes of one rank; the caller says which rank of how many it is.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from llama.quantization.gguf_blocks import BlockType
 
 @dataclass(frozen=True)
 class Weights:
+    """Bytes of a rank's weights, and of loading them."""
+
     total: int
-    mapped: int  # of them, used where they lie in a mapped file: pages that the system may drop and read again
-    tensor: int  # most that the host holds beside them while loading
-    loading: int  # most on the device while loading
+    mapped: int  # of the total, used inside a mapped file: pages that the system may drop and read again
+    tensor: int  # most host memory beside the weights while loading
+    loading: int  # most device memory while loading
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch takes of a rank that has `free` bytes."""
+    """The memory that a batch needs on a rank with `free` bytes."""
 
     weights: Weights
     cache: int
@@ -44,22 +46,23 @@ class Plan:
 
     @property
     def needed(self) -> int:
+        """The peak, while weights are loaded or while the batch runs."""
         return max(self.weights.loading, self.weights.total + self.cache + self.activations)
 
     @property
     def fits(self) -> bool:
-        """Whether all is in memory at once, mapped weights too: each token reads them."""
+        """Whether everything is in memory at once, mapped weights included: each token reads them."""
         return self.needed <= self.free
 
     @property
     def can_run(self) -> bool:
-        """Whether it runs at all, with mapped weights read again and again."""
+        """Whether the batch runs at all, if only by reading mapped weights again for each token."""
         return self.needed - self.weights.mapped <= self.free
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans batches of one rank that has `free` bytes. max_seq_len and max_batch_size of args are the limits."""
+    """Plans batches on one rank with `free` bytes, within the max_seq_len and max_batch_size of args."""
 
     checkpoint: StoredCheckpoint
     args: ModelArgs
@@ -69,11 +72,13 @@ class Planner:
     free: int
 
     def plan(self, shape: BatchShape) -> Plan:
+        """Plan one batch."""
         cache = cache_bytes(self.args, self.parallel, self.dtype, shape)
         activations = activation_bytes(self.args, self.parallel, self.dtype, self.backend, shape)
         return Plan(self.weights, cache, activations, self.free)
 
     def limits(self, bsz: int | None = None, length: int | None = None) -> BatchShape:
+        """Return the largest batch within the limits, or within others that are given."""
         length = length or self.args.max_seq_len
         return BatchShape(bsz or self.args.max_batch_size, length, length)
 
@@ -87,7 +92,7 @@ class Planner:
 
     @cached_property
     def weights(self) -> Weights:
-        """This rank's parameters, and what loading them holds on the way (see `load_weights`)."""
+        """Bytes of this rank's weights, and of loading them (see `load_weights`)."""
         with torch.device("meta"):
             model = Transformer(self.args, self.parallel)
         on_cpu = self.device.type == "cpu"
@@ -104,33 +109,33 @@ class Planner:
             total += part
             if on_cpu:
                 mapped += part if is_mapped else 0
-            if on_cpu or block_type is not None:  # a GPU takes blocks apart itself
+            if on_cpu or block_type is not None:  # a GPU takes quantized blocks apart itself
                 loading = max(loading, total + on_the_way)
             tensor = max(tensor, on_the_way if on_cpu else on_the_way + part)
         return Weights(total, mapped, tensor, max(loading, total))
 
     def _blocks(self, name: str, shape: torch.Size, block_type: BlockType) -> tuple[int, int]:
-        """Bytes of a part held in blocks, and what making it takes on the way."""
+        """Return the bytes of a quantized part, and the temporary bytes of making it."""
         rows, columns = shape
         raw = rows * columns // block_type.elements * block_type.size
-        held = self.weight_format.weight_cls.bytes_of(block_type, rows, columns)
+        n_bytes = self.weight_format.weight_cls.bytes_of(block_type, rows, columns)
         if self.checkpoint.block_type(name) == block_type:
-            return held, raw
+            return n_bytes, raw
         read, _ = self._floats(name, self.checkpoint.shape(name), rows * columns)
-        return held, raw + max(read, 4 * rows * columns)  # values are quantized from fp32
+        return n_bytes, raw + max(read, 4 * rows * columns)  # values are quantized from fp32
 
     def _floats(self, name: str, shape: tuple[int, ...], numel: int) -> tuple[int, bool]:
-        """What reading a part as floats takes on the way, and whether it is used where it lies in a mapped file."""
+        """Return the temporary bytes of reading a part as floats, and whether it is used inside a mapped file."""
         read_dtype, reading = self._reads_as(name, shape)
         on_the_way = 0
-        if reading == "copy" and shard_dim(name) == 1 and self.parallel.size > 1:  # blocks of whole rows
+        if reading == "copy" and shard_dim(name) == 1 and self.parallel.size > 1:  # whole rows are read
             on_the_way = torch.Size(shape).numel() * read_dtype.itemsize
         elif reading == "copy" and read_dtype != self.dtype:
             on_the_way = numel * read_dtype.itemsize
         return on_the_way, reading == "zero_copy" and read_dtype == self.dtype
 
     def _reads_as(self, name: str, shape: tuple[int, ...]) -> tuple[torch.dtype, Reading]:
-        """What this rank reads of a tensor (see `read_part`)."""
+        """Return the dtype of what this rank reads of a tensor, and how it is read (see `read_part`)."""
         dim, parallel = shard_dim(name), self.parallel
         if dim is None or parallel.size == 1:
             return self.checkpoint.reads_as(name)
@@ -143,7 +148,7 @@ class Planner:
         return dtype, reading if whole else "copy"
 
     def advice(self) -> str:
-        """What would fit within other limits, or on more ranks with as much memory each; a part of a sentence."""
+        """Say, as a part of a sentence, which lower limits or how many ranks with as much memory would fit."""
         args = self.args
         length = largest(lambda n: self.plan(self.limits(length=n)).fits, args.max_seq_len)
         bsz = largest(lambda n: self.plan(self.limits(bsz=n)).fits, args.max_batch_size)
@@ -151,6 +156,7 @@ class Planner:
         return " or ".join(ways + self.more_ranks(lambda planner: planner.plan(planner.limits()).fits))
 
     def more_ranks(self, fits: Callable[[Planner], bool]) -> list[str]:
+        """Return a phrase with the smallest larger number of ranks that fits; no phrase where none does."""
         n_heads = self.args.n_heads
         for size in range(self.parallel.size + 1, n_heads + 1):
             # The last rank is the one with padding.
@@ -162,7 +168,7 @@ class Planner:
         return []
 
     def check_can_run(self) -> None:
-        """ValueError when not even one token can be run. Larger batches are checked when they come: `check_room`."""
+        """Raise ValueError where not even one token can be run; larger batches are checked later, by `check_room`."""
         one = BatchShape(1, 1, 1)
         plan = self.plan(one)
         if not plan.can_run:
@@ -174,7 +180,7 @@ class Planner:
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number below `limit` that fits, 0 when none does; whatever is larger than a misfit is one."""
+    """Return the largest number below `limit` that fits, or 0; no number above one that does not fit may fit."""
     low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
@@ -183,7 +189,7 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def table(planner: Planner, shapes: dict[str, BatchShape]) -> str:
-    """Lay the plans of batches side by side, by their headings, and under it what the figures do not say."""
+    """Format the plans of batches side by side, under their headings, with notes below."""
     plans = [planner.plan(shape) for shape in shapes.values()]
     weights, size = planner.weights, planner.parallel.size
     rows = [
@@ -210,9 +216,9 @@ def table(planner: Planner, shapes: dict[str, BatchShape]) -> str:
 
 
 def check_room(model: Transformer, shape: BatchShape, in_use: int = 0, draft: Transformer | None = None) -> None:
-    """ValueError, on every rank if on one, where a loaded model, and a draft model too, have no room for a batch.
+    """Raise ValueError, on every rank if on one, where a model and its draft model have no room for a batch.
 
-    in_use: bytes of caches that are there already and serve the batch.
+    in_use: bytes of caches that exist already and serve the batch.
     """
     models = [model] if draft is None else [model, draft]
 

@@ -1,1 +1,1 @@
-"""Quantized weights: blocks as GGUF stores them, and the orders in which kernels read them."""
+"""Quantized weights: blocks as GGUF stores them, and the layouts that kernels read."""

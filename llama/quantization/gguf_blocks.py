@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockType:
-    """A way of storing values. Rows of a tensor are whole blocks, so they can be split where blocks meet."""
+    """A type of quantized block. Rows of a tensor are whole blocks, so that they can be split between blocks."""
 
-    name: str  # ggml's
+    name: str  # as in ggml
     elements: int  # values in a block
     size: int  # bytes of a block
 
 
-# Those that are run as they are.
+# Types that models run in without conversion.
 BLOCK_TYPES = {
     "Q4_0": BlockType("Q4_0", 32, 18),
     "Q4_1": BlockType("Q4_1", 32, 20),
@@ -29,26 +29,26 @@ BLOCK_TYPES = {
     "Q4_K": BlockType("Q4_K", 256, 144),
     "Q6_K": BlockType("Q6_K", 256, 210),
 }
-# What --quantize makes, and can be stored.
+# The block type of each mode of --quantize whose result can be stored.
 QUANTIZE = {"int8": "Q8_0", "int4": "Q4_1"}
-# Floats of 8 bits, with a scale a row that is counted apart: made where a GPU computes with them (planar.py).
+# 8-bit floats; each row has a scale besides. Used only where a GPU computes with them (planar.py): see D43.
 F8_E4M3 = BlockType("F8_E4M3", 1, 1)
 
 Q5_0_SIZE = 22
 # Values quantized at once: their temporaries take some 32 MB, and torch's threads rarely wait for each other.
 QUANTIZED_AT_ONCE = 1 << 20
-# Where the search for a group's codes begins, in parts of the range of its values: all of it, and without its ends.
+# Where the search for a Q4_1 group's scale begins (see D23), as fractions of the range of its values.
 RANGES = (1.0, 0.9)
 REFITS = 4
-# Added and taken away again, it leaves whole numbers, as fp32 has no smaller digits there. torch.round starts threads
+# Adding and subtracting this rounds to a whole number, as fp32 has no fractions there; torch.round would start threads
 # even for a few thousand values.
 ROUNDING = 1.5 * 2**23
 
 
 def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
-    """fp32 values (..., n_values) of uint8 blocks (..., n_bytes), to the bit those of ggml's own arithmetic.
+    """Dequantize uint8 blocks (..., n_bytes) to fp32 values (..., n_values), to the bit as ggml does.
 
-    ValueError when rows are not whole blocks.
+    Raise ValueError where rows are not whole blocks.
     """
     n_blocks, rest = divmod(blocks.shape[-1], block_type.size)
     if rest:
@@ -60,10 +60,10 @@ def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
 
 
 def quantize(values: Tensor, block_type: BlockType) -> Tensor:
-    """uint8 blocks (..., n_bytes) of values (..., n_values) of any floating dtype; for the types of QUANTIZE.
+    """Quantize values (..., n_values) of any floating dtype to uint8 blocks (..., n_bytes) of a type of QUANTIZE.
 
-    Q8_0 is ggml's own rounding; for Q4_1 each group's scale and minimum are searched for the least squared error.
-    ValueError when rows are not whole blocks, or values are not finite or too large for a scale in fp16.
+    Q8_0 is rounded as ggml does; for Q4_1 each group's scale and minimum are searched for the least squared error.
+    Raise ValueError where rows are not whole blocks, or values are not finite or too large for a scale in fp16.
     """
     n_values = values.shape[-1]
     if n_values % block_type.elements:
@@ -73,20 +73,20 @@ def quantize(values: Tensor, block_type: BlockType) -> Tensor:
         )
     groups = values.reshape(-1, block_type.elements)
     blocks = torch.empty(len(groups), block_type.size, dtype=torch.uint8, device=values.device)
-    step = QUANTIZED_AT_ONCE // block_type.elements
-    for first in range(0, len(groups), step):
-        group = groups[first : first + step].float()
-        blocks[first : first + step], sound = _ENCODERS[block_type.name](group)
-        if not sound:
+    chunk_len = QUANTIZED_AT_ONCE // block_type.elements
+    for first in range(0, len(groups), chunk_len):
+        chunk = groups[first : first + chunk_len].float()
+        blocks[first : first + chunk_len], finite = _ENCODERS[block_type.name](chunk)
+        if not finite:
             raise ValueError(
-                f"values up to {group.abs().max():g} cannot be quantized to {block_type.name}, whose scales are "
+                f"values up to {chunk.abs().max():g} cannot be quantized to {block_type.name}, whose scales are "
                 "float16: leave --quantize out"
             )
     return blocks.view(*values.shape[:-1], n_values // block_type.elements * block_type.size)
 
 
 def requantize_exactly(blocks: Tensor) -> Tensor:
-    """Q5_0 blocks (..., n_bytes) as Q8_0 blocks of the same values: Q5_0's 5-bit codes less 16 fit into 8 bits."""
+    """Convert Q5_0 blocks (..., n_bytes) to Q8_0 blocks of the same values: 5-bit codes less 16 fit into 8 bits."""
     assert blocks.shape[-1] % Q5_0_SIZE == 0, blocks.shape
     n_blocks = blocks.shape[-1] // Q5_0_SIZE
     scale, high, low = blocks.unflatten(-1, (n_blocks, Q5_0_SIZE)).split([2, 4, 16], dim=-1)
@@ -96,16 +96,17 @@ def requantize_exactly(blocks: Tensor) -> Tensor:
 
 
 def _float(halves: Tensor) -> Tensor:
-    """fp32 values (..., n / 2) of the n bytes of fp16 values, which may lie anywhere."""
+    """Convert n bytes of fp16 values, at any alignment, to fp32 values (..., n / 2)."""
     return halves.contiguous().view(torch.float16).float()
 
 
 def _nibbles(codes: Tensor) -> Tensor:
-    """4-bit codes (..., 2 n) of n bytes: the lower halves of all, then the upper ones."""
+    """Return the 4-bit codes (..., 2 n) of n bytes: the lower halves of all bytes, then the upper halves."""
     return torch.cat([codes & 15, codes >> 4], dim=-1)
 
 
-# Decoders take blocks (..., n_blocks, size). All products are exact in fp32, so only sums are rounded.
+# Decoders take blocks (..., n_blocks, size) and return values (..., n_blocks, elements), or the same in groups. All
+# products are exact in fp32, so only sums are rounded.
 
 
 def _decode_q4_0(blocks: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _decode_q8_0(blocks: Tensor) -> Tensor:
 
 
 def _decode_q4_k(blocks: Tensor) -> Tensor:
-    """8 groups of 32, with 6-bit scales and minima of their own: four bits of the last four lie apart."""
+    """Decode 8 groups of 32 values, each with a 6-bit scale and minimum; the last 4 groups' are stored split."""
     scale, low, packed, codes = blocks.split([2, 2, 12, 128], dim=-1)
     a, b, c = packed.split(4, dim=-1)
     scales = torch.cat([a & 63, c & 15 | a >> 2 & 48], dim=-1)  # (..., 8)
@@ -134,7 +135,7 @@ def _decode_q4_k(blocks: Tensor) -> Tensor:
 
 
 def _decode_q6_k(blocks: Tensor) -> Tensor:
-    """16 groups of 16 with 8-bit scales; each half of the codes has its lower 4 bits apart from its upper 2."""
+    """Decode 16 groups of 16 values with 8-bit scales; the lower 4 and the upper 2 bits of codes are stored apart."""
     low, high, scales, scale = blocks.split([128, 64, 16, 2], dim=-1)
     low = _nibbles(low.unflatten(-1, (2, 64)))  # (..., 2, 128)
     high = high.unflatten(-1, (2, 32))
@@ -151,7 +152,7 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q6_K": _decode_q6_k,
 }
 
-# Encoders take fp32 groups (n_groups, elements) and give blocks (n_groups, size), and whether all could be expressed.
+# Encoders take fp32 groups (n_groups, elements), and return blocks (n_groups, size) and whether all scales are finite.
 
 
 def _encode_q8_0(groups: Tensor) -> tuple[Tensor, bool]:
@@ -166,21 +167,21 @@ def _encode_q8_0(groups: Tensor) -> tuple[Tensor, bool]:
 
 
 def _encode_q4_1(groups: Tensor) -> tuple[Tensor, bool]:
-    """Nearest codes and the scale and minimum that fit them best, in turns, from several beginnings; the best is kept.
+    """Alternate between nearest codes and the scale and minimum that fit them best, and use the best result (see D23).
 
-    One of them is plain rounding itself, so no group comes out worse than that.
+    Plain rounding is among the results, so that no group comes out worse than that.
     """
     x = groups.t().contiguous()  # (32, n_groups): sums over a group are sums of rows
     low, high = x.amin(dim=0), x.amax(dim=0)
-    x = x - low  # keeps the digits of groups that lie far from 0
+    x = x - low  # more precise for groups that lie far from 0
     total = x.sum(dim=0)
     spread = high - low
     best_scale, best_low = torch.zeros_like(low), torch.zeros_like(low)
     best = torch.full_like(low, float("inf"))
-    for part in RANGES:
-        scale, offset = spread * (part / 15), spread * ((1 - part) / 2)
+    for fraction in RANGES:
+        scale, offset = spread * (fraction / 15), spread * ((1 - fraction) / 2)
         for refit in range(REFITS + 1):
-            # Rounded first: the error is that of what will be stored.
+            # Round to fp16 first, so that the error is that of the stored values.
             scale, offset = _rounded(scale), _rounded(low + offset) - low
             codes = _codes(x, scale, offset)
             if refit in (0, REFITS):
@@ -197,17 +198,18 @@ def _encode_q4_1(groups: Tensor) -> tuple[Tensor, bool]:
 
 
 def _rounded(values: Tensor) -> Tensor:
+    """Round to fp16 and back."""
     return values.half().float()
 
 
 def _codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """The nearest 4-bit codes, in fp32; where the scale is 0 all are 0."""
+    """Return the nearest 4-bit codes, as fp32; all are 0 where the scale is 0."""
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     return torch.addcmul(-offset * inverse, x, inverse).clamp_(0, 15).add_(ROUNDING).sub_(ROUNDING)
 
 
 def _fitted(x: Tensor, codes: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale and offset (n_groups,) that fit x best with these codes; where all codes are equal, the mean alone."""
+    """Return the scale and offset (n_groups,) that fit x best with these codes: 0 and the mean where all are equal."""
     n = len(x)
     sum_codes, sum_squares = codes.sum(dim=0), codes.square().sum(dim=0)
     determinant = n * sum_squares - sum_codes.square()  # integers, exact in fp32

@@ -1,6 +1,6 @@
-"""Weights as the GPU kernels read them: quantized blocks taken apart into planes, and floats in 8 bits.
+"""Weights as the GPU kernels read them: quantized blocks taken apart into planes, and 8-bit floats.
 
-Knows no kernels (see backends/cuda/matmul.py); what is here multiplies by torch's operations, on any device.
+Knows no kernels (see backends/cuda/matmul.py): products here are torch's, on any device.
 """
 
 from __future__ import annotations
@@ -13,27 +13,31 @@ from torch import Tensor, nn
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType
 from llama.quantization.weights import QuantizedWeight, float_matmul
 
-# Tokens whose results do not depend on each other, and tokens that tensor cores take from the stored codes: see D41.
-FEW = 8
-MOST = 64
-# Beyond: values that are dequantized at once, 128 MB in 16 bits.
+# Most tokens that products and attention compute in tiles of one shape, so that no token's result depends on the others
+# (see D41); and most that are multiplied by codes as they are decoded: for more, dequantizing first is faster.
+MAX_GEMV_TOKENS = 8
+MAX_DEQUANT_GEMM_TOKENS = 16
+# Most tokens of a product with 8-bit floats that never rounds activations to 8 bits.
+MAX_UNROUNDED_TOKENS = 64
+# Values that are dequantized at once: 128 MB in 16 bits.
 MAX_DEQUANTIZED_VALUES = 1 << 26
-# Values that are taken apart, or rounded to 8 bits, at once: their temporaries are a few bytes each.
+# Values that are taken apart, or rounded to 8 bits, at once: each needs a few bytes of temporary memory.
 QUANTIZED_AT_ONCE = 1 << 24
 
-GROUP = 32  # values whose codes lie together; a lower and an upper half of 16 each
+GROUP = 32  # values whose codes are stored together: a lower and an upper half of 16 each
 
 
 class PlanarWeight(QuantizedWeight):
-    """A matrix (out, in) of quantized blocks whose codes and scales lie apart, so that both can be read as vectors.
+    """A matrix (out, in) of quantized blocks with codes and scales in tensors of their own, planes (see D40).
 
-    The values are those of gguf_blocks.dequantize, at the bytes of the blocks (Q4_K: 148 for 144). The planes:
+    Values are those of gguf_blocks.dequantize, and take as many bytes as the blocks (Q4_K: 148 for 144). The planes:
     codes       uint8 (out, in / 2): byte j of a group's 16 holds its value j, and value j + 16 in the upper bits;
                 Q8_0: int8 (out, in)
     high        Q6_K alone: uint8 (out, in / 4): byte t of a group's 8 holds the upper two bits of its values t, t + 8,
                 t + 16 and t + 24, from the lowest bits on
-    scales      fp16 (out, in / elements of a block, 1), or, of types with minima, (.., 2): scale and minimum
-    sub_scales  Q4_K: uint8 (out, in / 32, 2): a group's scale and minimum; Q6_K: int8 (out, in / 32, 2): its halves'
+    scales      fp16 (out, in / elements of a block, 1); of types with minima (.., 2): scale and minimum
+    sub_scales  Q4_K: uint8 (out, in / 32, 2): scale and minimum of a group;
+                Q6_K: int8 (out, in / 32, 2): scales of a group's halves
     """
 
     codes: Tensor
@@ -42,7 +46,7 @@ class PlanarWeight(QuantizedWeight):
     sub_scales: Tensor | None
 
     def __init__(self, blocks: Tensor, block_type: BlockType) -> None:
-        """blocks: uint8 (out, bytes of a row)."""
+        """Take blocks apart; blocks: uint8 (out, bytes of a row)."""
         super().__init__()
         n_rows, n_bytes = blocks.shape
         n_blocks, rest = divmod(n_bytes, block_type.size)
@@ -61,6 +65,7 @@ class PlanarWeight(QuantizedWeight):
 
     @classmethod
     def _of(cls, planes: dict[str, Tensor | None], block_type: BlockType) -> PlanarWeight:
+        """Make a weight of planes."""
         weight = cls.__new__(cls)
         nn.Module.__init__(weight)
         weight._hold(planes, block_type)
@@ -74,7 +79,7 @@ class PlanarWeight(QuantizedWeight):
 
     @classmethod
     def join(cls, parts: Sequence[PlanarWeight]) -> PlanarWeight:
-        """The rows of all parts, which are of one type, one below another."""
+        """Join the rows of all parts, which have one type, one below another."""
         (block_type,) = {part.block_type for part in parts}
         planes = [dict(part.named_buffers()) for part in parts]
         joined = {name: torch.cat([plane[name] for plane in planes]) for name in planes[0]}
@@ -82,13 +87,13 @@ class PlanarWeight(QuantizedWeight):
 
     @staticmethod
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
-        if block_type == F8_E4M3:  # an Fp8Weight, where there are the same kernels
+        if block_type == F8_E4M3:  # of an Fp8Weight, which the same backend uses
             return rows * (columns + 4)
         unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
         return rows * columns // block_type.elements * (block_type.size + unpacked)
 
     def part(self, start: int, stop: int) -> PlanarWeight:
-        """Rows from start to stop, in the same memory."""
+        """Return the rows from start to stop, in the same memory."""
         rows = {name: plane[start:stop] for name, plane in self.named_buffers()}
         return self._of(dict.fromkeys(PLANES) | rows, self.block_type)
 
@@ -99,15 +104,15 @@ class PlanarWeight(QuantizedWeight):
         return _decode({name: plane[ids] for name, plane in self.named_buffers()}, self.block_type)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """All values (out, in), by torch alone."""
+        """Dequantize all values, by torch: (out, in)."""
         return _decode(dict(self.named_buffers()), self.block_type).to(dtype)
 
 
 class Fp8Weight(QuantizedWeight):
-    """A matrix (out, in) of floats in 8 bits (e4m3, as torch.float8_e4m3fn), with one fp32 scale a row.
+    """A matrix (out, in) of 8-bit floats (e4m3, torch.float8_e4m3fn), with one fp32 scale a row (see D43).
 
-    Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),
-    activations are rounded to 8 bits as well, each token with a scale of its own.
+    Products of up to MAX_UNROUNDED_TOKENS tokens round no activations. For more tokens, where the GPU multiplies 8-bit
+    floats itself (Hopper), activations are rounded to 8 bits as well, each token with a scale of its own.
     """
 
     codes: Tensor  # float8_e4m3fn (out, in)
@@ -123,9 +128,9 @@ class Fp8Weight(QuantizedWeight):
 
     @classmethod
     def of(cls, values: Tensor) -> Fp8Weight:
-        """The nearest codes of values (out, in) of any floating dtype; a row's largest is 448.
+        """Round values (out, in) of any floating dtype to the nearest codes; the largest of a row becomes 448.
 
-        ValueError where values are not finite.
+        Raise ValueError where values are not finite.
         """
         weight = cls(*_to_fp8(values))
         if not weight.scales.isfinite().all():
@@ -134,22 +139,22 @@ class Fp8Weight(QuantizedWeight):
 
     @classmethod
     def join(cls, parts: Sequence[Fp8Weight]) -> Fp8Weight:
-        """The rows of all parts, one below another."""
+        """Join the rows of all parts, one below another."""
         codes = torch.cat([part.codes.view(torch.uint8) for part in parts])
         return cls(codes.view(torch.float8_e4m3fn), torch.cat([part.scales for part in parts]))
 
     def part(self, start: int, stop: int) -> Fp8Weight:
-        """Rows from start to stop, in the same memory."""
+        """Return the rows from start to stop, in the same memory."""
         return Fp8Weight(self.codes[start:stop], self.scales[start:stop])
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         n_tokens = x.numel() // x.shape[-1]
-        if n_tokens > MOST and self.multiplies_fp8(x.device):
+        if n_tokens > MAX_UNROUNDED_TOKENS and self.multiplies_fp8(x.device):
             return multiply_fp8(x.reshape(n_tokens, -1), self).to(dtype or x.dtype).view(*x.shape[:-1], -1)
         return _dequantized_matmul(x, self, dtype or x.dtype)
 
     def multiplies_fp8(self, device: torch.device) -> bool:
-        """Tell whether the device has a product of 8-bit floats with a scale a row, for a weight of this shape."""
+        """Tell whether the device can multiply 8-bit floats with a scale for each row, at this weight's shape."""
         if device.type != "cuda" or torch.version.cuda is None or any(size % 16 for size in self.shape):
             return False
         return torch.cuda.get_device_capability(device)[0] == 9
@@ -159,7 +164,7 @@ class Fp8Weight(QuantizedWeight):
         return codes.float() * self.scales[ids]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """All values (out, in), by torch alone."""
+        """Dequantize all values, by torch: (out, in)."""
         return (self.codes.float() * self.scales).to(dtype)
 
 
@@ -167,16 +172,16 @@ PLANES = ("codes", "high", "scales", "sub_scales")
 
 
 def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:
-    """x (n_tokens, in), rounded to 8 bits token by token, times the matrix transposed: bf16 (n_tokens, out).
+    """Multiply x (n_tokens, in), rounded to 8 bits token by token, by the matrix transposed: bf16 (n_tokens, out).
 
-    Both sizes of the weight are multiples of 16, which the hardware's product asks for.
+    Both sizes of the weight are multiples of 16, which the hardware needs.
     """
     codes, scales = _to_fp8(x)
     return torch._scaled_mm(codes, weight.codes.t(), scales, weight.scales.t(), out_dtype=torch.bfloat16)
 
 
 def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
-    """Multiply x (..., in) by pieces of rows that torch dequantizes, each of at most MAX_DEQUANTIZED_VALUES."""
+    """Multiply x (..., in) by the weight, of which torch dequantizes at most MAX_DEQUANTIZED_VALUES at once."""
     n_out, n_in = weight.shape
     y = x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
     step = max(1, MAX_DEQUANTIZED_VALUES // n_in)
@@ -186,14 +191,14 @@ def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torc
 
 
 def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn codes, fp32 scales (n, 1)) of rows (n, size), a few of them at once."""
+    """Round rows (n, size) to 8 bits: float8_e4m3fn codes (n, size) and fp32 scales (n, 1)."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
     scales = torch.empty(len(values), 1, device=values.device)
     step = max(1, QUANTIZED_AT_ONCE // values.shape[1])
     for first in range(0, len(values), step):
         part = values[first : first + step].float()
-        # Not below the normal numbers, whose inverse is finite: rows of zeros stay zeros.
+        # At least the smallest normal number, so that rows of zeros stay zeros.
         scale = (part.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
         codes[first : first + step] = (part / scale).clamp_(-largest, largest).to(torch.float8_e4m3fn)
         scales[first : first + step] = scale
@@ -201,7 +206,7 @@ def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take_apart(blocks: Tensor, block_type: BlockType) -> dict[str, Tensor | None]:
-    """The planes of blocks (out, n_blocks, size); gguf_blocks has the layouts."""
+    """Return the planes of blocks (out, n_blocks, size), whose layouts gguf_blocks has."""
     high = sub_scales = None
     if block_type.name == "Q8_0":
         scales, codes = blocks.split([2, 32], dim=-1)
@@ -217,7 +222,7 @@ def _take_apart(blocks: Tensor, block_type: BlockType) -> dict[str, Tensor | Non
         lows = torch.cat([b & 63, c >> 4 | b >> 2 & 48], dim=-1)
         sub_scales = torch.stack([of_groups, lows], dim=-1).flatten(1, 2)  # (out, in / 32, 2)
         codes = codes.unflatten(-1, (4, 32))
-        # 32 bytes hold two groups: the lower bits of all are the first.
+        # 32 bytes have two groups: the first in their lower bits, the second in their upper bits.
         codes = _joined(torch.stack([codes & 15, codes >> 4], dim=-2))
     else:
         assert block_type.name == "Q6_K", block_type
@@ -232,12 +237,12 @@ def _take_apart(blocks: Tensor, block_type: BlockType) -> dict[str, Tensor | Non
 
 
 def _joined(groups: Tensor) -> Tensor:
-    """Bytes (..., 16) of the 4-bit codes of groups (..., 32)."""
+    """Pack the 4-bit codes of groups (..., 32) into bytes (..., 16)."""
     return groups[..., :16] | groups[..., 16:] << 4
 
 
 def _decode(planes: dict[str, Tensor], block_type: BlockType) -> Tensor:
-    """fp32 values (..., in) of planes whose rows are (...); products are exact, as in gguf_blocks."""
+    """Dequantize planes of rows (...) to fp32 values (..., in); products are exact, as in gguf_blocks."""
     name, codes, scales = block_type.name, planes["codes"], planes["scales"].float()
     if name == "Q8_0":
         groups = codes.unflatten(-1, (-1, GROUP))

@@ -1,4 +1,4 @@
-"""Quantized weights: what a linear or an embedding holds in place of a Parameter, and products in torch with either.
+"""Quantized weights, which linears and embeddings have in place of a Parameter, and torch's products with both.
 
 Knows nothing of ranks, of the model's architecture or of kernels.
 """
@@ -19,22 +19,22 @@ MAX_DEQUANTIZED_VALUES = 1 << 22
 
 
 class QuantizedWeight(nn.Module):
-    """A matrix (out, in) of quantized values. Subclasses differ in how the values lie in memory."""
+    """A matrix (out, in) of quantized values. Subclasses differ in their layout in memory."""
 
     block_type: BlockType
     shape: torch.Size
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Multiply x (..., in) by the matrix transposed: (..., out) in `dtype`, or else in x's."""
+        """Multiply x (..., in) by the matrix transposed: (..., out) in `dtype`, by default x's."""
         raise NotImplementedError
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return rows by their numbers, as an embedding does: fp32 (*ids.shape, in)."""
+        """Look up rows by index, as an embedding does: fp32 (*ids.shape, in)."""
         raise NotImplementedError
 
     @staticmethod
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
-        """Return the bytes that a matrix of this class takes."""
+        """Return the bytes of a matrix of this class."""
         raise NotImplementedError
 
     @property
@@ -43,7 +43,7 @@ class QuantizedWeight(nn.Module):
 
 
 class BlockWeight(QuantizedWeight):
-    """Blocks as GGUF stores them, on any device; torch dequantizes them where they are used."""
+    """Blocks as GGUF stores them, on any device; torch dequantizes them at each use."""
 
     blocks: Tensor  # uint8 (out, bytes of a row)
 
@@ -67,7 +67,7 @@ class BlockWeight(QuantizedWeight):
 
 
 Weight = Tensor | QuantizedWeight
-# Multiplies x (..., in) by a weight (out, in) transposed: (..., out) in the dtype given, or else in x's.
+# Multiplies x (..., in) by a weight (out, in) transposed: (..., out) in the dtype given, by default x's.
 MatMul = Callable[[Tensor, Any, torch.dtype | None], Tensor]
 
 
@@ -80,8 +80,8 @@ def float_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) ->
     """Multiply x (..., in) by floats (out, in) transposed: (..., out), rounded once, to `dtype`, where torch can."""
     dtype = dtype or x.dtype
     if weight.device.type == "cpu" and x.numel() == x.shape[-1]:
-        # For one token a CPU's bf16 matrix product takes 1.5 to 2 times as long as its matrix-vector product, and that
-        # twice as long as the one loop that Inductor makes of a sum: see D6.
+        # Of one token, a matrix-vector product is faster than a matrix product, and Inductor's loop of a sum faster
+        # still: see D6.
         if torch.compiler.is_compiling():
             y = (weight.float() * x.float()).sum(-1)
         else:
@@ -94,7 +94,7 @@ def float_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def quantized_embedding(ids: Tensor, weight: QuantizedWeight) -> Tensor:
-    """Return rows of a quantized weight (n, dim): fp32 (*ids.shape, dim)."""
+    """Look up rows of a quantized weight (n, dim) by index: fp32 (*ids.shape, dim)."""
     return weight.rows(ids)
 
 

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.export.tokenizer_model import SPECIAL_TOKENS, merges_of
+from llama.checkpoint.export.tokenizer_model import merges_of
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import module_name
 from llama.testing.model_presets import Preset, TokenizerKind
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf_tokens import PREFIX, TokenType
 from llama.tokenizer.sentencepiece_vocab import SPACE
+from llama.tokenizer.tiktoken_vocab import SPECIAL_TOKENS
 from llama.tokenizer.vocab import byte_alphabet
 
 # Values drawn at once by a thread; each such run of a tensor has a generator of its own.

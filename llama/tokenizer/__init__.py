@@ -1,4 +1,4 @@
-"""Text to token ids and back, whatever file the tokenizer comes in. A leaf: it knows no model and no chat format."""
+"""Turn text into token ids and back, whatever file the tokenizer comes in. Knows no model and no chat format."""
 
 from llama.tokenizer.stream import StreamDecoder
 from llama.tokenizer.tokenizer import Tokenizer, find_tokenizer

@@ -67,7 +67,7 @@ PRE_RULES = {name: rule for names, rule in RULES for name in names}
 
 
 class GGUFBytePairVocab:
-    """Tokens are spelled in GPT-2's alphabet, a printable character for each byte, and added tokens in plain text."""
+    """A vocabulary spelled in GPT-2's alphabet, a printable character for each byte; added tokens are in plain text."""
 
     def __init__(self, tokens: GGUFTokens, metadata: Mapping[str, Any]) -> None:
         from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers

@@ -34,7 +34,7 @@ NOT_TOKENIZERS = (  # the first bytes of other files, and what those are
 
 
 class Tokenizer:
-    """Encode text to token ids and decode them, by Meta's interface, for every kind of tokenizer.
+    """Text to token ids and back, by Meta's interface, for every kind of tokenizer.
 
     n_words: the largest id + 1, added tokens included.
     bos_id, eos_id, pad_id: -1 when there is none.
@@ -57,7 +57,7 @@ class Tokenizer:
     chat_template: str | None
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        """Open a SentencePiece model, a tiktoken file or a `tokenizer.json`, or the one in a folder.
+        """Open a SentencePiece model, a tiktoken file or a `tokenizer.json`, or the one that lies in a folder.
 
         Hugging Face's smaller files beside it (tokenizer_config.json and the like) are read as well.
         Raises FileNotFoundError, which says what lies beside the path, and ValueError for any other content.
@@ -90,6 +90,7 @@ class Tokenizer:
         return self
 
     def _adopt(self, vocab: Vocab, stops: Iterable[int], chat_template: str | None) -> None:
+        """Take over what a vocabulary says; stops: ids that end a generation, where they are not -1."""
         self._vocab = vocab
         self.n_words, self.add_bos = vocab.n_words, vocab.add_bos
         self.prefix_space_after_special = vocab.prefix_space_after_special
@@ -113,9 +114,9 @@ class Tokenizer:
         """Return the ids of s as plain text: a control token that s spells is never a control id.
 
         bos, eos: whether to put BOS before the ids and EOS after them.
-        add_prefix_space: whether the space goes before the first word that SentencePiece, and what came from it, puts
-            there. False where s is the middle of a text, as the suffix of Code Llama's infilling. The other kinds put
-            no such space.
+        add_prefix_space: whether to put a space before the first word, as SentencePiece does, and a `tokenizer.json`
+            that says so. False where s continues a text, as the suffix of Code Llama's infilling does. Other kinds
+            put no such space in either case.
         A lone surrogate is encoded as U+FFFD. Bytes that a byte-level BPE vocabulary lacks are dropped, as by the
         `tokenizers` library (the demo model lacks some control characters).
         """
@@ -132,8 +133,12 @@ class Tokenizer:
         Llama 3. Where bytes are no valid UTF-8, the sentencepiece library writes U+FFFD for each byte; here it is one
         for each broken character, as everywhere else.
         """
-        stream = StreamDecoder(self)
+        stream = StreamDecoder(self)  # which tells ids that are out of range
         return "".join([stream.push(token) for token in t]) + stream.flush()
+
+    def stream_decoder(self, add_prefix_space: bool = True) -> StreamDecoder:
+        """Return a decoder of one text, token by token, whose ids must be in range; see `StreamDecoder`."""
+        return StreamDecoder(self._vocab, add_prefix_space)
 
     def has_tokens_of(self, other: "Tokenizer") -> bool:
         """Return whether every id means the same in both."""

@@ -1,4 +1,4 @@
-"""What end-to-end tests share: the real demo model, a Meta checkpoint in 8 shards, and a way to run jobs on ranks."""
+"""What end-to-end tests share: a Meta checkpoint in 8 shards, and a way to run jobs on ranks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,12 @@ from typing import Any
 
 import pytest
 
-from llama.cli import get
 from tests.checkpoints import write_meta
 from tests.e2e.processes import WORKER, python, torchrun
 
 Jobs = list[dict[str, Any]]
 # Runs jobs on so many ranks (0: plain python) and returns, for each job, what all ranks agree on.
 RunJobs = Callable[..., Jobs]
-
-
-@pytest.fixture(scope="session")
-def demo_model() -> Path:
-    try:
-        return get.demo_model()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,16 +101,50 @@ def without_notices(stderr: str) -> str:
     if library() is not None:
         return stderr
     lines = stderr.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("no CPU kernels") and " held as " not in line)
+    return "".join(line for line in lines if not line.startswith("no CPU kernels") and " loaded as " not in line)
 
 
-def python(script: object, *arguments: object, **options: Any) -> Finished:
-    return run([sys.executable, script, *arguments], **options)
+def python(*words: object, stdin: str = "", cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Finished:
+    """`python *words`: in a fork of a process that has imported torch, or with changes of the environment from scratch.
+
+    Libraries read their variables when they are imported.
+    """
+    if env is not None:
+        return run([sys.executable, *words], stdin=stdin, cwd=cwd, env=env)
+    server = fork_server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as streams:
+        Path(streams, "stdin").write_text(stdin, errors="surrogateescape")
+        print(json.dumps([[str(word) for word in words], str(cwd), streams]), file=server.stdin, flush=True)
+        pid = int(server.stdout.readline())
+        ready, _, _ = select.select([server.stdout], [], [], TIMEOUT)
+        if not ready:
+            os.killpg(pid, signal.SIGKILL)
+        code = int(server.stdout.readline())
+        assert ready, f"killed after {TIMEOUT} s: {words}"
+        stdout, stderr = (Path(streams, name).read_text(errors="surrogateescape") for name in ("stdout", "stderr"))
+    return Finished(code, stdout, without_notices(stderr), stderr)
+
+
+@functools.cache
+def fork_server() -> subprocess.Popen[str]:
+    """A process of tests.e2e.forks, which ends with this one: its stdin ends then."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.e2e.forks"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=environment(),
+        cwd=ROOT,
+        preexec_fn=heed_interrupts,
+        start_new_session=True,
+    )
 
 
 def llama(*arguments: object, **options: Any) -> Finished:
     """The `llama` command, as `python -m llama`."""
-    return run([sys.executable, *LLAMA, *arguments], **options)
+    return python(*LLAMA, *arguments, **options)
 
 
 def elsewhere(folder: Path) -> Path:

@@ -22,7 +22,8 @@ from tests.scripts import script
 
 benchmark = script("benchmark")
 roofline = script("roofline")
-from benchmarking import prompts, workers  # noqa: E402  (found by the line above)
+import benchmarking.prompts as prompts  # noqa: E402  (found by the lines above)
+import benchmarking.workers as workers  # noqa: E402
 
 FIGURES = {"prefill_tok_s", "ttft_s", "decode_tok_s", "bandwidth_gb_s", "bytes_per_token", "peak_mib"}
 OF_A_SYSTEM = FIGURES | {"system", "weights", "weight_bytes", "read_gb_s", "bandwidth_percent"}

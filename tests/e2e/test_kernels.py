@@ -101,10 +101,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 def test_without_kernels_the_same_comes_from_dense_weights(
     two_at_once: tuple[Path, list[Finished]], flags: list[object], env: dict[str, str], why: str, tmp_path: Path
 ) -> None:
-    """One line says why, and one what the weights are held as."""
+    """One line says why, and one what the weights are loaded as."""
     done = python(COMPLETION, *flags, env={"XDG_CACHE_HOME": str(tmp_path), **env})
     assert done.json_lines == two_at_once[1][0].json_lines
     first, held, loaded, report = done.all_stderr.splitlines()
     assert first.strip() == why.format(false=shutil.which("false")).strip()
-    assert held == f"Q4_1 held as float32: {2 + 7 * ARGS.n_layers} matrices"
+    assert held == f"Q4_1 loaded as float32: {2 + 7 * ARGS.n_layers} matrices"
     assert loaded.startswith("loaded ") and "torch's operations" in loaded and report.startswith("prefill ")

@@ -14,19 +14,14 @@ from typing import Any
 import pytest
 
 from llama import Llama
-from llama.cli.get import demo_model
 
 CASES = json.loads((Path(__file__).parent / "llama_cpp_greedy.json").read_text(encoding="utf-8"))
 NEAR_TIE = 0.05
 
 
 @pytest.fixture(scope="module")
-def llm() -> Llama:
-    try:
-        path = demo_model()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    return Llama.build(path, max_seq_len=128, dtype="float32", device="cpu")
+def llm(demo_model: Path) -> Llama:
+    return Llama.build(demo_model, max_seq_len=128, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["prompt"][:20])

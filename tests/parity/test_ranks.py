@@ -121,8 +121,8 @@ def test_ranks_hold_blocks_but_where_their_heads_begin_within_one(
     kinds = {"tok_embeddings", "output", "wq", "wk", "wv", "wo", "w1", "w2", "w3"}
     for rank in results[name, size]:
         assert rank["blocks"] == kinds - ({"wo"} if uneven else set())
-        held = f"{block_type} held as float32: {args.n_layers} matrices"
-        assert [line for line in rank["log"] if " held as " in line] == [held] * uneven
+        held = f"{block_type} loaded as float32: {args.n_layers} matrices"
+        assert [line for line in rank["log"] if " loaded as " in line] == [held] * uneven
 
 
 @pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")

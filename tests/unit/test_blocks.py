@@ -146,14 +146,11 @@ def test_weights_of_a_real_model_are_no_further_off_than_by_plain_rounding(demo_
 
 
 @pytest.fixture(scope="module")
-def demo_weights() -> Tensor:
+def demo_weights(demo_model: Path) -> Tensor:
     """A projection of the demo model, smoothed so that it does not lie on the 4-bit grid of its file."""
     from llama.checkpoint import open_checkpoint
 
-    files = sorted((Path(__file__).parents[2] / "models").glob("*.gguf"))
-    if not files:
-        pytest.skip("the demo model is not there: scripts/demo gets it")
-    weights = open_checkpoint(files[0]).read("layers.11.feed_forward.w1.weight")
+    weights = open_checkpoint(demo_model).read("layers.11.feed_forward.w1.weight")
     return weights + 0.5 * weights.roll(1, 0)
 
 

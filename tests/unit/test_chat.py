@@ -14,7 +14,6 @@ from llama.chat.template import TemplateChat
 from llama.checkpoint import open_checkpoint
 from llama.tokenizer import Tokenizer
 
-DEMO = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Ids of the byte tokenizer: 256 bytes, and then Llama 3's special tokens in their order.
 BOS, START, END, EOT = 256, 262, 263, 265
 
@@ -42,10 +41,8 @@ def llama2(llama2_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Tokenizer:
-    if not DEMO.is_file():
-        pytest.skip(f"no demo model at {DEMO}: scripts/demo gets it")
-    return open_checkpoint(DEMO).tokenizer()
+def demo(demo_model: Path) -> Tokenizer:
+    return open_checkpoint(demo_model).tokenizer()
 
 
 # Llama 3

@@ -588,20 +588,27 @@ def test_a_renderer_that_was_killed_is_replaced_and_none_outlives_its_format(
     )
     ours, _ = pair(template + "{% endif %}{{ messages[0].content }}", ["<s>", "</s>"])
     chat = TemplateChat(ours)
+    started: list[subprocess.Popen[str]] = []
+
+    class Noted(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     ids = chat.encode(dialog("hello"))
     with pytest.raises(ValueError, match=r"more than 0\.3 s"):
         chat.encode(dialog("hello", "hello"))
     assert chat.encode(dialog("hello")) == ids
-    process = chat._renderer._process
-    assert process is not None and process.poll() is None
-    process.kill()
-    process.wait()
+    assert len(started) == 2 and started[1].poll() is None
+    started[1].kill()
+    started[1].wait()
     assert chat.encode(dialog("hello")) == ids
-    process = chat._renderer._process
+    assert len(started) == 3 and started[2].poll() is None
     del chat
     gc.collect()
-    assert process is not None and process.returncode is not None
+    assert [process.returncode is not None for process in started] == [True] * 3
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"role": "user", "content": None}], [{"content": "x"}]])

@@ -73,11 +73,8 @@ def test_values_are_read_as_they_were_written(tmp_path: Path) -> None:
         assert metadata[f"{name}.array"] == expected
 
 
-def test_the_demo_models_header_equals_the_librarys() -> None:
-    path = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.is_file():
-        pytest.skip(f"no demo model at {path}: scripts/demo gets it")
-    header, reader = read_header(path), gguf.GGUFReader(path)
+def test_the_demo_models_header_equals_the_librarys(demo_model: Path) -> None:
+    header, reader = read_header(demo_model), gguf.GGUFReader(demo_model)
     for key, field in reader.fields.items():
         assert key.startswith("GGUF.") or header.metadata[key] == field.contents(), key
     assert {tensor.name: int(tensor.data_offset) for tensor in reader.tensors} == {

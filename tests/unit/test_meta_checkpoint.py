@@ -99,9 +99,9 @@ def test_weights_of_another_size_than_params_json_are_told(folder: Path) -> None
 def test_shards_of_two_models_are_told(folder: Path) -> None:
     """With equal shapes but other names, then with equal names but other shapes."""
     edit(folder, 1, layers__1__ffn_norm__weight=None)
-    rejected(folder, r"shards 00 and 01 do not belong together: one lacks layers\.1\.ffn_norm\.weight")
+    rejected(folder, r"shards 00 and 01 do not belong together: the latter lacks layers\.1\.ffn_norm\.weight")
     edit(folder, 1, layers__1__ffn_norm__weight=torch.ones(32))
-    rejected(folder, r"shards 00 and 01 do not belong together: layers\.1\.ffn_norm\.weight has shapes \(64,\) and")
+    rejected(folder, r"together: the latter has layers\.1\.ffn_norm\.weight of shape \(32,\), shard 00 of \(64,\)")
 
 
 def test_a_gap_in_the_shards_is_told(folder: Path) -> None:

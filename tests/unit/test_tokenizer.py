@@ -20,7 +20,6 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from llama.tokenizer import StreamDecoder, Tokenizer, find_tokenizer
 from llama.tokenizer.gguf_bpe_vocab import PRE_RULES, PreRule
 
-DEMO = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAGRAPHS = [
     "Hello world, it's the 2nd of May 2024; we'll pay $1,234.56 -- don't DON'T you'Ve.",
     "Zürich, naïve café, smørrebrød, Ærø, İstanbul, ﬁle, e\u0301, ǅ, ªº ½²٣४.",
@@ -102,19 +101,19 @@ def raw_bytes(spelling: str) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def ranks(bpe: tokenizers.Tokenizer) -> dict[bytes, int]:
+def token_ids(bpe: tokenizers.Tokenizer) -> dict[bytes, int]:
     vocab = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    return {raw_bytes(text): rank for rank, (text, _) in enumerate(vocab)}
+    return {raw_bytes(text): i for i, (text, _) in enumerate(vocab)}
 
 
-def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+def write_tiktoken(path: Path, token_ids: dict[bytes, int]) -> Path:
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in token_ids.items()))
     return path
 
 
 @pytest.fixture(scope="session")
-def ranks_path(ranks: dict[bytes, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_ranks(tmp_path_factory.mktemp("ranks") / "any.name", ranks)
+def tiktoken_path(token_ids: dict[bytes, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiktoken(tmp_path_factory.mktemp("tiktoken") / "any.name", token_ids)
 
 
 @pytest.fixture(scope="session")
@@ -151,21 +150,19 @@ def gguf_from_spm(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def demo() -> dict[str, Any]:
-    if not DEMO.is_file():
-        pytest.skip(f"no demo model at {DEMO}: scripts/demo gets it")
+def demo(demo_model: Path) -> dict[str, Any]:
     import gguf
 
-    return {name: field.contents() for name, field in gguf.GGUFReader(DEMO).fields.items()}
+    return {name: field.contents() for name, field in gguf.GGUFReader(demo_model).fields.items()}
 
 
-@pytest.fixture(params=["spm", "ranks", "gguf_bpe", "gguf_spm"])
+@pytest.fixture(params=["spm", "tiktoken", "gguf_bpe", "gguf_spm"])
 def each_kind(
-    request: pytest.FixtureRequest, spm_path: Path, ranks_path: Path, gguf_bpe: dict[str, Any]
+    request: pytest.FixtureRequest, spm_path: Path, tiktoken_path: Path, gguf_bpe: dict[str, Any]
 ) -> Iterator[Tokenizer]:
     yield {
         "spm": lambda: Tokenizer(spm_path),
-        "ranks": lambda: Tokenizer(ranks_path),
+        "tiktoken": lambda: Tokenizer(tiktoken_path),
         "gguf_bpe": lambda: Tokenizer.from_gguf(gguf_bpe),
         "gguf_spm": lambda: Tokenizer.from_gguf(gguf_from_spm(spm_path)),
     }[request.param]()
@@ -227,10 +224,12 @@ def test_gguf_llama_kind_is_the_sentencepiece_model_it_came_from(train_spm: Call
 
 
 @pytest.mark.parametrize("stored_as", ["normal", "user_defined", "control"])
-def test_code_llama_markers_are_found_by_text_and_never_typed(train_spm: Callable[..., Path], stored_as: str) -> None:
+def test_code_llamas_control_tokens_are_found_by_text_and_never_typed(
+    train_spm: Callable[..., Path], stored_as: str
+) -> None:
     """In Code Llama's file "▁<PRE>" is an ordinary piece with merges that lead to it."""
-    markers = ["▁<PRE>", "▁<EOT>"]
-    path = train_spm(**({} if stored_as == "normal" else {f"{stored_as}_symbols": markers[:]}))
+    texts = ["▁<PRE>", "▁<EOT>"]
+    path = train_spm(**({} if stored_as == "normal" else {f"{stored_as}_symbols": texts[:]}))
     metadata = gguf_from_spm(path)
     if stored_as == "normal":
         grown = ["▁<", "▁<P", "▁<PR", "▁<PRE", "▁<PRE>", "▁<E", "▁<EO", "▁<EOT", "▁<EOT>", "RE", "OT"]
@@ -242,7 +241,7 @@ def test_code_llama_markers_are_found_by_text_and_never_typed(train_spm: Callabl
         tokenizer = Tokenizer.from_gguf(metadata)
     else:
         tokenizer = Tokenizer(path)
-    pre, eot = (tokenizer.special_tokens[text] for text in markers)
+    pre, eot = (tokenizer.special_tokens[text] for text in texts)
     assert tokenizer.stop_tokens == {tokenizer.eos_id, eot}
     ids = tokenizer.encode("a <PRE> b <EOT>", bos=False, eos=False)
     assert not {pre, eot} & set(ids) and tokenizer.decode(ids) == "a <PRE> b <EOT>"
@@ -252,10 +251,10 @@ def test_code_llama_markers_are_found_by_text_and_never_typed(train_spm: Callabl
 # tiktoken
 
 
-def test_ranks_file_encodes_and_decodes_as_tiktoken(ranks_path: Path, ranks: dict[bytes, int]) -> None:
-    tokenizer = Tokenizer(ranks_path)
+def test_tiktoken_file_encodes_and_decodes_as_tiktoken(tiktoken_path: Path, token_ids: dict[bytes, int]) -> None:
+    tokenizer = Tokenizer(tiktoken_path)
     reference = tiktoken.Encoding(
-        "reference", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens
+        "reference", pat_str=LLAMA3_SPLIT, mergeable_ranks=token_ids, special_tokens=tokenizer.special_tokens
     )
     for s in SAMPLES:
         ids = reference.encode(s, disallowed_special=())
@@ -267,8 +266,8 @@ def test_ranks_file_encodes_and_decodes_as_tiktoken(ranks_path: Path, ranks: dic
         assert tokenizer.decode(ids) == reference.decode(ids)
 
 
-def test_llama3_special_tokens_follow_the_ranks(ranks_path: Path, ranks: dict[bytes, int]) -> None:
-    tokenizer, base = Tokenizer(ranks_path), len(ranks)
+def test_llama3_special_tokens_follow_those_of_the_file(tiktoken_path: Path, token_ids: dict[bytes, int]) -> None:
+    tokenizer, base = Tokenizer(tiktoken_path), len(token_ids)
     assert tokenizer.n_words == base + 256 and sorted(tokenizer.special_tokens.values()) == list(
         range(base, base + 256)
     )
@@ -293,15 +292,15 @@ def test_llama3_special_tokens_follow_the_ranks(ranks_path: Path, ranks: dict[by
 
 
 @pytest.mark.parametrize("run", ["a", " ", "\n", "中"])
-def test_very_long_texts_are_encoded(ranks_path: Path, run: str) -> None:
+def test_very_long_texts_are_encoded(tiktoken_path: Path, run: str) -> None:
     """tiktoken panics on millions of characters, and on long runs without a break."""
-    tokenizer = Tokenizer(ranks_path)
+    tokenizer = Tokenizer(tiktoken_path)
     s = "start " + run * (600_003 // len(run)) + " end"
     assert tokenizer.decode(tokenizer.encode(s, bos=False, eos=False)) == s
 
 
-def test_long_texts_are_cut_where_meta_cuts(ranks_path: Path, ranks: dict[bytes, int]) -> None:
-    reference = tiktoken.Encoding("reference", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+def test_long_texts_are_cut_where_meta_cuts(tiktoken_path: Path, token_ids: dict[bytes, int]) -> None:
+    reference = tiktoken.Encoding("reference", pat_str=LLAMA3_SPLIT, mergeable_ranks=token_ids, special_tokens={})
     runs = ["ab", "x" * 25_000, "y" * 25_001, " " * 25_003, "z" * 60_001, "\n", "c" * 400_000]
     s, expected = " ".join(runs), []
     for begin in range(0, len(s), 400_000):  # character by character, as Meta's code goes
@@ -314,20 +313,20 @@ def test_long_texts_are_cut_where_meta_cuts(ranks_path: Path, ranks: dict[bytes,
                 piece, in_a_row = "", 1
             piece += char
         expected += reference.encode_ordinary(piece)
-    assert Tokenizer(ranks_path).encode(s, bos=False, eos=False) == expected
+    assert Tokenizer(tiktoken_path).encode(s, bos=False, eos=False) == expected
 
 
 # GGUF, byte-level BPE
 
 
-def test_gguf_bpe_equals_tiktoken_on_the_same_vocabulary(gguf_bpe: dict[str, Any], ranks: dict[bytes, int]) -> None:
+def test_gguf_bpe_equals_tiktoken_on_the_same_vocabulary(gguf_bpe: dict[str, Any], token_ids: dict[bytes, int]) -> None:
     tokenizer = Tokenizer.from_gguf(gguf_bpe)
-    reference = tiktoken.Encoding("reference", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    reference = tiktoken.Encoding("reference", pat_str=LLAMA3_SPLIT, mergeable_ranks=token_ids, special_tokens={})
     for s in SAMPLES:
         ids = reference.encode_ordinary(s)
         assert tokenizer.encode(s, bos=False, eos=False) == ids
         assert tokenizer.decode(ids) == s
-    assert all(tokenizer.token_bytes(rank) == token for token, rank in ranks.items())
+    assert all(tokenizer.token_bytes(i) == token for token, i in token_ids.items())
 
 
 def test_gguf_bpe_tells_control_tokens_from_added_words(gguf_bpe: dict[str, Any]) -> None:
@@ -531,11 +530,11 @@ def test_what_is_no_tokenizer_ends_in_one_line_that_names_it(tmp_path: Path, con
 
 
 def test_a_truncated_or_mutated_file_never_ends_in_a_library_error(
-    tmp_path: Path, spm_path: Path, ranks_path: Path
+    tmp_path: Path, spm_path: Path, tiktoken_path: Path
 ) -> None:
     """Cut after its last piece, a SentencePiece model loaded with another algorithm, the library's default."""
     path, rng = tmp_path / "tokenizer.model", random.Random(0)
-    for source in (spm_path, ranks_path):
+    for source in (spm_path, tiktoken_path):
         data = source.read_bytes()
         for cut in [1, *rng.sample(range(2, len(data) - 1), 60)]:
             path.write_bytes(data[:cut])

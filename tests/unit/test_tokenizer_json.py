@@ -87,6 +87,20 @@ def test_streamed_pieces_join_to_the_decoded_text(folder: Path) -> None:
             assert text == expected.removeprefix(" " if folder.name == "llama2_new" else "")
 
 
+def test_a_stream_is_never_behind_the_librarys_decode_stream(folder: Path) -> None:
+    """The library's holds back a whole token that ends inside a character, and loses a character that never ends."""
+    tokenizer, library = Tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for s in SAMPLES:
+        ids = tokenizer.encode(s, bos=False, eos=False)
+        stream, reference = StreamDecoder(tokenizer), decoders.DecodeStream(skip_special_tokens=False)
+        text = expected = ""
+        for token in ids:
+            text += stream.push(token)
+            expected += reference.step(library, token) or ""
+            assert text.startswith(expected), s
+        assert text + stream.flush() == expected or tokenizer.decode(ids).endswith("\ufffd")
+
+
 def test_ids_of_named_tokens_and_sizes_are_those_of_transformers(folder: Path) -> None:
     tokenizer, auto = Tokenizer(folder), reference(folder)
     assert tokenizer.n_words == len(auto)
@@ -299,6 +313,14 @@ def test_a_piece_flagged_special_is_never_typed(spm_folder: Callable[..., Path],
         assert not {flagged, renamed} & set(ids) and tokenizer.decode(ids) == s.replace(SPACE, " ")
 
 
+def test_a_control_piece_that_the_config_does_not_flag_special_is_never_typed(spm_folder: Callable[..., Path]) -> None:
+    """A config that listed <s> without its flag once let typed text become BOS."""
+    decoder = {"1": {"content": "<s>", "special": False}, "520": {"content": "<think>", "special": False}}
+    tokenizer = Tokenizer(spm_folder(tokenizer_config={"added_tokens_decoder": decoder}))
+    ids = tokenizer.encode("a <s><think>", bos=False, eos=False)
+    assert tokenizer.special_tokens["<s>"] == 1 and 1 not in ids and ids[-1] == 520
+
+
 def test_a_sentencepiece_folder_has_transformers_ids(spm_folder: Callable[..., Path]) -> None:
     """Where the text begins with no space, which transformers 5 treats in another way than SentencePiece."""
     folder = spm_folder(
@@ -332,7 +354,7 @@ def test_added_tokens_take_the_spaces_that_they_say(spm_folder: Callable[..., Pa
 # Names, stops, templates, places
 
 
-def test_code_llamas_markers_are_control_tokens(folders: dict[str, Path]) -> None:
+def test_code_llamas_infilling_tokens_are_control_tokens(folders: dict[str, Path]) -> None:
     tokenizer = Tokenizer(folders["code_llama"])
     names = ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]
     ids = [tokenizer.special_tokens[name] for name in names]
@@ -340,7 +362,9 @@ def test_code_llamas_markers_are_control_tokens(folders: dict[str, Path]) -> Non
     assert not set(ids) & set(tokenizer.encode(" <PRE> a <SUF>b <MID>▁<EOT>", bos=False, eos=False))
 
 
-def test_a_marker_not_flagged_special_is_a_control_token(tmp_path: Path, bpe: tokenizers.Tokenizer) -> None:
+def test_a_known_control_token_not_flagged_special_is_a_control_token(
+    tmp_path: Path, bpe: tokenizers.Tokenizer
+) -> None:
     tokenizer = tokenizers.Tokenizer.from_str(bpe.to_str())
     tokenizer.add_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>"), AddedToken("<think>")])
     mine = Tokenizer(write(tmp_path, tokenizer))

@@ -118,7 +118,7 @@ def test_shards_of_two_models_are_named(meta: Path, tmp_path: Path) -> None:
     torch.save(shard, meta / "consolidated.02.pth")
     found = problems(meta)
     assert "consolidated.02.pth: lacks output.weight" in found
-    assert "consolidated.02.pth: norm.weight has shape (32,), in consolidated.00.pth (64,)" in found
+    assert "consolidated.02.pth: has norm.weight of shape (32,), shard 00 of (64,)" in found
 
 
 @pytest.mark.parametrize(

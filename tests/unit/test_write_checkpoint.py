@@ -176,6 +176,16 @@ def test_the_architecture_of_every_preset_survives_params_json(tmp_path: Path, n
     assert found.rope_scaling == args.rope_scaling
 
 
+def test_the_context_length_goes_through_every_format_that_tells_it(tmp_path: Path) -> None:
+    """Models of this kind were trained for 4096 tokens: that stood in for what a file said."""
+    convert(random_checkpoint(), tmp_path / "a.gguf", "gguf")
+    convert(tmp_path / "a.gguf", tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "again", "hf")
+    convert(tmp_path / "again", tmp_path / "meta", "meta")
+    lengths = [open_checkpoint(tmp_path / name).context_len for name in ("a.gguf", "hf", "again", "meta")]
+    assert lengths == [2048, 2048, 2048, None]
+
+
 def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> None:
     made = writer(random_checkpoint(), tokenizer_source(random_checkpoint()), "hf", dtype="float32")
     assert isinstance(made, HuggingFaceWriter)

@@ -1,1 +1,1 @@
-"""The package's own CPU kernels: C++ that is compiled once for this machine and kept."""
+"""The package's own CPU kernels: C++ that is compiled once for this machine, and cached."""

@@ -1,7 +1,8 @@
 """The layers of a model on a CPU, computed by the C++ kernels.
 
-A few tokens pass through all layers in one call, in fp32 from the weights on; the result for a token does not depend
-on how many pass with it (see D30). Of many tokens, the kernels do what lies between torch's matrix products.
+A few tokens pass through all layers in one call, with activations in fp32; a token's result does not depend on the
+tokens beside it (see D30). For many tokens, the kernels compute what lies between matrix products: norms, rotations and
+the gates of feed-forwards.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from llama.backends.cpu import ops
 from llama.backends.cpu.packed_weight import PackedWeight
 from llama.backends.eager import EagerBackend
 from llama.cache import KVCache
-from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.model import Transformer, TransformerBlock, attend
 
-# Further back than any cache reaches.
+# A sliding window longer than any cache.
 NO_WINDOW = 1 << 40
 
 
 class CpuBackend(EagerBackend):
-    """Computes a Transformer by kernels. It knows where the weights lie: a model whose weights change drops it."""
+    """Computes a Transformer by kernels, which point at its weights: a model whose weights change drops its backend."""
 
     name = "cpu"
     own_kernels = True
@@ -39,11 +40,11 @@ class CpuBackend(EagerBackend):
             model.output,
             model.mask,
         )
-        self._kept: list[Tensor] = []  # what the C structures point at, beside the model's own
+        self._biases: list[Tensor] = []  # fp32 copies, which the C structures point at
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
-        self._described = (ops.Layer * len(self.layers))()
+        self._c_layers = (ops.Layer * len(self.layers))()
         self._norms: list[tuple[Tensor, Tensor]] = []
-        for layer, described in zip(self.layers, self._described, strict=True):
+        for layer, described in zip(self.layers, self._c_layers, strict=True):
             attention, feed_forward = layer.attention, layer.feed_forward
             for name in ("wq", "wk", "wv", "wo"):
                 setattr(described, name, self._describe(getattr(attention, name)))
@@ -52,12 +53,11 @@ class CpuBackend(EagerBackend):
             norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
             described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
             self._norms.append(norms)
-        self._described_output = self._describe(self.output)
-        table = self.tok_embeddings.weight
-        self._described_table = table.describe() if isinstance(table, PackedWeight) else None
+        self._c_output = self._describe(self.output)
+        self._c_table = self._describe(self.tok_embeddings)
         self._norm_weight = self.norm.weight.float()
         attention = self.layers[0].attention
-        # What is the same for every call.
+        # Fields of LayersInput that are the same for every call.
         self._constants = {
             "dim": self.args.dim,
             "n_heads": attention.n_local_heads,
@@ -70,7 +70,7 @@ class CpuBackend(EagerBackend):
         super().bind(model)
 
     def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        """See `Transformer.run_layers`; the states are fp32."""
+        """Return final states as `Transformer.run_layers` does, in fp32."""
         bsz, seqlen = tokens.shape
         residual = self._embed(tokens).view(bsz * seqlen, -1)
         positions = positions.contiguous()
@@ -84,26 +84,30 @@ class CpuBackend(EagerBackend):
 
     def logits(self, hidden: Tensor) -> Tensor:
         if ops.is_gemv(hidden):
-            return ops.gemv(self._described_output, hidden)
+            return ops.gemv(self._c_output, hidden)
         return self.output(hidden, torch.float32)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of tokens (bsz, seqlen), fp32 in new memory, which is added to."""
-        if self.parallel.size == 1 and self._described_table is not None:
-            return ops.embedding(self._described_table, tokens)
-        return self.tok_embeddings(tokens).to(torch.float32, copy=True)
+        """Return the embeddings of tokens (bsz, seqlen) in new memory, fp32: layers add to them in place."""
+        table = self.tok_embeddings.weight
+        if self.parallel.size > 1:
+            return self.tok_embeddings(tokens).to(torch.float32, copy=True)
+        if isinstance(table, Tensor):
+            return F.embedding(tokens, table).float()
+        return ops.embedding(self._c_table, tokens)
 
     def _run_few(self, x: Tensor, inputs: ops.LayersInput) -> None:
+        """Run the layers in C++ on the residual x (n_tokens, dim), in place; ranks add up results after each half."""
         if self.parallel.size == 1:
             both = ops.ATTENTION | ops.FEED_FORWARD
-            ops.run_layers(self._described, 0, len(self._described), both, inputs)
+            ops.run_layers(self._c_layers, 0, len(self._c_layers), both, inputs)
             return
         for i, layer in enumerate(self.layers):
             halves = ((ops.ATTENTION, layer.attention.wo), (ops.FEED_FORWARD, layer.feed_forward.w2))
             for half, last in halves:
                 share = torch.empty_like(x)
                 inputs.out = share.data_ptr()
-                ops.run_layers(self._described, i, i + 1, half, inputs)
+                ops.run_layers(self._c_layers, i, i + 1, half, inputs)
                 x += self.parallel.all_reduce(share)
                 if last.bias is not None:
                     x += last.bias
@@ -111,6 +115,7 @@ class CpuBackend(EagerBackend):
     def _run_many(
         self, x: Tensor, inputs: ops.LayersInput, positions: Tensor, mask: Tensor | None, cache: KVCache
     ) -> None:
+        """Run the layers on the residual x (n_tokens, dim), in place, with matrix products for many tokens."""
         eps, dtype = self.args.norm_eps, self.dtype
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
@@ -130,7 +135,7 @@ class CpuBackend(EagerBackend):
         mask: Tensor | None,
         cache: KVCache,
     ) -> Tensor:
-        """Compute a layer's attention over the sum of x, which grows by delta: (n_tokens, dim)."""
+        """Add delta to the residual x in place, and return a layer's attention of the sum: (n_tokens, dim)."""
         bsz, seqlen = positions.shape
         attention = self.layers[layer].attention
         h = ops.fused_add_rms_norm(x, delta, self._norms[layer][0], self.args.norm_eps, self.dtype)
@@ -142,17 +147,20 @@ class CpuBackend(EagerBackend):
         del q
         return attention.wo(y.reshape(bsz * seqlen, -1))
 
-    def _describe(self, linear: ColumnParallelLinear | RowParallelLinear) -> ops.Weight:
-        weight = linear.weight
+    def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.Weight:
+        """Return the C structure of a linear or of the embedding table."""
+        weight = module.weight
         assert isinstance(weight, Tensor | PackedWeight), type(weight)
         described = weight.describe() if isinstance(weight, PackedWeight) else ops.float_weight(weight)
-        # A bias of a sum over ranks is added once, after it.
-        if linear.bias is not None and (isinstance(linear, ColumnParallelLinear) or self.parallel.size == 1):
-            self._kept.append(linear.bias.float())
-            described.bias = self._kept[-1].data_ptr()
+        # Where ranks add up results, the bias is added once, after the sum.
+        bias = None if isinstance(module, VocabParallelEmbedding) else module.bias
+        if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
+            self._biases.append(bias.float())
+            described.bias = self._biases[-1].data_ptr()
         return described
 
     def _inputs(self, x: Tensor, positions: Tensor, rotation: Tensor, cache: KVCache) -> ops.LayersInput:
+        """Return the C structure of what layers read and write; the residual x is (n_tokens, dim), fp32."""
         assert rotation.is_contiguous() and rotation.dtype == torch.complex64
         keys, values = cache.keys, cache.values
         return ops.LayersInput(

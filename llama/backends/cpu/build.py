@@ -1,4 +1,4 @@
-"""Compile the C++ beside this file for this machine, once, and keep the library among the user's cached files."""
+"""Compiles the C++ in csrc/ for this machine, once, and caches the library in the user's cache folder (see D29)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ SECONDS_TO_COMPILE = 300
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None when there are none here; why not is logged, once.
+    """Return the compiled kernels, or None where they cannot be compiled; the reason is logged, once.
 
-    LLAMA_KERNELS=0 does without them; CXX names the compiler, as elsewhere.
+    LLAMA_KERNELS=0 in the environment turns them off; CXX names the compiler, as elsewhere.
     """
     if os.environ.get("LLAMA_KERNELS") == "0":
         log.info("no CPU kernels, as LLAMA_KERNELS=0 says: torch's own operations are used")
@@ -45,15 +45,19 @@ def library() -> ctypes.CDLL | None:
 
 
 def _cache_folder() -> Path:
-    named = os.environ.get("XDG_CACHE_HOME")
+    """Return the user's cache folder for this package, or a path that cannot be written where there is none."""
+    folder = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(named) if named else Path.home() / ".cache") / "llama"
-    except RuntimeError:  # a user without a home
-        return Path(os.devnull) / "llama"  # nowhere
+        return (Path(folder) if folder else Path.home() / ".cache") / "llama"
+    except RuntimeError:  # a user without a home folder
+        return Path(os.devnull) / "llama"  # cannot be written
 
 
 def _load(folder: Path) -> ctypes.CDLL:
-    """The library for this machine, compiled if `folder` does not have it. OSError and ValueError say why not."""
+    """Load the library for this machine; compile it first if `folder` does not have it.
+
+    Raise OSError, ValueError or SubprocessError where that fails.
+    """
     compiler = _compiler()
     names = ["kernels.cpp", *sorted(path.name for path in SOURCES.glob("*.h"))]
     parts = [(SOURCES / name).read_bytes() for name in names]
@@ -61,16 +65,16 @@ def _load(folder: Path) -> ctypes.CDLL:
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     path = folder / f"kernels-{key}.so"
     if not path.is_file():
-        if not _can_write(folder):  # for this process alone; what is loaded does not need its file
-            with tempfile.TemporaryDirectory(prefix="llama-kernels-") as own:
-                _compile(compiler, Path(own) / path.name)
-                return ctypes.CDLL(f"{own}/{path.name}")
+        if not _can_write(folder):  # for this process alone; a loaded library does not need its file
+            with tempfile.TemporaryDirectory(prefix="llama-kernels-") as temporary:
+                _compile(compiler, Path(temporary) / path.name)
+                return ctypes.CDLL(f"{temporary}/{path.name}")
         with _locked(path.with_suffix(".lock")):  # the ranks of a host wait for one of them
             if not path.is_file():
                 _compile(compiler, path)
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # damaged
+    except OSError:  # the file is damaged
         _compile(compiler, path)
         return ctypes.CDLL(str(path))
 
@@ -85,11 +89,11 @@ def _can_write(folder: Path) -> bool:
 
 
 def _compiler() -> list[str]:
-    """The command that compiles, as words."""
+    """Return the compiler's command, as a list of words; raise ValueError where there is none."""
     if platform.system() != "Linux":
         raise ValueError(f"they are not built on {platform.system()}")
-    named = shlex.split(os.environ.get("CXX", ""))
-    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    cxx = shlex.split(os.environ.get("CXX", ""))
+    candidates = [cxx] if cxx else [["c++"], ["g++"], ["clang++"]]
     for words in candidates:
         found = shutil.which(words[0])
         if found:
@@ -99,7 +103,7 @@ def _compiler() -> list[str]:
 
 
 def _machine() -> str:
-    """What -march=native looks at, so that hosts with a common home do not run each other's instructions."""
+    """Describe the processor as -march=native sees it, so that hosts that share a cache folder share no library."""
     try:
         cpu = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -110,6 +114,7 @@ def _machine() -> str:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
+    """Compile the library to `path`, which appears when it is complete; raise ValueError with the compiler's error."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
     # torch brings its own OpenMP: the same threads serve its operations and these.
     libraries = Path(torch.__file__).parent / "lib"
@@ -130,9 +135,10 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file."""
     import fcntl
 
     with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: then each compiles for itself
+        with contextlib.suppress(OSError):  # a file system without locks: then each process compiles
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors. Structures here are those of csrc/*.h, field by field."""
+"""The kernels as functions of tensors. Structures here mirror those of csrc/*.h, field by field."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch import Tensor
 
 from llama.backends.cpu.build import library
 
-# Tokens that one pass over the weights can serve, MAX_GEMV_TOKENS in step.h; of more, matrix products are faster.
+# Most tokens that one pass over the weights serves, as in csrc/layers.h; for more, matrix products are faster: see D32.
 MAX_GEMV_TOKENS = 16
-TILE_ROWS = 16  # rows of packed blocks that lie together
+TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
 
 # Halves of a layer, for `run_layers`.
 ATTENTION, FEED_FORWARD = 1, 2
 
 FLOAT_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK_TYPE_IDS = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6, "Q6_K": 7}
-# Values of a block, and of 16 rows of such blocks the bytes of heads and of codes (weights.h).
+# Values of a block, and the bytes of the heads and of the codes of 16 rows of one block each (weights.h).
 PACKED_SIZES = {"Q8_0": (32, 32, 512), "Q4_0": (32, 32, 256), "Q4_1": (32, 64, 256), "Q4_K": (256, 320, 2048)}
 PACKED_SIZES["Q6_K"] = (256, 288, 3072)
 
 
 class Weight(ctypes.Structure):
+    """Weight in weights.h: a matrix (rows, columns) and its bias, or null."""
+
     _fields_ = [
         ("type", c_int32),
         ("rows", c_int32),
@@ -36,6 +38,8 @@ class Weight(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
+    """Layer in layers.h."""
+
     _fields_ = [
         *((name, Weight) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
         ("attention_norm", c_void_p),
@@ -44,6 +48,8 @@ class Layer(ctypes.Structure):
 
 
 class LayersInput(ctypes.Structure):
+    """LayersInput in layers.h: what layers read and write beside their weights."""
+
     _fields_ = [
         *(
             (name, c_int32)
@@ -62,9 +68,9 @@ class LayersInput(ctypes.Structure):
 
 @functools.cache
 def kernels() -> ctypes.CDLL:
-    """Return the compiled kernels, which are there: choose_backend has looked."""
+    """Return the compiled kernels, which exist where choose_backend has chosen them."""
     loaded = library()
-    assert loaded is not None, "choose_backend chooses the CPU kernels only where they are"
+    assert loaded is not None, "choose_backend chooses the CPU kernels only where they exist"
     return loaded
 
 
@@ -75,13 +81,14 @@ def float_weight(weight: Tensor) -> Weight:
 
 
 def packed_bytes(block_type: str, rows: int, columns: int) -> int:
+    """Return the bytes of a packed matrix (rows, columns)."""
     elements, head, codes = PACKED_SIZES[block_type]
     blocks = columns // elements
     return -(-rows // TILE_ROWS) * (-(-blocks * head // 64) * 64 + blocks * codes)
 
 
 def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
-    """Pack raw blocks, uint8 (rows, row_bytes) as ggml has them, into the order of the kernels: uint8 (bytes,)."""
+    """Pack raw blocks in ggml's layout, uint8 (rows, row_bytes), into the kernels' layout: uint8 (bytes,)."""
     rows = len(blocks)
     tiles = torch.empty(packed_bytes(block_type, rows, columns), dtype=torch.uint8)
     blocks = blocks.contiguous()
@@ -97,7 +104,7 @@ def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
 
 
 def unpack(weight: Weight, first: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Dequantize rows [first, stop) of a packed weight as the columns of a matrix (in, stop - first)."""
+    """Dequantize rows [first, stop) of a packed weight to the columns of a matrix (in, stop - first)."""
     assert first % TILE_ROWS == 0
     to = torch.empty(weight.columns, stop - first, dtype=dtype)
     threads = torch.get_num_threads()
@@ -106,7 +113,7 @@ def unpack(weight: Weight, first: int, stop: int, dtype: torch.dtype) -> Tensor:
 
 
 def embedding(weight: Weight, rows: Tensor) -> Tensor:
-    """Look up rows of a packed weight by their numbers, int64 of any shape: fp32 (*rows.shape, in)."""
+    """Look up rows of a packed weight by index, int64 of any shape: fp32 (*rows.shape, in)."""
     rows = rows.contiguous()
     to = torch.empty(*rows.shape, weight.columns)
     kernels().embedding(
@@ -125,7 +132,7 @@ def is_gemv(x: Tensor) -> bool:
 
 
 def gemv(weight: Weight, x: Tensor) -> Tensor:
-    """Multiply x (..., in) of at most MAX_GEMV_TOKENS tokens by the weight and add its bias: fp32 (..., out)."""
+    """Multiply x (..., in), at most MAX_GEMV_TOKENS tokens, by the weight and add its bias: fp32 (..., out)."""
     x = x.float().contiguous()
     n_tokens = x.numel() // weight.columns
     assert n_tokens <= MAX_GEMV_TOKENS, n_tokens
@@ -153,16 +160,19 @@ def gemm(weight: Weight, x: Tensor) -> Tensor:
     return y
 
 
-def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, step: LayersInput) -> None:
-    """Compute layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both by |."""
-    assert step.n_tokens <= MAX_GEMV_TOKENS, step.n_tokens
-    kernels().run_layers(layers, first, stop, halves, ctypes.byref(step))
+def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, inputs: LayersInput) -> None:
+    """Compute layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both, combined by |."""
+    assert inputs.n_tokens <= MAX_GEMV_TOKENS, inputs.n_tokens
+    kernels().run_layers(layers, first, stop, halves, ctypes.byref(inputs))
 
 
 def fused_add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """x (n, dim), fp32, grows by delta; its norm times weight, fp32 (dim,), in `dtype`: (n, dim)."""
+    """Add delta to x (n, dim), fp32, in place; return its RMSNorm with weight (dim,), fp32, in `dtype`: (n, dim).
+
+    Without a weight nothing is normalised, and x is returned.
+    """
     y = torch.empty(x.shape, dtype=dtype) if weight is not None else x
     kernels().fused_add_rms_norm(
         c_void_p(x.data_ptr()),
@@ -178,7 +188,7 @@ def fused_add_rms_norm(
 
 
 def silu_and_mul(gates: Tensor, ups: Tensor) -> Tensor:
-    """Compute silu(gates) * ups in place of gates; both are contiguous and of one dtype."""
+    """Compute silu(gates) * ups in place of gates, and return it; both are contiguous, with the same dtype."""
     n = ctypes.c_size_t(gates.numel())
     threads = torch.get_num_threads()
     kernels().silu_and_mul(
@@ -187,8 +197,8 @@ def silu_and_mul(gates: Tensor, ups: Tensor) -> Tensor:
     return gates
 
 
-def rope_and_append_kv(step: LayersInput, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Rotate q in place; write k, rotated, and v to the cache that `step` points at. All have the cache's dtype."""
+def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Rotate q in place; write k, rotated, and v to the cache that `inputs` points at. All have the cache's dtype."""
     kernels().rope_and_append_kv(
-        ctypes.byref(step), layer, c_void_p(q.data_ptr()), c_void_p(k.data_ptr()), c_void_p(v.data_ptr())
+        ctypes.byref(inputs), layer, c_void_p(q.data_ptr()), c_void_p(k.data_ptr()), c_void_p(v.data_ptr())
     )

@@ -1,4 +1,4 @@
-"""Quantized weights in the order that the CPU kernels read: 16 rows lie together, a row in a vector lane (see D31)."""
+"""Quantized weights in the layout of the CPU kernels: tiles of 16 rows, with one row in a vector lane (see D31)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llama.quantization.weights import MAX_DEQUANTIZED_VALUES, QuantizedWeight, 
 
 
 class PackedWeight(QuantizedWeight):
-    """A matrix (out, in) of quantized blocks, packed once from GGUF's order."""
+    """A matrix (out, in) of quantized blocks, packed once from GGUF's layout."""
 
     tiles: Tensor  # uint8 (bytes,), as pack.h lays them out
 
     def __init__(self, blocks: Tensor, block_type: BlockType) -> None:
-        """blocks: uint8 (out, bytes of a row)."""
+        """Pack blocks: uint8 (out, bytes of a row)."""
         super().__init__()
         self.block_type = block_type
         self.shape = matrix_shape(blocks, block_type)
@@ -36,8 +36,8 @@ class PackedWeight(QuantizedWeight):
             return ops.gemv(weight, x).to(dtype or x.dtype)
         if x.dtype == torch.bfloat16 and ops.has_matrix_unit():
             return ops.gemm(weight, x).to(dtype or x.dtype)
-        step = max(1, MAX_DEQUANTIZED_VALUES // self.shape[1] // ops.TILE_ROWS) * ops.TILE_ROWS
-        spans = [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
+        n_rows = max(1, MAX_DEQUANTIZED_VALUES // self.shape[1] // ops.TILE_ROWS) * ops.TILE_ROWS
+        spans = [(first, min(first + n_rows, self.shape[0])) for first in range(0, self.shape[0], n_rows)]
         parts = [torch.matmul(x, ops.unpack(weight, *span, x.dtype)) for span in spans]
         return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(dtype or x.dtype)
 

@@ -6,7 +6,6 @@ With --quantize weights are blocks, bytes (rows, row_bytes) under their usual na
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import Progress, dtype_name, quantized_type
 from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
-from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry
+from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.hf_config import BLOCKS_METHOD, CONFIG_FLAGS, OPTIONAL_CONFIG_KEYS, REQUIRED_CONFIG_KEYS
 from llama.checkpoint.huggingface import pair_halves
@@ -70,10 +69,10 @@ class HuggingFaceWriter:
             file.close()
         if len(names_of_files) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-            _write_json(folder / "model.safetensors.index.json", index)
+            write_json(folder / "model.safetensors.index.json", index)
         self._write_generation_config(folder / "generation_config.json")
         # Last, because without it a folder cannot be opened.
-        _write_json(folder / "config.json", self.config)
+        write_json(folder / "config.json", self.config)
 
     def _split_names(self) -> list[list[str]]:
         """Return the names of the tensors in each file, all of which are at most max_file_bytes long if possible."""
@@ -104,7 +103,7 @@ class HuggingFaceWriter:
         if own.is_file():
             shutil.copyfile(own, path)
         else:
-            _write_json(path, {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if key in self.config})
+            write_json(path, {key: self.config[key] for key in ("bos_token_id", "eos_token_id") if key in self.config})
 
 
 def hf_config(plan: ExportPlan) -> dict[str, Any]:
@@ -153,7 +152,3 @@ def _rope_settings(scaling: RopeScaling) -> dict[str, Any]:
     if old_context_len is not None and not isinstance(scaling, DynamicScaling):
         fields["original_max_position_embeddings"] = old_context_len
     return {"rope_type": ROPE_TYPES[type(scaling)], **fields}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

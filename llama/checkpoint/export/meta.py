@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import Progress, shard_dim
 from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
-from llama.checkpoint.export.streaming_writers import PickleFile, TensorEntry
+from llama.checkpoint.export.streaming_writers import PickleFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import module_name
@@ -69,7 +68,7 @@ class MetaWriter:
         for file in files:
             file.close()
         # Last, because without it a folder cannot be opened.
-        (folder / "params.json").write_text(json.dumps(self.params, indent=2) + "\n")
+        write_json(folder / "params.json", self.params)
 
     def _shard(self, name: str, tensor: Tensor, number: int) -> Tensor:
         """Return what shard `number` has of a whole tensor."""

@@ -77,6 +77,11 @@ def check_new(path: Path) -> None:
         raise FileExistsError(f"{path} exists already: name another, or remove it")
 
 
+def write_json(path: Path, value: Mapping[str, Any], indent: int = 2) -> None:
+    """Write an object as JSON in UTF-8."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
 class SafetensorsFile:
     """Write a safetensors file: `add` takes the tensors of `entries` in their order."""
 

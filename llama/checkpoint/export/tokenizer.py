@@ -5,7 +5,6 @@ What is made goes through one form, the keys of a GGUF file's metadata, and must
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.export.streaming_writers import write_json
 from llama.checkpoint.export.tokenizer_json import tokenizer_config, tokenizer_json
 from llama.checkpoint.export.tokenizer_model import metadata_of, sentencepiece_model, tiktoken_model
 from llama.tokenizer import Tokenizer, find_tokenizer
@@ -98,11 +98,9 @@ def _write_hf(source: TokenizerSource, folder: Path) -> None:
     path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     had_config = config_path.exists()
     try:
-        content = tokenizer_json(source.metadata, source.tokenizer)
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_json(path, tokenizer_json(source.metadata, source.tokenizer), indent=1)
         if not had_config:
-            config = tokenizer_config(source.metadata, source.tokenizer)
-            config_path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+            write_json(config_path, tokenizer_config(source.metadata, source.tokenizer))
         _check_same(source.tokenizer, path)
     except ValueError as error:
         if not (folder / "tokenizer.model").exists():

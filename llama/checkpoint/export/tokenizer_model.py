@@ -11,12 +11,11 @@ from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf_bpe_vocab import PRE_RULES
 from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType
 from llama.tokenizer.sentencepiece_vocab import SPACE, proto_from_gguf
-from llama.tokenizer.tiktoken_vocab import N_SPECIAL, NAMED_SPECIAL, PATTERN
+from llama.tokenizer.tiktoken_vocab import N_SPECIAL, PATTERN, SPECIAL_TOKENS
 from llama.tokenizer.vocab import byte_alphabet
 
 # Those that mean something: releases differ in the names of the others.
 USED_SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-SPECIAL_TOKENS = (*NAMED_SPECIAL, *(f"<|reserved_special_token_{i}|>" for i in range(2, N_SPECIAL - 10)))
 
 
 def metadata_of(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from llama.checkpoint.gguf_header import is_gguf, read_header
 from llama.checkpoint.hf_config import read_block_types
 from llama.checkpoint.huggingface import LAYOUTS, map_weights
 from llama.checkpoint.load import check_vocab_size, global_shapes
+from llama.checkpoint.meta import shard_problems
 from llama.checkpoint.names import META_DERIVED
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.verify.checksums import Finding, bytes_listed, verify_lists
@@ -121,19 +122,11 @@ def _verify_layout(path: Path) -> Iterator[Finding]:
 def _verify_shards(files: list[Path]) -> Iterator[Finding]:
     """Check that all of Meta's shards have the tensors of the first, in its shapes."""
     try:
-        shards = [{name: tuple(tensor.shape) for name, tensor in map_weights(file).items()} for file in files]
+        shards = [map_weights(file) for file in files]
     except (ValueError, OSError):
         return  # named already
-    for file, shard in zip(files[1:], shards[1:], strict=True):
-        problems = [f"lacks {name}" for name in shards[0].keys() - shard.keys()]
-        problems += [f"has {name}, which {files[0].name} lacks" for name in shard.keys() - shards[0].keys()]
-        problems += [
-            f"{name} has shape {shape}, in {files[0].name} {shards[0][name]}"
-            for name, shape in shard.items()
-            if shards[0].get(name, shape) != shape
-        ]
-        for problem in sorted(problems):
-            yield Finding(file.name, file.stat().st_size, "shards belong together", problem)
+    for number, problem in shard_problems(shards):
+        yield Finding(files[number].name, files[number].stat().st_size, "shards belong together", problem)
 
 
 def _verify_index(index: Path) -> Iterator[Finding]:

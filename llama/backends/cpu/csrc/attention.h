@@ -1,5 +1,5 @@
-// Attention of single tokens over the cache: in parts of PART keys, so that threads share long sequences, and the
-// result depends neither on their number nor on what else is computed.
+// Attention of single tokens over the cache, in parts of PART keys, so that threads can share a long sequence. Parts do
+// not depend on the number of threads or on other tokens, and so neither do results: see D30.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,14 +18,14 @@ inline float dot(const float *a, const float *b, int n) {
     return sum(products) + rest;
 }
 
-// to += share * v
-inline void add_share(float *to, float share, const float *v, int n) {
+// to += scale * v
+inline void add_scaled(float *to, float scale, const float *v, int n) {
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load<f32>(to + i) + share * load<f32>(v + i));
-    for (; i < n; i++) to[i] += share * v[i];
+    for (; i + LANES <= n; i += LANES) store(to + i, load<f32>(to + i) + scale * load<f32>(v + i));
+    for (; i < n; i++) to[i] += scale * v[i];
 }
 
-// Lane i of the result is the sum of v[i]: halves are added, two vectors at a time, until one is left.
+// The sums of 16 vectors, that of v[i] in lane i. Halves of two vectors at a time are added until one vector is left.
 inline f32 sums_of(const f32 *v) {
     f32 a[8], b[4], c[2];
     for (int i = 0; i < 8; i++)
@@ -42,9 +42,9 @@ inline f32 sums_of(const f32 *v) {
     return __builtin_shufflevector(d, d, 0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15);
 }
 
-// What `group` query heads of one KV head make of keys [start, stop). `keys` and `values` point at the row's first key
-// of that head; keys are `stride` values apart. out: a head's greatest score, its sum of exponentials, and the
-// weighted sum of values, head_dim + 2 floats a head.
+// Attention of the `group` query heads of one KV head over keys [start, stop). `keys` and `values` point at the row's
+// first key and value of that head; successive ones are `stride` numbers apart. out: for each head its greatest score,
+// its sum of exponentials, and the weighted sum of values, head_dim + 2 floats.
 inline void attend_part(
     const float *q, int group, int head_dim, const uint8_t *keys, const uint8_t *values, int type, size_t stride,
     int start, int stop, float *out
@@ -75,14 +75,14 @@ inline void attend_part(
         }
     }
     for (int h = 0; h < group; h++) {
-        float *mine = scores.data() + h * PART, *result = out + h * (head_dim + 2);
-        float greatest = *std::max_element(mine, mine + n);
+        float *head_scores = scores.data() + h * PART, *result = out + h * (head_dim + 2);
+        float greatest = *std::max_element(head_scores, head_scores + n);
         f32 total{};
         for (int i = 0; i < padded; i += LANES) {
-            f32 share = exponential(load<f32>(mine + i) - greatest);
-            for (int lane = std::max(0, n - i); lane < LANES; lane++) share[lane] = 0;
-            store(mine + i, share);
-            total += share;
+            f32 weights = exponential(load<f32>(head_scores + i) - greatest);
+            for (int lane = std::max(0, n - i); lane < LANES; lane++) weights[lane] = 0;
+            store(head_scores + i, weights);
+            total += weights;
         }
         result[0] = greatest;
         result[1] = sum(total);
@@ -102,15 +102,15 @@ inline void attend_part(
     for (int h = 0; h < group; h++) std::copy_n(sums.data() + h * width, head_dim, out + h * (head_dim + 2) + 2);
 }
 
-// Joins the parts of one head, `stride` floats apart: y (head_dim).
-inline void join_parts(const float *parts, int n_parts, size_t stride, int head_dim, float *y) {
+// Merges the parts of one head, `stride` floats apart: y (head_dim).
+inline void merge_parts(const float *parts, int n_parts, size_t stride, int head_dim, float *y) {
     float greatest = -INFINITY, total = 0;
     for (int p = 0; p < n_parts; p++) greatest = std::max(greatest, parts[p * stride]);
     std::fill(y, y + head_dim, 0.0f);
     for (int p = 0; p < n_parts; p++) {
-        float share = exponential(all(parts[p * stride] - greatest))[0];
-        total += share * parts[p * stride + 1];
-        add_share(y, share, parts + p * stride + 2, head_dim);
+        float weight = exponential(all(parts[p * stride] - greatest))[0];
+        total += weight * parts[p * stride + 1];
+        add_scaled(y, weight, parts + p * stride + 2, head_dim);
     }
     for (int i = 0; i < head_dim; i++) y[i] /= total;
 }

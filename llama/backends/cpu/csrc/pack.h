@@ -1,10 +1,10 @@
-// Blocks as GGUF stores them, row by row, into the tiles of weights.h, and back into floats.
+// Packs blocks as GGUF stores them, row by row, into the tiles of weights.h, and unpacks tiles to floats.
 #pragma once
 #include <algorithm>
 
 #include "weights.h"
 
-// What blocks of one row look like in GGUF: bytes, and values, of each.
+// Bytes of a block in GGUF.
 inline int block_bytes(int type) {
     switch (type) {
         case Q8_0: return 34;
@@ -15,17 +15,17 @@ inline int block_bytes(int type) {
     }
 }
 
-// The scale and the least value of group g of a Q4_K block: 6 bits each of 12 bytes.
-inline void unpack_six_bits(const uint8_t *twelve, int g, uint8_t &scale, uint8_t &least) {
+// The scale and the minimum of group g of a Q4_K block, 6 bits each in `packed`, 12 bytes.
+inline void unpack_six_bits(const uint8_t *packed, int g, uint8_t &scale, uint8_t &minimum) {
     if (g < 4) {
-        scale = twelve[g] & 63, least = twelve[g + 4] & 63;
+        scale = packed[g] & 63, minimum = packed[g + 4] & 63;
     } else {
-        scale = (twelve[g + 4] & 15) | (twelve[g - 4] >> 6 << 4);
-        least = (twelve[g + 4] >> 4) | (twelve[g] >> 6 << 4);
+        scale = (packed[g + 4] & 15) | (packed[g - 4] >> 6 << 4);
+        minimum = (packed[g + 4] >> 4) | (packed[g] >> 6 << 4);
     }
 }
 
-// Codes of `bits` bits become row r of vectors of words.
+// Writes n codes of `bits` bits, code(i), to lane r of vectors of words.
 template <class Code> inline void pack_codes(int n, int bits, uint8_t *words, int r, Code code) {
     const int per_word = 32 / bits;
     for (int w = 0; w < n / per_word; w++) {
@@ -35,12 +35,12 @@ template <class Code> inline void pack_codes(int n, int bits, uint8_t *words, in
     }
 }
 
-// Block `from` becomes row r of a group of columns.
+// Writes block `from` to row r of a tile's group of columns.
 inline void pack_block(int type, const uint8_t *from, uint8_t *head, uint8_t *words, int r) {
     auto halves = [&](const uint8_t *source, int n) {
         for (int i = 0; i < n; i++) memcpy(head + i * 32 + r * 2, source + i * 2, 2);
     };
-    auto nibble = [](const uint8_t *codes) {  // the second half of 32 columns lies high
+    auto nibble = [](const uint8_t *codes) {  // the second 16 of 32 columns are in the upper bits
         return [codes](int c) { return codes[c % 16] >> c / 16 * 4 & 15; };
     };
     switch (type) {
@@ -59,7 +59,7 @@ inline void pack_block(int type, const uint8_t *from, uint8_t *head, uint8_t *wo
         case Q4_K:
             halves(from, 2);
             for (int g = 0; g < 8; g++) unpack_six_bits(from + 4, g, head[64 + g * 16 + r], head[192 + g * 16 + r]);
-            // Bytes hold 64 columns together, the second 32 high.
+            // 32 bytes hold 64 columns, the second 32 in the upper bits.
             pack_codes(256, 4, words, r, [&](int c) {
                 return from[16 + c / 64 * 32 + c % 32] >> c % 64 / 32 * 4 & 15;
             });
@@ -67,7 +67,7 @@ inline void pack_block(int type, const uint8_t *from, uint8_t *head, uint8_t *wo
         case Q6_K:
             halves(from + 208, 1);
             for (int i = 0; i < 16; i++) head[32 + i * 16 + r] = from[192 + i];
-            // Of 128 columns, a byte holds the low bits of column c and c + 64, and another the high bits of four.
+            // Of 128 columns, a byte holds the low bits of columns c and c + 64, and another the high bits of four.
             pack_codes(256, 4, words, r, [&](int c) {
                 return from[c / 128 * 64 + c % 64] >> c % 128 / 64 * 4 & 15;
             });
@@ -77,7 +77,7 @@ inline void pack_block(int type, const uint8_t *from, uint8_t *head, uint8_t *wo
     }
 }
 
-// Rows of blocks into tiles; rows that fill up the last tile stay zero.
+// Packs rows of blocks into tiles; rows that pad the last tile are zero.
 extern "C" void pack(int type, const uint8_t *blocks, int rows, int columns, uint8_t *tiles, int threads) {
     const Layout l = layout(type);
     const int n = columns / l.columns, n_tiles = (rows + TILE - 1) / TILE;
@@ -95,13 +95,15 @@ extern "C" void pack(int type, const uint8_t *blocks, int rows, int columns, uin
     }
 }
 
-// Values of columns [0, columns) of 16 packed rows: use(column, f32 of the rows).
-template <class Use> inline void unpacked_tile(int type, const uint8_t *tile, int columns, Use use) {
+// Dequantizes a tile: calls use(column, the column's values in the 16 rows) for each column.
+template <class Use> inline void unpack_tile(int type, const uint8_t *tile, int columns, Use use) {
     const Layout l = layout(type);
     const uint8_t *head = tile, *words = tile + heads_bytes(l, columns);
-    auto nibbles = [&](int group, int first, f32 scale, f32 least, float offset) {
-        for (int c = 0; c < 32; c++)
-            use(first + c, scale * four_bits(load<u32>(words + group * 256 + c / 8 * 64) >> c % 8 * 4, offset) + least);
+    auto nibbles = [&](int group, int first, f32 scale, f32 minimum, float offset) {
+        for (int c = 0; c < 32; c++) {
+            u32 codes = load<u32>(words + group * 256 + c / 8 * 64) >> c % 8 * 4;
+            use(first + c, scale * four_bits(codes, offset) + minimum);
+        }
     };
     for (int first = 0; first < columns; first += l.columns, head += l.head, words += l.words) {
         f32 scale = from_half(load<u16>(head));
@@ -117,20 +119,20 @@ template <class Use> inline void unpacked_tile(int type, const uint8_t *tile, in
             case Q4_K: {
                 f32 dmin = from_half(load<u16>(head + 32));
                 for (int g = 0; g < 8; g++) {
-                    f32 least = dmin * __builtin_convertvector(widened(load<u8>(head + 192 + g * 16)), f32);
-                    f32 mine = scale * __builtin_convertvector(widened(load<u8>(head + 64 + g * 16)), f32);
-                    nibbles(g, first + g * 32, mine, -least, 0);
+                    f32 minimum = dmin * __builtin_convertvector(widened(load<u8>(head + 192 + g * 16)), f32);
+                    f32 group_scale = scale * __builtin_convertvector(widened(load<u8>(head + 64 + g * 16)), f32);
+                    nibbles(g, first + g * 32, group_scale, -minimum, 0);
                 }
                 break;
             }
             default:
                 for (int g = 0; g < 16; g++) {
                     i32 code = widened(load<u8>(head + 32 + g * 16)) << 24 >> 24;
-                    f32 mine = scale * __builtin_convertvector(code, f32);
+                    f32 group_scale = scale * __builtin_convertvector(code, f32);
                     u32 high = load<u32>(words + 2048 + g * 64);
                     for (int c = 0; c < 16; c++) {
                         u32 low = load<u32>(words + (g * 2 + c / 8) * 64) >> c % 8 * 4;
-                        use(first + g * 16 + c, mine * (four_bits(low, 0) + two_bits(high >> c * 2, -32)));
+                        use(first + g * 16 + c, group_scale * (four_bits(low, 0) + two_bits(high >> c * 2, -32)));
                     }
                 }
         }

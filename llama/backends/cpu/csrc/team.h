@@ -1,4 +1,4 @@
-// Threads that work through one token together: OpenMP's, which torch's own operations use as well.
+// Threads that compute a token together: OpenMP's, which torch's own operations use as well.
 #pragma once
 #include <omp.h>
 #include <sched.h>
@@ -12,7 +12,8 @@ struct Team {
 
     explicit Team(int size) : size(size) {}
 
-    // Waits for all. Spinning is what makes it cheap; when a thread has lost its core, the others give theirs up.
+    // Waits until all threads are here. Spinning makes that cheap; where it takes long, as a thread has lost its core,
+    // the others yield theirs.
     void wait() {
         if (size == 1) return;
         int now = round.load(std::memory_order_acquire);
@@ -35,9 +36,9 @@ struct Team {
     static void yield() { sched_yield(); }
 };
 
-// Thread `rank`'s share of `total` pieces of work.
+// The share of a thread, of `size` threads, in `total` pieces of work.
 struct Share {
     int start, stop;
-    Share(int total, int rank, int size)
-        : start(int(int64_t(total) * rank / size)), stop(int(int64_t(total) * (rank + 1) / size)) {}
+    Share(int total, int thread, int size)
+        : start(int(int64_t(total) * thread / size)), stop(int(int64_t(total) * (thread + 1) / size)) {}
 };

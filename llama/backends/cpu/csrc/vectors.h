@@ -1,4 +1,4 @@
-// Vectors of 16 lanes in the compiler's own extension (GCC and Clang): AVX-512, AVX2 and NEON from one text.
+// Vectors of 16 lanes in the compiler's own extension (GCC and Clang): one source for AVX-512, AVX2 and NEON.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,7 +11,7 @@ typedef uint32_t u32 __attribute__((vector_size(64)));
 typedef uint8_t u8 __attribute__((vector_size(16)));
 typedef uint16_t u16 __attribute__((vector_size(32)));
 
-// What a pointer into a mapped file points at has no alignment.
+// Loads at any alignment, as pointers into mapped files have none.
 template <class V> inline V load(const void *from) {
     V v;
     memcpy(&v, from, sizeof v);
@@ -22,10 +22,11 @@ inline void store(float *to, f32 v) { memcpy(to, &v, sizeof v); }
 
 inline f32 all(float x) { return x - f32{}; }  // x in every lane
 
-// In steps: GCC 12 takes a direct conversion from bytes apart into single lanes.
+// In two conversions: GCC 12 splits a direct one from bytes into single lanes.
 inline i32 widened(u8 v) { return __builtin_convertvector(__builtin_convertvector(v, u16), i32); }
 
-// Of every lane, the low four bits plus `offset`, or the low two times 16 plus `offset`. AVX-512 looks them up at once.
+// four_bits: the low four bits of every lane plus `offset`; two_bits: the low two bits times 16 plus `offset`. AVX-512
+// does either with one lookup.
 #if defined(__AVX512F__) && !defined(__clang__)
 constexpr f32 FOURS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr f32 TWOS = {0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48};
@@ -38,13 +39,13 @@ inline f32 two_bits(u32 v, float offset) { return __builtin_convertvector((i32)(
 
 inline f32 from_bf16(u16 v) { return (f32)(__builtin_convertvector(v, u32) << 16); }
 
-// Halves. Subnormal ones go through integers: processors are slow where a float is subnormal.
+// From fp16. Subnormal numbers go through integers, as processors are slow with subnormal floats.
 inline f32 from_half(u16 v) {
     u32 bits = __builtin_convertvector(v, u32);
     u32 magnitude = bits & 0x7fff;
     f32 subnormal = __builtin_convertvector((i32)magnitude, f32) * 0x1p-24f;
     u32 normal = (magnitude << 13) + (112 << 23);
-    u32 special = normal + (112 << 23);  // infinite, or NaN
+    u32 special = normal + (112 << 23);  // infinite or NaN
     u32 moved = magnitude < 0x400 ? (u32)subnormal : magnitude < 0x7c00 ? normal : special;
     return (f32)(moved | (bits & 0x8000) << 16);
 }
@@ -61,7 +62,7 @@ inline float from_half(uint16_t v) {
     return from_half(all_lanes)[0];
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -82,7 +83,7 @@ inline uint16_t to_half(float x) {
     bits &= 0x7fffffff;
     if (bits > 0x7f800000) return sign | 0x7e00;
     if (bits >= 0x477ff000) return sign | 0x7c00;
-    if (bits < 0x38800000) {  // subnormal: let fp32's own rounding do it
+    if (bits < 0x38800000) {  // subnormal: rounded by an addition in fp32
         float magnitude;
         memcpy(&magnitude, &bits, 4);
         magnitude += 0.5f;
@@ -92,7 +93,7 @@ inline uint16_t to_half(float x) {
     return sign | uint16_t((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
-// The sum of the lanes, always in the same order.
+// The sum of the lanes, always in the same order: see D30.
 inline float sum(f32 v) {
     typedef float f8 __attribute__((vector_size(32)));
     typedef float f4 __attribute__((vector_size(16)));
@@ -105,7 +106,7 @@ inline float sum(f32 v) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// e^x to about 2 units in the last place; below -87 it is as good as 0.
+// e^x to about 2 units in the last place; x is clamped to [-87, 88], which fp32 can express.
 inline f32 exponential(f32 x) {
     x = x < -87.0f ? all(-87.0f) : x;
     x = x > 88.0f ? all(88.0f) : x;

@@ -1,16 +1,16 @@
-// Products of a few tokens with a weight, 16 of its rows at a time.
+// Products of a few tokens with a weight, 16 of its rows (a tile) at a time.
 //
-// Floats lie as they are stored, row by row. Blocks are packed, 16 rows (a tile) together: first the heads of all its
-// groups of columns, then their codes as vectors of 16 words, a row's in its lane, so that nothing is summed over
-// lanes. A word holds columns that follow one another, the first in its low bits: 4 codes of 8 bits, 8 of 4 bits, or
-// 16 of 2 bits.
+// Floats are used as they are stored, row by row. Quantized blocks are packed tile by tile (see D31): first the heads
+// of all groups of columns, then their codes as vectors of 16 words, with one row in each lane, so that nothing is
+// summed over lanes. A word has the codes of adjacent columns, the first in its low bits: 4 codes of 8 bits, 8 of 4
+// bits, or 16 of 2 bits.
 //         columns  head                                                              words
 //   Q8_0       32  half scale[16]                                                    [8]
 //   Q4_0       32  half scale[16]                                                    [4]
-//   Q4_1       32  half scale[16], least[16]                                         [4]
-//   Q4_K      256  half d[16], dmin[16], uint8 scale[8][16], least[8][16]            [32]
+//   Q4_1       32  half scale[16], minimum[16]                                       [4]
+//   Q4_K      256  half d[16], dmin[16], uint8 scale[8][16], minimum[8][16]          [32]
 //   Q6_K      256  half d[16], int8 scale[16][16]                                    [32] low 4 bits, [16] high 2
-// The order of additions for a token does not depend on how many tokens there are: see D30.
+// The order of additions for a token does not depend on the number of tokens: see D30.
 #pragma once
 #include "vectors.h"
 
@@ -24,11 +24,11 @@ struct Weight {
 };
 
 constexpr int TILE = LANES;  // rows
-// Reading runs ahead of computing: processors by themselves stop at the end of a page. Bytes of packed codes, and of
-// floats the rows after the next ones.
+// Prefetch distance in bytes of packed codes, as processors' own prefetching stops at the end of a page. Of floats, the
+// rows after the next ones are prefetched.
 constexpr int AHEAD = 2048;
 
-// n values of a type of floats, from the one numbered `first` on.
+// Converts n floats of a type, from index `first` on, to fp32.
 inline void read_floats(const void *from, int type, size_t first, int n, float *to) {
     int i = 0;
     for (; i + LANES <= n; i += LANES) switch (type) {
@@ -43,6 +43,7 @@ inline void read_floats(const void *from, int type, size_t first, int n, float *
         }
 }
 
+// Converts n fp32 values to floats of a type, from index `first` on.
 inline void write_floats(void *to, int type, size_t first, int n, const float *from) {
     int i = 0;
     if (type == BF16)
@@ -59,8 +60,9 @@ inline void write_floats(void *to, int type, size_t first, int n, const float *f
 
 inline int value_bytes(int type) { return type == F32 ? 4 : 2; }
 
+// Of a group of columns: their number, and the bytes of its head and of its words in a tile.
 struct Layout {
-    int columns, head, words;  // of a group of columns: how many, and bytes of 16 rows
+    int columns, head, words;
 };
 
 constexpr Layout layout(int type) {
@@ -73,7 +75,7 @@ constexpr Layout layout(int type) {
     }
 }
 
-// Bytes of the heads of a tile: words are aligned to cache lines.
+// Bytes of the heads of a tile, padded so that words are aligned to cache lines.
 inline int heads_bytes(const Layout &l, int columns) { return (columns / l.columns * l.head + 63) / 64 * 64; }
 
 inline int tile_bytes(int type, int columns) {
@@ -82,7 +84,7 @@ inline int tile_bytes(int type, int columns) {
     return heads_bytes(l, columns) + columns / l.columns * l.words;
 }
 
-// What is multiplied: values (n, columns), and their sums over every 16 columns, (n, columns / 16).
+// Activations of n tokens: values (n, columns), and their sums over every 16 columns, (n, columns / 16).
 struct Input {
     const float *values, *sums;
     int columns;
@@ -90,11 +92,12 @@ struct Input {
     const float *sum_row(int token) const { return sums + size_t(token) * (columns / 16); }
 };
 
+// Sums over every 16 of n values.
 inline void sum_sixteens(const float *x, size_t n, float *sums) {
     for (size_t i = 0; i < n / 16; i++) sums[i] = sum(load<f32>(x + i * 16));
 }
 
-// Rows of N tokens from a column on.
+// The activations of N tokens from a column on.
 template <int N> struct Columns {
     const float *rows[N], *sums[N];
     Columns(const Input &x, int token, int column) {
@@ -102,7 +105,7 @@ template <int N> struct Columns {
     }
 };
 
-// Codes of columns [first, first + 16) or more times N tokens. Even and odd columns are chains of their own.
+// Sums of codes times the activations of N tokens. Even and odd columns are summed apart, so that additions overlap.
 template <int N> struct Products {
     f32 even[N] = {}, odd[N] = {};
 
@@ -112,6 +115,7 @@ template <int N> struct Products {
     f32 total(int t) const { return even[t] + odd[t]; }
 };
 
+// The products of 32 columns of 4-bit codes, from column `first` on.
 template <int N> inline Products<N> nibbles(const uint8_t *words, float offset, const Columns<N> &x, int first) {
     Products<N> p;
 #pragma GCC unroll 4
@@ -123,6 +127,7 @@ template <int N> inline Products<N> nibbles(const uint8_t *words, float offset, 
     return p;
 }
 
+// Each of these structs adds the products of one group of columns to y, a vector of 16 rows for each token.
 struct Q8 {
     static constexpr Type TYPE = Q8_0;
     template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
@@ -151,10 +156,10 @@ struct Q41 {
     static constexpr Type TYPE = Q4_1;
     template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
         Products<N> p = nibbles<N>(words, 0, x, 0);
-        f32 scale = from_half(load<u16>(head)), least = from_half(load<u16>(head + 32));
+        f32 scale = from_half(load<u16>(head)), minimum = from_half(load<u16>(head + 32));
         for (int t = 0; t < N; t++) {
             y[t] += scale * p.total(t);
-            y[t] += least * (x.sums[t][0] + x.sums[t][1]);
+            y[t] += minimum * (x.sums[t][0] + x.sums[t][1]);
         }
     }
 };
@@ -166,10 +171,10 @@ struct Q4K {
         for (int g = 0; g < 8; g++) {
             Products<N> p = nibbles<N>(words + g * 256, 0, x, g * 32);
             f32 scale = d * __builtin_convertvector(widened(load<u8>(head + 64 + g * 16)), f32);
-            f32 least = dmin * __builtin_convertvector(widened(load<u8>(head + 192 + g * 16)), f32);
+            f32 minimum = dmin * __builtin_convertvector(widened(load<u8>(head + 192 + g * 16)), f32);
             for (int t = 0; t < N; t++) {
                 y[t] += scale * p.total(t);
-                y[t] -= least * (x.sums[t][g * 2] + x.sums[t][g * 2 + 1]);
+                y[t] -= minimum * (x.sums[t][g * 2] + x.sums[t][g * 2 + 1]);
             }
         }
     }
@@ -195,7 +200,7 @@ struct Q6K {
     }
 };
 
-// One tile of packed rows times N tokens from `token` on: y[t * TILE + row].
+// Multiplies a tile of packed rows by N tokens from `token` on: y[t * TILE + row].
 template <class Q, int N>
 inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y) {
     f32 sums[N] = {};
@@ -208,6 +213,7 @@ inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y
     for (int t = 0; t < N; t++) store(y + t * TILE, sums[t]);
 }
 
+// Loads 16 floats, or converts one, of any type to fp32.
 inline f32 floats(const float *from) { return load<f32>(from); }
 inline float one(float from) { return from; }
 struct Bf16 {
@@ -221,7 +227,7 @@ struct Half {
 inline f32 floats(const Half *from) { return from_half(load<u16>(from)); }
 inline float one(Half from) { return from_half(from.bits); }
 
-// R rows of floats times N tokens.
+// Multiplies R rows of floats by N tokens from `token` on: y[t * TILE + row].
 template <class T, int R, int N>
 inline void float_rows(const T *weight, const Input &x, int token, float *y) {
     f32 sums[R][N] = {};
@@ -243,6 +249,7 @@ inline void float_rows(const T *weight, const Input &x, int token, float *y) {
         }
 }
 
+// Multiplies up to 16 rows of floats by N tokens.
 template <class T, int N>
 inline void float_tile(const T *weight, int rows, const Input &x, int token, float *y) {
     constexpr int R = N == 8 ? 2 : 4;
@@ -251,7 +258,8 @@ inline void float_tile(const T *weight, int rows, const Input &x, int token, flo
     for (; r < rows; r++) float_rows<T, 1, N>(weight + size_t(r) * x.columns, x, token, y + r);
 }
 
-template <int N> inline void tile_times(const Weight &w, int tile, const Input &x, int token, float *y) {
+// Multiplies a tile of any type by N tokens from `token` on.
+template <int N> inline void gemv_tile_tokens(const Weight &w, int tile, const Input &x, int token, float *y) {
     const uint8_t *data = w.data + size_t(tile) * tile_bytes(w.type, w.columns);
     int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
     switch (w.type) {
@@ -266,13 +274,13 @@ template <int N> inline void tile_times(const Weight &w, int tile, const Input &
     }
 }
 
-// A tile of rows times n tokens, bias included: y[t * TILE + row] for the tile's rows.
-inline void multiply(const Weight &w, int tile, const Input &x, int n, float *y) {
+// Multiplies a tile of rows by n tokens and adds the bias: y[t * TILE + row].
+inline void gemv_tile(const Weight &w, int tile, const Input &x, int n, float *y) {
     int t = 0;
-    for (; t + 8 <= n; t += 8) tile_times<8>(w, tile, x, t, y + t * TILE);
-    if (t + 4 <= n) tile_times<4>(w, tile, x, t, y + t * TILE), t += 4;
-    if (t + 2 <= n) tile_times<2>(w, tile, x, t, y + t * TILE), t += 2;
-    if (t < n) tile_times<1>(w, tile, x, t, y + t * TILE);
+    for (; t + 8 <= n; t += 8) gemv_tile_tokens<8>(w, tile, x, t, y + t * TILE);
+    if (t + 4 <= n) gemv_tile_tokens<4>(w, tile, x, t, y + t * TILE), t += 4;
+    if (t + 2 <= n) gemv_tile_tokens<2>(w, tile, x, t, y + t * TILE), t += 2;
+    if (t < n) gemv_tile_tokens<1>(w, tile, x, t, y + t * TILE);
     if (w.bias)
         for (t = 0; t < n; t++)
             for (int r = 0; r < TILE && tile * TILE + r < w.rows; r++) y[t * TILE + r] += w.bias[tile * TILE + r];

@@ -1,0 +1,176 @@
+// Transformer layers for a few tokens in one call: norms, products, rotation, cache, attention and feed-forward.
+#pragma once
+#include "attention.h"
+#include "team.h"
+
+constexpr int MAX_GEMV_TOKENS = 16;  // as in ops.py
+
+struct Layer {
+    Weight wq, wk, wv, wo, w1, w2, w3;
+    const float *attention_norm, *ffn_norm;
+};
+
+struct LayersInput {
+    int32_t n_tokens, seqlen;  // n_tokens / seqlen rows of the cache, seqlen tokens each
+    int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, cache_type;
+    int64_t window;  // number of keys that a query sees
+    const int64_t *positions;  // (n_tokens)
+    const float *rotation;  // (n_tokens, head_dim / 2) complex numbers
+    uint8_t *keys, *values;  // of layer 0, row 0
+    int64_t layer_stride, row_stride;  // in values of the cache
+    float *x;  // (n_tokens, dim): the residual
+    float *out;  // x itself, which results are added to, or where this rank's part of a half's result is written
+    float eps;
+    int32_t threads;
+};
+
+// The index in the cache at which token t's keys and values begin, in numbers.
+inline size_t slot(const LayersInput &in, int layer, int t) {
+    return size_t(layer) * in.layer_stride + size_t(t / in.seqlen) * in.row_stride +
+           size_t(in.positions[t]) * in.n_kv_heads * in.head_dim;
+}
+
+// Multiplies an adjacent pair, as a complex number, by the complex number of its rotation.
+inline void rotate_pair(const float *rotation, float *pair) {
+    float real = pair[0] * rotation[0] - pair[1] * rotation[1];
+    float imaginary = pair[0] * rotation[1] + pair[1] * rotation[0];
+    pair[0] = real, pair[1] = imaginary;
+}
+
+inline void rms_norm(const float *x, const float *weight, int dim, float eps, float *y) {
+    float scale = 1.0f / std::sqrt(dot(x, x, dim) / float(dim) + eps);
+    int i = 0;
+    for (; i + LANES <= dim; i += LANES) store(y + i, load<f32>(x + i) * scale * load<f32>(weight + i));
+    for (; i < dim; i++) y[i] = x[i] * scale * weight[i];
+}
+
+inline f32 silu(f32 x) { return x / (1.0f + exponential(-x)); }
+
+enum Halves { ATTENTION = 1, FEED_FORWARD = 2 };
+
+// Grows a buffer to at least n floats.
+static float *buffer(std::vector<float> &storage, size_t n) {
+    if (storage.size() < n) storage.resize(n);
+    return storage.data();
+}
+
+// A thread's own memory for the activations that it multiplies, and for their sums.
+struct Activations {
+    std::vector<float> values, sums;
+
+    Input with_sums(const float *from, int n, int columns) {
+        float *to = buffer(sums, size_t(n) * (columns / 16) + 1);
+        for (int t = 0; t < n; t++) sum_sixteens(from + size_t(t) * columns, columns, to + size_t(t) * (columns / 16));
+        return {from, to, columns};
+    }
+
+    Input normalised(const float *x, const float *weight, int n, int dim, float eps) {
+        float *to = buffer(values, size_t(n) * dim);
+        for (int t = 0; t < n; t++) rms_norm(x + size_t(t) * dim, weight, dim, eps, to + size_t(t) * dim);
+        return with_sums(to, n, dim);
+    }
+};
+
+// One thread's share of a call.
+struct Worker {
+    const LayersInput &in;
+    Team &team;
+    int thread;
+    float *q, *parts, *hidden;  // shared by the threads
+    int max_parts;  // of the token with the most keys
+    Activations &own;
+
+    int first_key(int t) const { return int(std::max<int64_t>(0, in.positions[t] - in.window + 1)); }
+
+    // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
+    template <class Use> void tiles(const Weight &w, const Input &x, Use use) {
+        float y[MAX_GEMV_TOKENS * TILE];
+        Share share((w.rows + TILE - 1) / TILE, thread, team.size);
+        for (int tile = share.start; tile < share.stop; tile++) {
+            gemv_tile(w, tile, x, in.n_tokens, y);
+            use(tile * TILE, std::min(TILE, w.rows - tile * TILE), y);
+        }
+    }
+
+    void attention(const Layer &w, int layer) {
+        const int n = in.n_tokens, q_dim = in.n_heads * in.head_dim, group = in.n_heads / in.n_kv_heads;
+        Input x = own.normalised(in.x, w.attention_norm, n, in.dim, in.eps);
+        auto rotate = [&](int t, int row, int rows, float *y) {
+            const float *rotation = in.rotation + size_t(t) * in.head_dim;
+            for (int r = 0; r < rows; r += 2) rotate_pair(rotation + (row + r) % in.head_dim, y + r);
+        };
+        tiles(w.wq, x, [&](int row, int rows, float *y) {
+            for (int t = 0; t < n; t++) {
+                rotate(t, row, rows, y + t * TILE);
+                memcpy(q + size_t(t) * q_dim + row, y + t * TILE, rows * 4);
+            }
+        });
+        tiles(w.wk, x, [&](int row, int rows, float *y) {
+            for (int t = 0; t < n; t++) {
+                rotate(t, row, rows, y + t * TILE);
+                write_floats(in.keys, in.cache_type, slot(in, layer, t) + row, rows, y + t * TILE);
+            }
+        });
+        tiles(w.wv, x, [&](int row, int rows, float *y) {
+            for (int t = 0; t < n; t++)
+                write_floats(in.values, in.cache_type, slot(in, layer, t) + row, rows, y + t * TILE);
+        });
+        team.wait();
+
+        const int width = in.head_dim + 2, size = value_bytes(in.cache_type);
+        Share share(n * in.n_kv_heads * max_parts, thread, team.size);
+        for (int unit = share.start; unit < share.stop; unit++) {
+            int part = unit % max_parts, head = unit / max_parts % in.n_kv_heads;
+            int t = unit / (in.n_kv_heads * max_parts);
+            int first = first_key(t), last = int(in.positions[t]) + 1;
+            int start = std::max(first, (first / PART + part) * PART);
+            int stop = std::min(last, (first / PART + part + 1) * PART);
+            if (start >= stop) continue;
+            size_t row = size_t(layer) * in.layer_stride + size_t(t / in.seqlen) * in.row_stride;
+            size_t at = (row + head * in.head_dim) * size;
+            attend_part(
+                q + size_t(t) * q_dim + size_t(head) * group * in.head_dim, group, in.head_dim, in.keys + at,
+                in.values + at, in.cache_type, size_t(in.n_kv_heads) * in.head_dim, start, stop,
+                parts + ((size_t(part) * n + t) * in.n_heads + size_t(head) * group) * width
+            );
+        }
+        team.wait();
+
+        float *y = buffer(own.values, size_t(n) * q_dim);
+        for (int t = 0; t < n; t++) {
+            int n_parts = int(in.positions[t]) / PART - first_key(t) / PART + 1;
+            for (int h = 0; h < in.n_heads; h++)
+                merge_parts(
+                    parts + (size_t(t) * in.n_heads + h) * width, n_parts, size_t(n) * in.n_heads * width, in.head_dim,
+                    y + size_t(t) * q_dim + h * in.head_dim
+                );
+        }
+        add(w.wo, own.with_sums(y, n, q_dim));
+    }
+
+    void feed_forward(const Layer &w) {
+        const int n = in.n_tokens;
+        Input x = own.normalised(in.x, w.ffn_norm, n, in.dim, in.eps);
+        float up[MAX_GEMV_TOKENS * TILE];
+        tiles(w.w1, x, [&](int row, int rows, float *y) {
+            gemv_tile(w.w3, row / TILE, x, n, up);
+            for (int t = 0; t < n; t++) {
+                f32 gated = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
+                memcpy(hidden + size_t(t) * in.hidden_dim + row, &gated, rows * 4);
+            }
+        });
+        team.wait();
+        add(w.w2, own.with_sums(hidden, n, in.hidden_dim));
+    }
+
+    // Multiplies x, and adds the products to the residual, or writes them to this rank's part.
+    void add(const Weight &w, const Input &x) {
+        tiles(w, x, [&](int row, int rows, float *y) {
+            for (int t = 0; t < in.n_tokens; t++) {
+                float *to = in.out + size_t(t) * in.dim + row;
+                for (int r = 0; r < rows; r++) to[r] = (in.out == in.x ? to[r] : 0.0f) + y[t * TILE + r];
+            }
+        });
+        team.wait();
+    }
+};
