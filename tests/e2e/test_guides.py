@@ -7,6 +7,7 @@ the same name, and jobs of more ranks than a small machine carries are run on tw
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.config import ModelArgs
 from llama.testing.model_presets import PRESETS, Preset
 from llama.testing.random_checkpoint import RandomCheckpoint
-from tests.e2e.processes import ROOT, Finished, run
+from tests.e2e.processes import LLAMA, ROOT, Finished, python, run
 
 pytestmark = pytest.mark.slow
 
@@ -86,11 +87,13 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def shell(script: str, checkout: Path) -> Finished:
-    """Run a script as a reader does who has activated the environment; without a terminal, and with nothing to type."""
-    path = f"{checkout / '.venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin"
-    env = {"PATH": path, "PYTHONPATH": str(ROOT)}
-    return run(["bash", "-euo", "pipefail", "-c", script], cwd=checkout, env=env)
+def perform(command: str, checkout: Path) -> Finished:
+    """Do what a reader types who has activated the environment; without a terminal, and with nothing to type."""
+    words = [] if set(command) & set("|<>$&;") else shlex.split(command)
+    if words and words[0] in ("llama", "python"):  # needs no shell
+        return python(*(LLAMA if words[0] == "llama" else ()), *words[1:], cwd=checkout)
+    env = {"PATH": f"{checkout / '.venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    return run(["bash", "-euo", "pipefail", "-c", command], cwd=checkout, env=env)
 
 
 def fitted(script: str) -> str:
@@ -99,7 +102,7 @@ def fitted(script: str) -> str:
     def fewer(found: re.Match[str]) -> str:
         return found[0] if int(found[1]) <= MOST_RANKS else "--nproc_per_node 2"
 
-    script = re.sub(r"--nproc_per_node (\d+)", fewer, script.replace("\\\n", " "))
+    script = re.sub(r"--nproc_per_node (\d+)", fewer, script)
     if "--nnodes 2" not in script:
         return script
     script = re.sub(r"--nproc_per_node \d+", "--nproc_per_node 1", script)
@@ -112,6 +115,11 @@ def sessions(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
 
 
+def lines(text: str) -> list[str]:
+    """The commands of a block, one a line unless the line ends in a backslash; no comments."""
+    return [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+
+
 def stripped(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
@@ -121,14 +129,14 @@ def test_what_a_document_shows_runs(document: Path, checkout: Path) -> None:
     """The README once named scripts that were gone. All Python of a document is one program."""
     commands: list[tuple[str, str]] = []
     for language, text in runnable(document, "bash", "console"):
-        commands += sessions(text) if language == "console" else [(text, "")]
+        commands += sessions(text) if language == "console" else [(line, "") for line in lines(text)]
     blocks = [text for _, text in runnable(document, "python")]
     if blocks:
         (checkout / "program.py").write_text("\n".join(blocks), encoding="utf-8")
         commands.append(("python program.py", ""))
     assert commands, "nothing was found to run"
     for command, shown in commands:
-        done = shell(fitted(command), checkout)
+        done = perform(fitted(command), checkout)
         assert done.returncode == 0, f"{command}\n{done.all_stderr}"
         if shown:
             assert stripped(done.stdout) == stripped(shown), command

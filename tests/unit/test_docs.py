@@ -19,7 +19,6 @@ from tests.scripts import script
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
-DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 # What describes the tree as it is; CHANGELOG.md also names what is gone.
@@ -115,9 +114,7 @@ def test_what_is_to_be_changed_lies_where_the_table_says() -> None:
 
 
 @pytest.mark.skipif(library() is None, reason="the way described is that of the CPU kernels, which are not here")
-def test_a_token_passes_the_files_that_the_architecture_says() -> None:
-    if not DEMO_MODEL.exists():
-        pytest.skip("no demo model here: scripts/test gets it")
+def test_a_token_passes_the_files_that_the_architecture_says(demo_model: Path) -> None:
     _, _, life = ARCHITECTURE.read_text(encoding="utf-8").partition("## The life of a token\n")
     described = re.findall(r"^\d+\. `llama/([^`]+)`", life.partition("\n## ")[0], re.MULTILINE)
     package = ROOT / "llama"
@@ -128,7 +125,7 @@ def test_a_token_passes_the_files_that_the_architecture_says() -> None:
         if event == "call" and path.is_relative_to(package):
             passed.setdefault(path.relative_to(package).as_posix())
 
-    llm = Llama.build(DEMO_MODEL, device="cpu")
+    llm = Llama.build(demo_model, device="cpu")
     events = llm.stream(llm.encode_prompts(["The capital of France is"]), max_gen_len=8, temperature=0)
     for _ in range(4):
         next(events)
@@ -137,5 +134,4 @@ def test_a_token_passes_the_files_that_the_architecture_says() -> None:
         next(events)
     finally:
         sys.setprofile(None)
-    # The vocabulary's own file depends on the model.
-    assert [name for name in passed if not name.endswith("_vocab.py")] == described
+    assert list(passed) == described
