@@ -23,7 +23,7 @@ def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     if not can_infill(tokenizer):
         raise ValueError(f"infilling needs the tokens {PREFIX}, {SUFFIX} and {MIDDLE}, which this tokenizer lacks")
     pre, suf, mid = (tokenizer.special_tokens[token] for token in (PREFIX, SUFFIX, MIDDLE))
-    # The suffix continues a text: it gets no space before its first word.
+    # The suffix continues a text, so it gets no space before its first word.
     before = tokenizer.encode(prefix, bos=False, eos=False)
     after = tokenizer.encode(suffix, bos=False, eos=False, add_prefix_space=False)
     if suffix_first:
