@@ -165,7 +165,7 @@ CHAT_FORMATS: dict[str, Callable[[Tokenizer], ChatFormat]] = {
     "codellama70b": CodeLlama70BChat,
 }
 # The control tokens of each built-in format, by which it is recognised; Llama 2's tags are plain text.
-CONTROL_TOKENS = {
+FORMAT_TOKENS = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "codellama70b": ("<step>",),
@@ -181,12 +181,12 @@ def choose_chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFor
         name = "template"
     if name is None:
         special = tokenizer.special_tokens
-        name = next((name for name, tokens in CONTROL_TOKENS.items() if all(each in special for each in tokens)), None)
+        name = next((name for name, tokens in FORMAT_TOKENS.items() if all(each in special for each in tokens)), None)
     if name is None:
         return GuessedChat(tokenizer)
     if name not in CHAT_FORMATS:
         raise ValueError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}, got {name!r}")
-    missing = [token for token in CONTROL_TOKENS.get(name, ()) if token not in tokenizer.special_tokens]
+    missing = [token for token in FORMAT_TOKENS.get(name, ()) if token not in tokenizer.special_tokens]
     if missing:
         raise ValueError(f"chat_format {name} needs the tokens {', '.join(missing)}, which this tokenizer lacks")
     return CHAT_FORMATS[name](tokenizer)

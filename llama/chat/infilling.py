@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llama.tokenizer import Tokenizer
 
-PREFIX, SUFFIX, MIDDLE = "▁<PRE>", "▁<SUF>", "▁<MID>"
+PREFIX_TOKEN, SUFFIX_TOKEN, MIDDLE_TOKEN = "▁<PRE>", "▁<SUF>", "▁<MID>"
 
 # Marks the gap in a prompt on the command line.
 FILL_MARK = "<FILL>"
@@ -12,7 +12,7 @@ FILL_MARK = "<FILL>"
 
 def can_infill(tokenizer: Tokenizer) -> bool:
     """Tell whether the tokenizer has the control tokens of infilling."""
-    return all(token in tokenizer.special_tokens for token in (PREFIX, SUFFIX, MIDDLE))
+    return all(token in tokenizer.special_tokens for token in (PREFIX_TOKEN, SUFFIX_TOKEN, MIDDLE_TOKEN))
 
 
 def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
@@ -21,8 +21,10 @@ def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     suffix_first puts the suffix before the prefix: <PRE> <SUF> suffix <MID> prefix.
     """
     if not can_infill(tokenizer):
-        raise ValueError(f"infilling needs the tokens {PREFIX}, {SUFFIX} and {MIDDLE}, which this tokenizer lacks")
-    pre, suf, mid = (tokenizer.special_tokens[token] for token in (PREFIX, SUFFIX, MIDDLE))
+        raise ValueError(
+            f"infilling needs the tokens {PREFIX_TOKEN}, {SUFFIX_TOKEN} and {MIDDLE_TOKEN}, which this tokenizer lacks"
+        )
+    pre, suf, mid = (tokenizer.special_tokens[token] for token in (PREFIX_TOKEN, SUFFIX_TOKEN, MIDDLE_TOKEN))
     # The suffix continues a text: it gets no space before its first word.
     before = tokenizer.encode(prefix, bos=False, eos=False)
     after = tokenizer.encode(suffix, bos=False, eos=False, add_prefix_space=False)

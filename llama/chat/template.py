@@ -47,9 +47,9 @@ class TemplateChat:
     Rendering runs no code of the template outside jinja's sandbox, opens no files, and takes at most SECONDS and, on
     Linux, 512 MiB of a process of its own (see D14). A template can still write any prompt it likes.
 
-    Text between control tokens is encoded in one piece; whether SentencePiece's prefix space begins each piece or
-    only the prompt, the tokenizer knows (`prefix_space_after_special`). An added token's lstrip and rstrip are not
-    known here.
+    Text between control tokens is encoded in one piece. SentencePiece's prefix space is put before each piece, or only
+    before the prompt, as the tokenizer's `prefix_space_after_special` says. The lstrip and rstrip of added tokens are
+    ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

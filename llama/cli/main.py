@@ -52,7 +52,7 @@ def dispatch(argv: Sequence[str]) -> None:
     first = argv[0] if argv else "--help"
     if first in ("--help", "-h", "--version"):
         if is_first_rank():
-            print(f"llama {__version__}" if first == "--version" else page())
+            print(f"llama {__version__}" if first == "--version" else overview())
         return
     if first.startswith("-"):
         raise ValueError(f"a command comes before its flags, as in llama complete {first}: see llama --help")
@@ -75,7 +75,7 @@ def subcommand(name: str, argv: Sequence[str]) -> Callable[[], None]:
     return run_it
 
 
-def page() -> str:
+def overview() -> str:
     """The help of `llama` itself."""
     parts = [
         "usage: llama COMMAND [--flag value]...",

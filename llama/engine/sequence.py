@@ -38,8 +38,7 @@ def make_sequences(
 ) -> list[Sequence]:
     """Make a sequence of each prompt; random numbers follow from the seed and the prompt's index plus `first`.
 
-    add_prefix_space: the new tokens begin a text, so that the space before its first word is no part of it; see
-    `StreamDecoder`.
+    add_prefix_space: the new tokens are a text of their own, whose prefix space is stripped; see `StreamDecoder`.
     """
     sequences = []
     for index, prompt in enumerate(prompts):

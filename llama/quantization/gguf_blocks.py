@@ -36,7 +36,7 @@ F8_E4M3 = BlockType("F8_E4M3", 1, 1)
 
 Q5_0_SIZE = 22
 # Values quantized at once: their temporaries take some 32 MB, and torch's threads rarely wait for each other.
-QUANTIZED_AT_ONCE = 1 << 20
+MAX_QUANTIZED_VALUES = 1 << 20
 # Where the search for a Q4_1 group's scale begins (see D23), as fractions of the range of its values.
 RANGES = (1.0, 0.9)
 REFITS = 4
@@ -73,7 +73,7 @@ def quantize(values: Tensor, block_type: BlockType) -> Tensor:
         )
     groups = values.reshape(-1, block_type.elements)
     blocks = torch.empty(len(groups), block_type.size, dtype=torch.uint8, device=values.device)
-    chunk_len = QUANTIZED_AT_ONCE // block_type.elements
+    chunk_len = MAX_QUANTIZED_VALUES // block_type.elements
     for first in range(0, len(groups), chunk_len):
         chunk = groups[first : first + chunk_len].float()
         blocks[first : first + chunk_len], finite = _ENCODERS[block_type.name](chunk)

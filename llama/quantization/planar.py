@@ -22,7 +22,7 @@ MAX_UNROUNDED_TOKENS = 64
 # Values that are dequantized at once: 128 MB in 16 bits.
 MAX_DEQUANTIZED_VALUES = 1 << 26
 # Values that are taken apart, or rounded to 8 bits, at once: each needs a few bytes of temporary memory.
-QUANTIZED_AT_ONCE = 1 << 24
+MAX_CONVERTED_VALUES = 1 << 24
 
 GROUP = 32  # values whose codes are stored together: a lower and an upper half of 16 each
 
@@ -52,7 +52,7 @@ class PlanarWeight(QuantizedWeight):
         n_blocks, rest = divmod(n_bytes, block_type.size)
         assert not rest and n_rows, (blocks.shape, block_type)
         planes: dict[str, Tensor | None] = {}
-        step = max(1, QUANTIZED_AT_ONCE // (n_blocks * block_type.elements))
+        step = max(1, MAX_CONVERTED_VALUES // (n_blocks * block_type.elements))
         for first in range(0, n_rows, step):
             part = blocks[first : first + step].unflatten(1, (n_blocks, block_type.size))
             for name, plane in _take_apart(part, block_type).items():
@@ -195,7 +195,7 @@ def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.finfo(torch.float8_e4m3fn).max
     codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
     scales = torch.empty(len(values), 1, device=values.device)
-    step = max(1, QUANTIZED_AT_ONCE // values.shape[1])
+    step = max(1, MAX_CONVERTED_VALUES // values.shape[1])
     for first in range(0, len(values), step):
         part = values[first : first + step].float()
         # At least the smallest normal number, so that rows of zeros stay zeros.

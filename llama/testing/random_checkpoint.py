@@ -23,7 +23,7 @@ from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import module_name
 from llama.testing.model_presets import Preset, TokenizerKind
 from llama.tokenizer import Tokenizer
-from llama.tokenizer.gguf_tokens import PREFIX, TokenType
+from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, TokenType
 from llama.tokenizer.sentencepiece_vocab import SPACE
 from llama.tokenizer.tiktoken_vocab import SPECIAL_TOKENS
 from llama.tokenizer.vocab import byte_alphabet
@@ -93,16 +93,16 @@ def random_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
         return _sentencepiece_metadata(vocab_size, INFILLING_TOKENS if kind == "code_llama" else ())
     if kind == "llama3":
         return _byte_level_metadata(vocab_size, (), SPECIAL_TOKENS) | {
-            PREFIX + "pre": "llama-bpe",
-            PREFIX + "bos_token_id": vocab_size - len(SPECIAL_TOKENS),
-            PREFIX + "eos_token_id": vocab_size - len(SPECIAL_TOKENS) + 1,
-            PREFIX + "add_bos_token": True,
+            TOKENIZER_KEY + "pre": "llama-bpe",
+            TOKENIZER_KEY + "bos_token_id": vocab_size - len(SPECIAL_TOKENS),
+            TOKENIZER_KEY + "eos_token_id": vocab_size - len(SPECIAL_TOKENS) + 1,
+            TOKENIZER_KEY + "add_bos_token": True,
         }
     return _byte_level_metadata(vocab_size, SMOLLM_SPECIAL_TOKENS, ()) | {
-        PREFIX + "pre": "smollm",
-        PREFIX + "bos_token_id": 1,
-        PREFIX + "eos_token_id": 2,
-        PREFIX + "add_bos_token": False,
+        TOKENIZER_KEY + "pre": "smollm",
+        TOKENIZER_KEY + "bos_token_id": 1,
+        TOKENIZER_KEY + "eos_token_id": 2,
+        TOKENIZER_KEY + "add_bos_token": False,
     }
 
 
@@ -115,16 +115,16 @@ def _sentencepiece_metadata(vocab_size: int, last: tuple[str, ...]) -> dict[str,
     kinds += [TokenType.NORMAL] * (len(words) + len(singles)) + [TokenType.CONTROL] * len(last)
     assert len(tokens) == len(kinds) == vocab_size, (len(tokens), vocab_size)
     return {
-        PREFIX + "model": "llama",
-        PREFIX + "tokens": tokens,
-        PREFIX + "scores": [0.0] * (len(STANDARD_PIECES) + 256)
+        TOKENIZER_KEY + "model": "llama",
+        TOKENIZER_KEY + "tokens": tokens,
+        TOKENIZER_KEY + "scores": [0.0] * (len(STANDARD_PIECES) + 256)
         + [-float(i) for i in range(vocab_size - len(STANDARD_PIECES) - 256)],
-        PREFIX + "token_type": [int(kind) for kind in kinds],
-        PREFIX + "bos_token_id": 1,
-        PREFIX + "eos_token_id": 2,
-        PREFIX + "unknown_token_id": 0,
-        PREFIX + "add_bos_token": True,
-        PREFIX + "add_space_prefix": True,
+        TOKENIZER_KEY + "token_type": [int(kind) for kind in kinds],
+        TOKENIZER_KEY + "bos_token_id": 1,
+        TOKENIZER_KEY + "eos_token_id": 2,
+        TOKENIZER_KEY + "unknown_token_id": 0,
+        TOKENIZER_KEY + "add_bos_token": True,
+        TOKENIZER_KEY + "add_space_prefix": True,
     }
 
 
@@ -137,10 +137,10 @@ def _byte_level_metadata(vocab_size: int, first: tuple[str, ...], last: tuple[st
     control = TokenType.CONTROL
     kinds = [control] * len(first) + [TokenType.NORMAL] * len(pieces) + [control] * len(last)
     return {
-        PREFIX + "model": "gpt2",
-        PREFIX + "tokens": [*first, *pieces, *last],
-        PREFIX + "token_type": [int(kind) for kind in kinds],
-        PREFIX + "merges": [f"{a.decode()} {b.decode()}" for a, b in merges_of(priorities)],
+        TOKENIZER_KEY + "model": "gpt2",
+        TOKENIZER_KEY + "tokens": [*first, *pieces, *last],
+        TOKENIZER_KEY + "token_type": [int(kind) for kind in kinds],
+        TOKENIZER_KEY + "merges": [f"{a.decode()} {b.decode()}" for a, b in merges_of(priorities)],
     }
 
 

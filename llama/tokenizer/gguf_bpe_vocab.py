@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType, array
+from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType, array
 from llama.tokenizer.tiktoken_vocab import PATTERN
 from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 
@@ -72,10 +72,10 @@ class GGUFBytePairVocab:
     def __init__(self, tokens: GGUFTokens, metadata: Mapping[str, Any]) -> None:
         from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-        pre = metadata.get(PREFIX + "pre")
+        pre = metadata.get(TOKENIZER_KEY + "pre")
         if not isinstance(pre, str) or pre not in PRE_RULES:
             raise ValueError(
-                f"{PREFIX}pre is {pre!r}: supported are {', '.join(sorted(PRE_RULES))}"
+                f"{TOKENIZER_KEY}pre is {pre!r}: supported are {', '.join(sorted(PRE_RULES))}"
                 + (" (a newer llama.cpp converter writes it)" if pre in (None, "default") else "")
             )
         rule = PRE_RULES[pre]
@@ -86,7 +86,7 @@ class GGUFBytePairVocab:
         # Text can reach these alone: with ignore_merges, a control token could be a whole split otherwise.
         reachable = (TokenType.NORMAL, TokenType.USER_DEFINED)
         vocab = {text: i for i, (text, kind) in enumerate(zip(tokens.texts, kinds, strict=True)) if kind in reachable}
-        merges = parse_merges(array(metadata, "merges", (str,)), vocab, f"{PREFIX}merges has")
+        merges = parse_merges(array(metadata, "merges", (str,)), vocab, f"{TOKENIZER_KEY}merges has")
         model = models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges)
         self._bpe = Tokenizer(model)
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-PREFIX = "tokenizer.ggml."
+TOKENIZER_KEY = "tokenizer.ggml."
 MODELS = ("gpt2", "llama")
 NONE_ID = 0xFFFFFFFF  # -1 as some converters wrote it
 
@@ -39,30 +39,30 @@ class GGUFTokens:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "GGUFTokens":
         """Read the keys; ValueError names one that is missing or does not fit, and its value."""
-        model = metadata.get(PREFIX + "model")
+        model = metadata.get(TOKENIZER_KEY + "model")
         if model not in MODELS:
-            raise ValueError(f"{PREFIX}model is {model!r}: supported are {', '.join(MODELS)}")
+            raise ValueError(f"{TOKENIZER_KEY}model is {model!r}: supported are {', '.join(MODELS)}")
         # SentencePiece takes no empty text; the substitute is llama.cpp's.
         texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(array(metadata, "tokens", (str,)))]
         types = array(metadata, "token_type", (int,), len(texts))
         try:
             "".join(texts).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{PREFIX}tokens is no valid Unicode: {error}") from None
+            raise ValueError(f"{TOKENIZER_KEY}tokens is no valid Unicode: {error}") from None
         first: dict[str, int] = {}
         for i, text in enumerate(texts):
             if first.setdefault(text, i) != i:
-                raise ValueError(f"{PREFIX}tokens has {text!r} twice, as ids {first[text]} and {i}")
+                raise ValueError(f"{TOKENIZER_KEY}tokens has {text!r} twice, as ids {first[text]} and {i}")
 
         def special(name: str, default: int = -1) -> int:
-            token = metadata.get(f"{PREFIX}{name}_token_id", default)
+            token = metadata.get(f"{TOKENIZER_KEY}{name}_token_id", default)
             if not isinstance(token, int) or not (-1 <= token < len(texts) or token == NONE_ID):
-                raise ValueError(f"{PREFIX}{name}_token_id is {token!r}: there are {len(texts)} tokens")
+                raise ValueError(f"{TOKENIZER_KEY}{name}_token_id is {token!r}: there are {len(texts)} tokens")
             return -1 if token == NONE_ID else token
 
         # llama.cpp's defaults for SentencePiece; its default of 11 for gpt2 fits Falcon alone.
         bos, eos, unk = (1, 2, 0) if model == "llama" else (-1, -1, -1)
-        add_bos = metadata.get(PREFIX + "add_bos_token")
+        add_bos = metadata.get(TOKENIZER_KEY + "add_bos_token")
         template = metadata.get("tokenizer.chat_template")
         return cls(
             model=model,
@@ -80,12 +80,14 @@ class GGUFTokens:
 
 def array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any]:
     """Return an array of the metadata; ValueError names one that is missing, mistyped or of another length."""
-    values = metadata.get(PREFIX + name)
+    values = metadata.get(TOKENIZER_KEY + name)
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{PREFIX}{name} is missing or empty: the file has no whole tokenizer")
+        raise ValueError(f"{TOKENIZER_KEY}{name} is missing or empty: the file has no whole tokenizer")
     wrong = [value for value in values if not isinstance(value, kinds)]
     if wrong:
-        raise ValueError(f"{PREFIX}{name} holds {wrong[0]!r}: expected {' or '.join(kind.__name__ for kind in kinds)}")
+        raise ValueError(
+            f"{TOKENIZER_KEY}{name} holds {wrong[0]!r}: expected {' or '.join(kind.__name__ for kind in kinds)}"
+        )
     if length is not None and len(values) != length:
-        raise ValueError(f"{PREFIX}{name} has {len(values)} entries, {PREFIX}tokens has {length}")
+        raise ValueError(f"{TOKENIZER_KEY}{name} has {len(values)} entries, {TOKENIZER_KEY}tokens has {length}")
     return values

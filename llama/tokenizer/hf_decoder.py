@@ -13,7 +13,7 @@ Pipeline = dict[str, list[dict[str, Any]]]
 PARTS = dict(normalizer="normalizers", pre_tokenizer="pretokenizers", post_processor="processors", decoder="decoders")
 MAX_PATTERN = 10_000  # characters; the longest known has some 500
 CLASS_OR_ESCAPE = re.compile(r"\\.|\[(?:\\.|\[[^\]]*\]|[^\]\\])*\]", re.DOTALL)
-GROUP = re.compile(r"\(([^()]*)\)([*+]|\{\d+,\})?")
+REGEX_GROUP = re.compile(r"\(([^()]*)\)([*+]|\{\d+,\})?")
 REPEATS_OR_CHOOSES = re.compile(r"[*+|]|\{\d+,\}")
 
 
@@ -67,7 +67,9 @@ def check_patterns(node: Any) -> None:
 
 def _may_explode(regex: str) -> bool:
     regex = CLASS_OR_ESCAPE.sub("a", regex)
-    while group := GROUP.search(regex):  # an innermost one: to those around it, it is one character that may repeat
+    while group := REGEX_GROUP.search(
+        regex
+    ):  # an innermost one: to those around it, it is one character that may repeat
         inside, repeated = group.groups("")
         repeats = REPEATS_OR_CHOOSES.search(inside) is not None
         if repeats and repeated:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType, array
+from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType, array
 from llama.tokenizer.vocab import CONTROL_TOKENS
 
 SPACE = "▁"
@@ -79,7 +79,7 @@ def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
     try:
         packed = [struct.pack("<f", score) for score in scores]
     except OverflowError as error:
-        raise ValueError(f"{PREFIX}scores: {error}") from None
+        raise ValueError(f"{TOKENIZER_KEY}scores: {error}") from None
     known = frozenset(TokenType)
     pieces = [
         _field(PIECE, text.encode())
@@ -91,8 +91,10 @@ def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
     trainer = _field(MODEL_TYPE, BPE) + _field(BYTE_FALLBACK, TokenType.BYTE in types)
     ids = {number: getattr(tokens, name) for name, number in SPECIAL_PIECES.items()}
     trainer += b"".join(_field(number, tokens.texts[i].encode()) for number, i in ids.items() if i >= 0)
-    normalizer = _field(ADD_DUMMY_PREFIX, bool(metadata.get(PREFIX + "add_space_prefix", True)))
-    normalizer += _field(REMOVE_EXTRA_WHITESPACES, bool(metadata.get(PREFIX + "remove_extra_whitespaces", False)))
+    normalizer = _field(ADD_DUMMY_PREFIX, bool(metadata.get(TOKENIZER_KEY + "add_space_prefix", True)))
+    normalizer += _field(
+        REMOVE_EXTRA_WHITESPACES, bool(metadata.get(TOKENIZER_KEY + "remove_extra_whitespaces", False))
+    )
     body = b"".join([_field(PIECES, piece) for piece in pieces])
     return body + _field(TRAINER_SPEC, trainer) + _field(NORMALIZER_SPEC, normalizer)
 

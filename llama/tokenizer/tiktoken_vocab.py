@@ -28,7 +28,7 @@ NAMED_SPECIAL = (
 N_SPECIAL = 256
 SPECIAL_TOKENS = (*NAMED_SPECIAL, *(f"<|reserved_special_token_{i}|>" for i in range(2, N_SPECIAL - 10)))
 # Longer texts, and longer runs of (non-)whitespace, make tiktoken panic; Meta cuts at the same lengths.
-MAX_CHARS = 400_000
+MAX_PART_CHARS = 400_000
 MAX_RUN = 25_000
 RUNS = re.compile(r"\s+|\S+")
 
@@ -85,8 +85,8 @@ def _parts(s: str) -> Iterator[str]:
     if len(s) <= MAX_RUN:
         yield s
         return
-    for i in range(0, len(s), MAX_CHARS):
-        part, start = s[i : i + MAX_CHARS], 0
+    for i in range(0, len(s), MAX_PART_CHARS):
+        part, start = s[i : i + MAX_PART_CHARS], 0
         for run in RUNS.finditer(part):
             for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
                 yield part[start:cut]

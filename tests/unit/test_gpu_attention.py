@@ -13,7 +13,7 @@ from tests.gpu_compile import CAPABILITIES, Ahead, compiled_kernels
 
 pytest.importorskip("triton", reason="GPU kernels are written in Triton")
 from llama.backends.cuda import attention
-from llama.backends.cuda.attention import flash_attention, n_splits, tile_for
+from llama.backends.cuda.attention import attention_tile, flash_attention, n_splits
 from llama.quantization.planar import MAX_GEMV_TOKENS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,8 +75,8 @@ def test_a_query_sees_the_keys_up_to_its_own(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if DEVICE.type == "cpu" and seqlen > FEW and dtype != torch.float32:
-        # As long prompts are: not split. To merge splits takes the interpreter longest, and is done in fp32 for any dtype.
+    if DEVICE.type == "cpu" and seqlen > MAX_GEMV_TOKENS and dtype != torch.float32:
+        # As long prompts are: not split. Merging splits takes the interpreter longest, and is fp32 for any dtype.
         monkeypatch.setattr(attention, "PROGRAMS", 1)
     q, keys, values = random_step(3, seqlen, group, head_dim, max_seq_len, dtype)
     start_pos = torch.tensor([max_seq_len - seqlen, 0, (max_seq_len - seqlen) // 2], device=DEVICE)
@@ -128,7 +128,10 @@ def test_splits_follow_from_what_a_step_cannot_change() -> None:
     assert n_splits(3, 1 << 20, 64) == 64
     assert n_splits(512, 8192, 64) == 1
     for group in (1, 3, 4, 7, 8, 32):
-        assert len({tile_for(torch.bfloat16, 128, group, seqlen, 90) for seqlen in range(1, MAX_GEMV_TOKENS + 1)}) == 1
+        assert (
+            len({attention_tile(torch.bfloat16, 128, group, seqlen, 90) for seqlen in range(1, MAX_GEMV_TOKENS + 1)})
+            == 1
+        )
 
 
 def test_rows_beyond_two_to_the_31_values_are_read() -> None:
@@ -153,7 +156,7 @@ def ahead_of_time() -> Iterator[Ahead]:
         signature = {pointer: f"*{name}" for pointer in pointers} | parts | numbers | strides
         for seqlen in (1, 4096):
             for capability in CAPABILITIES:
-                tile = tile_for(dtype, 128, 4, seqlen, capability)
+                tile = attention_tile(dtype, 128, 4, seqlen, capability)
                 constants = {
                     **{"STRIDE_POSITION": 1024, "STRIDE_HEAD": 128},
                     **{"N_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128},

@@ -19,11 +19,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 from llama import sampling
 from llama.backends.cuda import sampling_kernels as kernels
 from llama.backends.cuda.available import LARGEST_VOCAB
-from llama.backends.cuda.sampling import CHUNK, DIGITS, greedy, sample_all, sample_nucleus
+from llama.backends.cuda.sampling import greedy, sample_all, sample_nucleus
 from llama.sampling import INVALID
 from tests.gpu_compile import Ahead, compiled_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHUNK, DIGITS = kernels.CHUNK.value, kernels.DIGITS.value
 JUST_BELOW_ONE = 1 - 2**-24
 # A cumulative mass in fp32 is off by less.
 MARGIN = 1e-5

@@ -96,6 +96,26 @@ def test_only_backends_ask_which_kernels_there_are() -> None:
     assert not asking
 
 
+def test_a_public_name_stands_for_one_thing() -> None:
+    """Plan, Entry, Weight and Step once meant several. Backends may name the same operation alike."""
+    places: dict[str, list[Path]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            names = [getattr(target, "name", getattr(target, "id", "_")) for target in targets]
+            for name in names:
+                if not name.startswith("_") and name not in ("log", "main"):
+                    places.setdefault(name, []).append(path)
+    of_several = {name: paths for name, paths in places.items() if len(paths) > 1}
+    backends = ROOT / "llama" / "backends"
+    several = {
+        name: [str(path.relative_to(ROOT)) for path in paths]
+        for name, paths in of_several.items()
+        if not any(path.is_relative_to(backends) for path in paths)
+    }
+    assert not several
+
+
 def test_the_package_knows_neither_scripts_nor_examples_nor_tests() -> None:
     examples = {path.stem for path in ROOT.glob("example_*.py")}
     outside = {"scripts", "tests", *examples}

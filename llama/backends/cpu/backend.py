@@ -147,7 +147,7 @@ class CpuBackend(EagerBackend):
         del q
         return attention.wo(y.reshape(bsz * seqlen, -1))
 
-    def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.Weight:
+    def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.WeightView:
         """Return the C structure of a linear or of the embedding table."""
         weight = module.weight
         assert isinstance(weight, Tensor | PackedWeight), type(weight)

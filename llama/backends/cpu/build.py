@@ -24,7 +24,16 @@ log = logging.getLogger("llama")
 
 SOURCES = Path(__file__).parent / "csrc"
 # Not -ffast-math: the order of additions is the kernels' own, see D30.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+COMPILER_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 SECONDS_TO_COMPILE = 300
 
 
@@ -61,7 +70,7 @@ def _load(folder: Path) -> ctypes.CDLL:
     compiler = _compiler()
     names = ["kernels.cpp", *sorted(path.name for path in SOURCES.glob("*.h"))]
     parts = [(SOURCES / name).read_bytes() for name in names]
-    parts += [" ".join((*compiler, *FLAGS)).encode(), _machine().encode()]
+    parts += [" ".join((*compiler, *COMPILER_FLAGS)).encode(), _machine().encode()]
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     path = folder / f"kernels-{key}.so"
     if not path.is_file():
@@ -119,7 +128,7 @@ def _compile(compiler: list[str], path: Path) -> None:
     # torch brings its own OpenMP: the same threads serve its operations and these.
     libraries = Path(torch.__file__).parent / "lib"
     start = time.perf_counter()
-    command = [*compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(partial), f"-L{libraries}"]
+    command = [*compiler, *COMPILER_FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(partial), f"-L{libraries}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
         if done.returncode:

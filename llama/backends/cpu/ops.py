@@ -25,8 +25,8 @@ PACKED_SIZES = {"Q8_0": (32, 32, 512), "Q4_0": (32, 32, 256), "Q4_1": (32, 64, 2
 PACKED_SIZES["Q6_K"] = (256, 288, 3072)
 
 
-class Weight(ctypes.Structure):
-    """Weight in weights.h: a matrix (rows, columns) and its bias, or null."""
+class WeightView(ctypes.Structure):
+    """WeightView in weights.h: a matrix (rows, columns) and its bias, or null."""
 
     _fields_ = [
         ("type", c_int32),
@@ -41,7 +41,7 @@ class Layer(ctypes.Structure):
     """Layer in layers.h."""
 
     _fields_ = [
-        *((name, Weight) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
+        *((name, WeightView) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
         ("attention_norm", c_void_p),
         ("ffn_norm", c_void_p),
     ]
@@ -74,10 +74,10 @@ def kernels() -> ctypes.CDLL:
     return loaded
 
 
-def float_weight(weight: Tensor) -> Weight:
+def float_weight(weight: Tensor) -> WeightView:
     """Describe a contiguous matrix (out, in) of floats, which must outlive the description."""
     assert weight.is_contiguous() and weight.device.type == "cpu"
-    return Weight(FLOAT_TYPE_IDS[weight.dtype], *weight.shape, weight.data_ptr(), None)
+    return WeightView(FLOAT_TYPE_IDS[weight.dtype], *weight.shape, weight.data_ptr(), None)
 
 
 def packed_bytes(block_type: str, rows: int, columns: int) -> int:
@@ -103,7 +103,7 @@ def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
     return tiles
 
 
-def unpack(weight: Weight, first: int, stop: int, dtype: torch.dtype) -> Tensor:
+def unpack(weight: WeightView, first: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Dequantize rows [first, stop) of a packed weight to the columns of a matrix (in, stop - first)."""
     assert first % TILE_ROWS == 0
     to = torch.empty(weight.columns, stop - first, dtype=dtype)
@@ -112,7 +112,7 @@ def unpack(weight: Weight, first: int, stop: int, dtype: torch.dtype) -> Tensor:
     return to
 
 
-def embedding(weight: Weight, rows: Tensor) -> Tensor:
+def embedding(weight: WeightView, rows: Tensor) -> Tensor:
     """Look up rows of a packed weight by index, int64 of any shape: fp32 (*rows.shape, in)."""
     rows = rows.contiguous()
     to = torch.empty(*rows.shape, weight.columns)
@@ -131,7 +131,7 @@ def is_gemv(x: Tensor) -> bool:
     return x.numel() <= MAX_GEMV_TOKENS * x.shape[-1]
 
 
-def gemv(weight: Weight, x: Tensor) -> Tensor:
+def gemv(weight: WeightView, x: Tensor) -> Tensor:
     """Multiply x (..., in), at most MAX_GEMV_TOKENS tokens, by the weight and add its bias: fp32 (..., out)."""
     x = x.float().contiguous()
     n_tokens = x.numel() // weight.columns
@@ -149,7 +149,7 @@ def has_matrix_unit() -> bool:
     return bool(kernels().has_matrix_unit())
 
 
-def gemm(weight: Weight, x: Tensor) -> Tensor:
+def gemm(weight: WeightView, x: Tensor) -> Tensor:
     """Multiply x (..., in), bf16, by a packed weight on the matrix unit: bf16 (..., out)."""
     n_tokens = x.numel() // weight.columns
     x = x.contiguous()

@@ -26,9 +26,9 @@ class PackedWeight(QuantizedWeight):
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
         return ops.packed_bytes(block_type.name, rows, columns)
 
-    def describe(self) -> ops.Weight:
+    def describe(self) -> ops.WeightView:
         """Return the C structure that the kernels take; it points at memory of this object."""
-        return ops.Weight(ops.BLOCK_TYPE_IDS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)
+        return ops.WeightView(ops.BLOCK_TYPE_IDS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weight = self.describe()

@@ -24,7 +24,7 @@ MOST_SPLITS = 64  # what a program of `_combine` holds at once
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """What a program holds at once, rows of queries and a block of keys, and how Triton compiles it."""
 
     rows: int
@@ -37,21 +37,21 @@ class Tile:
 # tokens, so that two programs fit a multiprocessor of an A100, and under 130 KB for a prompt on an H100. Compiled for
 # sm_80 and sm_90, larger tiles spill registers.
 # 32 rows are eight tokens of four heads, and too few for wgmma: each row is multiplied as it would be alone.
-FEW_TILES = {128: Tile(32, 64, 4, 3), 256: Tile(32, 32, 4, 3)}
-TILES = {128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 3)}
-AMPERE_TILES = {128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 8, 3)}  # mma takes keys from registers
+FEW_TILES = {128: AttentionTile(32, 64, 4, 3), 256: AttentionTile(32, 32, 4, 3)}
+MANY_TOKEN_TILES = {128: AttentionTile(128, 64, 8, 3), 256: AttentionTile(64, 32, 8, 3)}
+AMPERE_TILES = {128: AttentionTile(128, 32, 8, 3), 256: AttentionTile(64, 32, 8, 3)}  # mma takes keys from registers
 # Without tensor cores a whole product lives in registers.
-FEW_FP32_TILES = {128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)}
-FP32_TILES = {128: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 2)}
+FEW_FP32_TILES = {128: AttentionTile(16, 32, 4, 2), 256: AttentionTile(16, 16, 4, 2)}
+FP32_TILES = {128: AttentionTile(32, 16, 4, 2), 256: AttentionTile(16, 16, 4, 2)}
 
 
-def tile_for(dtype: torch.dtype, head_dim: int, group: int, seqlen: int, capability: int) -> Tile:
+def attention_tile(dtype: torch.dtype, head_dim: int, group: int, seqlen: int, capability: int) -> AttentionTile:
     """Return the tile of `seqlen` tokens with `group` query heads a KV head: the same up to MAX_GEMV_TOKENS tokens."""
     size = 128 if head_dim <= 128 else 256
     if seqlen > MAX_GEMV_TOKENS:
         if dtype == torch.float32:
             return FP32_TILES[size]
-        return (TILES if capability >= 90 else AMPERE_TILES)[size]
+        return (MANY_TOKEN_TILES if capability >= 90 else AMPERE_TILES)[size]
     tile = (FEW_FP32_TILES if dtype == torch.float32 else FEW_TILES)[size]
     return replace(tile, rows=min(tile.rows, _padded(MAX_GEMV_TOKENS * group)))
 
@@ -80,7 +80,7 @@ def flash_attention(
     assert keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(3) == 1
     assert keys.shape[0] >= bsz and group * n_kv_heads == n_heads and padded_dim <= 256, (q.shape, keys.shape)
     q = q.contiguous()
-    tile = tile_for(keys.dtype, head_dim, group, seqlen, _capability(q.device))
+    tile = attention_tile(keys.dtype, head_dim, group, seqlen, _capability(q.device))
     n_tiles = -(-seqlen * group // tile.rows)
     programs = bsz * n_kv_heads * (1 if seqlen <= MAX_GEMV_TOKENS else n_tiles)
     splits = n_splits(programs, max_seq_len, tile.keys)

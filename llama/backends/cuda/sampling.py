@@ -9,7 +9,6 @@ from torch import Tensor
 from llama.backends.cuda import sampling_kernels as kernels
 from llama.backends.cuda.available import LARGEST_VOCAB
 
-CHUNK, BITS, BINS, DIGITS = (c.value for c in (kernels.CHUNK, kernels.BITS, kernels.BINS, kernels.DIGITS))
 WARPS = 4  # a program's; 8 tokens a thread
 
 
@@ -35,21 +34,21 @@ def sample_nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: 
     """
     assert top_p.dtype == torch.float32
     bsz, chunks = _grid(logits)
-    steps = 2 * DIGITS - 1  # two searches, which begin with the same masses
-    masses = logits.new_empty(steps, bsz, BINS, dtype=torch.int64)
+    steps = 2 * kernels.DIGITS.value - 1  # two searches, which begin with the same masses
+    masses = logits.new_empty(steps, bsz, kernels.BINS.value, dtype=torch.int64)
     states = logits.new_empty(steps + 1, bsz, kernels.STATE.value, dtype=torch.int64)
     keys = _weigh(logits, temperature, uniform, masses, by_digit=True)
     for step in range(1, steps):
-        digit = step if step < DIGITS else step - DIGITS + 1
+        digit = step if step < kernels.DIGITS.value else step - kernels.DIGITS.value + 1
         search = top_p, uniform, masses[0], masses[step - 1], states[step - 1]
         kernels.refine[bsz, chunks](
             keys,
             *search,
             masses[step],
             states[step],
-            SHIFT=BITS * (DIGITS - 1 - digit),
+            SHIFT=kernels.BITS.value * (kernels.DIGITS.value - 1 - digit),
             NUCLEUS=step == 1,
-            DRAW=step == DIGITS,
+            DRAW=step == kernels.DIGITS.value,
             num_warps=WARPS,
         )
     counts = logits.new_empty(bsz, chunks, dtype=torch.int64)
@@ -70,17 +69,17 @@ def sample_all(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _weigh(logits: Tensor, temperature: Tensor, uniform: Tensor, masses: Tensor, by_digit: bool) -> Tensor:
-    """Keys, (bsz, chunks, CHUNK), int32. Their masses go to masses[0], and zeros to the others.
+    """Keys, (bsz, chunks, kernels.CHUNK.value), int32. Their masses go to masses[0], and zeros to the others.
 
-    masses: (any, bsz, BINS), of the first digit's values, or (1, bsz, chunks).
+    masses: (any, bsz, kernels.BINS.value), of the first digit's values, or (1, bsz, chunks).
     """
     bsz, chunks = _grid(logits)
     assert temperature.dtype == uniform.dtype == torch.float32
     assert uniform.shape == (bsz,) and uniform.is_contiguous(), (uniform.shape, uniform.stride())
     row = logits.stride(0), logits.shape[1]
     maxima = logits.new_empty(bsz, chunks)
-    keys = logits.new_empty(bsz, chunks, CHUNK, dtype=torch.int32)
-    zeros = len(masses) * BINS if by_digit else 0
+    keys = logits.new_empty(bsz, chunks, kernels.CHUNK.value, dtype=torch.int32)
+    zeros = len(masses) * kernels.BINS.value if by_digit else 0
     kernels.maxima[bsz, chunks](logits, *row, maxima, masses, ZEROS=zeros, num_warps=WARPS)
     kernels.weigh[bsz, chunks](
         logits, *row, temperature, maxima, keys, masses, BY_DIGIT=by_digit, CHUNKS=_padded(chunks), num_warps=WARPS
@@ -92,7 +91,7 @@ def _grid(logits: Tensor) -> tuple[int, int]:
     """(bsz, chunks)."""
     bsz, vocab_size = logits.shape
     assert logits.dtype == torch.float32 and logits.stride(1) == 1 and vocab_size <= LARGEST_VOCAB, logits.shape
-    return bsz, triton.cdiv(vocab_size, CHUNK)
+    return bsz, triton.cdiv(vocab_size, kernels.CHUNK.value)
 
 
 def _padded(chunks: int) -> int:

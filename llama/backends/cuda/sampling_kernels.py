@@ -20,7 +20,7 @@ UNITS = tl.constexpr(2.0**44)  # the mass of the likeliest token
 # with four times the work where a distribution is flat.
 BITS, BINS, DIGITS = tl.constexpr(6), tl.constexpr(2**6), tl.constexpr(5)
 FIRST_SHIFT = tl.constexpr(BITS.value * (DIGITS.value - 1))
-GROUP = tl.constexpr(8)  # a digit's values whose masses are summed at once, in registers
+DIGITS_AT_ONCE = tl.constexpr(8)  # a digit's values whose masses are summed at once, in registers
 STATE = tl.constexpr(3)  # of a search: the digits so far, the mass before them, the target
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 SMALLEST_TEMPERATURE = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -259,8 +259,8 @@ def _add_by_digit(sums_ptr: tl.tensor, digits: tl.tensor, masses: tl.tensor) -> 
     first = tl.min(tl.where(masses > 0, digits, BINS), 0)
     stop = tl.max(tl.where(masses > 0, digits + 1, 0), 0)
     # From a search's second digit on, most chunks have few masses, of few digits, or none.
-    for digit in range(first, stop, GROUP):
-        group = digit + tl.arange(0, GROUP)
+    for digit in range(first, stop, DIGITS_AT_ONCE):
+        group = digit + tl.arange(0, DIGITS_AT_ONCE)
         mass = tl.sum(tl.where(digits[None, :] == group[:, None], masses[None, :], 0), 1)
         tl.atomic_add(sums_ptr + group, mass, mask=mass > 0, sem="relaxed")
 

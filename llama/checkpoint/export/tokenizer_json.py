@@ -8,7 +8,7 @@ from typing import Any
 from llama.checkpoint.export.tokenizer_model import merges_of
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf_bpe_vocab import PRE_RULES
-from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType
+from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType
 from llama.tokenizer.sentencepiece_vocab import SPACE
 
 
@@ -86,8 +86,8 @@ def _bpe(tokens: GGUFTokens, merges: list[list[str]], **settings: Any) -> dict[s
 
 
 def _byte_level_json(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    rule = PRE_RULES[metadata[PREFIX + "pre"]]
-    merges = [list(merge.partition(" ")[::2]) for merge in metadata[PREFIX + "merges"]]
+    rule = PRE_RULES[metadata[TOKENIZER_KEY + "pre"]]
+    merges = [list(merge.partition(" ")[::2]) for merge in metadata[TOKENIZER_KEY + "merges"]]
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     splits = [{**split, "pattern": {"Regex": pattern}} for pattern in rule.splits]
@@ -103,13 +103,13 @@ def _sentencepiece_json(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict
     """Describe SentencePiece's BPE: a pair is merged when it makes a piece, the piece with the highest score first."""
     if tokens.unk_id < 0:
         raise ValueError("a SentencePiece vocabulary without an unknown token has no form as a tokenizer.json")
-    scores = metadata[PREFIX + "scores"]
+    scores = metadata[TOKENIZER_KEY + "scores"]
     order = sorted(range(len(tokens.texts)), key=lambda i: -scores[i])
     reached = (TokenType.NORMAL, TokenType.UNUSED)
     # UTF-8, so that one function serves; no piece is cut within a character, because no fragment of one is a piece.
     priorities = {tokens.texts[i].encode(): n for n, i in enumerate(order) if tokens.types[i] in reached}
     merges = [[a.decode(), b.decode()] for a, b in merges_of(priorities)]
-    prefix = bool(metadata.get(PREFIX + "add_space_prefix", True))
+    prefix = bool(metadata.get(TOKENIZER_KEY + "add_space_prefix", True))
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     text_spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf_bpe_vocab import PRE_RULES
-from llama.tokenizer.gguf_tokens import PREFIX, GGUFTokens, TokenType
+from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType
 from llama.tokenizer.sentencepiece_vocab import SPACE, proto_from_gguf
 from llama.tokenizer.tiktoken_vocab import N_SPECIAL, PATTERN, SPECIAL_TOKENS
 from llama.tokenizer.vocab import byte_alphabet
@@ -24,8 +24,8 @@ def metadata_of(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         is_sentencepiece = file.read(1) == b"\n"  # field 1 of a protobuf message
     metadata = _from_sentencepiece(path, tokenizer) if is_sentencepiece else _from_tiktoken(tokenizer)
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    metadata |= {f"{PREFIX}{name}_token_id": number for name, number in ids.items() if number >= 0}
-    metadata[PREFIX + "add_bos_token"] = tokenizer.add_bos
+    metadata |= {f"{TOKENIZER_KEY}{name}_token_id": number for name, number in ids.items() if number >= 0}
+    metadata[TOKENIZER_KEY + "add_bos_token"] = tokenizer.add_bos
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata
@@ -48,12 +48,12 @@ def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
     ids = range(sp.vocab_size())
     return {
-        PREFIX + "model": "llama",
-        PREFIX + "tokens": [sp.id_to_piece(i) for i in ids],
-        PREFIX + "scores": [sp.get_score(i) for i in ids],
-        PREFIX + "token_type": [int(kind(i)) for i in ids],
-        PREFIX + "unknown_token_id": sp.unk_id(),
-        PREFIX + "add_space_prefix": sp.encode("x", out_type=str)[0].startswith(SPACE),
+        TOKENIZER_KEY + "model": "llama",
+        TOKENIZER_KEY + "tokens": [sp.id_to_piece(i) for i in ids],
+        TOKENIZER_KEY + "scores": [sp.get_score(i) for i in ids],
+        TOKENIZER_KEY + "token_type": [int(kind(i)) for i in ids],
+        TOKENIZER_KEY + "unknown_token_id": sp.unk_id(),
+        TOKENIZER_KEY + "add_space_prefix": sp.encode("x", out_type=str)[0].startswith(SPACE),
     }
 
 
@@ -65,11 +65,11 @@ def _from_tiktoken(tokenizer: Tokenizer) -> dict[str, Any]:
     special = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)
     pre = next(name for name, rule in PRE_RULES.items() if rule.splits == (PATTERN,) and rule.ignore_merges)
     return {
-        PREFIX + "model": "gpt2",
-        PREFIX + "pre": pre,
-        PREFIX + "tokens": [*texts.values(), *special],
-        PREFIX + "token_type": [int(TokenType.NORMAL)] * n_plain + [int(TokenType.CONTROL)] * N_SPECIAL,
-        PREFIX + "merges": [f"{texts[a]} {texts[b]}" for a, b in merges_of(priorities)],
+        TOKENIZER_KEY + "model": "gpt2",
+        TOKENIZER_KEY + "pre": pre,
+        TOKENIZER_KEY + "tokens": [*texts.values(), *special],
+        TOKENIZER_KEY + "token_type": [int(TokenType.NORMAL)] * n_plain + [int(TokenType.CONTROL)] * N_SPECIAL,
+        TOKENIZER_KEY + "merges": [f"{texts[a]} {texts[b]}" for a, b in merges_of(priorities)],
     }
 
 
