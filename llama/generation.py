@@ -112,8 +112,8 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | None = None,
-        at_start: bool = False,
-        keep: bool = False,
+        add_prefix_space: bool = False,
+        keep_cache: bool = False,
     ) -> Iterator[TokenEvent]:
         """Complete prompts of any lengths, at most max_batch_size at a time, event by event as tokens come.
 
@@ -125,9 +125,10 @@ class Llama:
             logprobs: whether events have log-probabilities, under the raw logits; a prompt's first token has none.
             echo: whether the tokens of the prompts come first.
             seed: the same seed gives the same tokens; None goes on with the model's own sequence of seeds.
-            at_start: whether the new tokens begin a text, as an answer in a chat does; else they continue the prompt,
-                and keep the space with which SentencePiece begins a word.
-            keep: whether the cache stays, for a chat's one prompt: the next call to keep it reads only what is new.
+            add_prefix_space: whether the new tokens begin a text, as an answer in a chat does, so that the space which
+                SentencePiece puts before a first word is stripped; else they continue the prompt.
+            keep_cache: whether the cache stays, for a chat's one prompt: the next call to keep it reads only what is
+                new.
 
         Raises ValueError for wrong arguments at once, and while iterating where logits are NaN.
 
@@ -138,7 +139,7 @@ class Llama:
         0 None '' length
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
-        return self._stream(prompt_tokens, params, at_start, keep)
+        return self._stream(prompt_tokens, params, add_prefix_space, keep_cache)
 
     def generate(
         self,
@@ -185,7 +186,7 @@ class Llama:
         [{'generation': ' Paris.', 'tokens': [' Paris', '.'], 'finish_reason': 'length'}]
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
-        return self._complete(self.encode_prompts(prompts), params, at_start=echo)
+        return self._complete(self.encode_prompts(prompts), params, add_prefix_space=echo)
 
     def chat_completion(
         self,
@@ -212,7 +213,7 @@ class Llama:
         safe = [dialog for dialog in dialogs if not self.chat_format.is_unsafe(dialog)]
         answers: Iterator[CompletionPrediction] = iter(())
         if safe or not dialogs:
-            answers = iter(self._complete(self.encode_dialogs(safe), params, at_start=True))
+            answers = iter(self._complete(self.encode_dialogs(safe), params, add_prefix_space=True))
         refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
         if logprobs:
             refusal["logprobs"] = []
@@ -285,26 +286,26 @@ class Llama:
         return encode_texts(self.tokenizer, prompts)
 
     def _complete(
-        self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, at_start: bool = False
+        self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, add_prefix_space: bool = False
     ) -> list[CompletionPrediction]:
-        events = self._stream(prompt_tokens, params, at_start)
+        events = self._stream(prompt_tokens, params, add_prefix_space)
         return fold_events(events, len(prompt_tokens), self.tokenizer, params.logprobs)
 
     def _stream(
         self,
         prompt_tokens: Sequence[Sequence[int]],
         params: SamplingParams,
-        at_start: bool = False,
-        keep: bool = False,
+        add_prefix_space: bool = False,
+        keep_cache: bool = False,
     ) -> Iterator[TokenEvent]:
         """See `stream`. The scheduler's own events are returned, so that no token passes through here."""
         check_prompts(prompt_tokens, self.model.args, params.max_gen_len)
-        if keep and len(prompt_tokens) > 1:
-            raise ValueError(f"keep is for one prompt at a time, got {len(prompt_tokens)}")
+        if keep_cache and len(prompt_tokens) > 1:
+            raise ValueError(f"keep_cache is for one prompt at a time, got {len(prompt_tokens)}")
         seed, first = params.seed, 0
         if seed is None:
             seed, first = self.seed, self._sequences_seeded
             self._sequences_seeded += len(prompt_tokens)
         max_seq_len = self.model.args.max_seq_len
-        sequences = make_sequences(prompt_tokens, params, max_seq_len, seed, first, self.tokenizer, at_start)
-        return self.scheduler.run(sequences, params, keep)
+        sequences = make_sequences(prompt_tokens, params, max_seq_len, seed, first, self.tokenizer, add_prefix_space)
+        return self.scheduler.run(sequences, params, keep_cache)

@@ -1,4 +1,4 @@
-"""Prove that the GPU's kernels are right, and measure how fast they are: one command, one GPU, no network, 8 minutes.
+"""Test that the GPU's kernels are right, and measure how fast they are: one command, one GPU, no network, 8 minutes.
 
 Models are random, of the shape of Llama 3.1 8B (checks of whole models: of Llama 3.2 1B), so nothing is downloaded.
 With several GPUs, `torchrun --nproc-per-node N scripts/gpu_check.py` checks what they do together, and nothing else.
@@ -20,9 +20,6 @@ import triton
 
 from benchmarking.machine import machine_name
 from gpu_checking import (
-    check_kernels,
-    check_models,
-    check_products,
     check_ranks,
     clock,
     measure,
@@ -34,10 +31,11 @@ from gpu_checking.cold_start import measure_cold_start
 from gpu_checking.peers import PEERS, measure_peers
 from gpu_checking.report import Section
 from gpu_checking.sizes import FLOATS
+from gpu_checking.tests import run_tests
 from gpu_checking.warming import warm
 from llama.cli import runner as cli
 
-ONLY = ("checks", "speed")
+ONLY = ("tests", "speed", "peers")
 
 
 def main(
@@ -51,21 +49,21 @@ def main(
     size: str = "8b",
     seconds: float = 450,
 ) -> None:
-    """Check the GPU's kernels, measure them, and end with one JSON object on the last line; exit 1 where one is wrong.
+    """Test the GPU's kernels, measure them, and end with one JSON object on the last line; exit 1 where one is wrong.
 
     Args:
         json: also write the JSON object to this file.
-        quick: checks, and the speed of 16-bit weights alone.
+        quick: tests, and the speed of 16-bit weights alone.
         peers: transformers: decode with it, too, in turn with ours.
         gpt_fast: a checkout of gpt-fast to decode with, too, in turn with ours.
-        only: checks or speed; default: both.
+        only: tests, speed or peers; default: all. Peers, of which one may compile for minutes, have all the time then.
         device: cuda, or cpu, where Triton's interpreter runs the kernels; default: the first of these that is there.
         size: 8b, 1b or tiny: the shape of what is measured.
         seconds: the time for all; what does not fit is left out, the least important first, and said.
     """
     begin = time.monotonic()
     if only not in (None, *ONLY):
-        raise ValueError(f"--only must be {' or '.join(ONLY)}, got {only!r}")
+        raise ValueError(f"--only must be one of {', '.join(ONLY)}, got {only!r}")
     if peers not in (None, PEERS[0]):
         raise ValueError(f"--peers must be {PEERS[0]}, got {peers!r}")
     if gpt_fast is not None and not Path(gpt_fast, "model.py").is_file():
@@ -75,9 +73,13 @@ def main(
         asked["gpt_fast"] = gpt_fast
     bench = open_bench(device, size, seconds, quick)
     torch.manual_seed(0)
-    sections = checks(bench) if only != "speed" else []
-    if only != "checks" and not is_many():
-        sections += measurements(bench, asked)
+    if only == "peers" and not asked:
+        raise ValueError("--only peers takes --peers, --gpt_fast or both")
+    sections = tests(bench) if only in (None, "tests") else []
+    if only in (None, "speed") and not is_many():
+        sections += measurements(bench)
+    if asked and only != "tests" and not is_many():
+        sections.append(("peers", 12, partial(measure_peers, bench, asked)))
     bench.report.run(sections)
     if cli.is_first_rank():
         report(bench, json, {"size": size, "seconds": round(time.monotonic() - begin, 1)})
@@ -89,39 +91,34 @@ def is_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def checks(bench: Bench) -> list[Section]:
+def tests(bench: Bench) -> list[Section]:
+    """Under torchrun, what several GPUs do together; else the tests that are marked `gpu`, where there is one."""
     if is_many():
         return [("ranks", 1, partial(check_ranks.check_ranks, bench))]
     bench.report.left_out.append("several GPUs: start them with torchrun")
-    compiled: list[Section] = [("compiling", 16, partial(warm, bench))] if bench.device.type == "cuda" else []
-    return [
-        *compiled,
-        ("products", 6, partial(check_products.check_products, bench)),
-        ("attention", 3, partial(check_kernels.check_attention, bench)),
-        ("between products", 2, partial(check_kernels.check_between, bench)),
-        ("sampling", 2, partial(check_kernels.check_sampling, bench)),
-        ("logits", 4, partial(check_models.check_logits, bench)),
-        ("tokens", 4, partial(check_models.check_tokens, bench)),
-    ]
+    if bench.device.type != "cuda":
+        bench.report.left_out.append("tests: pytest runs them by Triton's interpreter")
+        return []
+    return [("tests", 16, partial(run_tests, bench))]
 
 
-def measurements(bench: Bench, peers: dict[str, str | None]) -> list[Section]:
+def measurements(bench: Bench) -> list[Section]:
     """A copy comes first, as all is held against it."""
     first, *others = bench.size.forms
+    compiled: list[Section] = [("compiling", 8, partial(warm, bench))] if bench.device.type == "cuda" else []
     sections: list[Section] = [
+        *compiled,
         ("copies", 1, partial(clock.measure_copies, bench)),
         (f"decoding {bench.shown(FLOATS)}", 5, partial(measure.measure_form, bench, first)),
     ]
     if not bench.quick:
         sections += [(f"decoding {form}", 4, partial(measure.measure_form, bench, form)) for form in others]
-    sections += [
+    return [
+        *sections,
         ("cold start", 8, partial(measure_cold_start, bench)),
         ("linears alone", 5, partial(measure_kernels.measure_linears, bench)),
         ("kernels alone", 2, partial(measure_kernels.measure_kernels, bench)),
     ]
-    if peers:
-        sections.append(("peers", 12, partial(measure_peers, bench, peers)))
-    return sections
 
 
 def report(bench: Bench, json: str | None, about: dict[str, Any]) -> None:
@@ -132,8 +129,6 @@ def report(bench: Bench, json: str | None, about: dict[str, Any]) -> None:
     print("\n".join(table.lines(found.figures)))
     for what in found.left_out:
         print(f"left out: {what}")
-    passed = sum(check["passed"] for check in found.checks)
-    print(f"{passed} of {len(found.checks)} checks passed")
     for what in found.failed:
         print(f"FAILED: {what}")
     result = {

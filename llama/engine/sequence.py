@@ -34,17 +34,17 @@ def make_sequences(
     seed: int,
     first: int,
     tokenizer: Tokenizer,
-    at_start: bool,
+    add_prefix_space: bool,
 ) -> list[Sequence]:
     """Make a sequence of each prompt; its random numbers follow from the seed and its index counted from `first` on.
 
-    at_start: texts begin with the first new token; see `StreamDecoder`.
+    add_prefix_space: the new tokens begin a text; see `StreamDecoder`.
     """
     sequences = []
     for index, prompt in enumerate(prompts):
         limit = max_seq_len - len(prompt)
         if params.max_gen_len is not None:
             limit = min(limit, params.max_gen_len)
-        decoder = StreamDecoder(tokenizer, at_start)
+        decoder = tokenizer.stream_decoder(add_prefix_space)
         sequences.append(Sequence(index, prompt, limit, uniforms(seed, first + index, limit), decoder))
     return sequences

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType
 from llama.quantization.weights import QuantizedWeight, float_matmul
 
-# Tokens whose results do not depend on each other, and tokens that tensor cores take from the stored codes: see D41.
-FEW = 8
-MOST = 64
+# Tokens that products and attention take in tiles of one shape: what one of them gets does not depend on the others
+# (see D41). And tokens that are multiplied with codes as they are decoded; beyond, dequantizing first is faster.
+MAX_GEMV_TOKENS = 8
+MAX_DEQUANT_GEMM_TOKENS = 16
+# Tokens beyond which a product with 8-bit floats may round activations to 8 bits as well.
+MAX_UNROUNDED_TOKENS = 64
 # Beyond: values that are dequantized at once, 128 MB in 16 bits.
 MAX_DEQUANTIZED_VALUES = 1 << 26
 # Values that are taken apart, or rounded to 8 bits, at once: their temporaries are a few bytes each.
@@ -106,8 +109,8 @@ class PlanarWeight(QuantizedWeight):
 class Fp8Weight(QuantizedWeight):
     """A matrix (out, in) of floats in 8 bits (e4m3, as torch.float8_e4m3fn), with one fp32 scale a row.
 
-    Products of up to MOST tokens round nothing else. Of more, where the GPU multiplies 8-bit floats itself (Hopper),
-    activations are rounded to 8 bits as well, each token with a scale of its own.
+    Products of up to MAX_UNROUNDED_TOKENS tokens round no activations. Of more, where the GPU multiplies 8-bit floats
+    itself (Hopper), activations are rounded to 8 bits as well, each token with a scale of its own.
     """
 
     codes: Tensor  # float8_e4m3fn (out, in)
@@ -144,7 +147,7 @@ class Fp8Weight(QuantizedWeight):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         n_tokens = x.numel() // x.shape[-1]
-        if n_tokens > MOST and self.multiplies_fp8(x.device):
+        if n_tokens > MAX_UNROUNDED_TOKENS and self.multiplies_fp8(x.device):
             return multiply_fp8(x.reshape(n_tokens, -1), self).to(dtype or x.dtype).view(*x.shape[:-1], -1)
         return _dequantized_matmul(x, self, dtype or x.dtype)
 

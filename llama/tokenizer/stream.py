@@ -5,9 +5,9 @@ from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """What `StreamDecoder` asks of a `Tokenizer`."""
+    """What `StreamDecoder` asks of a vocabulary or of a `Tokenizer`."""
 
-    def token_bytes(self, token: int, strip_prefix_space: bool = False) -> bytes: ...
+    def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes: ...
 
 
 class StreamDecoder:
@@ -20,16 +20,16 @@ class StreamDecoder:
     puts before the first word is stripped. False for the continuation of a prompt, where that space separates words.
     """
 
-    def __init__(self, tokenizer: TokenBytes, add_prefix_space: bool = True) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, vocab: TokenBytes, add_prefix_space: bool = True) -> None:
+        self._vocab = vocab
         self._strip_prefix_space = add_prefix_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """Return the characters that a token completes."""
-        data = self._tokenizer.token_bytes(token, self._strip_prefix_space)
+        data = self._vocab.token_bytes(token, self._strip_prefix_space)
         # A control token without bytes, such as BOS, leaves the next token at the start of the text.
-        if self._strip_prefix_space and self._tokenizer.token_bytes(token):
+        if self._strip_prefix_space and self._vocab.token_bytes(token, False):
             self._strip_prefix_space = False
         return self._utf8.decode(data)
 

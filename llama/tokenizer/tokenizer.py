@@ -132,8 +132,12 @@ class Tokenizer:
         Llama 3. Where bytes are no valid UTF-8, the sentencepiece library writes U+FFFD for each byte; here it is one
         for each broken character, as everywhere else.
         """
-        stream = StreamDecoder(self)
+        stream = StreamDecoder(self)  # which tells ids that are out of range
         return "".join([stream.push(token) for token in t]) + stream.flush()
+
+    def stream_decoder(self, add_prefix_space: bool = True) -> StreamDecoder:
+        """Return a decoder of one text, token by token, whose ids must be in range; see `StreamDecoder`."""
+        return StreamDecoder(self._vocab, add_prefix_space)
 
     def has_tokens_of(self, other: "Tokenizer") -> bool:
         """Return whether every id means the same in both."""

@@ -1,4 +1,4 @@
-"""Where and what a run checks and measures; its parts in processes of their own are told by `options`."""
+"""Where and what a run tests and measures; its parts in processes of their own are told by `options`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import triton
 
 from gpu_checking.report import Report
 from gpu_checking.sizes import FLOATS, SIZES, Size
-from llama.backends.cuda import elementwise, products
+from llama.backends.cuda import elementwise, gemm
 from llama.backends.cuda.available import has_triton
 from llama.distributed.device import choose_device
+from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,6 @@ def prepare_interpreter() -> None:
     """Large programs, as it takes as long for a few rows as for many."""
     if not triton.knobs.runtime.interpret:
         raise ValueError("on a CPU Triton's interpreter runs the kernels: set TRITON_INTERPRET=1, and give --size tiny")
-    products.ROWS, elementwise.VECTOR = dict.fromkeys(products.ROWS, 256), 4096
+    tile = gemm.Tile(256, 16, 4, 1)
+    gemm.TILES = dict.fromkeys(gemm.TILES, dict.fromkeys((MAX_GEMV_TOKENS, MAX_DEQUANT_GEMM_TOKENS), (tile, tile)))
+    gemm.FP32_TILE, elementwise.VECTOR = tile, 4096

@@ -6,19 +6,21 @@ import torch
 import torch.distributed as dist
 
 from gpu_checking.bench import Bench
-from gpu_checking.check_models import KINDS, complete, some_tokens
 from gpu_checking.clock import Recorder
+from gpu_checking.measure import generate
 from gpu_checking.random_models import random_model
 from gpu_checking.report import relative_error
 from gpu_checking.sizes import FLOATS
-from llama.backends.cuda import products
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.distributed.groups import ModelParallel, join_model_parallel
 from llama.distributed.job import from_all_ranks, join_job, local_world_size
 from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import GraphSteps
+from llama.engine.cuda_graph_runner import CudaGraphRunner
+from llama.quantization.planar import MAX_GEMV_TOKENS
+from llama.sampling import SamplingParams
 
 SUM_BOUND = 1e-6
+N_TOKENS = 16
 
 
 def check_ranks(bench: Bench) -> None:
@@ -28,11 +30,11 @@ def check_ranks(bench: Bench) -> None:
     assert ranks.group is not None
     one_shot = None
     if bench.device.type == "cuda":
-        one_shot = open_one_shot(ranks.group, products.FEW * bench.size.args.dim, bench.device, local_world_size())
+        one_shot = open_one_shot(ranks.group, MAX_GEMV_TOKENS * bench.size.args.dim, bench.device, local_world_size())
     if one_shot is None:
         bench.report.left_out.append("sums between GPUs in one kernel: these GPUs do not read each other's memory")
     else:
-        for n in (1, products.FEW):
+        for n in (1, MAX_GEMV_TOKENS):
             what = f"sum over {ranks.size} GPUs, tokens: {n}"
             bench.report.check(what, SUM_BOUND, sum_error, bench, ranks, one_shot, n)
     bench.report.check(f"tokens of {ranks.size} ranks that differ", 0, differing_ranks, bench, ranks)
@@ -48,9 +50,9 @@ def sum_error(bench: Bench, ranks: ModelParallel, one_shot: OneShot, n: int) -> 
 def differing_ranks(bench: Bench, ranks: ModelParallel) -> float:
     """How many ranks have other tokens than the first."""
     model = random_model(bench.size.checked, FLOATS, bench.device, bench.dtype, ranks)
-    prompts = [some_tokens(model, 5 + i, seed=i) for i in range(2)]
-    limits = bench.size.limits[:2]
-    steps = GraphSteps(Context(model, 2, 6 + max(limits)), Recorder(bench.device))
-    tokens, _ = complete(steps, prompts, limits, KINDS["greedy"])
+    generator = torch.Generator().manual_seed(5)
+    prompts = torch.randint(model.args.vocab_size, (2, 5), generator=generator).tolist()
+    runner = CudaGraphRunner(Context(model, 2, 5 + N_TOKENS), Recorder(bench.device))
+    tokens = list(generate(runner, prompts, N_TOKENS, SamplingParams(temperature=0)))
     everywhere = from_all_ranks(tokens)
     return float(sum(each != everywhere[0] for each in everywhere))

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpu_checking.bench import Bench
-from llama.engine.cuda_graph_runner import CudaGraphs, Record
+from llama.backends.base import Capture
+from llama.backends.cuda.graphs import CudaGraphs
 
 # Of small kernels together in a graph, so that launching it takes no part of the time.
 LEAST_RUNS = 32
@@ -23,7 +24,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.count, self.seconds = 0, 0.0
         self._device = device
-        self._graphs: Record | None = CudaGraphs(device) if device.type == "cuda" else None
+        self._graphs: Capture | None = CudaGraphs(device) if device.type == "cuda" else None
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         start = now(self._device)

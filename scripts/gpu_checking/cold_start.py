@@ -11,14 +11,13 @@ import torch
 
 from gpu_checking.bench import Bench, open_bench
 from gpu_checking.clock import Recorder, now
+from gpu_checking.measure import generate
 from gpu_checking.processes import reply, started
 from gpu_checking.random_models import random_model
 from gpu_checking.sizes import FLOATS
 from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import GraphSteps
-from llama.engine.metrics import Statistics
-from llama.engine.scheduler import Batch, Row
-from llama.sampling import SamplingParams, uniforms
+from llama.engine.cuda_graph_runner import CudaGraphRunner
+from llama.sampling import SamplingParams
 
 PROMPT_LEN, N_TOKENS = 30, 3
 SECONDS = 120  # for one process
@@ -48,10 +47,8 @@ def first_tokens(bench: Bench, form: str) -> dict[str, float]:
     ready = now(bench.device)
     context = Context(model, 1, PROMPT_LEN + N_TOKENS)
     prompt = torch.randint(model.args.vocab_size, (PROMPT_LEN,)).tolist()
-    rows = [Row(0, prompt, N_TOKENS, uniforms(1, 0, N_TOKENS))]
-    steps = GraphSteps(context, Recorder(bench.device))
-    batch = Batch(steps, rows, SamplingParams(), (), False, Statistics())
-    times = [time.perf_counter() - ready for chosen in batch.run(echo=False) if chosen.token is not None]
+    runner = CudaGraphRunner(context, Recorder(bench.device))
+    times = [time.perf_counter() - ready for _ in generate(runner, [prompt], N_TOKENS, SamplingParams())]
     return {"model_s": ready - start, "first_token_s": times[0], "third_token_s": times[-1]}
 
 

@@ -13,12 +13,14 @@ from gpu_checking.bench import Bench
 from gpu_checking.clock import UNCACHED, copy_gb_s, seconds_each
 from gpu_checking.random_models import Maker
 from gpu_checking.sizes import FLOATS
-from llama.backends.cuda import attention, elementwise, products
+from llama.backends.cuda import attention, elementwise, gemm
 from llama.backends.cuda import sampling as gpu_sampling
+from llama.backends.cuda.matmul import GpuWeight, matmul
 from llama.config import ModelArgs
+from llama.quantization.planar import MAX_GEMV_TOKENS
 from llama.rope import Rotary
 
-N_TOKENS = (1, products.FEW)
+N_TOKENS = (1, MAX_GEMV_TOKENS)
 
 
 # --- products ------------------------------------------------------------------------------------------------------
@@ -44,6 +46,12 @@ def measure_linears(bench: Bench) -> None:
                 bench.report.measure(what, measure_linear, bench, form, name, *shape)
 
 
+def gated_product(x: Tensor, weight: GpuWeight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return elementwise.silu_and_mul(matmul(x, weight), x.dtype)
+    return gemm.gated_gemm(x, weight)
+
+
 @torch.inference_mode()
 def measure_linear(bench: Bench, form: str, name: str, rows: int, columns: int) -> None:
     """GB/s of weights in turn that no cache holds together; the gates' are ours with the gate."""
@@ -52,13 +60,17 @@ def measure_linear(bench: Bench, form: str, name: str, rows: int, columns: int) 
     many = UNCACHED // weights[0].nbytes if bench.device.type == "cuda" else 0
     weights += [make(name, (rows, columns)) for _ in range(many)]
     for n in N_TOKENS:
-        x = torch.randn(n, columns, device=bench.device, dtype=bench.dtype)
-        multiply = products.multiply_gated if name == "w1 w3" else products.multiply
+        # Layers hand floats the rows that they are multiplied as.
+        n_rows = MAX_GEMV_TOKENS if form == FLOATS else n
+        x = torch.randn(n_rows, columns, device=bench.device, dtype=bench.dtype)
+        multiply = gated_product if name == "w1 w3" else matmul
         ours = seconds_each([partial(multiply, x, weight) for weight in weights], bench)
         cublas: float | None = None
         if form == FLOATS:
             floats = [weight for weight in weights if isinstance(weight, Tensor)]
-            cublas = weights[0].nbytes / seconds_each([partial(F.linear, x, weight) for weight in floats], bench) / 1e9
+            cublas = (
+                weights[0].nbytes / seconds_each([partial(F.linear, x[:n], weight) for weight in floats], bench) / 1e9
+            )
         bench.report.add(
             "linears",
             form=bench.shown(form),
@@ -91,7 +103,7 @@ def measure_attention(bench: Bench, context: int) -> None:
     keys, values = torch.randn(2, *shape, device=bench.device, dtype=bench.dtype)
     start_pos = torch.tensor([context - 1], device=bench.device)
     q = torch.randn(1, 1, args.n_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
-    runs = [partial(attention.attend, q, k, v, start_pos, None) for k, v in zip(keys, values, strict=True)]
+    runs = [partial(attention.flash_attention, q, k, v, start_pos, None) for k, v in zip(keys, values, strict=True)]
     took = seconds_each(runs, bench)
     gb_s = 2 * keys[0].nbytes / took / 1e9
     percent = 100 * gb_s / copy_gb_s(bench)
@@ -108,17 +120,19 @@ def measure_between(bench: Bench) -> None:
     for n in N_TOKENS:
         x, delta = (torch.randn(n, args.dim, device=bench.device) for _ in range(2))
         weight = torch.ones(args.dim, device=bench.device, dtype=bench.dtype)
-        run: Callable[[], object] = partial(elementwise.add_and_norm, x, delta, weight, args.norm_eps, bench.dtype)
+        run: Callable[[], object] = partial(
+            elementwise.fused_add_rms_norm, x, delta, weight, args.norm_eps, bench.dtype
+        )
         time_kernel(bench, f"sum and norm, tokens: {n}", run)
         both = torch.randn(n, 2 * args.hidden_dim, device=bench.device, dtype=bench.dtype)
-        time_kernel(bench, f"gate, tokens: {n}", partial(elementwise.gate, both))
+        time_kernel(bench, f"gate, tokens: {n}", partial(elementwise.silu_and_mul, both))
         start_pos = torch.zeros(n, device=bench.device, dtype=torch.long)
         rotation = Rotary(args.head_dim, args.rope_theta, None).to(bench.device)(start_pos[:, None])
         columns = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
         qkv = torch.randn(n, columns, device=bench.device, dtype=bench.dtype)
         cache = torch.zeros(2, n, 8, args.n_kv_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
         heads = args.n_heads, args.n_kv_heads
-        run = partial(elementwise.rotate_and_keep, qkv, rotation, start_pos, cache[0], cache[1], *heads)
+        run = partial(elementwise.rope_and_append_kv, qkv, rotation, start_pos, cache[0], cache[1], *heads)
         time_kernel(bench, f"rotation, tokens: {n}", run)
 
 
@@ -130,7 +144,7 @@ def measure_sampling(bench: Bench, vocab_size: int) -> None:
         temperature, top_p = (torch.tensor(value, device=bench.device) for value in (0.7, 0.9))
         runs: dict[str, Callable[[], object]] = {
             "greedy": partial(gpu_sampling.greedy, logits),
-            "sampled": partial(gpu_sampling.sample, logits, temperature, top_p, uniform),
+            "sampled": partial(gpu_sampling.sample_nucleus, logits, temperature, top_p, uniform),
             "sampled of all": partial(gpu_sampling.sample_all, logits, temperature, uniform),
         }
         for name, run in runs.items():

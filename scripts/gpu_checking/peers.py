@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import subprocess
+from collections.abc import Iterator
 
 import torch
 
@@ -13,10 +15,10 @@ from gpu_checking.measure import decode, steps_at
 from gpu_checking.processes import reply, started
 from gpu_checking.random_models import random_model
 from gpu_checking.sizes import FLOATS
-from llama.engine.cuda_graph_runner import GraphSteps
+from llama.engine.cuda_graph_runner import CudaGraphRunner
 
 PEERS = ("transformers", "gpt_fast")
-SECONDS = 150  # to build and compile a peer, or to run it
+SECONDS = 150  # to run a peer; to build and compile them, all at once, they have the section's time
 
 
 def measure_peers(bench: Bench, peers: dict[str, str | None]) -> None:
@@ -31,20 +33,35 @@ def measure_peers(bench: Bench, peers: dict[str, str | None]) -> None:
         "context": context,
         "n_steps": n_steps,
     }
-    for name, path in peers.items():
-        if not bench.report.has_time(f"peer {name}"):
-            continue
-        try:
-            with started("peer_worker", {"peer": name, "path": path, **options}) as process:
-                reply(process, min(SECONDS, bench.report.seconds_left()))
-                alternate(bench, name, process, steps, context, n_steps)
-        except (OSError, ValueError) as error:
-            bench.report.add("peers", name=name, error=str(error))
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(started("peer_worker", {"peer": name, "path": path, **options}))
+            for name, path in peers.items()
+        }
+        ready = []
+        for name, process in workers.items():  # none is measured while another compiles
+            with told(bench, name):
+                reply(process, bench.report.seconds_left())
+                ready.append(name)
+        for name in workers.keys() - ready:
+            workers[name].kill()
+        for name in ready:
+            with told(bench, name):
+                alternate(bench, name, workers[name], steps, context, n_steps)
+
+
+@contextlib.contextmanager
+def told(bench: Bench, name: str) -> Iterator[None]:
+    """What a peer's process fails at is reported, and ends nothing else."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        bench.report.add("peers", name=name, error=str(error))
 
 
 @torch.inference_mode()
 def alternate(
-    bench: Bench, name: str, process: subprocess.Popen[str], steps: GraphSteps, context: int, n_steps: int
+    bench: Bench, name: str, process: subprocess.Popen[str], steps: CudaGraphRunner, context: int, n_steps: int
 ) -> None:
     """Runs of both in turn, so that a machine that slows down slows both; a first run does not count."""
     ours, theirs = [], []

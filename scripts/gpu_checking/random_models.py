@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gpu_checking.sizes import FLOATS
-from llama.backends.cuda.layers import GpuLayers, GpuWeight
+from llama.backends.cuda.backend import CudaBackend
+from llama.backends.cuda.matmul import GpuWeight
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
+from llama.distributed.layers import set_quantized_weight, tie_output
 from llama.model import RMSNorm, Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize
 from llama.quantization.planar import Fp8Weight, PlanarWeight
@@ -48,20 +50,6 @@ def block_type_of(form: str) -> BlockType:
     return BLOCK_TYPES[QUANTIZE.get(form, form)]
 
 
-def random_weight(form: str, rows: int, columns: int, device: torch.device) -> tuple[GpuWeight, Tensor]:
-    """A weight whose products with normal values are as large as these, and its values in fp64, otherwise decoded."""
-    std = columns**-0.5
-    if form in ("bf16", "fp16"):
-        dtype = torch.bfloat16 if form == "bf16" else torch.float16
-        weight = random_values((rows, columns), std, device, dtype)
-        return weight, weight.double()
-    if form == "fp8":
-        fp8 = Fp8Weight.of(random_values((rows, columns), std, device, torch.float32))
-        return fp8, fp8.codes.double() * fp8.scales.double()
-    blocks = random_blocks(block_type_of(form), rows, columns, std, device)
-    return PlanarWeight(blocks, block_type_of(form)), dequantize(blocks, block_type_of(form)).double()
-
-
 def random_model(
     args: ModelArgs, form: str, device: torch.device, dtype: torch.dtype, parallel: ModelParallel | None = None
 ) -> Transformer:
@@ -80,12 +68,16 @@ def random_model(
     output, table = model.output, model.tok_embeddings
     table_shape = table.weight.shape
     _set(output, make("output", output.weight.shape, times=LOGITS))
+    _set(
+        table,
+        make("output", table_shape, times=LOGITS)
+        if args.tied_embeddings
+        else random_values(table_shape, 1.0, device, dtype),
+    )
     if args.tied_embeddings:
-        table.weight = output.weight
-    else:
-        _set(table, random_values(table_shape, 1.0, device, dtype))
+        tie_output(output, table)
     model.rope.to(device)
-    model.fused = GpuLayers(model)
+    CudaBackend(device).bind(model)
     return model
 
 
@@ -110,19 +102,8 @@ class Maker:
         return PlanarWeight(self._blocks[name].roll(next(self._turns), 0), block_type)
 
 
-def in_floats(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model on the same values in floats of dtype, run by torch's operations."""
-    with torch.device("meta"):
-        floats = Transformer(model.args, model.parallel)
-    held = dict(model.named_modules())
-    for name, module in floats.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            weight: Any = held[name].weight
-            _set(module, weight.to(dtype) if isinstance(weight, Tensor) else weight.dense(dtype))
-    floats.rope.to(model.device)
-    return floats
-
-
 def _set(module: Any, weight: GpuWeight) -> None:
-    del module.weight  # a parameter is not replaced by a module
-    module.weight = nn.Parameter(weight, requires_grad=False) if isinstance(weight, Tensor) else weight
+    if isinstance(weight, Tensor):
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    else:
+        set_quantized_weight(module, weight)

@@ -18,14 +18,7 @@ class Size:
     args: ModelArgs  # of the model that is measured
     checked: ModelArgs  # of the model whose logits and tokens are checked
     forms: tuple[str, ...]  # what weights are held in, the most important first
-    products: tuple[tuple[int, int], ...]  # (rows, columns) of weights: 4 n + 1 rows, and columns of whole blocks
-    heads: tuple[tuple[int, int, int], ...]  # (n_heads, n_kv_heads, head_dim) of attention
-    read: tuple[int, ...]  # positions that queries see
-    queries: tuple[int, ...]  # of a row
     vocab_sizes: tuple[int, ...]
-    graphed: tuple[str, ...]  # forms of the models whose tokens are checked
-    kinds: tuple[str, ...]  # of sampling
-    limits: tuple[int, ...]  # new tokens of each row of a batch
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     prompts: tuple[int, ...]  # prefills that are measured
@@ -44,14 +37,7 @@ _LARGE = Size(
     args=LLAMA_8B,
     checked=LLAMA_1B,
     forms=FORMS,
-    products=((1021, 4096), (333, 14336)),
-    heads=((32, 8, 128), (21, 3, 80)),
-    read=(100, 4096),
-    queries=(1, 8, 300),
     vocab_sizes=(128256,),
-    graphed=(FLOATS, "int4"),
-    kinds=("greedy", "sampled", "sampled of all"),
-    limits=(24, 7, 30, 13, 40),
     batches=(1, 8, 64),
     contexts=(128, 4096, 32768),
     prompts=(512, 2048, 8192),
@@ -65,16 +51,9 @@ SIZES = {
     "1b": dataclasses.replace(_LARGE, args=LLAMA_1B),
     "tiny": Size(
         args=TINY,
-        checked=TINY,
+        checked=dataclasses.replace(TINY, tied_embeddings=True),  # as Llama 3.2 1B
         forms=(FLOATS, "int4"),  # blocks of 256 values are longer than its rows
-        products=((21, 256),),
-        heads=((6, 2, 16),),
-        read=(100,),
-        queries=(1, 8, 9),
         vocab_sizes=(300,),
-        graphed=("int4",),
-        kinds=("sampled",),
-        limits=(2, 1, 3),
         batches=(1, 2),
         contexts=(16,),
         prompts=(12,),

@@ -1,4 +1,4 @@
-"""Kernels are compiled before they are checked and measured, by a process for each form of weights at once."""
+"""Kernels are compiled before they are measured, by a process for each form of weights at once."""
 
 from __future__ import annotations
 
@@ -7,62 +7,50 @@ import dataclasses
 import json
 import sys
 
-from gpu_checking import check_kernels, check_products
 from gpu_checking.bench import Bench, open_bench
 from gpu_checking.clock import measure_copies
 from gpu_checking.measure import measure_form
 from gpu_checking.measure_kernels import measure_linears
 from gpu_checking.processes import reply, started
 
-KERNELS = "kernels"  # those that know no form
-
 
 def warm(bench: Bench) -> None:
-    """Fill Triton's cache; its results are those of one layer, and nobody's."""
-    what = [*dict.fromkeys([*bench.size.forms, *check_products.FORMS]), KERNELS]
+    """Fill Triton's cache for what is measured; the results are those of one layer."""
     with contextlib.ExitStack() as stack:
-        workers = {each: stack.enter_context(started("warming", {**bench.options, "what": each})) for each in what}
-        for each, process in workers.items():
+        workers = {
+            form: stack.enter_context(started("warming", {**bench.options, "form": form})) for form in bench.size.forms
+        }
+        for form, process in workers.items():
             try:
                 reply(process, bench.report.seconds_left())
-            except ValueError as error:  # the check itself will tell more
-                bench.report.left_out.append(f"kernels compiled ahead for {each}: {error}")
+            except ValueError as error:  # what is measured will tell more
+                bench.report.left_out.append(f"kernels compiled ahead for {form}: {error}")
 
 
-def compile_all(bench: Bench, what: str) -> None:
+def compile_all(bench: Bench, form: str) -> None:
     """Run what needs the kernels of a form once, small."""
     args = dataclasses.replace(bench.size.args, n_layers=1)
     size = dataclasses.replace(
         bench.size,
         args=args,
-        checked=args,
-        forms=(what,),
+        forms=(form,),
         contexts=bench.size.contexts[:1],
         prompts=bench.size.prompts[:1],
         steps=1,
         repeats=1,
     )
-    measured = what in bench.size.forms
     bench = dataclasses.replace(bench, size=size)
-    if what == KERNELS:
-        check_kernels.check_attention(bench)
-        check_kernels.check_between(bench)
-        check_kernels.check_sampling(bench)
-        return
-    if what in check_products.FORMS:
-        check_products.check_form(bench, what)
-    if measured:
-        measure_copies(bench)
-        measure_form(bench, what)
-        measure_linears(bench)
+    measure_copies(bench)
+    measure_form(bench, form)
+    measure_linears(bench)
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    what = options.pop("what")
+    form = options.pop("form")
     with contextlib.redirect_stdout(sys.stderr):
-        compile_all(open_bench(**options), what)
-    print(json.dumps({"warm": what}), flush=True)
+        compile_all(open_bench(**options), form)
+    print(json.dumps({"warm": form}), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import llama as package
+from llama import Tokenizer
+from tests.checkpoints import TINY, chain_state, write_meta
 from tests.e2e.processes import COMPLETION, LLAMA, llama, python, run, torchrun
 
 
@@ -57,9 +59,17 @@ def test_a_plan_is_that_of_a_dry_run(tiny_folder: Path) -> None:
     assert "these prompts" not in llama("plan", *flags[:4]).stdout
 
 
-def test_a_bench_says_how_fast_prefill_and_decode_are(tiny_folder: Path) -> None:
-    """End tokens would end some runs early: gen_len is the number of tokens all the same."""
-    flags = ["--ckpt_dir", tiny_folder, "--prompt_len", "40", "--gen_len", "30", "--runs", "2"]
+def test_a_bench_says_how_fast_prefill_and_decode_are(tmp_path: Path) -> None:
+    """And an end token, here the first that the model makes, does not end a run."""
+    state = chain_state(TINY, {})
+    state["tok_embeddings.weight"].fill_(1)  # whatever came before
+    write_meta(tmp_path, TINY, state=state)
+    stop_token = min(Tokenizer(tmp_path / "tokenizer.model").stop_tokens)
+    state["output.weight"][stop_token] = 1
+    write_meta(tmp_path, TINY, state=state)
+    (answer,) = llama("complete", "--ckpt_dir", tmp_path, "--prompt", "a", "--temperature", "0", "--json").json_lines
+    assert (answer["tokens"], answer["finish_reason"]) == ([], "stop")
+    flags = ["--ckpt_dir", tmp_path, "--prompt_len", "40", "--gen_len", "30", "--runs", "2"]
     (figures,) = llama("bench", *flags, "--json").json_lines
     assert (figures["prompt_len"], figures["gen_len"], figures["runs"], figures["ranks"]) == (40, 30, 2, 1)
     assert figures["prefill_tok_s"] > 0 and figures["decode_tok_s"] > 0 and figures["bandwidth_gb_s"] > 0

@@ -149,6 +149,6 @@ def test_a_conversation_goes_on_when_its_cache_grows(folder: Path) -> None:
     llm, fresh = (Llama.build(folder, dtype="float32", max_seq_len=600) for _ in range(2))
     turns = [[7, 8, 9] * 20, [7, 8, 9] * 90, [7, 8, 9] * 180]
     for turn in turns:
-        said = [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)]
+        said = [step.token for step in llm.stream([turn], 9, temperature=0, keep_cache=True)]
         assert said == [step.token for step in fresh.stream([turn], 9, temperature=0)]
     assert llm.metrics.reused_tokens > 0

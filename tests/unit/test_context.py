@@ -93,7 +93,7 @@ def test_dynamic_scaling_knows_the_whole_length_in_every_chunk(
     for i, each in enumerate(alone):
         assert_same((together[0][i : i + 1], together[1][i : i + 1]), each)
     for row in (RAGGED[2], RAGGED[0]):
-        kept = [step.token for step in llm.stream([row], 4, temperature=0, keep=True)]
+        kept = [step.token for step in llm.stream([row], 4, temperature=0, keep_cache=True)]
         assert kept == [step.token for step in llm.stream([row], 4, temperature=0)]
     assert llm.metrics.reused_tokens == 0
 
@@ -109,7 +109,7 @@ def test_a_kept_conversation_reads_only_what_is_new(tiny_folder: Path, way: dict
         both = []
         for llm, keep in ((keeping, True), (fresh, False)):
             counted.positions = 0
-            steps = llm.stream([prompt], at_most, temperature=0.5, seed=len(prompt), keep=keep)
+            steps = llm.stream([prompt], at_most, temperature=0.5, seed=len(prompt), keep_cache=keep)
             both.append([step.token for _, step in zip(range(leave_after), steps, strict=False)])
             steps.close()  # type: ignore[attr-defined]
             if keep:
@@ -138,19 +138,19 @@ def test_a_kept_conversation_reads_only_what_is_new(tiny_folder: Path, way: dict
 def test_streams_that_overlap_do_not_share_a_cache(tiny_folder: Path) -> None:
     llm = build(tiny_folder, max_seq_len=64)
     expected = [llm.generate([prompt], 6, temperature=0)[0][0] for prompt in (SHARED, ENDS[0])]
-    first = llm.stream([SHARED], 6, temperature=0, keep=True)
+    first = llm.stream([SHARED], 6, temperature=0, keep_cache=True)
     begun = [next(first).token]
-    second = [step.token for step in llm.stream([ENDS[0]], 6, temperature=0, keep=True)]
+    second = [step.token for step in llm.stream([ENDS[0]], 6, temperature=0, keep_cache=True)]
     assert [begun + [step.token for step in first][:-1], second[:-1]] == expected
-    with pytest.raises(ValueError, match="keep is for one prompt at a time, got 2"):
-        llm.stream([[5], [6]], keep=True)
+    with pytest.raises(ValueError, match="keep_cache is for one prompt at a time, got 2"):
+        llm.stream([[5], [6]], keep_cache=True)
 
 
 def test_an_interrupt_within_a_pass_leaves_nothing_wrong(tiny_folder: Path) -> None:
     """Keys may be half written then; only those before are taken to hold."""
     llm = build(tiny_folder, max_seq_len=64)
     expected = llm.generate([SHARED + ENDS[0]], 6, temperature=0)[0][0]
-    list(llm.stream([SHARED], 6, temperature=0, keep=True))
+    list(llm.stream([SHARED], 6, temperature=0, keep_cache=True))
     hidden = llm.model.hidden
 
     def interrupted(tokens: torch.Tensor, start_pos: torch.Tensor, cache: Any, *others: Any) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_an_interrupt_within_a_pass_leaves_nothing_wrong(tiny_folder: Path) -> N
 
     llm.model.hidden = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        list(llm.stream([SHARED[:20] + ENDS[1]], 6, temperature=0, keep=True))
+        list(llm.stream([SHARED[:20] + ENDS[1]], 6, temperature=0, keep_cache=True))
     llm.model.hidden = hidden  # type: ignore[method-assign]
-    assert [step.token for step in llm.stream([SHARED + ENDS[0]], 6, temperature=0, keep=True)][:-1] == expected
+    assert [step.token for step in llm.stream([SHARED + ENDS[0]], 6, temperature=0, keep_cache=True)][:-1] == expected
     assert llm.metrics.reused_tokens == 20

@@ -13,7 +13,8 @@ from tests.gpu_compile import CAPABILITIES, Ahead, compiled_kernels
 
 pytest.importorskip("triton", reason="GPU kernels are written in Triton")
 from llama.backends.cuda import attention
-from llama.backends.cuda.attention import FEW, attend, n_splits, tile_for
+from llama.backends.cuda.attention import flash_attention, n_splits, tile_for
+from llama.quantization.planar import MAX_GEMV_TOKENS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -74,7 +75,7 @@ def test_a_query_sees_the_keys_up_to_its_own(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if DEVICE.type == "cpu" and seqlen > FEW and dtype != torch.float32:
+    if DEVICE.type == "cpu" and seqlen > MAX_GEMV_TOKENS and dtype != torch.float32:
         # As long prompts are: not split. To merge splits takes the interpreter longest, and is done in fp32 for any dtype.
         monkeypatch.setattr(attention, "PROGRAMS", 1)
     q, keys, values = random_step(3, seqlen, group, head_dim, max_seq_len, dtype)
@@ -82,7 +83,7 @@ def test_a_query_sees_the_keys_up_to_its_own(
     for row, start in enumerate(start_pos.tolist()):  # what was not written may be anything
         keys[row, start + seqlen :] *= 100
         values[row, start + seqlen :] = 1000
-    y = attend(q, keys, values, start_pos, window)
+    y = flash_attention(q, keys, values, start_pos, window)
     assert y.dtype == dtype
     close(y, expected(q, keys, values, start_pos, window))
 
@@ -92,7 +93,7 @@ def test_caches_of_any_strides_are_read() -> None:
     q, keys, values = random_step(2, 3, 3, 64, 90, torch.float32)
     keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (keys, values))
     start_pos = torch.tensor([17, 80], device=DEVICE)
-    close(attend(q, keys, values, start_pos, None), expected(q, keys, values, start_pos, None))
+    close(flash_attention(q, keys, values, start_pos, None), expected(q, keys, values, start_pos, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -103,20 +104,20 @@ def test_a_token_gets_the_same_bits_whatever_goes_with_it(
     group: int, max_seq_len: int, window: int | None, dtype: torch.dtype
 ) -> None:
     """Speculation would otherwise change texts: a guess is checked among others, and generated alone."""
-    q, keys, values = random_step(2, FEW, group, 64, max_seq_len, dtype)
-    start_pos = torch.tensor([max_seq_len - FEW, 5], device=DEVICE)
-    together = attend(q, keys, values, start_pos, window)
-    three = attend(q[:, :3], keys, values, start_pos, window)
+    q, keys, values = random_step(2, MAX_GEMV_TOKENS, group, 64, max_seq_len, dtype)
+    start_pos = torch.tensor([max_seq_len - MAX_GEMV_TOKENS, 5], device=DEVICE)
+    together = flash_attention(q, keys, values, start_pos, window)
+    three = flash_attention(q[:, :3], keys, values, start_pos, window)
     assert torch.equal(together[:, :3], three)
-    for token in (0, 4, FEW - 1):
-        alone = attend(q[:, token : token + 1], keys, values, start_pos + token, window)
+    for token in (0, 4, MAX_GEMV_TOKENS - 1):
+        alone = flash_attention(q[:, token : token + 1], keys, values, start_pos + token, window)
         assert torch.equal(together[:, token : token + 1], alone), token
 
 
 def test_a_dead_row_yields_something_finite() -> None:
     q, keys, values = random_step(2, 1, 3, 64, 150, torch.bfloat16)
     keys[1], values[1] = 0, 0
-    y = attend(q, keys, values, torch.tensor([140, 0], device=DEVICE), None)
+    y = flash_attention(q, keys, values, torch.tensor([140, 0], device=DEVICE), None)
     assert y.isfinite().all() and not y[1].any()
 
 
@@ -127,7 +128,7 @@ def test_splits_follow_from_what_a_step_cannot_change() -> None:
     assert n_splits(3, 1 << 20, 64) == 64
     assert n_splits(512, 8192, 64) == 1
     for group in (1, 3, 4, 7, 8, 32):
-        assert len({tile_for(torch.bfloat16, 128, group, seqlen, 90) for seqlen in range(1, FEW + 1)}) == 1
+        assert len({tile_for(torch.bfloat16, 128, group, seqlen, 90) for seqlen in range(1, MAX_GEMV_TOKENS + 1)}) == 1
 
 
 def test_rows_beyond_two_to_the_31_values_are_read() -> None:
@@ -139,7 +140,7 @@ def test_rows_beyond_two_to_the_31_values_are_read() -> None:
     generator = torch.Generator().manual_seed(5)
     keys.copy_(torch.randn(keys.shape, generator=generator))
     q = torch.randn(2, 1, 3, head_dim, generator=generator).to(DEVICE, torch.float16)
-    close(attend(q, keys, keys, start_pos, None), expected(q, keys, keys, start_pos, None))
+    close(flash_attention(q, keys, keys, start_pos, None), expected(q, keys, keys, start_pos, None))
 
 
 def ahead_of_time() -> Iterator[Ahead]:
@@ -157,7 +158,7 @@ def ahead_of_time() -> Iterator[Ahead]:
                     **{"STRIDE_POSITION": 1024, "STRIDE_HEAD": 128},
                     **{"N_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128},
                     **{"BLOCK_M": tile.rows, "BLOCK_N": tile.keys},
-                    **{"WINDOW": False, "SPLIT": seqlen == 1, "WHOLE": seqlen > FEW},
+                    **{"WINDOW": False, "SPLIT": seqlen == 1, "WHOLE": seqlen > MAX_GEMV_TOKENS},
                 }
                 label = f"{name} {seqlen} for {capability}"
                 yield Ahead(label, attention._attend, signature, constants, tile.warps, tile.stages)

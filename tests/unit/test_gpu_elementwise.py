@@ -13,7 +13,7 @@ from tests.gpu_compile import Ahead, compiled_kernels
 
 pytest.importorskip("triton", reason="GPU kernels are written in Triton")
 from llama.backends.cuda import elementwise
-from llama.backends.cuda.elementwise import add_and_norm, gate, rotate_and_keep
+from llama.backends.cuda.elementwise import fused_add_rms_norm, rope_and_append_kv, silu_and_mul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # A rounding of the result, and of fp32 before it.
@@ -38,7 +38,7 @@ def close(actual: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_a_sum_and_its_norm_are_those_of_torch(dim: int, dtype: torch.dtype) -> None:
     x, delta, weight = randn(3, dim), randn(3, dim).to(dtype) * 3, randn(dim).to(dtype)
     wanted = x.double() + delta.double()
-    y = add_and_norm(x, delta, weight, EPS, dtype)
+    y = fused_add_rms_norm(x, delta, weight, EPS, dtype)
     assert y is not None and y.dtype == dtype
     assert torch.allclose(x.double(), wanted, rtol=1e-6, atol=1e-6)  # in place
     close(y, F.rms_norm(wanted, (dim,), weight.double(), EPS))
@@ -47,14 +47,14 @@ def test_a_sum_and_its_norm_are_those_of_torch(dim: int, dtype: torch.dtype) -> 
 def test_a_norm_needs_no_delta() -> None:
     x, weight = randn(3, 36), randn(36).bfloat16()
     before = x.clone()
-    y = add_and_norm(x, None, weight, EPS, torch.float16)
+    y = fused_add_rms_norm(x, None, weight, EPS, torch.float16)
     assert torch.equal(x, before)
     close(y, F.rms_norm(x.double(), (36,), weight.double(), EPS))
 
 
 def test_a_row_of_zeros_has_a_norm_of_zeros() -> None:
     """A row that is padding holds nothing, and 0 / 0 would spread."""
-    y = add_and_norm(torch.zeros(2, 36, device=DEVICE), None, randn(36), EPS, torch.bfloat16)
+    y = fused_add_rms_norm(torch.zeros(2, 36, device=DEVICE), None, randn(36), EPS, torch.bfloat16)
     assert not y.any()
 
 
@@ -83,7 +83,7 @@ def test_queries_and_keys_are_rotated_and_keys_and_values_kept(
         wanted[0, 1, row, start : start + seqlen] = turned[row, :, n_heads:]
         wanted[1, 1, row, start : start + seqlen] = v[row]
 
-    rotated = rotate_and_keep(qkv, rotation, start_pos, cache[0, 1], cache[1, 1], n_heads, n_kv_heads)
+    rotated = rope_and_append_kv(qkv, rotation, start_pos, cache[0, 1], cache[1, 1], n_heads, n_kv_heads)
     assert rotated.dtype == dtype
     close(rotated, turned[:, :, :n_heads])
     close(rotated, rotate(q.to(dtype), rotation).double())
@@ -95,7 +95,7 @@ def test_nothing_is_kept_past_the_end_of_a_row() -> None:
     """It would be the next row's first place."""
     qkv, cache = randn(2 * 4, 3 * 16), torch.zeros(2, 2, 10, 1, 16, device=DEVICE)
     rotation = torch.ones(2, 4, 1, 8, dtype=torch.complex64, device=DEVICE)
-    rotate_and_keep(qkv, rotation, torch.tensor([8, 2], device=DEVICE), cache[0], cache[1], 1, 1)
+    rope_and_append_kv(qkv, rotation, torch.tensor([8, 2], device=DEVICE), cache[0], cache[1], 1, 1)
     written = cache.abs().sum(dim=(0, 3, 4)).bool()
     assert written.nonzero().tolist() == [[0, 8], [0, 9], [1, 2], [1, 3], [1, 4], [1, 5]]
 
@@ -107,7 +107,7 @@ def test_a_gate_is_silu_of_the_first_half_times_the_second(hidden: int, dtype: t
     both = (randn(3, 2 * hidden) * 4).to(dtype)
     both[1, :3] = torch.tensor([-1000.0, 1000.0, 0.0])  # exp overflows
     gates, ups = both.double().chunk(2, dim=1)
-    y = gate(both)
+    y = silu_and_mul(both)
     assert y.dtype == dtype
     close(y, F.silu(gates) * ups)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from llama.backends.cuda import attention, elementwise, products
+from llama.backends.cuda import attention, elementwise, gemm
 from llama.backends.cuda.backend import CudaBackend
 from llama.checkpoint.load import global_shapes
 from llama.config import ModelArgs
 from llama.distributed.layers import set_quantized_weight
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, quantize
-from llama.quantization.planar import Fp8Weight, PlanarWeight
+from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import build, random_tokens, transformer
 
@@ -31,7 +31,10 @@ ARGS = ModelArgs(dim=64, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=64, hid
 def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes as long for a few rows as for many."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(products, "ROWS", dict.fromkeys(products.ROWS, 64))
+        tile = gemm.Tile(64, 4, 4, 1)
+        tiles = dict.fromkeys((MAX_GEMV_TOKENS, MAX_DEQUANT_GEMM_TOKENS), (tile, tile))
+        monkeypatch.setattr(gemm, "TILES", dict.fromkeys(gemm.TILES, tiles))
+        monkeypatch.setattr(gemm, "FP32_TILE", tile)
         monkeypatch.setattr(elementwise, "VECTOR", 4096)
         monkeypatch.setattr(attention, "PROGRAMS", 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,20 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.backends.cuda import matmul as matmul_module
+from llama.backends.cuda.matmul import matmul
 from llama.quantization import planar as planes
-from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
-from llama.quantization.planar import FEW, MOST, Fp8Weight, PlanarWeight
+from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, BlockType, dequantize
+from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 from tests.gpu_compile import Ahead, compiled_kernels
 from tests.unit.test_kernels import random_blocks
 
 pytest.importorskip("triton", reason="triton is not installed")
-from llama.backends.cuda import products
+from llama.backends.cuda import gemm
 
 TYPES = list(BLOCK_TYPES.values())
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # No multiple of a program's rows; three blocks of 256 columns, so that the last step of a program is not full.
 ROWS, COLUMNS = 22, 768
-KINDS = [*TYPES, planes.F8_E4M3]
+KINDS = [*TYPES, F8_E4M3]
 
 
 def each_type(types: list[BlockType]) -> pytest.MarkDecorator:
@@ -41,7 +43,7 @@ def blocks_of(block_type: BlockType, rows: int = ROWS) -> Tensor:
 
 def stored(block_type: BlockType, rows: int = ROWS) -> tuple[PlanarWeight | Fp8Weight, Tensor]:
     """A weight (rows, COLUMNS), and its values in fp64 by another way."""
-    if block_type == planes.F8_E4M3:
+    if block_type == F8_E4M3:
         weight = Fp8Weight.of(random(rows, COLUMNS))
         return weight, weight.codes.double() * weight.scales.double()
     blocks = blocks_of(block_type, rows)
@@ -63,8 +65,8 @@ def test_planes_keep_every_value(block_type: BlockType) -> None:
     blocks = blocks_of(block_type)
     weight, expected = PlanarWeight(blocks, block_type), dequantize(blocks, block_type)
     assert torch.equal(weight.dense(torch.float32), expected)
-    assert torch.equal(products.dense(weight, torch.float32), expected)
-    assert torch.equal(products.dense(weight.part(5, 8), torch.float16), expected[5:8].half())
+    assert torch.equal(gemm.dequantize(weight, torch.float32), expected)
+    assert torch.equal(gemm.dequantize(weight.part(5, 8), torch.float16), expected[5:8].half())
     ids = torch.tensor([[21, 0, 17], [5, 5, 20]], device=DEVICE)
     assert torch.equal(weight.rows(ids), expected[ids])
     assert blocks.nbytes <= weight.nbytes <= 1.03 * blocks.nbytes
@@ -82,69 +84,70 @@ def test_rows_lie_together_once(block_type: BlockType) -> None:
     assert part.codes.data_ptr() == joined.codes[16:].data_ptr()
     assert part.nbytes * ROWS == joined.nbytes * 5
     x = random(3, COLUMNS)
-    close(products.multiply(x, part), x.double() @ values[16:21].t())
+    close(gemm.gemm(x, part), x.double() @ values[16:21].t())
 
 
 @each_type(KINDS)
 def test_few_tokens_are_multiplied_in_fp32(block_type: BlockType) -> None:
     weight, values = stored(block_type)
-    x, bias = random(FEW, COLUMNS) / 16, random(ROWS)
-    for n_tokens in (1, 3, FEW):
-        close(products.multiply(x[:n_tokens], weight), x[:n_tokens].double() @ values.t())
+    x, bias = random(MAX_GEMV_TOKENS, COLUMNS) / 16, random(ROWS)
+    for n_tokens in (1, 3, MAX_GEMV_TOKENS):
+        close(gemm.gemm(x[:n_tokens], weight), x[:n_tokens].double() @ values.t())
     for dtype in (torch.bfloat16, torch.float16):
         rounded = x[2:4].to(dtype)
         expected = rounded.double() @ values.t()
-        close(products.multiply(rounded, weight, bias, torch.float32), expected + bias)
+        close(gemm.gemm(rounded, weight, bias, torch.float32), expected + bias)
         # Triton's interpreter cuts bits off where GPUs round to bfloat16.
-        close(products.multiply(rounded, weight), expected, torch.finfo(dtype).eps)
+        close(gemm.gemm(rounded, weight), expected, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("n_tokens", [FEW + 1, 40, MOST])
+@pytest.mark.parametrize("n_tokens", [MAX_GEMV_TOKENS + 1, MAX_DEQUANT_GEMM_TOKENS])
 @each_type(KINDS)
 def test_more_tokens_are_multiplied_in_their_dtype(block_type: BlockType, n_tokens: int) -> None:
     """bfloat16 is left to GPUs: Triton's interpreter multiplies its bits as integers."""
     weight, values = stored(block_type)
     x, bias = random(n_tokens, COLUMNS), random(ROWS)
-    close(products.multiply(x, weight, bias), x.double() @ values.t() + bias)
+    close(gemm.gemm(x, weight, bias), x.double() @ values.t() + bias)
     dtypes = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
     for dtype in dtypes:
         bound = torch.finfo(dtype).eps
-        close(products.multiply(x.to(dtype), weight, out_dtype=torch.float32), x.to(dtype).double() @ values.t(), bound)
+        close(gemm.gemm(x.to(dtype), weight, out_dtype=torch.float32), x.to(dtype).double() @ values.t(), bound)
 
 
-@pytest.mark.parametrize("n_tokens", [1, 20])
+@pytest.mark.parametrize("n_tokens", [1, 12])
 @each_type(KINDS)
 def test_gates_and_their_product_are_one_kernel(block_type: BlockType, n_tokens: int) -> None:
     """An odd hidden size: the last program's rows of w1 end where those of w3 begin."""
     weight, values = stored(block_type, 2 * (ROWS + 1))
     x = random(n_tokens, COLUMNS) / values.abs().max()  # the gates are neither open nor shut
-    close(products.multiply_gated(x, weight), gated(x, values), 5e-6)
-
-
-@pytest.mark.parametrize("columns", [1, 15, 32, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products_with_floats_are_torchs(dtype: torch.dtype, columns: int) -> None:
-    weight, bias = random(ROWS, columns, dtype=dtype), random(ROWS)
-    for x_dtype in (torch.float32, torch.bfloat16):
-        x = random(3, columns, dtype=x_dtype)
-        close(products.multiply(x, weight, bias, torch.float32), x.double() @ weight.double().t() + bias)
-        close(products.multiply_gated(x, weight, torch.float32), gated(x, weight.double()), 5e-6)
+    close(gemm.gated_gemm(x, weight), gated(x, values), 5e-6)
 
 
 def test_a_row_of_8_bit_floats_may_have_any_length() -> None:
     weight = Fp8Weight.of(random(ROWS, 71))
     x, values = random(12, 71), weight.codes.double() * weight.scales.double()
     for n_tokens in (2, 12):
-        close(products.multiply(x[:n_tokens], weight), x[:n_tokens].double() @ values.t())
-    assert torch.equal(products.dense(weight, torch.float32), weight.dense(torch.float32))
+        close(gemm.gemm(x[:n_tokens], weight), x[:n_tokens].double() @ values.t())
+    assert torch.equal(gemm.dequantize(weight, torch.float32), weight.dense(torch.float32))
 
 
-@each_type([*KINDS, BlockType("BF16", 1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floats_are_multiplied_as_eight_rows_whatever_is_asked(dtype: torch.dtype) -> None:
+    """A library takes other kernels for one token than for eight, which add in another order."""
+    weight, x = random(ROWS, COLUMNS, dtype=dtype), random(MAX_GEMV_TOKENS, COLUMNS, dtype=dtype)
+    together = matmul(x, weight)
+    assert together.dtype == torch.float32
+    close(together, x.double() @ weight.double().t(), 1e-5 if DEVICE.type == "cuda" else 2 * torch.finfo(dtype).eps)
+    for n_tokens in (1, 3, MAX_GEMV_TOKENS):
+        assert torch.equal(matmul(x[-n_tokens:], weight), together[-n_tokens:])
+
+
+@each_type(KINDS)
 def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockType) -> None:
     """Else a speculated token could differ from the plain one."""
-    weight = random(6, COLUMNS).bfloat16() if block_type.name == "BF16" else stored(block_type, 6)[0]
-    x = random(FEW, COLUMNS, dtype=torch.bfloat16)
-    for multiply in (products.multiply, products.multiply_gated):
+    weight, _ = stored(block_type, 6)
+    x = random(MAX_GEMV_TOKENS, COLUMNS, dtype=torch.bfloat16)
+    for multiply in (gemm.gemm, gemm.gated_gemm):
         together = multiply(x, weight, out_dtype=torch.float32)
         for n_tokens in (1, 2, 3, 5):
             assert torch.equal(multiply(x[-n_tokens:], weight, out_dtype=torch.float32), together[-n_tokens:])
@@ -154,7 +157,7 @@ def test_tokens_may_lie_apart() -> None:
     """One position of each row of a batch, cut out of all."""
     weight, values = stored(BLOCK_TYPES["Q4_0"])
     x = random(3, 2, COLUMNS)[:, 1]
-    close(products.multiply(x, weight), x.double() @ values.t())
+    close(gemm.gemm(x, weight), x.double() @ values.t())
 
 
 @each_type(KINDS)
@@ -162,9 +165,9 @@ def test_a_layer_takes_any_number_of_tokens(block_type: BlockType, monkeypatch: 
     weight, values = stored(block_type)
     for module in (planes, matmul_module):
         monkeypatch.setattr(module, "MAX_DEQUANTIZED_VALUES", 10 * COLUMNS)  # in four pieces
-    x = random(MOST + 1, COLUMNS)
-    for multiply in (weight, lambda x: matmul_module.matmul(x, weight)):
-        for n_tokens in (1, 30, MOST + 1):
+    x = random(MAX_DEQUANT_GEMM_TOKENS + 1, COLUMNS)
+    for multiply in (weight, lambda x: matmul(x, weight)):
+        for n_tokens in (1, 30, MAX_DEQUANT_GEMM_TOKENS + 1):
             close(multiply(x[:n_tokens]), x[:n_tokens].double() @ values.t())
 
 
@@ -189,7 +192,7 @@ def test_every_8_bit_float_is_decoded() -> None:
     codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
     codes = codes[codes.float().isfinite().nonzero().flatten().cpu()] if DEVICE.type == "cpu" else codes
     weight = Fp8Weight(codes[None], torch.ones(1, 1, device=DEVICE))
-    values = products.dense(weight, torch.float32)
+    values = gemm.dequantize(weight, torch.float32)
     finite = weight.codes.float().isfinite()
     assert torch.equal(values[finite], weight.codes.float()[finite]) and finite.sum() == 254
 
@@ -209,59 +212,45 @@ POINTERS = {
     "Q4_1": {"scales_ptr": "*i32"},
     "Q8_0": {"scales_ptr": "*fp16"},
     "Q4_K": {"scales_ptr": "*i32", "sub_scales_ptr": "*i16"},
-    "Q6_K": {"scales_ptr": "*fp16", "sub_scales_ptr": "*i16", "high_ptr": "*u8"},
+    "Q6_K": {"scales_ptr": "*fp16", "sub_scales_ptr": "*i16", "high_ptr": "*i32"},
     "F8_E4M3": {"scales_ptr": "*fp32"},
-    "FLOAT": {},
 }
 
 
 def ahead_of_time() -> Iterator[Ahead]:
     """All kernels, as the 8B model launches them: even rows, of multiples of 16, and bf16 activations."""
-    sizes = {"n_out": "i32:16", "n_in": "i32:16", "x_stride": "i32:16", "n_tokens": "i32", "magic": "i32"}
+    sizes = dict.fromkeys(("n_out", "n_in", "n_groups", "x_stride"), "i32:16") | {"n_tokens": "i32"}
     for kind, pointers in POINTERS.items():
-        codes = "*bf16" if kind == "FLOAT" else "*u8"
         absent = dict.fromkeys({"high_ptr", "scales_ptr", "sub_scales_ptr"} - pointers.keys())
-        tensors = {"x_ptr": "*bf16", "y_ptr": "*bf16", "codes_ptr": codes, **pointers}
-        # What is gated differs in rows and in the last step alone.
-        for gated in (False, True) if kind in ("FLOAT", "Q4_0") else (False,):
-            constants = {**absent, "bias_ptr": None, "KIND": kind, "GATED": gated}
-            for n_tokens in (1, FEW):
-                lanes = {"TOKENS": n_tokens, "ROWS": products.ROWS[2], "LANES": 128, "VECTOR": 8, "EVEN": True}
-                name = f"few {kind} {n_tokens}{' gated' * gated}"
-                yield Ahead(name, products._few_kernel, tensors | sizes, constants | lanes)
-            if kind != "FLOAT":
-                tiles = {"TOKENS": MOST, "ROWS": products.DOT_ROWS, "GROUPS": products.DOT_GROUPS[2]}
-                name = f"most {kind}{' gated' * gated}"
-                yield Ahead(name, products._most_kernel, tensors | sizes, constants | tiles)
-    # The type that takes the most registers: with fp32 activations, and made dense.
-    tensors = {"x_ptr": "*fp32", "y_ptr": "*fp32", "codes_ptr": "*u8", **POINTERS["Q6_K"]}
-    constants = {"bias_ptr": None, "KIND": "Q6_K", "GATED": False}
-    lanes = {"TOKENS": FEW, "ROWS": products.ROWS[4], "LANES": 64, "VECTOR": 4, "EVEN": False}
-    yield Ahead("few Q6_K 8 fp32", products._few_kernel, tensors | sizes, constants | lanes, num_warps=2)
-    tiles = {"TOKENS": MOST, "ROWS": products.DOT_ROWS, "GROUPS": products.DOT_GROUPS[4]}
-    yield Ahead("most Q6_K fp32", products._most_kernel, tensors | sizes, constants | tiles)
-    signature = {"codes_ptr": "*u8", **POINTERS["Q6_K"], "values_ptr": "*bf16"}
-    signature |= {"n_in": "i32:16", "magic": "i32"}
-    constants = {"KIND": "Q6_K", "GROUPS": products.DENSE_GROUPS}
-    yield Ahead("dense Q6_K", products._dense_kernel, signature, constants)
+        # For fp32, as it takes the most registers, the type that does so, too.
+        for dtype, name in [(torch.bfloat16, "bf16"), *([(torch.float32, "fp32")] if kind == "Q6_K" else [])]:
+            tensors = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "codes_ptr": "*i32", **pointers}
+            for n_tokens, n_rows, gated in itertools.product(
+                (MAX_GEMV_TOKENS, MAX_DEQUANT_GEMM_TOKENS), (4096, 28672), (False, True)
+            ):
+                tokens, tile = gemm.tile_for(kind, n_tokens, n_rows, dtype)
+                constants = {"bias_ptr": None, "KIND": kind, "GATED": gated, "TOKENS": tokens, "EVEN": True}
+                constants |= {"ROWS": tile.rows, "GROUPS": tile.groups, "STAGES": tile.stages}
+                if gated == (n_rows == 28672):  # what is gated has many rows
+                    label = f"gemm {kind} {name} {n_tokens} {n_rows}"
+                    kernel = gemm._gemm_kernel, tensors | sizes, absent | constants
+                    yield Ahead(label, *kernel, num_warps=tile.warps, num_stages=tile.stages)
+        signature = {"codes_ptr": "*i32", **pointers, "values_ptr": "*bf16", "n_in": "i32:16", "n_groups": "i32:16"}
+        constants = absent | {"KIND": kind, "GROUPS": gemm.DENSE_GROUPS}
+        yield Ahead(f"dense {kind}", gemm._dequantize_kernel, signature, constants)
 
 
 def test_kernels_compile_for_gpus_and_spill_nothing() -> None:
-    """Weights are read in vectors of 8 codes or 8 floats."""
+    """Codes are copied to shared memory ahead, 16 bytes at a time, and multiplied by tensor cores."""
     for name, kernel in compiled_kernels(__name__).items():
         assert not kernel.spills, (name, kernel.registers, kernel.spills)
         # What GPUs other than A100 and H100 give a program.
         assert kernel.shared <= 99 * 1024, (name, kernel.shared)
-        if name.startswith("few") and "fp32" not in name:
-            vector = "ld.global.v4.b32" if "FLOAT" in name else "ld.global.v2.b32"
-            assert kernel.ptx.count(vector) >= products.ROWS[2], name
-            assert "ld.global.v4.b32" in kernel.ptx and ".local" not in kernel.ptx, name
+        if name.startswith("gemm") and "fp32" not in name:
+            assert "cp.async.cg.shared.global" in kernel.ptx and "mma.sync" in kernel.ptx, name
 
 
-def test_sums_of_one_token_and_of_many_are_compiled_alike() -> None:
-    """A product fused with a sum here and not there would round another bit, which only a GPU would show."""
-    kernels = compiled_kernels(__name__)
-    for kind in POINTERS:
-        for gpu in ("sm_80", "sm_90"):
-            alone, together = (kernels[f"few {kind} {n} {gpu}"].ptx.count("fma.rn.f32") for n in (1, FEW))
-            assert together == FEW * alone > 0, (kind, gpu)
+def test_one_program_serves_one_token_and_few() -> None:
+    """Programs compiled apart for 1 and 8 tokens differed in last bits, as only a GPU showed."""
+    for kind, n_rows in itertools.product(POINTERS, (4096, 28672)):
+        assert len({gemm.tile_for(kind, n, n_rows, torch.bfloat16) for n in range(1, MAX_GEMV_TOKENS + 1)}) == 1

@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from llama import sampling
 from llama.backends.cuda import sampling_kernels as kernels
-from llama.backends.cuda.sampling import CHUNK, DIGITS, LARGEST_VOCAB, greedy, sample, sample_all
+from llama.backends.cuda.available import LARGEST_VOCAB
+from llama.backends.cuda.sampling import CHUNK, DIGITS, greedy, sample_all, sample_nucleus
 from llama.sampling import INVALID
 from tests.gpu_compile import Ahead, compiled_kernels
 
@@ -37,7 +38,7 @@ def drawn(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> 
     logits, uniform = logits.to(DEVICE), uniform.to(DEVICE)
     if top_p == 1:
         return sample_all(logits, on_device(temperature), uniform).tolist()
-    return sample(logits, on_device(temperature), on_device(top_p), uniform).tolist()
+    return sample_nucleus(logits, on_device(temperature), on_device(top_p), uniform).tolist()
 
 
 def intervals(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def test_the_first_and_the_last_uniform_give_the_ends_of_the_nucleus(top_p: floa
 def test_a_nucleus_of_everything_and_a_uniform_of_one_end_with_the_last_possible_token() -> None:
     logits = torch.tensor([1.0, 0.0, -math.inf, 0.0, -math.inf]).expand(3, -1).to(DEVICE)
     uniform = torch.tensor([0.0, JUST_BELOW_ONE, 1.0], device=DEVICE)
-    assert sample(logits, on_device(1.0), on_device(1.0), uniform).tolist() == [0, 3, 3]
+    assert sample_nucleus(logits, on_device(1.0), on_device(1.0), uniform).tolist() == [0, 3, 3]
     assert sample_all(logits, on_device(1.0), uniform).tolist() == [0, 3, 3]
 
 
@@ -177,10 +178,10 @@ def test_one_cuda_graph_serves_all_temperatures_and_masses() -> None:
     vocab_size = 128256
     logits = 3 * torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     temperature, top_p, uniform = on_device(1.0), on_device(0.5), torch.zeros(5, device=DEVICE)
-    sample(logits, temperature, top_p, uniform)  # compiles
+    sample_nucleus(logits, temperature, top_p, uniform)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens = sample(logits, temperature, top_p, uniform)
+        tokens = sample_nucleus(logits, temperature, top_p, uniform)
     for new_temperature, new_top_p, new_uniform in [(0.6, 0.9, 0.3), (1.2, 0.99, 0.8), (2.0, 0.2, 0.01)]:
         temperature.fill_(new_temperature)
         top_p.fill_(new_top_p)

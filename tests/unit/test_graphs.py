@@ -171,7 +171,7 @@ def test_a_conversation_that_outgrows_its_cache_goes_on(
     llm = build_llama(folders["model"], [])
     lengths = set()
     for turn, wanted in zip(turns, expected, strict=True):
-        assert [step.token for step in llm.stream([turn], 9, temperature=0, keep=True)] == wanted
+        assert [step.token for step in llm.stream([turn], 9, temperature=0, keep_cache=True)] == wanted
         lengths.add(llm.scheduler.pool.pooled[True].runners[0].context.cache.max_seq_len)
     assert len(lengths) == 2
     assert llm.metrics.reused_tokens > 0
@@ -183,12 +183,12 @@ def test_a_stream_that_is_left_leaves_nothing_behind(folders: dict[str, Path]) -
     llm.tokenizer.stop_tokens = frozenset()
     expected = llm.generate(PROMPTS[1:2], 6, **GREEDY)
     for keep in (False, True):
-        left = llm.stream(PROMPTS[2:3], 12, keep=keep, **GREEDY)
+        left = llm.stream(PROMPTS[2:3], 12, keep_cache=keep, **GREEDY)
         for _ in range(4):
             next(left)
         left.close()  # type: ignore[attr-defined]  # a generator
         assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == expected
-        again = [step.token for step in llm.stream(PROMPTS[2:3], 12, keep=True, **GREEDY)]
+        again = [step.token for step in llm.stream(PROMPTS[2:3], 12, keep_cache=True, **GREEDY)]
         assert again[:-1] == llm.generate(PROMPTS[2:3], 12, **GREEDY)[0][0]
 
 
@@ -217,11 +217,11 @@ def test_an_interrupt_while_a_step_is_captured_leaves_a_conversation_true(folder
     tapes = InterruptedTapes()
     TapeBackend(tapes).bind(llm.model)
     with pytest.raises(Interrupted):
-        list(llm.stream(PROMPTS[2:3], 8, keep=True, **GREEDY))
+        list(llm.stream(PROMPTS[2:3], 8, keep_cache=True, **GREEDY))
     runner = llm.scheduler.pool.pooled[True].runners[0]
     assert runner.context.cached_tokens == [PROMPTS[2]]
     tapes.interrupts = False
-    assert [step.token for step in llm.stream(turn, 7, keep=True, **GREEDY)] == plain
+    assert [step.token for step in llm.stream(turn, 7, keep_cache=True, **GREEDY)] == plain
 
 
 def test_a_batch_between_two_turns_takes_nothing_from_the_conversation(folders: dict[str, Path]) -> None:
@@ -229,10 +229,10 @@ def test_a_batch_between_two_turns_takes_nothing_from_the_conversation(folders: 
     llm = build_llama(folders["model"], [])
     turn = PROMPTS[2]
     llm.generate(PROMPTS, 4, **GREEDY)
-    list(llm.stream([turn], 4, keep=True, **GREEDY))
+    list(llm.stream([turn], 4, keep_cache=True, **GREEDY))
     llm.generate(PROMPTS, 6, **GREEDY)
     reused = llm.metrics.reused_tokens
-    list(llm.stream([[*turn, 5, 6]], 4, keep=True, **GREEDY))
+    list(llm.stream([[*turn, 5, 6]], 4, keep_cache=True, **GREEDY))
     assert llm.metrics.reused_tokens == reused + len(turn)
     assert len(llm.scheduler.pool.pooled[True].runners[0].context.cached_tokens) == 1
 

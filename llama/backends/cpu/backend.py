@@ -16,7 +16,7 @@ from llama.backends.cpu import ops
 from llama.backends.cpu.packed_weight import PackedWeight
 from llama.backends.eager import EagerBackend
 from llama.cache import KVCache
-from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.model import Transformer, TransformerBlock, attend
 
 # Further back than any cache reaches.
@@ -53,8 +53,7 @@ class CpuBackend(EagerBackend):
             described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
             self._norms.append(norms)
         self._described_output = self._describe(self.output)
-        table = self.tok_embeddings.weight
-        self._described_table = table.describe() if isinstance(table, PackedWeight) else None
+        self._described_table = self._describe(self.tok_embeddings)
         self._norm_weight = self.norm.weight.float()
         attention = self.layers[0].attention
         # What is the same for every call.
@@ -89,9 +88,12 @@ class CpuBackend(EagerBackend):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens (bsz, seqlen), fp32 in new memory, which is added to."""
-        if self.parallel.size == 1 and self._described_table is not None:
-            return ops.embedding(self._described_table, tokens)
-        return self.tok_embeddings(tokens).to(torch.float32, copy=True)
+        table = self.tok_embeddings.weight
+        if self.parallel.size > 1:
+            return self.tok_embeddings(tokens).to(torch.float32, copy=True)
+        if isinstance(table, Tensor):
+            return F.embedding(tokens, table).float()
+        return ops.embedding(self._described_table, tokens)
 
     def _run_few(self, x: Tensor, inputs: ops.LayersInput) -> None:
         if self.parallel.size == 1:
@@ -142,13 +144,14 @@ class CpuBackend(EagerBackend):
         del q
         return attention.wo(y.reshape(bsz * seqlen, -1))
 
-    def _describe(self, linear: ColumnParallelLinear | RowParallelLinear) -> ops.Weight:
-        weight = linear.weight
+    def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.Weight:
+        weight = module.weight
         assert isinstance(weight, Tensor | PackedWeight), type(weight)
         described = weight.describe() if isinstance(weight, PackedWeight) else ops.float_weight(weight)
         # A bias of a sum over ranks is added once, after it.
-        if linear.bias is not None and (isinstance(linear, ColumnParallelLinear) or self.parallel.size == 1):
-            self._kept.append(linear.bias.float())
+        bias = None if isinstance(module, VocabParallelEmbedding) else module.bias
+        if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
+            self._kept.append(bias.float())
             described.bias = self._kept[-1].data_ptr()
         return described
 

@@ -15,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.backends.cuda.available import OLDEST
-from llama.quantization.planar import FEW
+from llama.backends.cuda.dequantize import INTERPRETED
+from llama.quantization.planar import MAX_GEMV_TOKENS
 
 # Programs that a launch aims at: two for each of the 108 to 132 multiprocessors of an A100 or H100.
 PROGRAMS = 256
 MOST_SPLITS = 64  # what a program of `_combine` holds at once
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers; floats of 32 bits it multiplies right.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ FP32_TILES = {128: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 2)}
 
 
 def tile_for(dtype: torch.dtype, head_dim: int, group: int, seqlen: int, capability: int) -> Tile:
-    """The tile of `seqlen` tokens with `group` query heads a KV head; the same for all of 1 to FEW tokens."""
+    """Return the tile of `seqlen` tokens with `group` query heads a KV head: the same up to MAX_GEMV_TOKENS tokens."""
     size = 128 if head_dim <= 128 else 256
-    if seqlen > FEW:
+    if seqlen > MAX_GEMV_TOKENS:
         if dtype == torch.float32:
             return FP32_TILES[size]
         return (TILES if capability >= 90 else AMPERE_TILES)[size]
     tile = (FEW_FP32_TILES if dtype == torch.float32 else FEW_TILES)[size]
-    return replace(tile, rows=min(tile.rows, _padded(FEW * group)))
+    return replace(tile, rows=min(tile.rows, _padded(MAX_GEMV_TOKENS * group)))
 
 
 def n_splits(programs: int, max_seq_len: int, keys: int) -> int:
@@ -62,15 +61,18 @@ def n_splits(programs: int, max_seq_len: int, keys: int) -> int:
     return max(1, min(-(-PROGRAMS // programs), -(-max_seq_len // keys), MOST_SPLITS))
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None) -> Tensor:
+def flash_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None, out: Tensor | None = None
+) -> Tensor:
     """Causal grouped-query attention over a layer's cache, in which the queries' own keys are written already.
 
-    q: (bsz, seqlen, n_heads, head_dim), and so is the result; head_dim is at most 256.
+    q: (bsz, seqlen, n_heads, head_dim), and so is the result, which is written to `out` where there is one, contiguous;
+    head_dim is at most 256.
     keys, values: (at least bsz, max_seq_len, n_kv_heads, head_dim), of any strides but the last.
     start_pos: (bsz,), int64, position of each row's first query. A query sees the `window` positions up to its own.
 
-    Which blocks a program sums follows from bsz and the cache's shape: of up to FEW tokens each gets the same bits as
-    alone. A row without a token, at start_pos 0, gets something finite.
+    Which blocks a program sums follows from bsz and the cache's shape: of up to MAX_GEMV_TOKENS tokens each gets the
+    same bits as alone. A row without a token, at start_pos 0, gets something finite.
     """
     bsz, seqlen, n_heads, head_dim = q.shape
     _, max_seq_len, n_kv_heads, _ = keys.shape
@@ -80,9 +82,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: i
     q = q.contiguous()
     tile = tile_for(keys.dtype, head_dim, group, seqlen, _capability(q.device))
     n_tiles = -(-seqlen * group // tile.rows)
-    programs = bsz * n_kv_heads * (1 if seqlen <= FEW else n_tiles)
+    programs = bsz * n_kv_heads * (1 if seqlen <= MAX_GEMV_TOKENS else n_tiles)
     splits = n_splits(programs, max_seq_len, tile.keys)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
+    assert out.shape == q.shape and out.is_contiguous(), (out.shape, out.stride())
     # Of each (query head, split): the sum of weighted values; the scores' maximum and the sum of weights.
     partial = q.new_empty((bsz * seqlen * n_heads, splits, head_dim) if splits > 1 else (0,), dtype=torch.float32)
     weights = q.new_empty((bsz * seqlen * n_heads, splits, 2) if splits > 1 else (0,), dtype=torch.float32)
@@ -109,7 +112,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: i
         BLOCK_D=padded_dim,
         WINDOW=window is not None,
         SPLIT=splits > 1,
-        WHOLE=seqlen > FEW and window is None,
+        WHOLE=seqlen > MAX_GEMV_TOKENS and window is None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

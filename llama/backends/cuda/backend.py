@@ -77,4 +77,4 @@ class CudaSampler:
                 return sampling.greedy(logits)
             if self.params.top_p == 1:
                 return sampling.sample_all(logits, self._temperature, uniform)
-            return sampling.sample(logits, self._temperature, self._top_p, uniform)
+            return sampling.sample_nucleus(logits, self._temperature, self._top_p, uniform)

@@ -1,81 +1,138 @@
-"""What stored codes mean, as functions inside kernels: codes and scales of groups of 32 values, in halves of 16."""
+"""What stored codes mean, as functions inside kernels: words of four bytes become floats of 16 bits, two at a time."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+# Triton's interpreter computes with the bits of bfloat16 as if they were integers; floats of 32 bits it computes right.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
-def stored_values(
+def stored_words(
     codes_ptr: tl.tensor,
     high_ptr: tl.tensor,
-    scales_ptr: tl.tensor,
-    sub_scales_ptr: tl.tensor,
     row: tl.tensor,
     group: tl.tensor,
-    at: tl.tensor,
-    n_in: tl.tensor,
-    magic: tl.tensor,
+    ok: tl.tensor,
+    n_groups: tl.tensor,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """fp32 values `at` the places (0 to 15) of both halves of groups; of F8_E4M3 without the row's scale."""
-    lower, upper = stored_codes(codes_ptr, high_ptr, row, group * 32 + at, at, n_in, magic, KIND, 16, False)
-    scale, upper_scale, low = stored_scales(scales_ptr, sub_scales_ptr, row, group, n_in, magic, KIND, False)
-    lower *= scale
-    upper *= upper_scale
-    if KIND == "Q4_1" or KIND == "Q4_K":
-        lower += low
-        upper += low
-    return lower, upper
+    """Words of codes (rows, groups, 8), or of 4-bit codes (.., 4), and Q6_K's of upper bits (.., 4).
+
+    row and group broadcast to (rows, groups, 1).
+    """
+    high = 0
+    if KIND == "F8_E4M3" or KIND == "Q8_0":
+        at = tl.arange(0, 8)[None, None, :]
+        words = _in_pairs(tl.load(codes_ptr + row * (n_groups * 8) + group * 8 + at, mask=ok, other=0))
+    else:
+        at = tl.arange(0, 4)[None, None, :]
+        words = _in_pairs(tl.load(codes_ptr + row * (n_groups * 4) + group * 4 + at, mask=ok, other=0))
+        if KIND == "Q6_K":
+            at = tl.arange(0, 2)[None, None, :]
+            high = _in_pairs(tl.load(high_ptr + row * (n_groups * 2) + group * 2 + at, mask=ok, other=0))
+            high = tl.permute(tl.join(high, high >> 2), [0, 1, 3, 2])
+            high = tl.reshape(high, [high.shape[0], high.shape[1], 4])
+    return words, high
 
 
 @triton.jit
-def stored_codes(
-    codes_ptr: tl.tensor,
-    high_ptr: tl.tensor,
-    row: tl.tensor,
-    column: tl.tensor,
-    at: tl.tensor,
-    n_in: tl.tensor,
-    magic: tl.tensor,
-    KIND: tl.constexpr,
-    GAP: tl.constexpr,
-    EVEN: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """fp32 codes of columns and of those GAP further on, less what their type subtracts from all.
+def lower_codes(words: tl.tensor, high: tl.tensor, KIND: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Codes (rows, groups, 16) of the lower halves of groups, or of byte-wide types (.., 32) of whole ones.
 
-    Of types with groups the columns are `at` the places (0 to 15) of a lower half, and GAP is 16, so that those of the
-    upper half follow. EVEN: no column lies beyond n_in.
+    As floats of 16 bits, DTYPE, in units of 2^-6 in bfloat16 and 2^-9 in float16, less what their type subtracts from
+    all. Of F8_E4M3 without the row's scale, and in units of 1.
     """
-    ok = (column < n_in) | EVEN
-    if KIND == "FLOAT" or KIND == "F8_E4M3" or KIND == "Q8_0":
-        codes = codes_ptr + row * n_in + column
-        lower = tl.load(codes, mask=ok, other=0)
-        upper = tl.load(codes + GAP, mask=(column + GAP < n_in) | EVEN, other=0)
-        if KIND == "FLOAT":
-            lower, upper = lower.to(tl.float32), upper.to(tl.float32)
-        elif KIND == "F8_E4M3":
-            lower, upper = _from_e4m3(lower), _from_e4m3(upper)
-        else:
-            lower = _whole(lower.to(tl.int32) ^ 128, magic, 128)
-            upper = _whole(upper.to(tl.int32) ^ 128, magic, 128)
+    if KIND == "F8_E4M3":
+        return _from_e4m3(words, DTYPE)
+    elif KIND == "Q8_0":
+        words = words ^ (0x80808080 - (1 << 32))
+        return _from_bits(words & 0x00FF00FF, words >> 8 & 0x00FF00FF, 128, DTYPE)
     else:
-        group = column // 32
-        codes = tl.load(codes_ptr + row * (n_in // 2) + group * 16 + at, mask=ok, other=0).to(tl.int32)
-        # Upper halves stay where they are: under the exponent of 2^19 bits from the fourth on are whole numbers.
-        in_place = magic - (4 << 23)
-        if KIND == "Q6_K":
-            high = tl.load(high_ptr + row * (n_in // 4) + group * 8 + at % 8, mask=ok, other=0).to(tl.int32)
-            high = high << 4 - at // 8 * 2
-            # Exclusive, so that the compiler keeps (codes & 15 | magic) together, and two instructions do.
-            lower = _whole(high & 48 ^ (codes & 15 | magic), 0, 32)
-            upper = (high & 768 ^ (codes & 240 | in_place)).to(tl.float32, bitcast=True) - (2.0**19 + 32)
-        else:
-            OFFSET: tl.constexpr = 8 if KIND == "Q4_0" else 0
-            lower = _whole(codes & 15, magic, OFFSET)
-            upper = (codes & 240 | in_place).to(tl.float32, bitcast=True) - (2.0**19 + OFFSET)
-    return lower, upper
+        return _from_nibbles(words, high, KIND, DTYPE)
+
+
+@triton.jit
+def upper_codes(words: tl.tensor, high: tl.tensor, KIND: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Codes (rows, groups, 16) of the upper halves of groups of 4-bit and 6-bit types; otherwise as lower_codes."""
+    return _from_nibbles(words >> 4, high >> 4, KIND, DTYPE)
+
+
+@triton.jit
+def units(words: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """A unit in the place of each code, (rows, groups, 16): made from words, so that it lies in threads as codes do."""
+    BITS: tl.constexpr = 0x3C803C80 if tl.bfloat16 == DTYPE else 0x18001800
+    if INTERPRETED:
+        words = words * 0 + BITS
+    else:
+        words = tl.inline_asm_elementwise(
+            f"mov.b32 $0, {BITS}; // $1", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return _floats(words, words, DTYPE)
+
+
+@triton.jit
+def _from_nibbles(words: tl.tensor, high: tl.tensor, KIND: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Of the lower four bits of each byte, and of Q6_K the lower two of those of high above them."""
+    even = words & 0x000F000F
+    odd = words >> 8 & 0x000F000F
+    if KIND == "Q6_K":
+        even = even | high << 4 & 0x00300030
+        odd = odd | high >> 4 & 0x00300030
+    OFFSET: tl.constexpr = 8 if KIND == "Q4_0" else 32 if KIND == "Q6_K" else 0
+    return _from_bits(even, odd, OFFSET, DTYPE)
+
+
+@triton.jit
+def _from_bits(even: tl.tensor, odd: tl.tensor, OFFSET: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Whole numbers up to 255 less OFFSET. As bits of a float they count its smallest step, also past the subnormal."""
+    codes = _floats(even, odd, DTYPE)
+    LARGE: tl.constexpr = 2.0**127 if tl.bfloat16 == DTYPE else 2.0**15
+    UNIT: tl.constexpr = 2.0**-6 if tl.bfloat16 == DTYPE else 2.0**-9
+    codes = codes * tl.full([], LARGE, codes.dtype)
+    if OFFSET:
+        codes = codes - tl.full([], OFFSET * UNIT, codes.dtype)
+    return codes
+
+
+@triton.jit
+def _from_e4m3(words: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """Of each byte, subnormal ones too: with the 4 + 3 bits at the end of a longer exponent only the bias differs."""
+    even = words << 8
+    SIGNS: tl.constexpr = 0x80008000 - (1 << 32)
+    if tl.bfloat16 == DTYPE:
+        codes = _floats(even & SIGNS | words << 4 & 0x07F007F0, words & SIGNS | words >> 4 & 0x07F007F0, DTYPE)
+        return codes * tl.full([], 2.0**120, codes.dtype)
+    else:
+        codes = _floats(even & SIGNS | words << 7 & 0x3F803F80, words & SIGNS | words >> 1 & 0x3F803F80, DTYPE)
+        return codes * tl.full([], 2.0**8, codes.dtype)
+
+
+@triton.jit
+def _floats(even: tl.tensor, odd: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """The floats (rows, groups, 4 n) in n words each of even and of odd bytes."""
+    lower = tl.join(even.to(tl.int16), odd.to(tl.int16))
+    upper = tl.join((even >> 16).to(tl.int16), (odd >> 16).to(tl.int16))
+    bits = tl.join(lower, upper)
+    bits = tl.reshape(bits, [bits.shape[0], bits.shape[1], bits.shape[2] * 4])
+    if not INTERPRETED:
+        return bits.to(DTYPE, bitcast=True)
+    elif tl.bfloat16 == DTYPE:
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _in_pairs(words: tl.tensor) -> tl.tensor:
+    """Words with their two inner bytes exchanged: what lies 16 bits apart are then neighbours."""
+    if INTERPRETED:
+        return words & (0xFF0000FF - (1 << 32)) | words >> 8 & 0x0000FF00 | words << 8 & 0x00FF0000
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -84,41 +141,31 @@ def stored_scales(
     sub_scales_ptr: tl.tensor,
     row: tl.tensor,
     group: tl.tensor,
-    n_in: tl.tensor,
-    magic: tl.tensor,
+    ok: tl.tensor,
+    n_groups: tl.tensor,
     KIND: tl.constexpr,
-    EVEN: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """fp32 scales of both halves of groups, and what is added to all their values; a row's own scale is not here."""
-    ok = (group * 32 < n_in) | EVEN
     low = 0.0
-    if KIND == "FLOAT" or KIND == "F8_E4M3":
-        scale, upper_scale = 1.0, 1.0
-    elif KIND == "Q4_0" or KIND == "Q8_0":
-        scale = tl.load(scales_ptr + row * (n_in // 32) + group, mask=ok, other=0).to(tl.float32)
+    if KIND == "Q4_0" or KIND == "Q8_0":
+        scale = tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0).to(tl.float32)
         upper_scale = scale
     elif KIND == "Q4_1":
-        scale, low = _halves(tl.load(scales_ptr + row * (n_in // 32) + group, mask=ok, other=0))
+        scale, low = _halves(tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0))
         upper_scale = scale
     else:
-        pair = tl.load(sub_scales_ptr + row * (n_in // 32) + group, mask=ok, other=0).to(tl.int32)
-        scale = tl.load(scales_ptr + row * (n_in // 256) + group // 8, mask=ok, other=0)
+        pair = tl.load(sub_scales_ptr + row * n_groups + group, mask=ok, other=0).to(tl.int32)
+        scale = tl.load(scales_ptr + row * (n_groups // 8) + group // 8, mask=ok, other=0)
         if KIND == "Q4_K":
             scale, low = _halves(scale)
-            scale *= _whole(pair & 255, magic, 0)
-            low *= -_whole(pair >> 8 & 255, magic, 0)
+            scale *= (pair & 255).to(tl.float32)
+            low *= -(pair >> 8 & 255).to(tl.float32)
             upper_scale = scale
         else:
-            pair = pair ^ 0x8080
-            upper_scale = scale.to(tl.float32) * _whole(pair >> 8 & 255, magic, 128)
-            scale = scale.to(tl.float32) * _whole(pair & 255, magic, 128)
+            scale = scale.to(tl.float32)
+            upper_scale = scale * (pair >> 8).to(tl.int8).to(tl.float32)
+            scale = scale * pair.to(tl.int8).to(tl.float32)
     return scale, upper_scale, low
-
-
-@triton.jit
-def _whole(codes: tl.tensor, magic: tl.tensor, offset: tl.constexpr) -> tl.tensor:
-    """fp32 of whole numbers below 2^23, less offset: a logical operation and an exact subtraction."""
-    return (codes | magic).to(tl.float32, bitcast=True) - (2.0**23 + offset)
 
 
 @triton.jit
@@ -130,10 +177,7 @@ def _halves(pair: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _from_e4m3(codes: tl.tensor) -> tl.tensor:
-    """fp32 of e4m3 codes in bytes, which no GPU before Ada converts; subnormal ones too.
-
-    With the sign at the top and 4 + 3 bits below an 8-bit exponent's upper half, only the exponent's bias differs.
-    """
+def from_e4m3(codes: tl.tensor) -> tl.tensor:
+    """fp32 of e4m3 codes in bytes, where a row has no whole words; see _from_e4m3."""
     bits = codes.to(tl.int32) << 24 >> 4 & 0x87F00000 - (1 << 32)
     return bits.to(tl.float32, bitcast=True) * 2.0**120

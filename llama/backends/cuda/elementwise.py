@@ -10,7 +10,7 @@ from torch import Tensor
 VECTOR = 1024  # values of a program of 4 warps: 16 bytes of bf16 a thread
 
 
-def add_and_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def fused_add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x (n_tokens, dim), fp32, grows by delta of any dtype; the sum's RMS norm times weight (dim,), in `dtype`.
 
     All are contiguous. Computed in fp32, a token at a time.
@@ -32,7 +32,7 @@ def add_and_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dt
     return y
 
 
-def rotate_and_keep(
+def rope_and_append_kv(
     qkv: Tensor,
     rotation: Tensor,
     start_pos: Tensor,
@@ -41,7 +41,9 @@ def rotate_and_keep(
     n_heads: int,
     n_kv_heads: int,
 ) -> Tensor:
-    """Rotated queries (bsz, seqlen, n_heads, head_dim); rotated keys, and values, go to the cache from start_pos on.
+    """Rotated queries (bsz, seqlen, n_heads, head_dim), in the cache's dtype.
+
+    Rotated keys, and values, go to the cache from start_pos on.
 
     qkv: (bsz * seqlen, (n_heads + 2 * n_kv_heads) * head_dim), contiguous, as one product made it.
     rotation: complex64 (bsz, seqlen, 1, head_dim / 2), as `llama.rope.rotate` takes it.
@@ -53,7 +55,7 @@ def rotate_and_keep(
     heads = n_heads + 2 * n_kv_heads
     assert qkv.is_contiguous() and qkv.shape == (bsz * seqlen, heads * head_dim), (qkv.shape, rotation.shape)
     assert keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(3) == 1
-    q = qkv.new_empty(bsz, seqlen, n_heads, head_dim)
+    q = keys.new_empty(bsz, seqlen, n_heads, head_dim)
     block_d = triton.next_power_of_2(head_dim)
     block_heads = max(1, VECTOR // block_d)
     _rotate_and_keep[(bsz * seqlen, triton.cdiv(heads, block_heads))](
@@ -78,11 +80,14 @@ def rotate_and_keep(
     return q
 
 
-def gate(both: Tensor) -> Tensor:
-    """silu(gates) * ups of both (n_tokens, 2 * hidden), contiguous, gates first: (n_tokens, hidden), in its dtype."""
+def silu_and_mul(both: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """silu(gates) * ups of both (n_tokens, 2 * hidden), contiguous, gates first: (n_tokens, hidden).
+
+    In `dtype`, or else in that of both.
+    """
     assert both.is_contiguous()
     n_tokens, hidden = both.shape[0], both.shape[1] // 2
-    y = both.new_empty(n_tokens, hidden)
+    y = both.new_empty(n_tokens, hidden, dtype=dtype or both.dtype)
     _gate[(n_tokens, triton.cdiv(hidden, VECTOR))](both, y, hidden, BLOCK=VECTOR, num_warps=4)
     return y
 

@@ -13,16 +13,17 @@ from functools import cached_property
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.backends.cuda import attention, elementwise, products
+from llama.backends.cuda import attention, elementwise, gemm
 from llama.backends.cuda.matmul import GpuWeight, is_few, matmul
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.cache import KVCache
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import Transformer, TransformerBlock, attend
-from llama.quantization.planar import Fp8Weight, PlanarWeight
+from llama.quantization.planar import MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Joined:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs)."""
+        """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs); fp32 of few tokens and floats."""
         if len(self.weights) == 1:
             return matmul(x, self.weights[0], self.bias)
         y = torch.cat([matmul(x, weight) for weight in self.weights], dim=-1)
@@ -49,6 +50,13 @@ class GpuLayers:
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
         self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
+        weights = [
+            module.weight
+            for module in model.layers.modules()
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+        ]
+        self._has_floats = any(isinstance(weight, Tensor) for weight in weights)
+        self.n_local_heads = self.layers[0].attention.n_local_heads
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # the weights before they were joined: too small for torch to use for larger ones
 
@@ -57,7 +65,7 @@ class GpuLayers:
         """Opened by all ranks at once, when they first compute."""
         if self.parallel.group is None or self.parallel.size == 1:
             return None
-        numel = products.FEW * self.args.dim
+        numel = MAX_GEMV_TOKENS * self.args.dim
         return open_one_shot(self.parallel.group, numel, self.norm.weight.device, local_world_size())
 
     def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
@@ -69,12 +77,16 @@ class GpuLayers:
         bsz, seqlen = tokens.shape
         sums = self._one_shot  # before anything is recorded
         x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
+        n_tokens = len(x)
+        if self._has_floats and n_tokens < MAX_GEMV_TOKENS:
+            x = F.pad(x, (0, 0, 0, MAX_GEMV_TOKENS - n_tokens))  # see padded_matmul: here once for all products
+        heads = x.new_zeros(len(x), self.n_local_heads * self.args.head_dim, dtype=self.dtype)
         start_pos = positions[:, 0].contiguous()
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
             h = self._norm(x, delta, layer.attention_norm.weight)
-            q = elementwise.rotate_and_keep(
-                self._qkv[i](h),
+            q = elementwise.rope_and_append_kv(
+                self._qkv[i](h)[:n_tokens],
                 rotation,
                 start_pos,
                 cache.keys[i],
@@ -82,28 +94,30 @@ class GpuLayers:
                 layer.attention.n_local_heads,
                 layer.attention.n_local_kv_heads,
             )
-            y = self._attend(q, start_pos, kv_len, cache, i).reshape(bsz * seqlen, -1)
-            delta = self._sum(y, layer.attention.wo, sums)
+            self._attend(q, start_pos, kv_len, cache, i, heads[:n_tokens].view(q.shape))
+            delta = self._sum(heads, layer.attention.wo, sums)
             h = self._norm(x, delta, layer.ffn_norm.weight)
             delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2, sums)
-        return self._norm(x, delta, self.norm.weight).view(bsz, seqlen, -1)
+        return self._norm(x, delta, self.norm.weight)[:n_tokens].view(bsz, seqlen, -1)
 
     def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
-        return elementwise.add_and_norm(x, delta, weight, self.args.norm_eps, self.dtype)
+        return elementwise.fused_add_rms_norm(x, delta, weight, self.args.norm_eps, self.dtype)
 
-    def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int) -> Tensor:
+    def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int, out: Tensor) -> None:
         bsz, seqlen = q.shape[:2]
         window = self.args.sliding_window
-        if seqlen == kv_len > attention.FEW and q.dtype != torch.float32 and (window is None or window >= kv_len):
+        if seqlen == kv_len > MAX_GEMV_TOKENS and q.dtype != torch.float32 and (window is None or window >= kv_len):
             # A whole prompt: torch has flash attention for it, but in fp32 a matrix of all scores.
-            return attend(q, *cache.read(layer, bsz, kv_len), None)
-        return attention.attend(q, cache.keys[layer], cache.values[layer], start_pos, window)
+            out.copy_(attend(q, *cache.read(layer, bsz, kv_len), None))
+        else:
+            attention.flash_attention(q, cache.keys[layer], cache.values[layer], start_pos, window, out)
 
     def _gated(self, h: Tensor, gates: Joined) -> Tensor:
         """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
-        if len(gates.weights) == 1 and gates.bias is None and is_few(h, gates.weights[0]):
-            return products.multiply_gated(h, gates.weights[0])
-        return elementwise.gate(gates(h))
+        weight = gates.weights[0]
+        if len(gates.weights) == 1 and gates.bias is None and not isinstance(weight, Tensor) and is_few(h, weight):
+            return gemm.gated_gemm(h, weight)
+        return elementwise.silu_and_mul(gates(h), self.dtype)
 
     def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""

@@ -6,34 +6,57 @@ Few tokens take the weights as they are stored; for many a quantized weight is d
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llama.backends.cuda import products
-from llama.quantization.planar import FEW, MAX_DEQUANTIZED_VALUES, MOST, Fp8Weight, PlanarWeight
+from llama.backends.cuda import gemm
+from llama.quantization.planar import (
+    MAX_DEQUANT_GEMM_TOKENS,
+    MAX_DEQUANTIZED_VALUES,
+    MAX_GEMV_TOKENS,
+    Fp8Weight,
+    PlanarWeight,
+)
 from llama.quantization.weights import float_matmul
 
 GpuWeight = Tensor | PlanarWeight | Fp8Weight
 
 
 def is_few(x: Tensor, weight: GpuWeight) -> bool:
-    """Tell whether kernels take x (n_tokens, in) from the stored codes: of floats fewer tokens than of codes."""
-    return len(x) <= (FEW if isinstance(weight, Tensor) else MOST)
+    """Tell whether x (n_tokens, in) is so few tokens that weights are read as they are stored."""
+    return len(x) <= (MAX_GEMV_TOKENS if isinstance(weight, Tensor) else MAX_DEQUANT_GEMM_TOKENS)
 
 
 def matmul(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: torch.dtype | None = None) -> Tensor:
     """Multiply x (n_tokens, in) by weight (out, in) transposed and add bias (out,): (n_tokens, out).
 
-    The result is in x's dtype, or, of few tokens, in few_dtype.
+    The result is in x's dtype; of few tokens in few_dtype, and with floats always in fp32: in their own dtype torch may
+    round sums of parts.
     """
     if is_few(x, weight):
-        return products.multiply(x, weight, bias, few_dtype)
-    if isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor):
+            return gemm.gemm(x, weight, bias, few_dtype)
+        y = padded_matmul(x, weight)
+    elif isinstance(weight, Tensor):
         y = float_matmul(x, weight)
     elif isinstance(weight, Fp8Weight) and weight.multiplies_fp8(x.device):
         y = weight(x)
     else:
         y = _dequantized_matmul(x, weight)
     return y if bias is None else y + bias
+
+
+def padded_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x (n_tokens, in) by floats (out, in) transposed as MAX_GEMV_TOKENS rows: (n_tokens, out), fp32.
+
+    cuBLAS then takes the same kernel for any number of them, and a token's numbers do not depend on the others.
+    """
+    n_tokens = len(x)
+    if x.device.type != "cuda":  # where tests run layers, torch would round a product of 16-bit floats to 16 bits
+        x, weight = x.float(), weight.float()
+    if n_tokens < MAX_GEMV_TOKENS:
+        x = F.pad(x, (0, 0, 0, MAX_GEMV_TOKENS - n_tokens))
+    return float_matmul(x, weight, torch.float32)[:n_tokens]
 
 
 def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight) -> Tensor:
@@ -43,5 +66,5 @@ def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight) -> Tensor:
     step = max(1, MAX_DEQUANTIZED_VALUES // n_in)
     for first in range(0, n_out, step):
         part = weight.part(first, first + step)
-        y[:, first : first + step] = float_matmul(x, products.dense(part, x.dtype))
+        y[:, first : first + step] = float_matmul(x, gemm.dequantize(part, x.dtype))
     return y

@@ -27,7 +27,7 @@ def greedy(logits: Tensor) -> Tensor:
     return tokens
 
 
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+def sample_nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """One token a row, (bsz,), drawn from the nucleus as llama.sampling.sample does; INVALID where that says so.
 
     logits: (bsz, vocab_size), fp32; temperature, above 0, and top_p: (), fp32, on the device; uniform: (bsz,), fp32.

@@ -1,4 +1,4 @@
-"""The kernels of llama.gpu.sampling: each program takes a chunk of one row's tokens, or makes the last choice of a row.
+"""The kernels of sampling.py: each program takes a chunk of one row's tokens, or makes the last choice of a row.
 
 A token's mass is its probability over the greatest one, in whole units: sums are exact in any order, so a row's token
 depends neither on the grid nor on other rows. Its key orders tokens by falling probability. Where the nucleus ends,
