@@ -16,6 +16,8 @@ from llama.backends.cuda import attention
 from llama.backends.cuda.attention import flash_attention, n_splits, tile_for
 from llama.quantization.planar import MAX_GEMV_TOKENS
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 N_KV_HEADS = 2
@@ -76,7 +78,7 @@ def test_a_query_sees_the_keys_up_to_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if DEVICE.type == "cpu" and seqlen > MAX_GEMV_TOKENS and dtype != torch.float32:
-        # As long prompts are: not split. To merge splits takes the interpreter longest, and is done in fp32 for any dtype.
+        # Not split, as long prompts: to merge splits takes the interpreter longest, and is done in fp32 for any dtype.
         monkeypatch.setattr(attention, "PROGRAMS", 1)
     q, keys, values = random_step(3, seqlen, group, head_dim, max_seq_len, dtype)
     start_pos = torch.tensor([max_seq_len - seqlen, 0, (max_seq_len - seqlen) // 2], device=DEVICE)

@@ -23,6 +23,8 @@ from llama.backends.cuda.sampling import CHUNK, DIGITS, greedy, sample_all, samp
 from llama.sampling import INVALID
 from tests.gpu_compile import Ahead, compiled_kernels
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 JUST_BELOW_ONE = 1 - 2**-24
 # A cumulative mass in fp32 is off by less.

@@ -289,6 +289,7 @@ def test_llama3_special_tokens_follow_the_ranks(ranks_path: Path, ranks: dict[by
     assert tokenizer.decode([base + 9]) == "<|eot_id|>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["a", " ", "\n", "中"])
 def test_very_long_texts_are_encoded(ranks_path: Path, run: str) -> None:
     """tiktoken panics on millions of characters, and on long runs without a break."""
@@ -412,6 +413,7 @@ def test_every_pre_rule_runs_and_loses_nothing(gguf_bpe: dict[str, Any], pre: st
 # The demo model
 
 
+@pytest.mark.slow
 def test_demo_tokenizer_equals_smollm2s_own_pipeline(demo: dict[str, Any]) -> None:
     texts = demo["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split()) for merge in demo["tokenizer.ggml.merges"]]
