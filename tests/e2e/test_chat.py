@@ -11,6 +11,8 @@ from tests.checkpoints import TINY, chain_state, write_meta
 from tests.e2e.processes import CHAT, python, started, torchrun, torchrun_command, without_notices
 from tests.e2e.terminal import CTRL_C, CTRL_D, terminal
 
+pytestmark = pytest.mark.slow
+
 GREEDY = ["--temperature", "0", "--max_gen_len", "40"]
 CITIES = ["Paris", "Madrid", "Paris"]
 CAPITAL = "What is the capital of France?"

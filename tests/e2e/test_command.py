@@ -14,6 +14,8 @@ from llama import Tokenizer
 from tests.checkpoints import TINY, chain_state, write_meta
 from tests.e2e.processes import COMPLETION, LLAMA, llama, python, run, torchrun
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]], ids=str)
 def test_help_names_every_subcommand(words: list[str]) -> None:

@@ -16,6 +16,8 @@ import torch
 from tests.checkpoints import write_meta
 from tests.e2e.processes import CHAT, COMPLETION, Finished, elsewhere, llama, python, torchrun
 
+pytestmark = pytest.mark.slow
+
 # A case makes its bad files in a folder of its own, next to good/ (one shard) and good8/ (eight), and returns the
 # flags. The error must hold the words, in which {folder} stands for that folder.
 Flags = list[object]

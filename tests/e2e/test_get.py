@@ -11,6 +11,8 @@ import pytest
 from llama.cli.get import NAME, PACKAGE, install
 from tests.e2e.processes import Finished, elsewhere, llama
 
+pytestmark = pytest.mark.slow
+
 CONTENT = bytes(range(256)) * 9000  # more than two chunks
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 from tests.e2e import processes
 from tests.e2e.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 TINY = ("--device", "cpu", "--size", "tiny")

@@ -16,6 +16,8 @@ from llama.engine.options import BuildOptions
 from tests.e2e.processes import LLAMA, torchrun
 from tests.parity.test_perplexity import expected, measured
 
+pytestmark = pytest.mark.slow
+
 TEXT = perplexity.TEXT
 
 

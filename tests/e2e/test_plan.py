@@ -16,6 +16,8 @@ from tests.checkpoints import TINY, write_meta
 from tests.e2e.processes import CHAT, COMPLETION, ROOT, Finished, python, torchrun
 from tests.unit.test_plan import write_hugging_face
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "memory_worker.py"
 MB = 10**6
 

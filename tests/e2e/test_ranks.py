@@ -24,6 +24,8 @@ from tests.e2e.processes import (
     torchrun_command,
 )
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["The capital of France is", "def fibonacci(n):\n", "Water boils at"]
 # For five tokens, the best logit leads by 0.8 or more. bf16 tells logits of 16 to 32 apart by 0.125, and rounds sums
 # in each rank, so that no two numbers of ranks need agree on a lead of 0.07, as there is after "Water boils at 100".

@@ -8,6 +8,8 @@ import pytest
 
 from tests.e2e.processes import ROOT, run
 
+pytestmark = pytest.mark.slow
+
 STAMP = ROOT / ".venv" / ".installed"
 NOWHERE = "http://127.0.0.1:9"
 NO_NETWORK = {

@@ -11,6 +11,8 @@ import pytest
 
 from tests.e2e.processes import COMPLETION, Finished, prompts, python, started, without_notices
 
+pytestmark = pytest.mark.slow
+
 LOADED = re.compile(
     r"loaded \S+ in \d+\.\d\d s: 1 rank of \d+\.\d\d GB in \w+( and \w+)*, computing in \w+ on cpu by "
     r"(own kernels|torch's operations), threads: \d+"

@@ -18,6 +18,8 @@ from llama.checkpoint import open_checkpoint
 from tests.e2e import processes
 from tests.e2e.processes import LLAMA, TIMEOUT, Finished, llama
 
+pytestmark = pytest.mark.slow
+
 
 def succeed(*arguments: object) -> Finished:
     done = llama(*arguments)

@@ -5,6 +5,7 @@ Ranks are forked after the imports, which take longer than all that they do; not
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -17,8 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fairscale.nn.model_parallel  # noqa: F401  (imported here so that the ranks need not)
+# Imported here so that the ranks need not, of which each would take half a second: what they import as they go.
+import fairscale.nn.model_parallel  # noqa: F401
+import sympy  # noqa: F401
+import tiktoken  # noqa: F401
 import torch
+import torch.distributed._symmetric_memory
 
 from llama import Llama, sampling
 from llama.backends.cuda.one_shot import open_one_shot
@@ -136,5 +141,6 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a collection in a rank would otherwise touch, and so copy, all that was imported
     for each in json.loads(Path(sys.argv[1]).read_text()):
         run_job(each)

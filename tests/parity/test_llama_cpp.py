@@ -15,6 +15,8 @@ import pytest
 
 from llama import Llama
 
+pytestmark = pytest.mark.slow
+
 CASES = json.loads((Path(__file__).parent / "llama_cpp_greedy.json").read_text(encoding="utf-8"))
 NEAR_TIE = 0.05
 

@@ -18,6 +18,8 @@ from tests.gguf_files import write_gguf_model
 from tests.hugging_face import hugging_face_model
 from tests.models import one_pass, random_tokens, transformer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOKENS = random_tokens(3, 9, vocab_size=BYTE_VOCAB_SIZE)
 PROMPTS = [TOKENS[0, :3].tolist(), TOKENS[1].tolist()]

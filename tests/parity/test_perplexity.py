@@ -18,6 +18,8 @@ from tests.checkpoints import TINY
 from tests.hugging_face import hugging_face_model
 from tests.models import BYTE_BOS
 
+pytestmark = pytest.mark.slow
+
 # Figures in docs/benchmarks.md are of this text: with another one they would have to be measured again.
 SHA256 = "1d02c76d1b0e07e0aba1f556eceddbfea1d713cfe05d16db8c02acc93136dc60"
 

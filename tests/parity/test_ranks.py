@@ -18,6 +18,8 @@ from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, random_state, write_byte_to
 from tests.gguf_files import write_gguf_model
 from tests.models import random_tokens
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOKENS = random_tokens(3, 7, vocab_size=BYTE_VOCAB_SIZE).tolist()
 PROMPTS = [TOKENS[0][:2], TOKENS[1], TOKENS[2][:4]]

@@ -548,6 +548,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", HOSTILE, ids=lambda text: text[:60])
 def test_hostile_templates_end_in_one_line(
     pair: Callable[..., Pair], template: str, monkeypatch: pytest.MonkeyPatch
@@ -562,6 +563,7 @@ def test_hostile_templates_end_in_one_line(
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
+@pytest.mark.slow
 def test_mutated_templates_render_or_end_in_one_line(pair: Callable[..., Pair]) -> None:
     rng = random.Random(0)
     for _ in range(15):
@@ -618,6 +620,7 @@ def test_a_dialog_without_texts_is_an_error(pair: Callable[..., Pair], messages:
         TemplateChat(ours).encode(messages)
 
 
+@pytest.mark.slow
 def test_jinja_is_not_imported_for_completions() -> None:
     code = "import sys; from llama import Llama; assert 'jinja2' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,6 +16,8 @@ from llama.model import Transformer
 from tests.checkpoints import random_state
 from tests.models import random_tokens, transformer
 
+pytestmark = pytest.mark.slow
+
 ARGS = ModelArgs(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=64, hidden_dim=72, sliding_window=7)
 
 

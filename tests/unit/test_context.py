@@ -40,6 +40,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert scores == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("prompts", [RAGGED, [SHARED] * 3, RAGGED[:1]], ids=["ragged", "identical", "one"])
 def test_a_shared_beginning_is_computed_once(

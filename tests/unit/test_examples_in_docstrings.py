@@ -9,6 +9,8 @@ import pytest
 
 from llama import generation
 
+pytestmark = pytest.mark.slow
+
 CALLS = ("build", "from_options", "stream", "generate", "text_completion", "chat_completion", "text_infilling")
 
 

@@ -46,6 +46,7 @@ def test_greedy_tokens_are_the_greatest_logits_of_one_pass(llama: Llama) -> None
         assert found == text[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.95, "seed": 3}], ids=str)
 def test_rows_that_end_early_do_not_disturb_the_others(restless_folder: Path, options: dict[str, Any]) -> None:
     """A row that ends gives its place in the cache to the last one; every prompt here ends after another length."""
@@ -98,6 +99,7 @@ def test_an_end_token_as_the_first_word_is_an_empty_generation(tmp_path: Path) -
     assert llm.text_completion(["\x05"], temperature=0) == [{"generation": "", "tokens": [], "finish_reason": "stop"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_gen_len", [None, 100])
 def test_max_seq_len_holds_prompt_and_generation(llama: Llama, max_gen_len: int | None) -> None:
     prompts = [[7] * length for length in (1, 30, 62, 63)]

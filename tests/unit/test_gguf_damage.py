@@ -67,6 +67,7 @@ def test_every_truncation_is_a_value_error(whole: bytes, tmp_path: Path) -> None
         assert not use(path), length
 
 
+@pytest.mark.slow
 def test_mutated_headers_are_used_or_are_a_value_error(whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(whole)

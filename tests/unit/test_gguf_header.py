@@ -73,6 +73,7 @@ def test_values_are_read_as_they_were_written(tmp_path: Path) -> None:
         assert metadata[f"{name}.array"] == expected
 
 
+@pytest.mark.slow
 def test_the_demo_models_header_equals_the_librarys(demo_model: Path) -> None:
     header, reader = read_header(demo_model), gguf.GGUFReader(demo_model)
     for key, field in reader.fields.items():

@@ -16,6 +16,8 @@ from llama.backends.cuda import attention
 from llama.backends.cuda.attention import attention_tile, flash_attention, n_splits
 from llama.quantization.planar import MAX_GEMV_TOKENS
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 N_KV_HEADS = 2

@@ -23,6 +23,8 @@ from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, 
 from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import build, random_tokens, transformer
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=64, hidden_dim=96, head_dim=16)
 

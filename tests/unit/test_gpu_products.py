@@ -21,6 +21,8 @@ from tests.unit.test_kernels import random_blocks
 pytest.importorskip("triton", reason="triton is not installed")
 from llama.backends.cuda import gemm
 
+pytestmark = pytest.mark.slow
+
 TYPES = list(BLOCK_TYPES.values())
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # No multiple of a program's rows; three blocks of 256 columns, so that the last step of a program is not full.

@@ -23,6 +23,8 @@ from llama.backends.cuda.sampling import greedy, sample_all, sample_nucleus
 from llama.sampling import INVALID
 from tests.gpu_compile import Ahead, compiled_kernels
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHUNK, DIGITS = kernels.CHUNK.value, kernels.DIGITS.value
 JUST_BELOW_ONE = 1 - 2**-24

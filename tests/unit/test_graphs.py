@@ -21,6 +21,8 @@ from llama.sampling import SamplingParams
 from tests.checkpoints import write_model_and_draft
 from tests.models import BYTE_BOS, build, random_tokens
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [
     [BYTE_BOS, *b"one two three, one two three, one"],
     [BYTE_BOS, *b"ab"],

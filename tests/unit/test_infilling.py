@@ -66,6 +66,7 @@ def test_prompts_are_those_of_metas_code(folder: Path, prefix: str, suffix: str,
     assert infilling_tokens(Tokenizer(folder / "tokenizer.model"), prefix, suffix, suffix_first) == expected
 
 
+@pytest.mark.slow
 def test_a_filled_text_is_prefix_generation_and_suffix(llm: Llama) -> None:
     prefixes, suffixes = ["Hello", "The quick"], [" world", " dog"]
     results = llm.text_infilling(prefixes, suffixes, 0.8, 0.9, 12, True, seed=5)
@@ -95,6 +96,7 @@ def test_every_prefix_needs_a_suffix(llm: Llama) -> None:
         llm.text_infilling(["a", "b"], ["c"])
 
 
+@pytest.mark.slow
 def test_a_mark_on_the_command_line_is_filled(folder: Path, llm: Llama) -> None:
     command = [sys.executable, EXAMPLE, "--ckpt_dir", folder, "--dtype", "float32", "--temperature", "0", "--json"]
     flags = ["--max_gen_len", "6", "--device", "cpu"]
@@ -106,6 +108,7 @@ def test_a_mark_on_the_command_line_is_filled(folder: Path, llm: Llama) -> None:
     assert done.returncode == 1 and "has 2 marks <FILL>: each needs exactly one" in done.stderr
 
 
+@pytest.mark.slow
 def test_code_llamas_example_fills_its_texts(folder: Path) -> None:
     """Under Meta's name and flags, the first two also as plain words."""
     command = [sys.executable, ROOT / "example_infilling.py", folder, folder / "tokenizer.model", "--device", "cpu"]

@@ -133,6 +133,7 @@ def test_8_bit_floats_are_refused_where_no_gpu_reads_them(tmp_path: Path) -> Non
         build(tmp_path, quantize="fp8")
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     ("kind_name", "mode", "linear", "tables"),
@@ -162,6 +163,7 @@ PACKS = [pytest.param(PackedWeight, marks=needs_kernels), PlanarWeight, None]
 PLANNED = [("Q4_0", None), ("Q4_K", None), ("Q5_0", "int4"), ("Q6_K", "int4"), ("meta", "int8"), ("meta", "int4")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packs", PACKS, ids=["cpu", "gpu", "torch"])
 @pytest.mark.parametrize(("kind_name", "mode"), PLANNED)
 def test_planned_weights_are_the_bytes_of_the_blocks(
@@ -200,6 +202,7 @@ def check_planned(checkpoint: Any, weight_format: WeightFormat, sizes: tuple[int
             assert in_blocks == (weight_format.keeps_stored_blocks or weight_format.quantize is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packs", PACKS, ids=["cpu", "gpu", "torch"])
 @pytest.mark.parametrize(
     ("kind_name", "size", "floats"), [("Q4_K", 2, {"wo"}), ("Q4_K", 3, set()), ("Q4_0", 2, {"wo"})]

@@ -12,6 +12,7 @@ import torch
 
 from llama import Llama
 from llama.config import DynamicScaling
+from llama.engine import speculative
 from llama.engine.context import Context
 from llama.engine.options import BuildOptions
 from llama.engine.speculative import DraftLengthController, NgramProposer
@@ -47,6 +48,7 @@ def build_way(folders: dict[str, Path], way: str | None, **options: Any) -> Llam
     return build(folders["model"], **{"max_seq_len": 96, "max_batch_size": 3, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.1, "top_p": 0.95, "seed": 3}], ids=str)
@@ -78,13 +80,17 @@ def test_a_draft_that_is_the_model_is_always_right(folders: dict[str, Path], tem
     assert llm.metrics.decode_steps == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("way", ["lookup", "draft"])
-def test_sampled_tokens_have_the_distribution_of_the_model(folders: dict[str, Path], way: str) -> None:
+def test_sampled_tokens_have_the_distribution_of_the_model(
+    folders: dict[str, Path], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The third token of a row, of 1,500 rows, against the sum over all pairs before it."""
+    monkeypatch.setattr(speculative, "MAX_SPECULATIVE_POSITIONS", 4 * 250)  # as many a row as otherwise with four rows
     args = dataclasses.replace(TINY, vocab_size=5, n_layers=1)
     state = random_state(args, seed=2)
-    model = transformer(dataclasses.replace(args, max_seq_len=16, max_batch_size=4), state)
+    model = transformer(dataclasses.replace(args, max_seq_len=16, max_batch_size=250), state)
     prompt = [1, 2, 3, 1, 2]
     texts = torch.tensor([[*prompt, *pair] for pair in itertools.product(range(5), repeat=2)])
     with torch.inference_mode():
@@ -116,6 +122,7 @@ def test_a_stop_token_within_a_right_guess_ends_the_row(tmp_path: Path, end: int
     assert llm.generate([prompt], 20, temperature=0)[0] == [tokens]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 def test_a_limit_within_a_right_guess_ends_the_row(tmp_path: Path) -> None:
     write_meta(tmp_path, state=chain_state(TINY, {5: 6, 6: 7, 7: 8, 8: 5}))
@@ -140,6 +147,7 @@ def test_logits_that_are_not_numbers_are_told_with_their_place(tmp_path: Path) -
         llm.generate([[5]], 9, temperature=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 def test_dynamic_scaling_takes_plain_steps_beyond_its_context(folders: dict[str, Path]) -> None:
     """A key's rotation depends on the row's length when it was written: guesses would change it."""
@@ -188,6 +196,7 @@ def test_lookup_goes_on_as_after_the_last_place_with_the_same_tokens(text: list[
     assert NgramProposer().propose([text], 4) == [guess]
 
 
+@pytest.mark.slow
 def test_guesses_that_cost_more_than_they_give_rest(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that only steps move: a second each, and more for each guess."""
     clock = {"now": 0.0, "more": 0.0}

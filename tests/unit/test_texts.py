@@ -34,6 +34,7 @@ def streamed(llm: Llama, prompts: list[str], **options: object) -> list[list[str
     return pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.5, "top_p": 1.0, "seed": 4}], ids=str)
 @pytest.mark.parametrize("family", ["tiny_folder", "llama2_folder"])
 def test_stream_pieces_join_to_the_text_of_a_call(

@@ -291,6 +291,7 @@ def test_llama3_special_tokens_follow_those_of_the_file(tiktoken_path: Path, tok
     assert tokenizer.decode([base + 9]) == "<|eot_id|>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["a", " ", "\n", "中"])
 def test_very_long_texts_are_encoded(tiktoken_path: Path, run: str) -> None:
     """tiktoken panics on millions of characters, and on long runs without a break."""
@@ -414,6 +415,7 @@ def test_every_pre_rule_runs_and_loses_nothing(gguf_bpe: dict[str, Any], pre: st
 # The demo model
 
 
+@pytest.mark.slow
 def test_demo_tokenizer_equals_smollm2s_own_pipeline(demo: dict[str, Any]) -> None:
     texts = demo["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split()) for merge in demo["tokenizer.ggml.merges"]]

@@ -185,6 +185,7 @@ def mutate(rng: random.Random, value: Any) -> Any:
     return rng.choice(odd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama3", "llama2", "llama2_new", "unigram"])
 def test_a_mutated_file_loads_or_ends_in_our_own_error(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
     """The library raises plain exceptions, and panics, which no `except Exception` catches."""

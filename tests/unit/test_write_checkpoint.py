@@ -232,6 +232,7 @@ def test_values_that_float16_cannot_hold_are_an_error(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["meta"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_converting_holds_a_few_tensors_in_memory(tmp_path: Path) -> None:
     """torch.save wants a whole shard there."""
@@ -321,6 +322,7 @@ def test_presets_have_the_released_models_sizes(name: str) -> None:
     assert sum(torch.Size(shape).numel() for shape in shapes) == PARAMETERS[name]
 
 
+@pytest.mark.slow
 def test_random_models_run_in_float16(tmp_path: Path) -> None:
     """Activations that overflow, or logits that are all alike, would try out nothing."""
     deep = random_checkpoint(n_layers=32)

@@ -222,6 +222,7 @@ def test_a_sentencepiece_that_has_no_exact_json_keeps_its_own_file(tmp_path: Pat
     assert [file.name for file in (tmp_path / "two").iterdir()] == ["tokenizer.model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "smollm2-135m", "llama-2-7b", "codellama-7b", "llama-3.1-8b"])
 def test_random_tokenizers_have_exactly_the_vocabulary_and_reach_their_words(name: str, tmp_path: Path) -> None:
     preset = PRESETS[name]
