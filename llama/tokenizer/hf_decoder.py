@@ -67,9 +67,7 @@ def check_patterns(node: Any) -> None:
 
 def _may_explode(regex: str) -> bool:
     regex = CLASS_OR_ESCAPE.sub("a", regex)
-    while group := REGEX_GROUP.search(
-        regex
-    ):  # an innermost one: to those around it, it is one character that may repeat
+    while group := REGEX_GROUP.search(regex):  # an innermost one, which is one character to those around it
         inside, repeated = group.groups("")
         repeats = REPEATS_OR_CHOOSES.search(inside) is not None
         if repeats and repeated:

@@ -21,9 +21,8 @@ from llama.tokenizer.hf_decoder import (
 from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 
 # What BOS and EOS are called in a file without a tokenizer_config.json beside it; the last that it has counts.
-USUAL_BOS = ("<|startoftext|>", "<s>", "<|begin_of_text|>")
-USUAL_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
-USUAL_NAMES = [(text, "bos_token") for text in USUAL_BOS] + [(text, "eos_token") for text in USUAL_EOS]
+USUAL_NAMES = [(text, "bos_token") for text in ("<|startoftext|>", "<s>", "<|begin_of_text|>")]
+USUAL_NAMES += [(text, "eos_token") for text in ("<|endoftext|>", "</s>", "<|end_of_text|>")]
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -143,7 +142,8 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
 
 def _added(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, Any]:
     """Return added tokens by id: the file's, then those that only the files beside it have."""
-    where, entries = "an added token", expect(list, content.get("added_tokens") or [], "its added_tokens")
+    where = "an added token"
+    entries = expect(list, content.get("added_tokens") or [], "its added_tokens")
     added = parse_added(((expect(dict, entry, where).get("id"), entry) for entry in entries), where)
     known = {token.content for token in added.values()}
     others = {number: token for number, token in sorted(config.added.items()) if token.content not in known}
