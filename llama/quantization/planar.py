@@ -20,11 +20,11 @@ MAX_DEQUANT_GEMM_TOKENS = 16
 # Most tokens of a product with 8-bit floats that never rounds activations to 8 bits.
 MAX_UNROUNDED_TOKENS = 64
 # Values that are dequantized at once: 128 MB in 16 bits.
-MAX_DEQUANTIZED_VALUES = 1 << 26
+MAX_DEQUANTIZED_GPU_VALUES = 1 << 26
 # Values that are taken apart, or rounded to 8 bits, at once: each needs a few bytes of temporary memory.
 MAX_CONVERTED_VALUES = 1 << 24
 
-GROUP = 32  # values whose codes are stored together: a lower and an upper half of 16 each
+GROUP_SIZE = 32  # values whose codes are stored together: a lower and an upper half of 16 each
 
 
 class PlanarWeight(QuantizedWeight):
@@ -181,10 +181,10 @@ def multiply_fp8(x: Tensor, weight: Fp8Weight) -> Tensor:
 
 
 def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
-    """Multiply x (..., in) by the weight, of which torch dequantizes at most MAX_DEQUANTIZED_VALUES at once."""
+    """Multiply x (..., in) by the weight, of which torch dequantizes at most MAX_DEQUANTIZED_GPU_VALUES at once."""
     n_out, n_in = weight.shape
     y = x.new_empty(*x.shape[:-1], n_out, dtype=dtype)
-    step = max(1, MAX_DEQUANTIZED_VALUES // n_in)
+    step = max(1, MAX_DEQUANTIZED_GPU_VALUES // n_in)
     for first in range(0, n_out, step):
         y[..., first : first + step] = float_matmul(x, weight.part(first, first + step).dense(x.dtype), dtype)
     return y
@@ -245,12 +245,12 @@ def _decode(planes: dict[str, Tensor], block_type: BlockType) -> Tensor:
     """Dequantize planes of rows (...) to fp32 values (..., in); products are exact, as in gguf_blocks."""
     name, codes, scales = block_type.name, planes["codes"], planes["scales"].float()
     if name == "Q8_0":
-        groups = codes.unflatten(-1, (-1, GROUP))
+        groups = codes.unflatten(-1, (-1, GROUP_SIZE))
     else:
-        nibbles = codes.unflatten(-1, (-1, GROUP // 2))
+        nibbles = codes.unflatten(-1, (-1, GROUP_SIZE // 2))
         groups = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)  # (..., in / 32, 32)
     if name == "Q6_K":
-        high = planes["high"].unflatten(-1, (-1, GROUP // 4))
+        high = planes["high"].unflatten(-1, (-1, GROUP_SIZE // 4))
         high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
         groups = ((groups | high << 4).to(torch.int8) - 32).unflatten(-1, (2, 16))
         of_halves = scales.repeat_interleave(8, dim=-2) * planes["sub_scales"]  # (..., in / 32, 2)

@@ -13,7 +13,7 @@ from llama.backends.cuda.matmul import matmul
 from llama.backends.eager import EagerBackend, is_nccl
 from llama.cache import KVCache
 from llama.model import Transformer
-from llama.quantization.planar import MAX_DEQUANTIZED_VALUES, PlanarWeight
+from llama.quantization.planar import MAX_DEQUANTIZED_GPU_VALUES, PlanarWeight
 from llama.sampling import SamplingParams, TokenSampler, TorchSampler
 
 MAX_HEAD_DIM = 256  # the kernels hold a whole head
@@ -28,7 +28,7 @@ class CudaBackend(EagerBackend):
     keeps_stored_blocks = True
     quantize_modes = ("int8", "int4", "fp8")
     max_prefill_tokens = 8192
-    dequantized_values = MAX_DEQUANTIZED_VALUES
+    dequantized_values = MAX_DEQUANTIZED_GPU_VALUES
 
     def bind(self, model: Transformer) -> None:
         self._layers = GpuLayers(model)

@@ -151,13 +151,13 @@ def stored_scales(
         scale = tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0).to(tl.float32)
         upper_scale = scale
     elif KIND == "Q4_1":
-        scale, low = _halves(tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0))
+        scale, low = fp16_pair(tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0))
         upper_scale = scale
     else:
         pair = tl.load(sub_scales_ptr + row * n_groups + group, mask=ok, other=0).to(tl.int32)
         scale = tl.load(scales_ptr + row * (n_groups // 8) + group // 8, mask=ok, other=0)
         if KIND == "Q4_K":
-            scale, low = _halves(scale)
+            scale, low = fp16_pair(scale)
             scale *= (pair & 255).to(tl.float32)
             low *= -(pair >> 8 & 255).to(tl.float32)
             upper_scale = scale
@@ -169,7 +169,7 @@ def stored_scales(
 
 
 @triton.jit
-def _halves(pair: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+def fp16_pair(pair: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """fp32 of the two fp16 values in int32 words, the lower one first."""
     lower = pair.to(tl.int16).to(tl.float16, bitcast=True)
     upper = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)

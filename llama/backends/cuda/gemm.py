@@ -23,7 +23,7 @@ from llama.backends.cuda.dequantize import (
     units,
     upper_codes,
 )
-from llama.quantization.planar import GROUP, MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
+from llama.quantization.planar import GROUP_SIZE, MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def dequantize(weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
     """All values (out, in), to the bit those of torch."""
     n_out, n_in = weight.shape
     values = torch.empty(n_out, n_in, dtype=dtype, device=weight.codes.device)
-    grid = (n_out, triton.cdiv(n_in, DENSE_GROUPS * GROUP))
+    grid = (n_out, triton.cdiv(n_in, DENSE_GROUPS * GROUP_SIZE))
     kind, *planes = _describe(weight)
-    _dequantize_kernel[grid](*planes, values, n_in, n_in // GROUP, KIND=kind, GROUPS=DENSE_GROUPS, num_warps=4)
+    _dequantize_kernel[grid](*planes, values, n_in, n_in // GROUP_SIZE, KIND=kind, GROUPS=DENSE_GROUPS, num_warps=4)
     return values
 
 
@@ -111,7 +111,7 @@ def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y:
         n_tokens,
         y.shape[1],
         n_in,
-        n_in // GROUP,
+        n_in // GROUP_SIZE,
         x.stride(0) if n_tokens > 1 else n_in,  # a single row's stride may be anything
         KIND=kind,
         GATED=gated,
@@ -119,7 +119,7 @@ def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y:
         ROWS=tile.rows,
         GROUPS=tile.groups,
         STAGES=tile.stages,
-        EVEN=n_in % (GROUP * tile.groups) == 0,
+        EVEN=n_in % (GROUP_SIZE * tile.groups) == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -131,7 +131,7 @@ def _describe(weight: PlanarWeight | Fp8Weight) -> tuple[str, Tensor, Tensor | N
     Rows of 8-bit floats that are no whole groups stay bytes: F8_BYTES.
     """
     if isinstance(weight, Fp8Weight):
-        whole = weight.shape[1] % GROUP == 0
+        whole = weight.shape[1] % GROUP_SIZE == 0
         codes = weight.codes.view(torch.int32 if whole else torch.uint8)
         return "F8_E4M3" if whole else "F8_BYTES", codes, None, weight.scales, None
     pairs = weight.scales.shape[-1] == 2

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.backends.cuda import attention, elementwise, gemm
+from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda.matmul import GpuWeight, is_few, matmul
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.cache import KVCache
@@ -79,7 +79,8 @@ class GpuLayers:
         x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
         n_tokens = len(x)
         if self._has_floats and n_tokens < MAX_GEMV_TOKENS:
-            x = F.pad(x, (0, 0, 0, MAX_GEMV_TOKENS - n_tokens))  # see padded_matmul: here once for all products
+            # See padded_matmul: here once for all products. Quantized weights beside floats then take gemm, not gemv.
+            x = F.pad(x, (0, 0, 0, MAX_GEMV_TOKENS - n_tokens))
         heads = x.new_zeros(len(x), self.n_local_heads * self.args.head_dim, dtype=self.dtype)
         start_pos = positions[:, 0].contiguous()
         delta: Tensor | None = None
@@ -116,7 +117,7 @@ class GpuLayers:
         """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
         weight = gates.weights[0]
         if len(gates.weights) == 1 and gates.bias is None and not isinstance(weight, Tensor) and is_few(h, weight):
-            return gemm.gated_gemm(h, weight)
+            return gemv.gated_gemv(h, weight) if len(h) == 1 else gemm.gated_gemm(h, weight)
         return elementwise.silu_and_mul(gates(h), self.dtype)
 
     def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.backends.cuda import gemm
+from llama.backends.cuda import gemm, gemv
 from llama.quantization.planar import (
     MAX_DEQUANT_GEMM_TOKENS,
-    MAX_DEQUANTIZED_VALUES,
+    MAX_DEQUANTIZED_GPU_VALUES,
     MAX_GEMV_TOKENS,
     Fp8Weight,
     PlanarWeight,
@@ -35,7 +35,8 @@ def matmul(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: 
     """
     if is_few(x, weight):
         if not isinstance(weight, Tensor):
-            return gemm.gemm(x, weight, bias, few_dtype)
+            multiply = gemv.gemv if len(x) == 1 else gemm.gemm
+            return multiply(x, weight, bias, few_dtype)
         y = padded_matmul(x, weight)
     elif isinstance(weight, Tensor):
         y = float_matmul(x, weight)
@@ -60,10 +61,10 @@ def padded_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight) -> Tensor:
-    """Dequantize pieces of rows by a kernel, each of at most MAX_DEQUANTIZED_VALUES, and let cuBLAS multiply."""
+    """Dequantize pieces of rows by a kernel, each of at most MAX_DEQUANTIZED_GPU_VALUES, and let cuBLAS multiply."""
     n_out, n_in = weight.shape
     y = x.new_empty(len(x), n_out)
-    step = max(1, MAX_DEQUANTIZED_VALUES // n_in)
+    step = max(1, MAX_DEQUANTIZED_GPU_VALUES // n_in)
     for first in range(0, n_out, step):
         part = weight.part(first, first + step)
         y[:, first : first + step] = float_matmul(x, gemm.dequantize(part, x.dtype))
