@@ -6,11 +6,11 @@ import contextlib
 import functools
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +116,12 @@ def python(*words: object, stdin: str = "", cwd: Path = ROOT, env: Mapping[str, 
     with tempfile.TemporaryDirectory() as streams:
         Path(streams, "stdin").write_text(stdin, errors="surrogateescape")
         print(json.dumps([[str(word) for word in words], str(cwd), streams]), file=server.stdin, flush=True)
-        pid = int(server.stdout.readline())
-        ready, _, _ = select.select([server.stdout], [], [], TIMEOUT)
-        if not ready:
-            os.killpg(pid, signal.SIGKILL)
+        timer = threading.Timer(TIMEOUT, os.killpg, (int(server.stdout.readline()), signal.SIGKILL))
+        timer.start()
         code = int(server.stdout.readline())
-        assert ready, f"killed after {TIMEOUT} s: {words}"
+        in_time = timer.is_alive()
+        timer.cancel()
+        assert in_time, f"killed after {TIMEOUT} s: {words}"
         stdout, stderr = (Path(streams, name).read_text(errors="surrogateescape") for name in ("stdout", "stderr"))
     return Finished(code, stdout, without_notices(stderr), stderr)
 

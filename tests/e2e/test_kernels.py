@@ -16,9 +16,13 @@ from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenize
 from tests.e2e.processes import COMPLETION, TIMEOUT, Finished, python, started
 from tests.gguf_files import write_gguf_model
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("c++") is None, reason="no C++ compiler that kernels are built with here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux" or shutil.which("c++") is None,
+        reason="no C++ compiler that kernels are built with here",
+    ),
+]
 ARGS = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160)
 COMPILED = re.compile(r"compiled CPU kernels in [\d.]+ s, once: (\S+/kernels-\w+\.so)")
 

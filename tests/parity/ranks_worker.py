@@ -20,7 +20,7 @@ from typing import Any
 
 # Imported here so that the ranks need not, of which each would take half a second: what they import as they go.
 import fairscale.nn.model_parallel  # noqa: F401
-import sympy  # noqa: F401
+import sympy  # type: ignore[import-untyped]  # noqa: F401
 import tiktoken  # noqa: F401
 import torch
 import torch.distributed._symmetric_memory

@@ -149,6 +149,7 @@ def write_bins(model: PreTrainedModel, folder: Path, count: int) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_sliding_window_holds_while_decoding(tmp_path: Path) -> None:
     """One token at a time, beyond the window: a mask of the prefill alone would not show it."""
@@ -160,6 +161,7 @@ def test_a_sliding_window_holds_while_decoding(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(step, dim=1), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama 2", "llama 3.1", "smollm2", "yarn", "biases", "mistral, beyond its window"])
 def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     """From the folder to the tokens, beyond the window and the original context."""

@@ -99,6 +99,7 @@ def test_dynamic_scaling_knows_the_whole_length_in_every_chunk(
     assert llm.metrics.reused_tokens == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{}, {"speculate": "lookup"}, {"draft_ckpt_dir": "self"}], ids=str)
 def test_a_kept_conversation_reads_only_what_is_new(tiny_folder: Path, way: dict[str, Any]) -> None:
     """Also where history was rewritten, where an answer was left in its middle, and after a reset."""

@@ -132,6 +132,7 @@ def ahead_of_time() -> Iterator[Ahead]:
     yield Ahead("gate", elementwise._gate, gate_types, {"BLOCK": elementwise.VECTOR})
 
 
+@pytest.mark.slow
 def test_kernels_move_16_bytes_at_once_and_spill_no_registers() -> None:
     kernels = compiled_kernels("tests.unit.test_gpu_elementwise")
     assert len(kernels) == 12

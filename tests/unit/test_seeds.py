@@ -26,6 +26,7 @@ def test_two_calls_differ_and_a_new_model_repeats_them(tiny_folder: Path) -> Non
     assert [again.generate([PROMPT], 12, **HOT)[0] for _ in range(2)] == [first, second]
 
 
+@pytest.mark.slow
 def test_one_call_with_two_prompts_is_two_calls_with_one(tiny_folder: Path) -> None:
     """The running count counts rows, so a service may batch as it likes."""
     one, other = build(tiny_folder), build(tiny_folder)
