@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -21,13 +22,27 @@ from llama.memory.estimate import BatchShape
 
 
 def status() -> dict[str, int]:
-    """This process's memory in bytes: RssAnon is private, RssFile pages of files, VmHWM the peak of both."""
+    """This process's memory in bytes: RssAnon is private, VmHWM the peak of that and of pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
+def pages_of(folder: str) -> int:
+    """Bytes of the folder's files that are mapped and in memory.
+
+    How many pages of libraries are, too, hangs on how the system read those files: more of what was just installed.
+    """
+    total, counted = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            counted = f" {folder}/" in line
+        elif counted and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
 class Peak(threading.Thread):
-    """The highest RssAnon and RssFile, looked at every millisecond."""
+    """The highest RssAnon, looked at every millisecond."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -39,7 +54,7 @@ class Peak(threading.Thread):
             self.highest = {name: max(value, self.highest[name]) for name, value in status().items()}
 
     def above_start(self) -> dict[str, int]:
-        return {name: self.highest[name] - self.start_at[name] for name in ("RssAnon", "RssFile", "VmHWM")}
+        return {name: self.highest[name] - self.start_at[name] for name in ("RssAnon", "VmHWM")}
 
 
 def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int) -> None:
@@ -66,6 +81,7 @@ def main(ckpt_dir: str, dtype: str, bsz: int, prompt_len: int, max_gen_len: int)
         "weights": weights,
         "loading": loading.above_start(),
         "running": running.above_start(),
+        "pages": pages_of(ckpt_dir),
     }  # fmt: skip
     results = from_all_ranks(result)
     if llm.model.parallel.rank == 0:

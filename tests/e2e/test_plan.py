@@ -145,8 +145,8 @@ def test_a_run_takes_what_was_planned(large: Path, ranks: int, dtype: str, bsz: 
         peak = max(rank["loading"]["RssAnon"], rank["running"]["RssAnon"])
         assert planned["needed"] == pytest.approx(peak + planned["mapped"], rel=0.1), rank
         if planned["mapped"] == planned["weights"]:
-            # All of them came into memory, with some pages of libraries.
-            assert 0 <= rank["running"]["RssFile"] - planned["mapped"] < 40 * MB
+            # All of them came into memory, with the rest of the file's first and last pages.
+            assert 0 <= rank["pages"] - planned["mapped"] < MB
 
 
 @linux
