@@ -78,7 +78,8 @@ class Llama:
             seed: what the sampling of all calls begins with.
             options: the other fields of `BuildOptions`, such as device, dtype, quantize, speculate and draft_ckpt_dir.
 
-        Raises ValueError or OSError, on every rank if on one, for whatever is wrong with the files or the choices.
+        Raises ValueError for wrong options at once, and ValueError or OSError, on every rank if on one, for whatever is
+        wrong with the files.
 
         >>> llm = Llama.build("models/SmolLM2-135M-Instruct.Q4_1.gguf", max_seq_len=256)
         """

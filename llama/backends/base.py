@@ -6,7 +6,6 @@ no other module asks whether there is a compiler, Triton or a processor's instru
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -20,9 +19,6 @@ from llama.cache import KVCache
 from llama.model import Transformer
 from llama.quantization.weights import QuantizedWeight
 from llama.sampling import TokenSampler
-
-log = logging.getLogger("llama")
-
 
 # Captures a function's work on the device, running it once, and returns a function that replays it on the same memory.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -109,8 +105,6 @@ def choose_backend(device: torch.device, head_dim: int, compile: bool = False) -
 
         backend = CudaBackend(device) if head_dim <= MAX_HEAD_DIM else None
     if backend is not None:
-        if compile:
-            log.info("--compile changes nothing: the package's own kernels, which are compiled, run the layers")
         return backend
     if compile:
         from llama.backends.inductor import InductorBackend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -44,8 +45,15 @@ class EagerBackend:
         raise NotImplementedError(f"steps of the {self.name} backend are not captured")
 
     def bind(self, model: Transformer) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # which holds this: a cycle would outlive the model's last use
         model.backend = self
+
+    @property
+    def model(self) -> Transformer:
+        """The bound model, which is there while it computes."""
+        model = self._model()
+        assert model is not None
+        return model
 
     def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         return self.model.run_layers(tokens, positions, rotation, kv_len, cache)

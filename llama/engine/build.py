@@ -53,6 +53,8 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
             log.info("quantizing to %s; llama convert --quantize does it once for all", options.quantize)
         changes = load_weights(model, source.checkpoint, source.device, source.weight_format)
         source.backend.bind(model)
+    if options.compile and source.backend.own_kernels:
+        log.info("--compile changes nothing: the package's own kernels, which are compiled, run the layers")
     for (stored, loaded), count in sorted(changes.items()):
         log.info("%s loaded as %s: %d matrices", stored, loaded, count)
     log.info(

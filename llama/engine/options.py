@@ -57,7 +57,12 @@ class BuildOptions:
                 raise ValueError(f"{name} must be one of {', '.join(QUANTIZE_MODES)}, got {mode!r}")
         if self.draft_quantize is not None and self.draft_ckpt_dir is None:
             raise ValueError(f"draft_quantize {self.draft_quantize} needs a draft model: give --draft_ckpt_dir, too")
-        if self.speculate not in (None, "lookup"):
-            raise ValueError(f"speculate must be lookup, or left out, got {self.speculate!r}")
-        if self.speculate is not None and self.draft_ckpt_dir is not None:
-            raise ValueError(f"speculate {self.speculate} and a draft model both propose tokens: give one of them")
+        check_speculation(self.speculate, self.draft_ckpt_dir is not None)
+
+
+def check_speculation(speculate: str | None, has_draft: bool) -> None:
+    """Raise ValueError unless there is one way of proposing tokens at most, and a known one."""
+    if speculate not in (None, "lookup"):
+        raise ValueError(f"speculate must be lookup, or left out, got {speculate!r}")
+    if speculate is not None and has_draft:
+        raise ValueError(f"speculate {speculate} and a draft model both propose tokens: give one of them")

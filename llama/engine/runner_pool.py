@@ -26,8 +26,14 @@ class PooledRunners:
 
     runners: list[Runner]
     backends: list[Backend]
+    checked: BatchShape  # the last batch, for which there was memory
 
     def has_room(self, shape: BatchShape) -> bool:
+        """Tell whether a batch fits into the caches, and takes no more memory beside them than the one checked."""
+        prompts_fit = shape.prompt_len <= self.checked.prompt_len and shape.scored <= self.checked.scored
+        return prompts_fit and self.fits(shape)
+
+    def fits(self, shape: BatchShape) -> bool:
         """Tell whether a batch fits into the caches."""
         return all(each.context.has_room(shape.bsz, shape.length) for each in self.runners)
 
@@ -55,7 +61,7 @@ class RunnerPool:
         pooled = self.pooled.pop(keep_cache, None)
         if pooled is not None and any(was is not now for was, now in zip(pooled.backends, backends, strict=True)):
             pooled = None  # the model has changed or moved since
-        if pooled is not None and not keep_cache and not pooled.has_room(shape):
+        if pooled is not None and not keep_cache and not pooled.fits(shape):
             pooled = None
         contexts = [] if pooled is None else [each.context for each in pooled.runners]
         if pooled is None or not pooled.has_room(shape):
@@ -71,23 +77,24 @@ class RunnerPool:
         if not keep_cache:
             for context in contexts:
                 context.truncate([0] * len(context.cached_tokens))
-        elif not pooled.has_room(shape):
+        elif not pooled.fits(shape):
             pooled.runners.clear()  # their graphs point at the old cache
             for context in contexts:
                 context.grow(shape.length)
             return self._make_runners(contexts)
         return pooled.runners
 
-    def give_back(self, runners: list[Runner], keep_cache: bool) -> None:
-        """Put runners back into the pool, if the next run can use their cache or their graphs."""
+    def give_back(self, runners: list[Runner], keep_cache: bool, shape: BatchShape) -> None:
+        """Put runners of a batch of this shape back into the pool, if the next run can use their cache or graphs."""
         if keep_cache or any(each.runs_ahead for each in runners):
-            self.pooled[keep_cache] = PooledRunners(runners, [backend_of(model) for model in self._models])
+            backends = [backend_of(model) for model in self._models]
+            self.pooled[keep_cache] = PooledRunners(runners, backends, shape)
 
     def _make_runners(self, contexts: list[Context]) -> list[Runner]:
         """Make a runner for each context: of CUDA graphs, if its model's backend captures them."""
-        runners: list[Runner] = []
-        for context in contexts:
-            backend = backend_of(context.model)
-            graphs = backend.captures_graphs
-            runners.append(CudaGraphRunner(context, backend.graph_capture()) if graphs else EagerRunner(context))
-        return runners
+        captures = [backend.graph_capture() for backend in map(backend_of, self._models) if backend.captures_graphs]
+        return [
+            # One capture for all, so that their graphs share one pool of memory.
+            CudaGraphRunner(context, captures[0]) if backend_of(context.model).captures_graphs else EagerRunner(context)
+            for context in contexts
+        ]

@@ -5,6 +5,7 @@ All results leave as `TokenEvent`s. Knows nothing of file formats.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import abc
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.engine.metrics import Metrics
+from llama.engine.options import check_speculation
 from llama.engine.runner import Runner, StepOutput
 from llama.engine.runner_pool import RunnerPool
 from llama.engine.sequence import Sequence
@@ -28,6 +30,7 @@ class Scheduler:
 
     def __init__(self, pool: RunnerPool, tokenizer: Tokenizer, speculate: str | None = None) -> None:
         """Make a scheduler; speculate: "lookup" or None, as a draft model is in the pool."""
+        check_speculation(speculate, pool.draft is not None)
         self.pool, self.tokenizer, self.speculate = pool, tokenizer, speculate
         self.metrics = Metrics()
         args = pool.model.args
@@ -37,15 +40,15 @@ class Scheduler:
 
     @torch.inference_mode()
     def run(
-        self, sequences: abc.Sequence[Sequence], params: SamplingParams, keep_cache: bool = False
+        self, sequences: abc.Iterable[Sequence], params: SamplingParams, keep_cache: bool = False
     ) -> abc.Iterator[TokenEvent]:
         """Complete the sequences and yield their events, with params.echo those of their prompts first.
 
         keep_cache: keep the cache of the one sequence, so that the next run with keep_cache prefills only what is new.
         Raise ValueError where logits are NaN or infinite.
         """
-        for first in range(0, len(sequences), self.max_batch_size):
-            batch = sequences[first : first + self.max_batch_size]
+        waiting = iter(sequences)
+        while batch := list(itertools.islice(waiting, self.max_batch_size)):
             shape = BatchShape(
                 len(batch),
                 max(len(sequence.prompt) for sequence in batch),
@@ -60,7 +63,7 @@ class Scheduler:
             try:
                 yield from Batch(runners[0], batch, params, self, proposer).run()
             finally:
-                self.pool.give_back(runners, keep_cache)
+                self.pool.give_back(runners, keep_cache, shape)
 
 
 class Batch:
@@ -92,6 +95,7 @@ class Batch:
         """Complete the sequences; see `Scheduler.run`."""
         sequences = list(self.running)
         output, scores = self._prefill()
+        self._check(output)
         if self.params.echo:
             for i, sequence in enumerate(sequences):
                 for j, token in enumerate(sequence.prompt):
@@ -106,13 +110,11 @@ class Batch:
             for i, sequence in enumerate(self.running):
                 reason: FinishReason | None = None
                 for j, token in enumerate(output.tokens[i]):
-                    if token == INVALID:
-                        raise self._invalid_logits(sequence)
                     if token in self.stop_tokens:
                         reason = "stop"
                         break
                     sequence.tokens.append(token)
-                    text = "" if token in self.silent_tokens else sequence.decoder.push(token)
+                    text = self._text(sequence, token)
                     logprob = output.logprobs[i][j] if output.logprobs else None
                     yield TokenEvent(sequence.index, token, text, logprob)
                 if reason is None and len(sequence.tokens) == sequence.max_len:
@@ -130,6 +132,7 @@ class Batch:
             if late:
                 self._in_flight = False
                 self._count_step()
+            self._check(output)
 
     def _prefill(self) -> tuple[StepOutput | None, list[list[float]]]:
         """Prefill the prompts; return their first new tokens, None if max_gen_len is 0, and the prompts' scores."""
@@ -208,8 +211,12 @@ class Batch:
         """Return the text that a token adds to its sequence."""
         return "" if token in self.silent_tokens else sequence.decoder.push(token)
 
-    def _invalid_logits(self, sequence: Sequence) -> ValueError:
-        return ValueError(
-            f"the logits of prompt {sequence.index} are NaN or infinite after {len(sequence.tokens)} tokens: the "
-            "weights are damaged, or too large for this dtype (try --dtype float32)"
-        )
+    def _check(self, output: StepOutput | None) -> None:
+        """Raise ValueError where the logits of a running sequence were NaN or infinite, before any token is told."""
+        for sequence, tokens in zip(self.running, output.tokens if output else (), strict=False):
+            if INVALID in tokens:
+                raise ValueError(
+                    f"the logits of prompt {sequence.index} are NaN or infinite after "
+                    f"{len(sequence.tokens) + tokens.index(INVALID)} tokens: the weights are damaged, or too large for "
+                    "this dtype (try --dtype float32)"
+                )

@@ -35,16 +35,16 @@ def make_sequences(
     first: int,
     tokenizer: Tokenizer,
     add_prefix_space: bool,
-) -> list[Sequence]:
-    """Make a sequence of each prompt; random numbers follow from the seed and the prompt's index plus `first`.
+) -> abc.Iterator[Sequence]:
+    """Make a sequence of each prompt when it is asked for.
+
+    Random numbers follow from the seed and the prompt's index plus `first`.
 
     add_prefix_space: the new tokens are a text of their own, whose prefix space is stripped; see `StreamDecoder`.
     """
-    sequences = []
     for index, prompt in enumerate(prompts):
         limit = max_seq_len - len(prompt)
         if params.max_gen_len is not None:
             limit = min(limit, params.max_gen_len)
         decoder = tokenizer.stream_decoder(add_prefix_space)
-        sequences.append(Sequence(index, prompt, limit, uniforms(seed, first + index, limit), decoder))
-    return sequences
+        yield Sequence(index, prompt, limit, uniforms(seed, first + index, limit), decoder)

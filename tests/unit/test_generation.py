@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, sampling
+from llama.engine import sequence
 from tests.checkpoints import TINY, chain_state, random_state, write_meta
 from tests.models import BYTE_BOS, BYTE_EOS, build, one_pass, random_tokens
 
@@ -208,3 +211,42 @@ def test_statistics_count_what_was_computed(llama: Llama) -> None:
     # The first token of each row comes out of its prefill.
     assert (statistics.prompt_tokens, statistics.decode_steps, statistics.decoded_tokens) == (4, 3, 6)
     assert statistics.prefill_seconds > 0 and statistics.decode_seconds > 0
+
+
+def test_random_numbers_are_drawn_batch_by_batch(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long list of prompts once took gigabytes before its first token."""
+    llm = build(tiny_folder, max_seq_len=64, max_batch_size=2)
+    drawn: list[int] = []
+    draw = sampling.uniforms
+
+    def counted(seed: int, index: int, count: int) -> torch.Tensor:
+        drawn.append(index)
+        return draw(seed, index, count)
+
+    monkeypatch.setattr(sequence, "uniforms", counted)
+    events = llm.stream([[5]] * 10, 3, temperature=1.0)
+    assert not drawn
+    next(events)
+    assert len(drawn) == 2
+    assert len(list(events)) > 10 and len(drawn) == 10
+
+
+def test_a_prompt_whose_logits_are_invalid_is_told_before_any_token(tiny_folder: Path) -> None:
+    llm = build(tiny_folder, max_seq_len=64, max_batch_size=2)
+    with torch.no_grad():
+        llm.model.get_parameter("tok_embeddings.weight")[7] = torch.nan
+    with pytest.raises(ValueError, match="logits of prompt 1 are NaN or infinite after 2 tokens"):
+        next(llm.stream([[5, 6], [5, 7]], 3, echo=True))
+
+
+def test_a_model_is_freed_when_nobody_uses_it(tiny_folder: Path) -> None:
+    """Its backend once held it in a circle, so that the next model found the memory taken."""
+    llm = build(tiny_folder, max_seq_len=64)
+    llm.generate([[5]], 2)
+    model = weakref.ref(llm.model)
+    gc.disable()
+    try:
+        del llm
+        assert model() is None
+    finally:
+        gc.enable()

@@ -173,9 +173,14 @@ def test_another_vocabulary_is_refused_by_name(folders: dict[str, Path], tmp_pat
         build(folders["model"], draft_ckpt_dir=tmp_path)
 
 
-def test_wrong_choices_are_told_before_anything_is_read() -> None:
+def test_wrong_choices_are_told_before_anything_is_read(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="speculate must be lookup, or left out, got 'medusa'"):
         Llama.build("nowhere", speculate="medusa")
+    model, tokenizer = transformer(TINY, random_state(TINY)), build(folders["model"]).tokenizer
+    with pytest.raises(ValueError, match="speculate must be lookup, or left out, got 'medusa'"):
+        Llama(model, tokenizer, speculate="medusa")
+    with pytest.raises(ValueError, match="give one of them"):
+        Llama(model, tokenizer, speculate="lookup", draft=model)
     with pytest.raises(ValueError, match="give one of them"):
         BuildOptions("nowhere", speculate="lookup", draft_ckpt_dir="some/folder")
 

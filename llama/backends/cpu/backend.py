@@ -34,12 +34,7 @@ class CpuBackend(EagerBackend):
 
     def bind(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
-        self.tok_embeddings, self.norm, self.output, self.mask = (
-            model.tok_embeddings,
-            model.norm,
-            model.output,
-            model.mask,
-        )
+        self.tok_embeddings, self.norm, self.output = model.tok_embeddings, model.norm, model.output
         self._biases: list[Tensor] = []  # fp32 copies, which the C structures point at
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._c_layers = (ops.Layer * len(self.layers))()
@@ -78,7 +73,7 @@ class CpuBackend(EagerBackend):
         if bsz * seqlen <= ops.MAX_GEMV_TOKENS:
             self._run_few(residual, inputs)
         else:
-            self._run_many(residual, inputs, positions, self.mask(positions, kv_len), cache)
+            self._run_many(residual, inputs, positions, self.model.mask(positions, kv_len), cache)
         hidden = F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
         return hidden.view(bsz, seqlen, -1)
 

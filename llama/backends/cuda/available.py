@@ -17,7 +17,7 @@ LARGEST_VOCAB = 2**18
 log = logging.getLogger("llama")
 
 
-@functools.cache  # asked for every product
+@functools.cache  # its answer does not change
 def has_triton(device: torch.device) -> bool:
     """Whether kernels written in Triton run on this device; a warning says why not, where they might.
 

@@ -47,8 +47,8 @@ class CudaBackend(EagerBackend):
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.cuda.device_of(hidden):
-            y = matmul(hidden.reshape(-1, hidden.shape[-1]), held(self.model.output), few_dtype=torch.float32)
-        return y.float().view(*hidden.shape[:-1], -1)
+            y = matmul(hidden.reshape(-1, hidden.shape[-1]), held(self.model.output), dtype=torch.float32)
+        return y.view(*hidden.shape[:-1], -1)
 
     def token_sampler(self) -> TokenSampler:
         return CudaSampler(self.device) if self._samples else TorchSampler()

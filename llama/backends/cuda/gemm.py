@@ -71,7 +71,7 @@ def gemm(
 
 
 def gated_gemm(x: Tensor, weight: PlanarWeight | Fp8Weight, out_dtype: torch.dtype | None = None) -> Tensor:
-    """silu(x w1^T) * (x w3^T), (n_tokens, hidden), for weight (2 * hidden, in): w1 above w3. Otherwise as multiply."""
+    """silu(x w1^T) * (x w3^T), (n_tokens, hidden), for weight (2 * hidden, in): w1 above w3. Otherwise as `gemm`."""
     y = torch.empty(len(x), weight.shape[0] // 2, dtype=out_dtype or x.dtype, device=x.device)
     _launch(x, weight, None, y, gated=True)
     return y

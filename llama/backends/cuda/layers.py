@@ -1,6 +1,6 @@
-"""The layers of a model on a GPU, run by kernels in Triton: set as `Transformer.fused`, from outside.
+"""The layers of a model on a GPU, computed by kernels in Triton for backend.py.
 
-Nine kernels a layer for a few tokens, which find all lengths on the device, so that a step can be recorded (graphs.py).
+Nine kernels a layer for a few tokens, which find all lengths on the device, so that a step can be captured (graphs.py).
 The sum over layers is fp32. Of many tokens, torch multiplies the matrices and the kernels do what lies between.
 """
 
@@ -75,7 +75,7 @@ class GpuLayers:
 
     def _run(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         bsz, seqlen = tokens.shape
-        sums = self._one_shot  # before anything is recorded
+        sums = self._one_shot  # before anything is captured
         x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
         n_tokens = len(x)
         if self._has_floats and n_tokens < MAX_GEMV_TOKENS:

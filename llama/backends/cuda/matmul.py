@@ -14,6 +14,7 @@ from llama.quantization.planar import (
     MAX_DEQUANT_GEMM_TOKENS,
     MAX_DEQUANTIZED_GPU_VALUES,
     MAX_GEMV_TOKENS,
+    MAX_UNROUNDED_TOKENS,
     Fp8Weight,
     PlanarWeight,
 )
@@ -27,23 +28,29 @@ def is_few(x: Tensor, weight: GpuWeight) -> bool:
     return len(x) <= (MAX_GEMV_TOKENS if isinstance(weight, Tensor) else MAX_DEQUANT_GEMM_TOKENS)
 
 
-def matmul(x: Tensor, weight: GpuWeight, bias: Tensor | None = None, few_dtype: torch.dtype | None = None) -> Tensor:
+def matmul(
+    x: Tensor,
+    weight: GpuWeight,
+    bias: Tensor | None = None,
+    few_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Multiply x (n_tokens, in) by weight (out, in) transposed and add bias (out,): (n_tokens, out).
 
-    The result is in x's dtype; of few tokens in few_dtype, and with floats always in fp32: in their own dtype torch may
-    round sums of parts.
+    The result is in `dtype`, or else in x's. Of few tokens it is in few_dtype, if that is given, and with floats always
+    in fp32: in their own dtype torch may round sums of parts.
     """
     if is_few(x, weight):
         if not isinstance(weight, Tensor):
             multiply = gemv.gemv if len(x) == 1 else gemm.gemm
-            return multiply(x, weight, bias, few_dtype)
+            return multiply(x, weight, bias, few_dtype or dtype)
         y = padded_matmul(x, weight)
     elif isinstance(weight, Tensor):
-        y = float_matmul(x, weight)
-    elif isinstance(weight, Fp8Weight) and weight.multiplies_fp8(x.device):
-        y = weight(x)
+        y = float_matmul(x, weight, dtype)
+    elif isinstance(weight, Fp8Weight) and len(x) > MAX_UNROUNDED_TOKENS and weight.multiplies_fp8(x.device):
+        y = weight(x, dtype)
     else:
-        y = _dequantized_matmul(x, weight)
+        y = _matmul_in_pieces(x, weight, dtype or x.dtype)
     return y if bias is None else y + bias
 
 
@@ -60,12 +67,12 @@ def padded_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return float_matmul(x, weight, torch.float32)[:n_tokens]
 
 
-def _dequantized_matmul(x: Tensor, weight: PlanarWeight | Fp8Weight) -> Tensor:
+def _matmul_in_pieces(x: Tensor, weight: PlanarWeight | Fp8Weight, dtype: torch.dtype) -> Tensor:
     """Dequantize pieces of rows by a kernel, each of at most MAX_DEQUANTIZED_GPU_VALUES, and let cuBLAS multiply."""
     n_out, n_in = weight.shape
-    y = x.new_empty(len(x), n_out)
+    y = x.new_empty(len(x), n_out, dtype=dtype)
     step = max(1, MAX_DEQUANTIZED_GPU_VALUES // n_in)
     for first in range(0, n_out, step):
         part = weight.part(first, first + step)
-        y[:, first : first + step] = float_matmul(x, gemm.dequantize(part, x.dtype))
+        y[:, first : first + step] = float_matmul(x, gemm.dequantize(part, x.dtype), dtype)
     return y

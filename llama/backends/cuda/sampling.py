@@ -59,7 +59,7 @@ def sample_nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: 
 
 
 def sample_all(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
-    """`sample` at top_p 1: every token can come, and they are drawn in the order of the vocabulary."""
+    """`sample_nucleus` at top_p 1: every token can come, and they are drawn in the order of the vocabulary."""
     bsz, chunks = _grid(logits)
     masses = logits.new_empty(1, bsz, chunks, dtype=torch.int64)
     tokens = logits.new_empty(bsz, dtype=torch.int64)
