@@ -202,7 +202,9 @@ def check_system(chat_format: ChatFormat, system: str) -> None:
 
 def check_messages(dialog: Dialog) -> None:
     """Raise ValueError unless a dialog is a list of messages, each with a role and a content that are text."""
-    for message in dialog if isinstance(dialog, list | tuple) else [dialog]:
+    if not isinstance(dialog, list | tuple):
+        raise ValueError(f"a dialog is a list of messages, and dialogs are a list of those; got {dialog!r}")
+    for message in dialog:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(
                 f"a dialog is a list of messages, each a dictionary with texts as 'role' and 'content'; got {message!r}"

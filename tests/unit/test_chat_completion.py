@@ -90,3 +90,9 @@ def test_build_takes_the_name_of_a_chat_format(tiny_folder: Path) -> None:
     assert bytes(llm.chat_format.encode(ask("hi"))[1:]) == b"[INST] hi [/INST]"  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chat_format must be one of"):
         build(tiny_folder, chat_format="llama4")
+
+
+def test_a_single_dialog_in_place_of_a_list_is_told(llama2: Llama) -> None:
+    """The likeliest mistake once ended in an AttributeError."""
+    with pytest.raises(ValueError, match="a dialog is a list of messages, and dialogs are a list of those"):
+        llama2.chat_completion([{"role": "user", "content": "Hi"}])
