@@ -10,7 +10,7 @@ import triton
 
 from gpu_checking.report import Report
 from gpu_checking.sizes import FLOATS, SIZES, Size
-from llama.backends.cuda import elementwise, gemm
+from llama.backends.cuda import elementwise, gemm, gemv
 from llama.backends.cuda.available import has_triton
 from llama.distributed.device import choose_device
 from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS
@@ -56,3 +56,4 @@ def prepare_interpreter() -> None:
     tile = gemm.Tile(256, 16, 4, 1)
     gemm.TILES = dict.fromkeys(gemm.TILES, dict.fromkeys((MAX_GEMV_TOKENS, MAX_DEQUANT_GEMM_TOKENS), (tile, tile)))
     gemm.FP32_TILE, elementwise.VECTOR = tile, 4096
+    gemv.ROWS = dict.fromkeys(gemv.ROWS, tile.rows)

@@ -13,7 +13,7 @@ from gpu_checking.bench import Bench
 from gpu_checking.clock import UNCACHED, copy_gb_s, seconds_each
 from gpu_checking.random_models import Maker
 from gpu_checking.sizes import FLOATS
-from llama.backends.cuda import attention, elementwise, gemm
+from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda import sampling as gpu_sampling
 from llama.backends.cuda.matmul import GpuWeight, matmul
 from llama.config import ModelArgs
@@ -49,7 +49,7 @@ def measure_linears(bench: Bench) -> None:
 def gated_product(x: Tensor, weight: GpuWeight) -> Tensor:
     if isinstance(weight, Tensor):
         return elementwise.silu_and_mul(matmul(x, weight), x.dtype)
-    return gemm.gated_gemm(x, weight)
+    return gemv.gated_gemv(x, weight) if len(x) == 1 else gemm.gated_gemm(x, weight)
 
 
 @torch.inference_mode()

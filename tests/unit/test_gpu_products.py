@@ -39,16 +39,16 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
-def blocks_of(block_type: BlockType, rows: int = ROWS) -> Tensor:
-    return random_blocks(block_type, rows, COLUMNS).to(DEVICE)
+def blocks_of(block_type: BlockType, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
+    return random_blocks(block_type, rows, columns).to(DEVICE)
 
 
-def stored(block_type: BlockType, rows: int = ROWS) -> tuple[PlanarWeight | Fp8Weight, Tensor]:
-    """A weight (rows, COLUMNS), and its values in fp64 by another way."""
+def stored(block_type: BlockType, rows: int = ROWS, columns: int = COLUMNS) -> tuple[PlanarWeight | Fp8Weight, Tensor]:
+    """A weight (rows, columns), and its values in fp64 by another way."""
     if block_type == F8_E4M3:
-        weight = Fp8Weight.of(random(rows, COLUMNS))
+        weight = Fp8Weight.of(random(rows, columns))
         return weight, weight.codes.double() * weight.scales.double()
-    blocks = blocks_of(block_type, rows)
+    blocks = blocks_of(block_type, rows, columns)
     return PlanarWeight(blocks, block_type), dequantize(blocks, block_type).double()
 
 
@@ -116,6 +116,16 @@ def test_one_token_is_multiplied_in_fp32(block_type: BlockType) -> None:
         rounded = x.to(dtype)
         close(gemv.gemv(rounded, weight, bias, torch.float32), rounded.double() @ values.t() + bias)
     close(matmul(x, weight, bias, torch.float32), expected + bias)
+
+
+@pytest.mark.parametrize("columns", [2 * 4096, 4096 + 256])
+@each_type(KINDS)
+def test_a_program_of_one_token_takes_a_row_in_steps(block_type: BlockType, columns: int) -> None:
+    """Four warps take 4096 columns a step: two whole steps, and one whose successor ends after 256."""
+    weight, values = stored(block_type, 6, columns)
+    x = random(1, columns) / values.abs().max()
+    close(gemv.gemv(x, weight), x.double() @ values.t())
+    close(gemv.gated_gemv(x, weight), gated(x, values), 5e-6)
 
 
 @pytest.mark.parametrize("n_tokens", [MAX_GEMV_TOKENS + 1, MAX_DEQUANT_GEMM_TOKENS])
@@ -257,10 +267,10 @@ def ahead_of_time() -> Iterator[Ahead]:
             alone = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "codes_ptr": "*u8", **byte_pointers}
             alone |= {"n_out": "i32:16", "n_in": "i32:16", "magic": "i32"}
             vector, rows = 16 // dtype.itemsize, gemv.ROWS[dtype.itemsize]
-            for warps, gated in ((4, False), (2, True)):
+            for warps, gated, even in ((4, False, True), (4, False, False), (2, True, True)):  # w2 is not even
                 constants = {"bias_ptr": None, "KIND": kind, "GATED": gated, "ROWS": rows, "LANES": 32 * warps}
-                constants |= {"VECTOR": vector, "EVEN": True}
-                yield Ahead(f"gemv {kind} {name} {warps}", gemv._gemv_kernel, alone, absent | constants, warps)
+                constants |= {"VECTOR": vector, "EVEN": even}
+                yield Ahead(f"gemv {kind} {name} {warps} {even}", gemv._gemv_kernel, alone, absent | constants, warps)
         signature = {"codes_ptr": "*i32", **pointers, "values_ptr": "*bf16", "n_in": "i32:16", "n_groups": "i32:16"}
         constants = absent | {"KIND": kind, "GROUPS": gemm.DENSE_GROUPS}
         yield Ahead(f"dense {kind}", gemm._dequantize_kernel, signature, constants)

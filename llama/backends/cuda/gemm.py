@@ -1,8 +1,8 @@
 """Products of few tokens with quantized weights, in Triton: they are read once, as stored, and decoded on the way.
 
 One kernel for all types: tensor cores multiply a group's codes, which 16 bits hold exactly, and its scale
-comes after, in fp32. Its code is the same for 1 to MAX_GEMV_TOKENS tokens, so a token gets the same bits alone and
-among others.
+comes after, in fp32. Its code is the same for up to MAX_GEMV_TOKENS tokens, so a token gets the same bits whatever
+their number. The layers give one token to gemv.py, which is faster for it.
 """
 
 from __future__ import annotations
