@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,42 +105,35 @@ def without_notices(stderr: str) -> str:
     return "".join(line for line in lines if not line.startswith("no CPU kernels") and " loaded as " not in line)
 
 
-def python(*words: object, stdin: str = "", cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Finished:
+def python(*words: object, env: Mapping[str, str] | None = None, **options: Any) -> Finished:
     """`python *words`: in a fork of a process that has imported torch, or with changes of the environment from scratch.
 
     Libraries read their variables when they are imported.
     """
-    if env is not None:
-        return run([sys.executable, *words], stdin=stdin, cwd=cwd, env=env)
-    server = fork_server()
-    assert server.stdin is not None and server.stdout is not None
-    with tempfile.TemporaryDirectory() as streams:
-        Path(streams, "stdin").write_text(stdin, errors="surrogateescape")
-        print(json.dumps([[str(word) for word in words], str(cwd), streams]), file=server.stdin, flush=True)
-        timer = threading.Timer(TIMEOUT, os.killpg, (int(server.stdout.readline()), signal.SIGKILL))
-        timer.start()
-        code = int(server.stdout.readline())
-        in_time = timer.is_alive()
-        timer.cancel()
-        assert in_time, f"killed after {TIMEOUT} s: {words}"
-        stdout, stderr = (Path(streams, name).read_text(errors="surrogateescape") for name in ("stdout", "stderr"))
-    return Finished(code, stdout, without_notices(stderr), stderr)
+    return run([forked_python() if env is None else sys.executable, *words], env=env, **options)
 
 
 @functools.cache
-def fork_server() -> subprocess.Popen[str]:
-    """A process of tests.e2e.forks, which ends with this one: its stdin ends then."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.e2e.forks"],
-        stdin=subprocess.PIPE,
+def forked_python() -> Path:
+    """An executable that does what python does in a fork of a process of tests.e2e.forks, which ends with this one."""
+    folder = Path(tempfile.mkdtemp(prefix="llama-forks-"))
+    atexit.register(shutil.rmtree, folder)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.e2e.forks", folder / "socket"],
+        stdin=subprocess.PIPE,  # it ends when this process ends
         stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
         env=environment(),
         cwd=ROOT,
         preexec_fn=heed_interrupts,
         start_new_session=True,
     )
+    assert server.stdout is not None
+    assert server.stdout.readline() == b"ready\n"
+    client = Path(__file__).with_name("forked_python.py")
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{client}" "{folder}/socket" "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 def llama(*arguments: object, **options: Any) -> Finished:
@@ -159,8 +153,15 @@ def torchrun_command(ranks: int, script: object, *arguments: object, launcher: S
     return [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", ranks, *launcher, script, *arguments]
 
 
-def torchrun(ranks: int, script: object, *arguments: object, **options: Any) -> Finished:
-    return run(torchrun_command(ranks, script, *arguments), **options)
+def torchrun(
+    ranks: int, script: object, *arguments: object, env: Mapping[str, str] | None = None, **options: Any
+) -> Finished:
+    """Run torchrun and its ranks as `python` runs programs."""
+    command = torchrun_command(ranks, script, *arguments)
+    if not env:
+        command = [forked_python(), "-m", "torch.distributed.run", *command[1:]]
+        env = {"PYTHON_EXEC": str(forked_python())}  # what it starts ranks with
+    return run(command, env=env, **options)
 
 
 def prompts(texts: Sequence[str]) -> list[str]:

@@ -7,9 +7,7 @@ the same name, and jobs of more ranks than a small machine carries are run on tw
 from __future__ import annotations
 
 import re
-import shlex
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.config import ModelArgs
 from llama.testing.model_presets import PRESETS, Preset
 from llama.testing.random_checkpoint import RandomCheckpoint
-from tests.e2e.processes import LLAMA, ROOT, Finished, python, run
+from tests.e2e.processes import ROOT, Finished, forked_python, run
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +74,7 @@ def checkout(stand_ins: Path, demo_model: Path, tmp_path: Path) -> Path:
     (commands / "activate").touch()
     modules = {"python": "", "llama": "-m llama", "torchrun": "-m torch.distributed.run"}
     for name, module in modules.items():
-        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
+        (commands / name).write_text(f'#!/bin/sh\nexec "{forked_python()}" {module} "$@"\n')
         (commands / name).chmod(0o755)
     return tmp_path
 
@@ -89,10 +87,8 @@ def free_port() -> int:
 
 def perform(command: str, checkout: Path) -> Finished:
     """Do what a reader types who has activated the environment; without a terminal, and with nothing to type."""
-    words = [] if set(command) & set("|<>$&;") else shlex.split(command)
-    if words and words[0] in ("llama", "python"):  # needs no shell
-        return python(*(LLAMA if words[0] == "llama" else ()), *words[1:], cwd=checkout)
-    env = {"PATH": f"{checkout / '.venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    path = f"{checkout / '.venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin"
+    env = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHON_EXEC": str(forked_python())}
     return run(["bash", "-euo", "pipefail", "-c", command], cwd=checkout, env=env)
 
 
