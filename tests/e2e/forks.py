@@ -27,7 +27,6 @@ from pathlib import Path
 def preload() -> None:
     """Import torchrun and the package; kernels for GPUs only where they are used, as Triton may be absent."""
     importlib.import_module("torch.distributed.run")
-    del sys.modules["torch.distributed.run"]  # it is a program, to be run; what it imports stays
     package = importlib.import_module("llama")
     for found in pkgutil.walk_packages(package.__path__, "llama."):
         if "__main__" not in found.name and ".cuda" not in found.name:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 COMPLETION = ROOT / "example_text_completion.py"
 CHAT = ROOT / "example_chat.py"
 LLAMA = ("-m", "llama")
+TORCHRUN = Path(sys.executable).with_name("torchrun")
 WORKER = Path(__file__).parent / "worker.py"
 
 # Only so that a hang ends: no test measures time.
@@ -150,7 +151,7 @@ def elsewhere(folder: Path) -> Path:
 
 
 def torchrun_command(ranks: int, script: object, *arguments: object, launcher: Sequence[object] = ()) -> list[object]:
-    return [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", ranks, *launcher, script, *arguments]
+    return [TORCHRUN, "--nproc_per_node", ranks, *launcher, script, *arguments]
 
 
 def torchrun(
@@ -159,7 +160,7 @@ def torchrun(
     """Run torchrun and its ranks as `python` runs programs."""
     command = torchrun_command(ranks, script, *arguments)
     if not env:
-        command = [forked_python(), "-m", "torch.distributed.run", *command[1:]]
+        command = [forked_python(), *command]
         env = {"PYTHON_EXEC": str(forked_python())}  # what it starts ranks with
     return run(command, env=env, **options)
 

@@ -17,7 +17,7 @@ from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.config import ModelArgs
 from llama.testing.model_presets import PRESETS, Preset
 from llama.testing.random_checkpoint import RandomCheckpoint
-from tests.e2e.processes import ROOT, Finished, forked_python, run
+from tests.e2e.processes import ROOT, TORCHRUN, Finished, forked_python, run
 
 pytestmark = pytest.mark.slow
 
@@ -72,9 +72,9 @@ def checkout(stand_ins: Path, demo_model: Path, tmp_path: Path) -> Path:
     commands = tmp_path / ".venv" / "bin"
     commands.mkdir(parents=True)
     (commands / "activate").touch()
-    modules = {"python": "", "llama": "-m llama", "torchrun": "-m torch.distributed.run"}
-    for name, module in modules.items():
-        (commands / name).write_text(f'#!/bin/sh\nexec "{forked_python()}" {module} "$@"\n')
+    programs = {"python": "", "llama": "-m llama", "torchrun": TORCHRUN}
+    for name, program in programs.items():
+        (commands / name).write_text(f'#!/bin/sh\nexec "{forked_python()}" {program} "$@"\n')
         (commands / name).chmod(0o755)
     return tmp_path
 
