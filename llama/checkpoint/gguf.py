@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, positive_int
-from llama.checkpoint.gguf_config import read_metadata
+from llama.checkpoint.gguf_config import ignored_keys, read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
 from llama.checkpoint.names import meta_name
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, requantize_exactly
 from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -64,6 +67,9 @@ class GGUFCheckpoint:
                     raise ValueError(f"{file}: tensor {name} is in an earlier file of the split, too")
                 tensors[name] = tensor
         factors = tensors.pop(ROPE_FACTORS, None)
+        ignored = ignored_keys(self._metadata)
+        if ignored:
+            log.warning("%s has keys that are ignored: %s", path, ", ".join(ignored))
         self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in tensors.items()}
         try:
             self.args = read_metadata(
@@ -161,21 +167,27 @@ def _check_split(file: Path, header: Header, number: int, count: int) -> None:
 def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
     """Map a file's tensors, by the names they have there.
 
-    Raise ValueError unless their types are known, their rows whole blocks and all their bytes in the file.
+    Raise ValueError unless their types are known, their rows whole blocks, all their bytes in the file and each where
+    the one before it ends, as llama.cpp has it: an offset that is wrong would give other weights.
     """
     import gguf
 
     # Copy-on-write, because torch wants memory that it may write to.
     data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
     types = {int(code): BlockType(code.name, *sizes) for code, sizes in gguf.GGML_QUANT_SIZES.items()}
-    tensors = {}
+    tensors: dict[str, _StoredTensor] = {}
+    end: int | None = None
     for info in header.tensors.values():
         if info.ggml_type not in types:
             raise ValueError(f"{file}: tensor {info.name} has unknown type {info.ggml_type}")
         block_type = types[info.ggml_type]
         if 0 in info.shape or info.shape[-1] % block_type.elements:
             raise ValueError(f"{file}: tensor {info.name} of type {block_type.name} has impossible shape {info.shape}")
-        stop = info.offset + math.prod(info.shape) // block_type.elements * block_type.size
+        if end is not None and info.offset != math.ceil(end / header.alignment) * header.alignment:
+            raise ValueError(
+                f"{file} is damaged: tensor {info.name} lies at byte {info.offset}, not after the one before"
+            )
+        end = stop = info.offset + math.prod(info.shape) // block_type.elements * block_type.size
         if stop > len(data):
             raise ValueError(
                 f"{file} is truncated: tensor {info.name} ends at byte {stop}, the file has {len(data)}: "

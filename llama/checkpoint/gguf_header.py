@@ -40,10 +40,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Hold a file's metadata by key, and its tensors by name."""
+    """Hold a file's metadata by key, its tensors by name, in their order, and what their offsets are multiples of."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    alignment: int
 
 
 def is_gguf(path: Path) -> bool:
@@ -95,7 +96,7 @@ class _Reader:
         tensors = {info.name: TensorInfo(info.name, info.shape, info.ggml_type, start + info.offset) for info in infos}
         if len(tensors) != len(infos):
             raise _Damaged("two tensors have the same name")
-        return Header(metadata, tensors)
+        return Header(metadata, tensors, alignment)
 
     def tensor_info(self) -> TensorInfo:
         name = self.string()

@@ -145,14 +145,16 @@ def _true_or_false(config: Mapping[str, Any], key: str, default: bool = False) -
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the RoPE settings of either spelling as one dictionary, with rope_theta and rope_type."""
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"rope_scaling must be an object, got {settings!r}")
-    settings = dict(settings)
+    given = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) is not None]
+    for value in given:
+        if not isinstance(value, dict):
+            raise ValueError(f"rope_scaling must be an object, got {value!r}")
+    settings = dict(next(filter(None, given), {}))
     if settings.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor {settings['partial_rotary_factor']!r} is not supported")
-    if settings.get("rope_theta") is None:
-        settings["rope_theta"] = config.get("rope_theta") or 10000.0
+    for theta in (config.get("rope_theta"), 10000.0):
+        if settings.get("rope_theta") is None:
+            settings["rope_theta"] = theta
     settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
     return settings
 

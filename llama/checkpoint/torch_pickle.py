@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import zipfile
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("llama")
+
+MAX_CHECKED_BYTES = 64 << 20  # a pickle has some 100 bytes for each tensor
 
 
 def map_pickle(file: Path) -> dict[str, Tensor]:
@@ -21,6 +26,8 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
     zipped = zipfile.is_zipfile(file)  # False for the format before torch 1.6, which cannot be mapped
     if not zipped and _starts_with(file, b"PK"):
         raise ValueError(f"{file} is truncated ({file.stat().st_size} bytes): download it again")
+    if zipped and not _is_pickle_whole(file):
+        log.warning("%s: the checksum of its data.pkl is wrong: download it again if the model makes no sense", file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
@@ -38,6 +45,21 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
     ):
         raise ValueError(f"{file} must hold a dictionary of tensors and nothing else")
     return state
+
+
+def _is_pickle_whole(file: Path) -> bool:
+    """Tell whether the checksum of what says where an archive's tensors lie is right; torch looks at none.
+
+    Archives may be written without checksums, so a wrong one does not prove damage.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.filename.endswith("/data.pkl") and record.file_size <= MAX_CHECKED_BYTES:
+                    archive.read(record)
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError):
+        return False
+    return True
 
 
 def _starts_with(file: Path, magic: bytes) -> bool:

@@ -26,6 +26,12 @@ def expect(kind: type[T], value: Any, where: str) -> T:
     return value
 
 
+def given(content: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return a value of a JSON object, or the default where it is absent or null; "" and the like are values."""
+    value = content.get(key)
+    return default if value is None else value
+
+
 def parse_id(value: Any, where: str) -> int:
     """Return a token id unchanged; ValueError says where it stands if it is none."""
     if type(value) is not int or not 0 <= value < MAX_ID:
@@ -80,7 +86,7 @@ class TokenizerConfig:
                 token = content[key]
                 named[key] = None if token is None else parse_token(token, f"{source}: {key}").content
             for key in LISTED_TOKENS:
-                listed = content.get(key) or []
+                listed = given(content, key, [])
                 listed = listed.values() if isinstance(listed, dict) else expect(list, listed, f"{source}: {key}")
                 specials |= {parse_token(token, f"{source}: {key}").content for token in listed}
         return cls(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from llama.tokenizer.hf_config import NAMED_TOKENS, TokenizerConfig, expect, parse_added, parse_id, read_object
+from llama.tokenizer.hf_config import NAMED_TOKENS, TokenizerConfig, expect, given, parse_added, parse_id, read_object
 from llama.tokenizer.hf_decoder import (
     bos_of,
     decoder_steps,
@@ -143,7 +143,7 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
 def _added(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, Any]:
     """Return added tokens by id: the file's, then those that only the files beside it have."""
     where = "an added token"
-    entries = expect(list, content.get("added_tokens") or [], "its added_tokens")
+    entries = expect(list, given(content, "added_tokens", []), "its added_tokens")
     added = parse_added(((expect(dict, entry, where).get("id"), entry) for entry in entries), where)
     known = {token.content for token in added.values()}
     others = {number: token for number, token in sorted(config.added.items()) if token.content not in known}
@@ -155,7 +155,7 @@ def _library_model(model: dict[str, Any], names: Mapping[str, str], unknown: str
     from tokenizers import models
 
     keys = ("byte_fallback", "fuse_unk", "ignore_merges")
-    flags = {key: expect(bool, model.get(key) or False, f"its {key}") for key in keys}
+    flags = {key: expect(bool, given(model, key, False), f"its {key}") for key in keys}
     if model["type"] == "Unigram":
         pieces = [(names[text], score) for text, score in model["vocab"]]
         return models.Unigram(pieces, model.get("unk_id"), flags["byte_fallback"])

@@ -202,3 +202,12 @@ MENTIONED_AS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_
 def test_args_are_frozen() -> None:
     with pytest.raises(AttributeError):
         ModelArgs().dim = 5  # type: ignore[misc]
+
+
+def test_every_truncated_params_json_is_a_value_error(tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    whole = json.dumps({"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True})
+    for length in range(len(whole)):
+        path.write_text(whole[:length])
+        with pytest.raises(ValueError, match=r"params\.json"):
+            read_params(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -84,29 +83,6 @@ def test_every_truncation_is_a_value_error(folder: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_mutated_files_load_or_are_a_value_error(folder: Path, form: str) -> None:
-    """Bytes of weights may change unseen; bytes of structure may not end in a traceback."""
-    whole = save(folder, torch.load(shard_of(folder)), FORMATS[form])
-    structure = [i for i in range(len(whole) - 8) if i < 1500 or i > len(whole) - 2500]
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(400):
-        data = bytearray(whole)
-        for _ in range(rng.randint(1, 3)):
-            data[rng.choice(structure)] = rng.choice((rng.randrange(256), 0, 255, 0x80, ord(".")))
-        shard_of(folder).write_bytes(data)
-        try:
-            checkpoint = MetaCheckpoint(folder)
-        except ValueError as error:
-            assert "consolidated.00.pth" in str(error) or str(folder) in str(error)
-            refused += 1
-        else:
-            for name in checkpoint.names():
-                checkpoint.shape(name)
-    assert refused > 40
-
-
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
     "content",
     [
@@ -147,6 +123,19 @@ def test_a_zip_of_something_else_is_told(folder: Path) -> None:
     with zipfile.ZipFile(shard_of(folder), "w") as archive:
         archive.writestr("hello.txt", "hello")
     rejected(folder, "damaged")
+
+
+def test_a_wrong_checksum_of_what_says_where_tensors_lie_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged number of a storage once gave another tensor's weights without a word."""
+    data = shard_of(folder).read_bytes()
+    key = data.index(b"X\x01\x00\x00\x003")
+    shard_of(folder).write_bytes(data[: key + 5] + b"5" + data[key + 6 :])
+    MetaCheckpoint(folder)
+    assert [message.partition(" is wrong")[0] for message in caplog.messages] == [
+        f"{shard_of(folder)}: the checksum of its data.pkl"
+    ]
 
 
 def test_an_empty_dictionary_lacks_everything(folder: Path) -> None:
