@@ -58,7 +58,12 @@ def supervise(job: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except _errors_of_users() as error:
-        _fail(" ".join(str(error).split()) or type(error).__name__)
+        _fail(visible(" ".join(str(error).split())) or type(error).__name__)
+
+
+def visible(text: str) -> str:
+    """Return a line with escapes for what a terminal would obey or hide, as names in a stranger's files may hold it."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def discard_stdout() -> None:

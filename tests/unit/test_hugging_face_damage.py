@@ -65,7 +65,7 @@ def set_to(**values: Any) -> Callable[[dict[str, Any]], object]:
         (set_to(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
         (set_to(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "RoPE scaling 'longrope'"),
         (set_to(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "factor is missing"),
-        (set_to(rope_parameters=[1]), "rope_scaling must be an object"),
+        (set_to(rope_parameters=[1]), "rope_parameters must be objects"),
         (set_to(num_key_value_heads=3), "n_heads 2 is not a multiple of n_kv_heads 3"),
         (set_to(hidden_size="big"), "dim must be an integer"),
         (set_to(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
