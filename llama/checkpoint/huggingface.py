@@ -110,7 +110,7 @@ class HuggingFaceCheckpoint:
             return
         if table is None:
             self._tensors["tok_embeddings.weight"] = output
-        elif table.dtype != output.dtype or not torch.equal(table, output):
+        elif table.data_ptr() != output.data_ptr() and not (table.dtype == output.dtype and torch.equal(table, output)):
             self._tensors["output.weight"] = output
             self.args = dataclasses.replace(self.args, tied_embeddings=False)
             log.warning("%s: lm_head is used, despite tie_word_embeddings, as it differs from the table", self.path)

@@ -41,10 +41,14 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
             raise cannot_map(file, error) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file} is damaged ({reason}): download it again") from None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise ValueError(f"{file} must hold a dictionary of tensors and nothing else")
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} must hold a dictionary of tensors and nothing else, not {type(state).__name__}")
+    others = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if others:
+        raise ValueError(
+            f"{file} must hold a dictionary of tensors and nothing else, but has {str(others[0])[:80]!r}: save the "
+            "model's state alone"
+        )
     for name, tensor in state.items():
         problem = _unusable(tensor)
         if problem is not None:

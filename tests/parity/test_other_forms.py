@@ -84,6 +84,13 @@ def test_tokens_of_mistrals_own_folders_are_those_of_transformers(tmp_path: Path
     assert_same_tokens(tmp_path, tmp_path / "tokenizer.model", theirs)
 
 
+def test_the_newest_tokenizer_of_a_mistral_folder_is_found_by_its_name(tmp_path: Path) -> None:
+    write_mistral(tmp_path, "safetensors", None)
+    (tmp_path / "tokenizer.model").rename(tmp_path / "tokenizer.model.v3")
+    (tmp_path / "tokenizer.model.v1").write_bytes(b"an older one")
+    assert open_checkpoint(tmp_path).tokenizer().n_words == BYTE_VOCAB_SIZE
+
+
 def test_two_sets_of_weights_are_told(tmp_path: Path) -> None:
     write_mistral(tmp_path, "pth", None)
     write_mistral(tmp_path, "safetensors", None)

@@ -1,4 +1,4 @@
-"""The one line of an error shows what it says, whatever names stand in it, and obeys no stranger's control characters."""
+"""The line of an error shows what it says, whatever names stand in it, and obeys no stranger's control characters."""
 
 from __future__ import annotations
 

@@ -64,6 +64,16 @@ def test_a_servers_message_in_place_of_weights_is_shown(tmp_path: Path, name: st
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizers_files_are_looked_at(tmp_path: Path, name: str) -> None:
+    """A pointer in place of the template was the template."""
+    write_hugging_face(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    (tmp_path / name).write_bytes(FOREIGN["git-lfs"][0])
+    with pytest.raises(ValueError, match=f"{name} is a git-lfs pointer"):
+        build(tmp_path)
+
+
 def test_a_pointer_given_by_itself_is_named(tmp_path: Path) -> None:
     """A file without GGUF's first bytes was "neither a folder nor a GGUF file"."""
     (tmp_path / "model.gguf").write_bytes(FOREIGN["git-lfs"][0])

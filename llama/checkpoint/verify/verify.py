@@ -25,7 +25,7 @@ from llama.quantization.gguf_blocks import dequantize
 
 # What is checked of a folder: weights, configuration and tokenizer.
 WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
-TEXT_FILES = ("*.json", "*.model", "*.jinja")
+TEXT_FILES = ("*.json", "*.model", "*.model.v*", "*.jinja")
 
 CHECKED_AT_ONCE = 1 << 22  # values of a tensor
 
