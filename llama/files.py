@@ -14,11 +14,10 @@ def check_content(path: Path, is_binary: bool = False) -> None:
 
     is_binary: the file should hold weights or the like, so that any text is a message.
     """
-    with path.open("rb") as file:
-        start = file.read(LOOKED_AT)
-    if not start:
+    if path.stat().st_size == 0:  # so does a pipe, which nobody may ever write to
         raise ValueError(f"{path} is empty: download it again")
-    text = start.strip()
+    with path.open("rb") as file:
+        text = file.read(LOOKED_AT).strip()
     if text.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the file itself: git lfs pull fetches it")
     if text.lower().startswith(WEB_PAGES):

@@ -48,7 +48,7 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
         log.info("%s: %s is read", folder, "consolidated.*.pth" if shards else "config.json with its weights")
     if shards or (mistral and not hugging_face):
         return MetaCheckpoint(folder)
-    if config:
+    if hugging_face:
         return HuggingFaceCheckpoint(folder)
     ggufs = sorted(file for file in folder.glob("*.gguf") if not is_later_split(file))
     if len(ggufs) == 1:
@@ -56,6 +56,8 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
         raise ValueError(f"ckpt_dir {folder} has several GGUF files: give one of {names} itself")
+    if config:
+        return HuggingFaceCheckpoint(folder)  # which says what it looked for
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"ckpt_dir {folder} is a peft adapter: save model.merge_and_unload(), which is the whole model"

@@ -59,7 +59,8 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
 def _check_archive(file: Path) -> None:
     """Raise ValueError for an archive with compressed records, which cannot be mapped, or with too large a pickle."""
     try:
-        records = zipfile.ZipFile(file).infolist()
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
         raise ValueError(f"{file} is damaged ({error}): download it again") from None
     for record in records:

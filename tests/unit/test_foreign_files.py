@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_a_pointer_given_by_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(FOREIGN["git-lfs"][0])
     with pytest.raises(ValueError, match="is a git-lfs pointer"):
         open_checkpoint(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.gguf"])
+def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match="is empty"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
