@@ -22,9 +22,12 @@ from llama.quantization.planar import Fp8Weight
 from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
 
 # What wrappers of a model put into its tensors' names: whose that is, and what to do.
+_PEFT = ("a peft adapter", "save model.merge_and_unload(), which is the whole model")
 WRAPPERS = {
     "_orig_mod.": ("torch.compile", "save the state of model._orig_mod"),
-    "base_model.model.": ("a peft adapter", "save model.merge_and_unload(), which is the whole model"),
+    "base_model.model.": _PEFT,
+    ".lora_": _PEFT,
+    "_fsdp_wrapped_module.": ("FullyShardedDataParallel", "save its full state dict"),
     "module.": ("DistributedDataParallel", "save the state of model.module"),
 }
 

@@ -101,9 +101,11 @@ def test_a_misshapen_tensor_is_named(tmp_path: Path, format: str, name: str, sha
         (lambda name: f"_orig_mod.{name}", "of torch.compile, .* save the state of model._orig_mod"),
         (lambda name: name.replace("layers.", "layers._orig_mod."), "of torch.compile"),
         (lambda name: f"base_model.model.{name}", "of a peft adapter, .*model.merge_and_unload"),
+        (lambda name: name.replace(".weight", ".lora_A.weight"), "of a peft adapter"),
         (lambda name: f"_orig_mod.module.{name}", "of torch.compile"),
+        (lambda name: f"_fsdp_wrapped_module.{name}", "of FullyShardedDataParallel, .* its full state dict"),
     ],
-    ids=["DDP", "compile", "compiled layers", "peft", "both"],
+    ids=["DDP", "compile", "compiled layers", "peft", "lora", "both", "FSDP"],
 )
 @pytest.mark.parametrize("format", ["meta", "hf"])
 def test_what_a_wrapper_adds_to_names_is_told(
