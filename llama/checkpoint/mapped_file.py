@@ -39,10 +39,10 @@ def weight_files(folder: Path, layouts: Layouts) -> list[Path]:
     """
     names = [name for layout in layouts for name in layout]
     there = [name for name in names if (folder / name).is_file()]
-    links = [name for name in names if (folder / name).is_symlink() and not (folder / name).exists()]
-    if links and (not there or names.index(links[0]) < names.index(there[0])):
-        raise FileNotFoundError(f"{folder / links[0]} is a link to a file that is not there: download it again")
     if not there:
+        for name in names:
+            if (folder / name).is_symlink():
+                raise FileNotFoundError(f"{folder / name} is a link to a file that is not there: download it again")
         raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(names)}")
     if len(there) > 1:
         log.info("%s: %s is read, and not %s", folder, there[0], ", ".join(there[1:]))
