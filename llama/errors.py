@@ -5,10 +5,14 @@ from __future__ import annotations
 MAX_MESSAGE_CHARS = 1000
 
 
+def visible(text: str) -> str:
+    """Return a line with escapes for what a terminal would obey or hide, as names in a stranger's files may hold it."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def one_line(message: str) -> str:
-    """Join a message's lines, escape what is not printable, and leave out the middle of what is too long."""
-    joined = " ".join(message.split())
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in joined)
+    """Join a message's lines, make all of it visible, and leave out the middle of what is too long."""
+    line = visible(" ".join(message.split()))
     half = MAX_MESSAGE_CHARS // 2
     return line if len(line) <= MAX_MESSAGE_CHARS else f"{line[: half - 3]} ... {line[len(line) - half + 2 :]}"
 

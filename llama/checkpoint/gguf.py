@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, positive_int
+from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
 from llama.checkpoint.gguf_config import ignored_keys, read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
-from llama.checkpoint.names import meta_name
+from llama.checkpoint.load import global_shapes
+from llama.checkpoint.names import meta_name, module_name
+from llama.files import cannot_map
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, requantize_exactly
 from llama.tokenizer import Tokenizer
 
@@ -70,7 +73,7 @@ class GGUFCheckpoint:
         ignored = ignored_keys(self._metadata)
         if ignored:
             log.warning("%s has keys that are ignored: %s", path, ", ".join(ignored))
-        self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in tensors.items()}
+        self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in needed(path, tensors).items()}
         try:
             self.args = read_metadata(
                 self._metadata,
@@ -79,10 +82,23 @@ class GGUFCheckpoint:
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        self._find_biases()
         dtypes = {tensor.dtype for tensor in self._tensors.values() if len(tensor.shape) > 1}
         self.is_quantized = None in dtypes
         self.dtype = (dtypes.pop() if len(dtypes) == 1 else None) or torch.bfloat16
         self.context_len = positive_int(self._metadata.get("llama.context_length"))
+
+    def _find_biases(self) -> None:
+        """Set the architecture's biases by the tensors; those of a module that has none in any layer are zeros."""
+        biased = {module_name(name) for name in self._tensors if name.endswith(".bias")}
+        self.args = dataclasses.replace(
+            self.args,
+            attention_bias=not biased.isdisjoint(("wq", "wk", "wv", "wo")),
+            mlp_bias=not biased.isdisjoint(("w1", "w2", "w3")),
+        )
+        for name, shape in global_shapes(self.args).items():
+            if name.endswith(".bias") and module_name(name) not in biased:
+                self._tensors[name] = _StoredTensor(np.zeros(4 * shape[0], np.uint8), shape, BlockType("F32", 1, 4))
 
     @property
     def tokenizer_metadata(self) -> Mapping[str, Any]:
@@ -173,7 +189,10 @@ def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
     import gguf
 
     # Copy-on-write, because torch wants memory that it may write to.
-    data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
+    try:
+        data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
+    except OSError as error:
+        raise cannot_map(file, error) from None
     types = {int(code): BlockType(code.name, *sizes) for code, sizes in gguf.GGML_QUANT_SIZES.items()}
     tensors: dict[str, _StoredTensor] = {}
     end: int | None = None
@@ -183,6 +202,8 @@ def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
         block_type = types[info.ggml_type]
         if 0 in info.shape or info.shape[-1] % block_type.elements:
             raise ValueError(f"{file}: tensor {info.name} of type {block_type.name} has impossible shape {info.shape}")
+        if len(info.shape) == 1 and block_type.name not in WEIGHT_DTYPES:
+            raise ValueError(f"{file}: {info.name} has blocks of type {block_type.name}, as only matrices may")
         if end is not None and info.offset != math.ceil(end / header.alignment) * header.alignment:
             raise ValueError(
                 f"{file} is damaged: tensor {info.name} lies at byte {info.offset}, not after the one before"

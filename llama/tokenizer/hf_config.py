@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llama.files import check_content
+
 MAX_CONFIG_BYTES = 16 << 20  # The largest known tokenizer_config.json has 0.2 MB.
 MAX_CONTAINERS = 1 << 22  # Python needs some 60 bytes for each; the largest known tokenizer.json has half a million.
 MAX_ID = 1 << 24
@@ -117,6 +119,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_bytes(path: Path) -> bytes:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+    if path.stat().st_size > 0:  # an empty template is one
+        check_content(path)
     return path.read_bytes()
 
 

@@ -8,6 +8,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 
 from llama.checkpoint import open_checkpoint
@@ -15,7 +17,7 @@ from llama.checkpoint.gguf_header import read_header
 from llama.config import ModelArgs
 from tests.checkpoints import random_state
 from tests.fuzz.structures import parse_gguf
-from tests.gguf_files import write_gguf_model
+from tests.gguf_files import metadata_of, write_gguf, write_gguf_model
 
 SMALL = ModelArgs(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=40, multiple_of=32)
 HEAD = b"GGUF" + struct.pack("<I", 3)
@@ -142,3 +144,28 @@ def test_keys_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     write_gguf_model(path, SMALL, random_state(SMALL), llama__rope__freq_bace=5e5, general__whatever=1)
     open_checkpoint(path)
     assert caplog.messages == [f"{path} has keys that are ignored: llama.rope.freq_bace"]
+
+
+def test_a_file_larger_than_memory_is_told(whole: bytes, tmp_path: Path) -> None:
+    """Linux maps no such file, and said so by a number alone."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole)
+    with path.open("r+b") as file:
+        file.truncate(4 << 30)  # sparse
+    said = r"model\.gguf of 4\.3 GB cannot be mapped .*memory"
+    with spare_memory(1 << 28), pytest.raises(OSError, match=said):
+        open_checkpoint(path)
+
+
+def test_norms_and_biases_in_blocks_are_refused(tmp_path: Path) -> None:
+    """Their rows were taken for rows of one value, which ended in a shape of nowhere."""
+    write_gguf_model(tmp_path / "model.gguf", SMALL, random_state(SMALL))
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    tensors = {each.name: (np.array(each.data), each.tensor_type) for each in reader.tensors}
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    tensors["output_norm.weight"] = gguf.quantize(np.ones(SMALL.dim, np.float32), q8_0), q8_0
+    write_gguf(tmp_path / "model.gguf", metadata_of(SMALL), tensors)
+    with pytest.raises(
+        ValueError, match=r"model\.gguf: output_norm\.weight has blocks of type Q8_0, as only matrices may"
+    ):
+        open_checkpoint(tmp_path)
