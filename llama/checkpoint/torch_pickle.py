@@ -62,7 +62,7 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
 def _check_archive(file: Path) -> None:
     """Raise ValueError for an archive with compressed records, which cannot be mapped, or with too large a pickle.
 
-    Log a wrong checksum of the pickle, which says where the tensors lie, as torch looks at none. It is no error, because
+    Log a wrong checksum of the pickle, which says where the tensors lie, as torch looks at none. It is no error, as
     archives may be written without checksums.
     """
     try:

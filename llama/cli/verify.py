@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from llama.checkpoint.verify.checksums import Finding, write_list
 from llama.checkpoint.verify.verify import bytes_to_read, checked_files, verify
-from llama.cli.runner import visible
+from llama.errors import visible
 
 
 def main(path: Path, *, deep: bool = False, write: bool = False) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llama.cli import verify
-from llama.cli.runner import supervise, visible
+from llama.cli.runner import supervise
+from llama.errors import visible
 from tests.checkpoints import write_meta
 
 
