@@ -23,6 +23,7 @@ from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 # What BOS and EOS are called in a file without a tokenizer_config.json beside it; the last that it has counts.
 USUAL_NAMES = [(text, "bos_token") for text in ("<|startoftext|>", "<s>", "<|begin_of_text|>")]
 USUAL_NAMES += [(text, "eos_token") for text in ("<|endoftext|>", "</s>", "<|end_of_text|>")]
+MAX_PIECE_CHARS = 10_000  # far above any model's; the library goes down a Unigram piece by recursion
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -131,6 +132,9 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
     trained = {expect(str, text, "a piece"): parse_id(i, f"the id of {text!r:.60} in its vocab") for text, i in pairs}
     if len(trained) < len(vocab) or not vocab:
         raise ValueError("its vocab is empty or has a text twice")
+    longest = max(map(len, trained))
+    if longest > MAX_PIECE_CHARS:
+        raise ValueError(f"its vocab has a piece of {longest} characters: expected at most {MAX_PIECE_CHARS}")
     "".join(trained).encode()  # UnicodeEncodeError for half a surrogate pair
     unknown = model.get("unk_token") or None
     if kind == "Unigram" and model.get("unk_id") is not None:
