@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama.files import check_content
+
 # Keys of released params.json files that say nothing about the computation.
-HARMLESS_KEYS = {"max_seq_len", "max_batch_size", "model_parallel_size", "dtype", "name", "_name_or_path"}
+HARMLESS_KEYS = {
+    "max_seq_len", "max_batch_size", "model_parallel_size", "dtype", "name", "_name_or_path", "max_position_embeddings",
+}  # fmt: skip
 
 # Keys that matter to it; the other fields of ModelArgs come from other formats.
 USED_KEYS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-    "rope_theta", "use_scaled_rope", "head_dim", "hidden_dim",
+    "rope_theta", "use_scaled_rope", "head_dim", "hidden_dim", "sliding_window",
 }  # fmt: skip
 
 _QUANTIZED = "a quantized Llama 3.2 release, whose packed linears are not supported: use the bf16 release"
@@ -196,12 +200,15 @@ class ModelArgs:
 
 
 def read_params(path: Path) -> ModelArgs:
-    """Read Meta's params.json; raise ValueError for a key that is neither used nor known to be harmless."""
-    params = read_json_object(path)
+    """Read Meta's or Mistral's params.json; raise ValueError for a key that is neither used nor known to be harmless.
+
+    A key of null means the same as none.
+    """
+    params = {key: value for key, value in read_json_object(path).items() if value is not None}
     for key in params.keys() & REFUSED_KEYS:
         raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
     fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS}
-    given = {name: fields.pop(key, None) for key, name in ROPE_KEYS.items()}
+    factors = {name: fields.pop(key) for key, name in ROPE_KEYS.items() if key in fields}
     unknown = sorted(fields.keys() - USED_KEYS)
     if unknown:
         raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: this architecture is not supported")
@@ -209,7 +216,6 @@ def read_params(path: Path) -> ModelArgs:
         args = ModelArgs(**fields)
         if args.rope_scaling is None:
             return args
-        factors = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(args, rope_scaling=dataclasses.replace(args.rope_scaling, **factors))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -217,6 +223,7 @@ def read_params(path: Path) -> ModelArgs:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; raise ValueError that names the file and where it is broken."""
+    check_content(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -54,6 +54,10 @@ def random_state(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.floa
         }
     if not args.tied_embeddings:
         state["output.weight"] = matrix(args.vocab_size, args.dim)
+    for name in list(state):
+        if ("attention.w" in name and args.attention_bias) or ("feed_forward.w" in name and args.mlp_bias):
+            bias = 0.5 * torch.randn(len(state[name]), generator=generator)
+            state[name.replace(".weight", ".bias")] = bias.to(dtype)
     return state
 
 

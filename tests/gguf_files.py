@@ -29,10 +29,10 @@ NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    parts = name.removesuffix(".weight").split(".")
+    *parts, kind = name.split(".")  # a weight or a bias
     if parts[0] == "layers":
-        return f"blk.{parts[1]}.{NAMES['.'.join(parts[2:])]}.weight"
-    return f"{NAMES[parts[0]]}.weight"
+        return f"blk.{parts[1]}.{NAMES['.'.join(parts[2:])]}.{kind}"
+    return f"{NAMES[parts[0]]}.{kind}"
 
 
 def metadata_of(args: ModelArgs) -> dict[str, Any]:

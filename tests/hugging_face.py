@@ -26,7 +26,7 @@ NAMES = {
 
 
 def half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of a Q or K projection for transformers, which rotates i with i + head_dim / 2, not adjacent pairs."""
+    """Rows, or bias, of Q or K for transformers, which rotates i with i + head_dim / 2, not adjacent pairs."""
     rows = []
     for head in weight.split(head_dim):
         rows += [head[i] for i in range(0, head_dim, 2)] + [head[i] for i in range(1, head_dim, 2)]
@@ -36,11 +36,11 @@ def half_split(weight: Tensor, head_dim: int) -> Tensor:
 def hugging_face_state(state: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
-        parts = name.removesuffix(".weight").split(".")
+        *parts, kind = name.split(".")  # a weight or a bias
         prefix = f"model.layers.{parts[1]}." if parts[0] == "layers" else ""
         base = ".".join(parts[2:]) if prefix else parts[0]
         permuted = base in ("attention.wq", "attention.wk")
-        renamed[f"{prefix}{NAMES[base]}.weight"] = half_split(tensor, head_dim) if permuted else tensor
+        renamed[f"{prefix}{NAMES[base]}.{kind}"] = half_split(tensor, head_dim) if permuted else tensor
     return renamed
 
 
@@ -65,6 +65,8 @@ def hugging_face_model(args: ModelArgs, state: dict[str, Tensor]) -> LlamaForCau
         rms_norm_eps=args.norm_eps,
         rope_parameters=rope,
         tie_word_embeddings=args.tied_embeddings,
+        attention_bias=args.attention_bias,
+        mlp_bias=args.mlp_bias,
         max_position_embeddings=512,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)

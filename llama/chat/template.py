@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama.errors import one_line
 from llama.tokenizer import Tokenizer
 
 SECONDS = 5.0  # limit for one prompt, which takes a few milliseconds
@@ -157,7 +158,7 @@ class _Renderer:
             raise ValueError(f"the chat template was stopped: it takes more than {SECONDS:g} s or too much memory")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise ValueError(answer["error"])
+            raise ValueError(one_line(answer["error"]))
         return answer
 
 

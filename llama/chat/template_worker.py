@@ -106,15 +106,15 @@ def render_all(request: dict[str, Any]) -> dict[str, Any]:
                     raise
                 prompts.append(None)
     except Refusal as error:
-        return {"error": one_line(f"the chat template says: {error}")}
+        return {"error": shorten(f"the chat template says: {error}")}
     except TemplateSyntaxError as error:
-        return {"error": one_line(f"the chat template is no valid jinja: {error.message} (line {error.lineno})")}
+        return {"error": shorten(f"the chat template is no valid jinja: {error.message} (line {error.lineno})")}
     except Exception as error:
-        return {"error": one_line(f"the chat template fails with {type(error).__name__}: {error}")}
+        return {"error": shorten(f"the chat template fails with {type(error).__name__}: {error}")}
     return {"prompts": prompts, "constants": constants}
 
 
-def one_line(message: str) -> str:
+def shorten(message: str) -> str:
     """Join a message's lines, and cut it to MAX_ERROR_CHARS."""
     message = " ".join(message[: 10 * MAX_ERROR_CHARS].split()).rstrip(": ")
     return message if len(message) <= MAX_ERROR_CHARS else message[:MAX_ERROR_CHARS] + "..."

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.names import module_name
+from llama.checkpoint.names import DERIVED, UNNEEDED, module_name
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, QUANTIZE, BlockType
 from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
+
+StoredT = TypeVar("StoredT")
 
 # The dimension along which ranks, and Meta's shards, split a module's weight; others (norms) are whole everywhere.
 SHARD_DIM = {
@@ -69,6 +74,23 @@ def quantized_type(name: str, shape: tuple[int, ...], mode: str) -> BlockType | 
     block_type = QUANTIZED[mode].get(module_name(name))
     fits = block_type is not None and len(shape) == 2 and shape[1] % block_type.elements == 0
     return block_type if fits else None
+
+
+def needed(path: Path, tensors: Mapping[str, StoredT]) -> dict[str, StoredT]:
+    """Return the tensors of a checkpoint, by their names there, without those that inference does not use.
+
+    Log those that are left out, except what is computed here and lies in released files.
+    """
+    left_out = [name for name in tensors if UNNEEDED.fullmatch(name) and not DERIVED.fullmatch(name)]
+    if left_out:
+        log.info("%s has tensors that are not used: %s", path, some_of(left_out))
+    return {name: tensor for name, tensor in tensors.items() if not UNNEEDED.fullmatch(name)}
+
+
+def some_of(names: Collection[str], most: int = 3) -> str:
+    """Return the first names of many, and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
 
 
 def positive_int(value: object) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -14,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, positive_int
-from llama.checkpoint.gguf_config import read_metadata
+from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
+from llama.checkpoint.gguf_config import ignored_keys, read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
-from llama.checkpoint.names import meta_name
+from llama.checkpoint.load import global_shapes
+from llama.checkpoint.names import meta_name, module_name
+from llama.files import cannot_map
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, requantize_exactly
 from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -64,7 +70,10 @@ class GGUFCheckpoint:
                     raise ValueError(f"{file}: tensor {name} is in an earlier file of the split, too")
                 tensors[name] = tensor
         factors = tensors.pop(ROPE_FACTORS, None)
-        self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in tensors.items()}
+        ignored = ignored_keys(self._metadata)
+        if ignored:
+            log.warning("%s has keys that are ignored: %s", path, ", ".join(ignored))
+        self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in needed(path, tensors).items()}
         try:
             self.args = read_metadata(
                 self._metadata,
@@ -73,10 +82,23 @@ class GGUFCheckpoint:
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        self._find_biases()
         dtypes = {tensor.dtype for tensor in self._tensors.values() if len(tensor.shape) > 1}
         self.is_quantized = None in dtypes
         self.dtype = (dtypes.pop() if len(dtypes) == 1 else None) or torch.bfloat16
         self.context_len = positive_int(self._metadata.get("llama.context_length"))
+
+    def _find_biases(self) -> None:
+        """Set the architecture's biases by the tensors; those of a module that has none in any layer are zeros."""
+        biased = {module_name(name) for name in self._tensors if name.endswith(".bias")}
+        self.args = dataclasses.replace(
+            self.args,
+            attention_bias=not biased.isdisjoint(("wq", "wk", "wv", "wo")),
+            mlp_bias=not biased.isdisjoint(("w1", "w2", "w3")),
+        )
+        for name, shape in global_shapes(self.args).items():
+            if name.endswith(".bias") and module_name(name) not in biased:
+                self._tensors[name] = _StoredTensor(np.zeros(4 * shape[0], np.uint8), shape, BlockType("F32", 1, 4))
 
     @property
     def tokenizer_metadata(self) -> Mapping[str, Any]:
@@ -161,21 +183,32 @@ def _check_split(file: Path, header: Header, number: int, count: int) -> None:
 def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
     """Map a file's tensors, by the names they have there.
 
-    Raise ValueError unless their types are known, their rows whole blocks and all their bytes in the file.
+    Raise ValueError unless their types are known, their rows whole blocks, all their bytes in the file and each where
+    the one before it ends, as llama.cpp has it: an offset that is wrong would give other weights.
     """
     import gguf
 
     # Copy-on-write, because torch wants memory that it may write to.
-    data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
+    try:
+        data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
+    except OSError as error:
+        raise cannot_map(file, error) from None
     types = {int(code): BlockType(code.name, *sizes) for code, sizes in gguf.GGML_QUANT_SIZES.items()}
-    tensors = {}
+    tensors: dict[str, _StoredTensor] = {}
+    end: int | None = None
     for info in header.tensors.values():
         if info.ggml_type not in types:
             raise ValueError(f"{file}: tensor {info.name} has unknown type {info.ggml_type}")
         block_type = types[info.ggml_type]
         if 0 in info.shape or info.shape[-1] % block_type.elements:
             raise ValueError(f"{file}: tensor {info.name} of type {block_type.name} has impossible shape {info.shape}")
-        stop = info.offset + math.prod(info.shape) // block_type.elements * block_type.size
+        if len(info.shape) == 1 and block_type.name not in WEIGHT_DTYPES:
+            raise ValueError(f"{file}: {info.name} has blocks of type {block_type.name}, as only matrices may")
+        if end is not None and info.offset != math.ceil(end / header.alignment) * header.alignment:
+            raise ValueError(
+                f"{file} is damaged: tensor {info.name} lies at byte {info.offset}, not after the one before"
+            )
+        end = stop = info.offset + math.prod(info.shape) // block_type.elements * block_type.size
         if stop > len(data):
             raise ValueError(
                 f"{file} is truncated: tensor {info.name} ends at byte {stop}, the file has {len(data)}: "

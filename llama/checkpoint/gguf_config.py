@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.config import FactorScaling, LinearScaling, ModelArgs, RopeScaling, YarnScaling
+from llama.tokenizer.gguf_tokens import KNOWN_TOKENIZER_KEYS, TOKENIZER_KEY
 
 # Fields of ModelArgs and the keys that say them: integers that must be there, and those that may.
 REQUIRED_GGUF_KEYS = {
@@ -15,6 +16,22 @@ REQUIRED_GGUF_KEYS = {
     "hidden_dim": "llama.feed_forward_length",
 }
 OPTIONAL_GGUF_KEYS = {"n_kv_heads": "llama.attention.head_count_kv", "head_dim": "llama.attention.key_length"}
+# What else is read under the model's own keys, and what says nothing about the computation.
+OTHER_GGUF_KEYS = {
+    "llama.attention.layer_norm_rms_epsilon", "llama.attention.sliding_window", "llama.attention.value_length",
+    "llama.expert_count", "llama.rope.dimension_count", "llama.rope.freq_base", "llama.rope.scale_linear",
+    "llama.rope.scaling.attn_factor", "llama.rope.scaling.factor", "llama.rope.scaling.finetuned",
+    "llama.rope.scaling.original_context_length", "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast",
+    "llama.rope.scaling.yarn_beta_slow", "llama.rope.scaling.yarn_log_multiplier", "llama.context_length",
+    "llama.expert_used_count", "llama.tensor_data_layout", "llama.vocab_size",
+}  # fmt: skip
+
+
+def ignored_keys(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the model and of its tokenizer that nothing here reads, though they might mean something."""
+    known = {*REQUIRED_GGUF_KEYS.values(), *OPTIONAL_GGUF_KEYS.values(), *OTHER_GGUF_KEYS, *KNOWN_TOKENIZER_KEYS}
+    own = (key for key in metadata if key.startswith(("llama.", TOKENIZER_KEY)))
+    return sorted(key for key in own if key not in known)
 
 
 def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tuple[float, ...] | None) -> ModelArgs:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama.files import cannot_map, check_content
+
 GGUF_MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -40,10 +42,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Hold a file's metadata by key, and its tensors by name."""
+    """Hold a file's metadata by key, its tensors by name, in their order, and what their offsets are multiples of."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    alignment: int
 
 
 def is_gguf(path: Path) -> bool:
@@ -54,9 +57,13 @@ def is_gguf(path: Path) -> bool:
 
 def read_header(path: Path) -> Header:
     """Read a GGUF file's header; raise ValueError when it is no GGUF file, damaged or truncated."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: download it again")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    check_content(path, is_binary=True)
+    with path.open("rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise cannot_map(path, error) from None
+    with mapped as data:
         try:
             return _Reader(data).header()
         except _Damaged as error:
@@ -95,7 +102,7 @@ class _Reader:
         tensors = {info.name: TensorInfo(info.name, info.shape, info.ggml_type, start + info.offset) for info in infos}
         if len(tensors) != len(infos):
             raise _Damaged("two tensors have the same name")
-        return Header(metadata, tensors)
+        return Header(metadata, tensors, alignment)
 
     def tensor_info(self) -> TensorInfo:
         name = self.string()

@@ -63,9 +63,15 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
     config = read_json_object(path)
     found = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
     known = isinstance(found, list) and bool(found) and isinstance(found[0], str) and found[0] in ARCHITECTURES
+    described = ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
     if not known and not _is_plain_llama(config):
-        described = ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
         raise ValueError(f"{path} describes {described}: only {' and '.join(ARCHITECTURES)} are supported")
+    implied = "mistral" if "MistralForCausalLM" in found else "llama"
+    model_type = config.get("model_type") or implied
+    if model_type not in ("llama", "mistral"):
+        raise ValueError(f"{path} has model_type {model_type!r}: only 'llama' and 'mistral' are supported")
+    if model_type != implied:
+        log.warning("%s: model_type %r is used, not architectures %s", path, model_type, described)
     _check_method(path, config)
     for key, expected in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
         if config.get(key) not in (None, expected):
@@ -73,9 +79,8 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
     unknown = sorted(config.keys() - USED_CONFIG_KEYS - HARMLESS_CONFIG_KEYS)
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
-    mistral = "MistralForCausalLM" in found or config.get("model_type") == "mistral"
     try:
-        rope = _rope_parameters(config)
+        rope = _rope_parameters(path, config)
         args = ModelArgs(
             **{field: _required(config, key) for field, key in REQUIRED_CONFIG_KEYS.items()},
             **{field: config.get(key) for field, key in OPTIONAL_CONFIG_KEYS.items()},  # type: ignore[arg-type]
@@ -84,7 +89,7 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
             rope_theta=rope.get("rope_theta", 10000.0),
             rope_scaling=_read_rope_scaling(rope, config),
             # Llama's own code has no window, whatever the key says.
-            sliding_window=config.get("sliding_window", MISTRAL_WINDOW) if mistral else None,
+            sliding_window=config.get("sliding_window", MISTRAL_WINDOW) if model_type == "mistral" else None,
         )
         return args, token_ids(config.get("eos_token_id"))
     except ValueError as error:
@@ -143,25 +148,41 @@ def _true_or_false(config: Mapping[str, Any], key: str, default: bool = False) -
     return value
 
 
-def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the RoPE settings of either spelling as one dictionary, with rope_theta and rope_type."""
-    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"rope_scaling must be an object, got {settings!r}")
-    settings = dict(settings)
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor {settings['partial_rotary_factor']!r} is not supported")
-    if settings.get("rope_theta") is None:
-        settings["rope_theta"] = config.get("rope_theta") or 10000.0
-    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
-    return settings
+def _rope_parameters(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the RoPE settings of either spelling as one dictionary, with every key that may stand beside them.
+
+    Where a file says two things, decide as transformers does, and log it: rope_scaling goes before rope_parameters,
+    whose rope_theta is then ignored as well; a rope_theta beside them counts where they have none, an original context
+    beside them in any case.
+    """
+    given = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
+    if not all(isinstance(settings, dict) for settings in given):
+        raise ValueError(f"rope_scaling and rope_parameters must be objects, got {given}")
+    spellings = [settings for settings in given if settings] or [{}]
+    if spellings[0].get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor {spellings[0]['partial_rotary_factor']!r} is not supported")
+    used, *others = [_filled_in(settings, config) for settings in spellings]
+    beside = [(config.get(key), spellings[0].get(key)) for key in ("rope_theta", "original_max_position_embeddings")]
+    if any(other != used for other in others) or any(a != b and None not in (a, b) for a, b in beside):
+        log.warning("%s says two things about RoPE: %s is used", path, used)
+    return used
+
+
+def _filled_in(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RoPE settings under the newer keys, with what they leave to keys beside them."""
+    old_context_len = "original_max_position_embeddings"
+    thetas = [theta for theta in (settings.get("rope_theta"), config.get("rope_theta")) if theta is not None]
+    return {key: value for key, value in settings.items() if key != "type"} | {
+        "rope_type": settings.get("rope_type") or settings.get("type") or "default",
+        "rope_theta": thetas[0] if thetas else 10000.0,
+        old_context_len: config.get(old_context_len) or settings.get(old_context_len),
+    }
 
 
 def _read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope["rope_type"]
     context_len = config.get("max_position_embeddings", 2048)
-    old_context_len = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    old_context_len = old_context_len or context_len
+    old_context_len = rope["original_max_position_embeddings"] or context_len
     if kind == "default":
         return None
     for name, value in (("max_position_embeddings", context_len), ("original context", old_context_len)):

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, positive_int
+from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
-from llama.checkpoint.names import HF_DERIVED_SUFFIX, ROTATED, meta_name, module_name
-from llama.checkpoint.torch_pickle import map_pickle
+from llama.checkpoint.mapped_file import Layouts, map_folder
+from llama.checkpoint.names import ROTATED, meta_name, module_name
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
 from llama.tokenizer import Tokenizer
 
+log = logging.getLogger("llama")
+
 # What a folder has its weights in, the preferred first: the whole file, the index of a split one.
-LAYOUTS = (
+LAYOUTS: Layouts = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-
-BYTES_DTYPE = "U8"  # safetensors' name of bytes, which may be blocks
 
 
 class HuggingFaceCheckpoint:
@@ -42,20 +44,13 @@ class HuggingFaceCheckpoint:
             # Its end tokens, and nothing else: sampling is the caller's choice.
             stop_tokens |= token_ids(read_json_object(generation).get("eos_token_id"))
         self.stop_tokens = stop_tokens
-        tensors: dict[str, Tensor] = {}
-        for file in weight_files(folder):
-            for name, tensor in map_weights(file).items():
-                if name in tensors:
-                    raise ValueError(f"{folder}: tensor {name} is in two files, one of them {file.name}")
-                tensors[name] = tensor
+        tensors = needed(folder, map_folder(folder, LAYOUTS))
         block_types = check_blocks(folder, tensors)
         self.is_quantized = bool(block_types)
         self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
-        self._tensors = {
-            meta_name(name, "hf"): tensor for name, tensor in tensors.items() if not name.endswith(HF_DERIVED_SUFFIX)
-        }
+        self._tensors = {meta_name(name, "hf"): tensor for name, tensor in tensors.items()}
         if self.args.tied_embeddings:
-            self._tensors.pop("output.weight", None)  # some files repeat the embedding under its name
+            self._tie()
         for name, tensor in self._tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
                 raise ValueError(f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(WEIGHT_DTYPES)} work")
@@ -108,6 +103,18 @@ class HuggingFaceCheckpoint:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path)
 
+    def _tie(self) -> None:
+        """Keep one of the embedding and the output projection, or both where they differ, as transformers does."""
+        table, output = self._tensors.get("tok_embeddings.weight"), self._tensors.pop("output.weight", None)
+        if output is None:
+            return
+        if table is None:
+            self._tensors["tok_embeddings.weight"] = output
+        elif table.data_ptr() != output.data_ptr() and not (table.dtype == output.dtype and torch.equal(table, output)):
+            self._tensors["output.weight"] = output
+            self.args = dataclasses.replace(self.args, tied_embeddings=False)
+            log.warning("%s: lm_head is used, despite tie_word_embeddings, as it differs from the table", self.path)
+
     def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Return rows or columns of a tensor as it is stored, but with rows in Meta's order."""
         tensor = self._tensors[name]
@@ -146,58 +153,3 @@ def check_blocks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Block
                 f"{found}: weights and config.json do not belong together"
             )
     return block_types
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights.
-
-    Raise FileNotFoundError when there are none, or when an index names one that is missing.
-    """
-    for whole, index in LAYOUTS:
-        if (folder / index).is_file():
-            return _indexed_files(folder / index)
-        if (folder / whole).is_file():
-            return [folder / whole]
-        for file in (folder / index, folder / whole):
-            if file.is_symlink():
-                raise FileNotFoundError(f"{file} is a link to a file that is not there: download it again")
-    looked_for = ", ".join(name for layout in LAYOUTS for name in layout)
-    raise FileNotFoundError(f"{folder} has config.json but no weights: looked for {looked_for}")
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{index} must have a weight_map from tensors to files")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index} names {name!r}: only files beside it are read")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{index} names {missing[0]}{more}, which is not in the folder: download it")
-    return [index.parent / name for name in names]
-
-
-def map_weights(file: Path) -> dict[str, Tensor]:
-    """Map every tensor of a safetensors, .bin or .pth file, by the name it has there; raise ValueError for damage."""
-    return _map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
-
-
-def _map_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty: download it again")
-    try:
-        with safe_open(file, "pt") as mapped:
-            dtypes = {name: mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # noqa: SIM118
-            for name, dtype in dtypes.items():
-                if dtype not in (*WEIGHT_DTYPES, BYTES_DTYPE) and not name.endswith(HF_DERIVED_SUFFIX):
-                    raise ValueError(f"{file}: {name} has dtype {dtype}, only {', '.join(WEIGHT_DTYPES)} are supported")
-            return {name: mapped.get_tensor(name) for name in dtypes}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a usable safetensors file ({error}): download it again") from None
-    except RuntimeError as error:  # Linux maps no file that is larger than its memory, unless told to
-        raise ValueError(f"{file} cannot be mapped: {error}") from None

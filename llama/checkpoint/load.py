@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, quantized_type, shard_dim
-from llama.checkpoint.names import META_DERIVED, module_name
+from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, quantized_type, shard_dim, some_of
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import set_quantized_weight, tie_output
@@ -20,6 +20,16 @@ from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
 from llama.quantization.planar import Fp8Weight
 from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
+
+# What wrappers of a model put into its tensors' names: whose that is, and what to do.
+_PEFT = ("a peft adapter", "save model.merge_and_unload(), which is the whole model")
+WRAPPERS = {
+    "_orig_mod.": ("torch.compile", "save the state of model._orig_mod"),
+    "base_model.model.": _PEFT,
+    ".lora_": _PEFT,
+    "_fsdp_wrapped_module.": ("FullyShardedDataParallel", "save its full state dict"),
+    "module.": ("DistributedDataParallel", "save the state of model.module"),
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ def check_vocab_size(checkpoint: Checkpoint, n_words: int) -> int:
 def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the whole tensors; raise ValueError unless they are as the configuration asks."""
     expected = global_shapes(args)
-    _check_names(checkpoint, set(expected))
+    _check_names(checkpoint, expected)
     for name, shape in expected.items():
         if checkpoint.shape(name) != shape:
             raise ValueError(
@@ -132,14 +142,21 @@ def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[in
     return expected
 
 
-def _check_names(checkpoint: Checkpoint, expected: set[str]) -> None:
+def _check_names(checkpoint: Checkpoint, expected: Collection[str]) -> None:
     """Raise ValueError when the checkpoint lacks a tensor, or has one that the model would silently ignore."""
-    found = set(checkpoint.names()) - META_DERIVED
-    for what, names in (("lacks", expected - found), ("has unexpected", found - expected)):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{checkpoint.path} {what} tensors {some}{more}: the configuration does not describe it")
+    found = checkpoint.names()
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    for part, (whose, fix) in WRAPPERS.items():
+        wrapped = [name for name in unexpected if part in name]
+        if wrapped:
+            raise ValueError(f"{checkpoint.path} has tensors of {whose}, such as {wrapped[0]}: {fix}")
+    if missing:
+        raise ValueError(f"{checkpoint.path} lacks tensors {some_of(missing)}: its configuration asks for them")
+    if unexpected:
+        raise ValueError(
+            f"{checkpoint.path} has unexpected tensors {some_of(unexpected)}: the configuration does not describe it"
+        )
 
 
 def part_length(name: str, total: int, parallel: ModelParallel) -> int:

@@ -1,4 +1,7 @@
-"""Read Meta's format: params.json and consolidated.00.pth to consolidated.NN.pth, with slices of every tensor."""
+"""Read params.json with Meta's consolidated.00.pth to consolidated.NN.pth, each with slices of every tensor.
+
+Mistral's own folders have consolidated.safetensors instead, and are read as one shard.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name
+from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed
+from llama.checkpoint.mapped_file import Layouts, map_folder
 from llama.checkpoint.names import module_name
 from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_params
 from llama.quantization.gguf_blocks import BlockType
 from llama.tokenizer import Tokenizer
 
+# What Mistral's own folders have in place of shards: whole tensors under Meta's names, in Meta's order.
+MISTRAL_LAYOUTS: Layouts = (("consolidated.safetensors", "consolidated.safetensors.index.json"),)
+
 
 class MetaCheckpoint:
-    """Read a folder of Meta shards. Files are mapped; pickles that would run code are refused."""
+    """Read a folder of Meta shards, or Mistral's. Files are mapped; pickles that would run code are refused."""
 
     pads_vocab = False
     is_quantized = False
@@ -30,9 +37,11 @@ class MetaCheckpoint:
         self.path = folder
         params = folder / "params.json"
         if not params.is_file():
-            raise FileNotFoundError(f"{folder} has consolidated.*.pth but no params.json: copy it there as well")
+            raise FileNotFoundError(f"{folder} has consolidated weights but no params.json: copy it there as well")
         args = read_params(params)
-        self._shards = [map_pickle(file) for file in _shard_files(folder)]
+        files = _shard_files(folder)
+        shards = [map_pickle(file) for file in files] if files else [map_folder(folder, MISTRAL_LAYOUTS)]
+        self._shards = [needed(folder, shard) for shard in shards]
         self._check_shards()
         self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self._shards[0])
         self._check_count()
@@ -142,7 +151,7 @@ def _read_across(pieces: list[Tensor], dim: int, start: int, stop: int) -> Tenso
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    """Return the shards in their order; raise ValueError when a number between them is missing."""
+    """Return the shards in their order, if there are any; raise ValueError when a number between them is missing."""
     files = sorted(folder.glob("consolidated.*.pth"))
     numbers = [file.name.split(".")[1] for file in files]
     expected = [f"{i:02d}" for i in range(len(files))]

@@ -5,6 +5,7 @@ Inside this package a tensor has Meta's name, which is also its parameter's in `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -25,9 +26,12 @@ MODULE_NAMES = (
     ("attention_norm", "input_layernorm", "attn_norm"),
     ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 )
-# Stored by some files, computed here: names in Meta's files, and the end of names in Hugging Face's.
-META_DERIVED = {"rope.freqs"}
-HF_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+# Names in files of tensors that inference does not use: what is computed here, heads of training, and the like.
+DERIVED = re.compile(r"rope\.freqs|([\w.]+\.)?rotary_emb\.inv_freq")
+UNNEEDED = re.compile(
+    rf"{DERIVED.pattern}|([\w.]+\.)?(rotary_emb\.\w+|attn_rot_embd\.weight|position_ids|_extra_state)"
+    r"|(v_head|value_head)\.[\w.]+"
+)
 # Modules whose outputs RoPE rotates, so that the order of their rows is the format's.
 ROTATED = {"wq", "wk"}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llama.cli.flags import parse
 from llama.cli.help import page
+from llama.errors import one_line
 
 # Ranks that are not to speak wait this long for torchrun to end them, so that it does not end the one that speaks.
 SECONDS_TO_SPEAK = 30
@@ -58,7 +59,7 @@ def supervise(job: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except _errors_of_users() as error:
-        _fail(" ".join(str(error).split()) or type(error).__name__)
+        _fail(one_line(str(error)) or type(error).__name__)
 
 
 def discard_stdout() -> None:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from llama.checkpoint.verify.checksums import Finding, write_list
 from llama.checkpoint.verify.verify import bytes_to_read, checked_files, verify
+from llama.errors import visible
 
 
 def main(path: Path, *, deep: bool = False, write: bool = False) -> None:
@@ -53,4 +54,4 @@ def print_table(findings: list[Finding]) -> None:
         rows.append((finding.file, size, finding.what, result))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for file, size, what, result in rows:
-        print(f"{file:{widths[0]}}  {size:>{widths[1]}}  {what:{widths[2]}}  {result}")
+        print(visible(f"{file:{widths[0]}}  {size:>{widths[1]}}  {what:{widths[2]}}  {result}"))

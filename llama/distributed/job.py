@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from llama.distributed.threads import share_cores
+from llama.errors import in_one_line
 
 # A chat may wait for its user over a weekend: see D1.
 CONTROL_TIMEOUT = timedelta(days=7)
@@ -46,14 +47,14 @@ def join_job() -> None:
 def agree() -> Iterator[None]:
     """Raise an error of the code inside on every rank where one rank has it, so that no rank waits for one that failed.
 
-    Errors are those that users cause: ValueError, OSError and a lack of memory. Every rank must enter the same `agree`
-    contexts in the same order, and none may contain a collective operation (see D2).
+    Errors are those that users cause: ValueError, OSError and a lack of memory, in one line whatever they quote. Every
+    rank must enter the same `agree` contexts in the same order, and none may contain a collective operation (see D2).
     """
     error: Exception | None = None
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as caught:
-        error = caught
+        error = in_one_line(caught)
     if dist.is_initialized() and dist.get_world_size() > 1:
         errors: list[Exception | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)

@@ -15,7 +15,7 @@ from llama.backends.base import Backend, choose_backend
 from llama.chat.formats import choose_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.base import dtype_name
-from llama.checkpoint.load import WeightFormat, check_vocab_size
+from llama.checkpoint.load import WeightFormat, check_vocab_size, check_weights
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel, join_model_parallel
@@ -187,6 +187,7 @@ def open_source(options: BuildOptions) -> Source:
         max_seq_len=options.max_seq_len,
         max_batch_size=options.max_batch_size,
     )
+    check_weights(checkpoint, args)
     dtype = choose_dtype(options.dtype, device, checkpoint.dtype)
     backend = choose_backend(device, args.head_dim, options.compile)
     if options.quantize is not None and options.quantize not in backend.quantize_modes:

@@ -8,6 +8,16 @@ from typing import Any
 TOKENIZER_KEY = "tokenizer.ggml."
 MODELS = ("gpt2", "llama")
 NONE_ID = 0xFFFFFFFF  # -1 as some converters wrote it
+# Keys that are read, and those about what no LLaMA tokenizer does, or about tokens that text generation never needs.
+_IDS = ("bos", "eos", "eot", "eom", "padding", "unknown", "seperator", "cls", "mask", "prefix", "suffix", "middle")
+_FIM_IDS = ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep")
+_OTHERS = (
+    "model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_space_prefix",
+    "remove_extra_whitespaces", "add_eos_token", "add_sep_token", "token_type_count", "eos_token_ids",
+)  # fmt: skip
+KNOWN_TOKENIZER_KEYS = {
+    TOKENIZER_KEY + name for name in (*(f"{name}_token_id" for name in (*_IDS, *_FIM_IDS)), *_OTHERS)
+}
 
 
 class TokenType(IntEnum):
@@ -56,13 +66,12 @@ class GGUFTokens:
 
         def special(name: str, default: int = -1) -> int:
             token = metadata.get(f"{TOKENIZER_KEY}{name}_token_id", default)
-            if not isinstance(token, int) or not (-1 <= token < len(texts) or token == NONE_ID):
+            if type(token) is not int or not (-1 <= token < len(texts) or token == NONE_ID):
                 raise ValueError(f"{TOKENIZER_KEY}{name}_token_id is {token!r}: there are {len(texts)} tokens")
             return -1 if token == NONE_ID else token
 
         # llama.cpp's defaults for SentencePiece; its default of 11 for gpt2 fits Falcon alone.
         bos, eos, unk = (1, 2, 0) if model == "llama" else (-1, -1, -1)
-        add_bos = metadata.get(TOKENIZER_KEY + "add_bos_token")
         template = metadata.get("tokenizer.chat_template")
         return cls(
             model=model,
@@ -73,9 +82,17 @@ class GGUFTokens:
             pad_id=special("padding"),
             unk_id=special("unknown", unk),
             stops=(special("eot"), special("eom")),
-            add_bos=None if add_bos is None else bool(add_bos),
+            add_bos=flag(metadata, "add_bos_token"),
             chat_template=template if isinstance(template, str) else None,
         )
+
+
+def flag(metadata: Mapping[str, Any], name: str) -> bool | None:
+    """Return a value of the metadata that is true or false, or None; ValueError names any other."""
+    value = metadata.get(TOKENIZER_KEY + name)
+    if value is not None and type(value) is not bool:
+        raise ValueError(f"{TOKENIZER_KEY}{name} is {value!r:.60}: expected true or false")
+    return value
 
 
 def array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any]:
@@ -83,7 +100,7 @@ def array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], lengt
     values = metadata.get(TOKENIZER_KEY + name)
     if not isinstance(values, list) or not values:
         raise ValueError(f"{TOKENIZER_KEY}{name} is missing or empty: the file has no whole tokenizer")
-    wrong = [value for value in values if not isinstance(value, kinds)]
+    wrong = [value for value in values if type(value) not in kinds]
     if wrong:
         raise ValueError(
             f"{TOKENIZER_KEY}{name} holds {wrong[0]!r}: expected {' or '.join(kind.__name__ for kind in kinds)}"

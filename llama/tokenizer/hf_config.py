@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llama.files import check_content
+
 MAX_CONFIG_BYTES = 16 << 20  # The largest known tokenizer_config.json has 0.2 MB.
 MAX_CONTAINERS = 1 << 22  # Python needs some 60 bytes for each; the largest known tokenizer.json has half a million.
 MAX_ID = 1 << 24
@@ -24,6 +26,12 @@ def expect(kind: type[T], value: Any, where: str) -> T:
     if not isinstance(value, kind):
         raise ValueError(f"{where} is {value!r:.60}: expected {TYPE_NAMES[kind]}")
     return value
+
+
+def given(content: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return a value of a JSON object, or the default where it is absent or null; "" and the like are values."""
+    value = content.get(key)
+    return default if value is None else value
 
 
 def parse_id(value: Any, where: str) -> int:
@@ -80,7 +88,7 @@ class TokenizerConfig:
                 token = content[key]
                 named[key] = None if token is None else parse_token(token, f"{source}: {key}").content
             for key in LISTED_TOKENS:
-                listed = content.get(key) or []
+                listed = given(content, key, [])
                 listed = listed.values() if isinstance(listed, dict) else expect(list, listed, f"{source}: {key}")
                 specials |= {parse_token(token, f"{source}: {key}").content for token in listed}
         return cls(
@@ -111,6 +119,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_bytes(path: Path) -> bytes:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+    if path.stat().st_size > 0:  # an empty template is one
+        check_content(path)
     return path.read_bytes()
 
 

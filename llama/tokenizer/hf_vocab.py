@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from llama.tokenizer.hf_config import NAMED_TOKENS, TokenizerConfig, expect, parse_added, parse_id, read_object
+from llama.tokenizer.hf_config import NAMED_TOKENS, TokenizerConfig, expect, given, parse_added, parse_id, read_object
 from llama.tokenizer.hf_decoder import (
     bos_of,
     decoder_steps,
@@ -23,6 +23,7 @@ from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 # What BOS and EOS are called in a file without a tokenizer_config.json beside it; the last that it has counts.
 USUAL_NAMES = [(text, "bos_token") for text in ("<|startoftext|>", "<s>", "<|begin_of_text|>")]
 USUAL_NAMES += [(text, "eos_token") for text in ("<|endoftext|>", "</s>", "<|end_of_text|>")]
+MAX_PIECE_CHARS = 10_000  # far above any model's; the library goes down a Unigram piece by recursion
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -131,6 +132,9 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
     trained = {expect(str, text, "a piece"): parse_id(i, f"the id of {text!r:.60} in its vocab") for text, i in pairs}
     if len(trained) < len(vocab) or not vocab:
         raise ValueError("its vocab is empty or has a text twice")
+    longest = max(map(len, trained))
+    if longest > MAX_PIECE_CHARS:
+        raise ValueError(f"its vocab has a piece of {longest} characters: expected at most {MAX_PIECE_CHARS}")
     "".join(trained).encode()  # UnicodeEncodeError for half a surrogate pair
     unknown = model.get("unk_token") or None
     if kind == "Unigram" and model.get("unk_id") is not None:
@@ -143,7 +147,7 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
 def _added(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, Any]:
     """Return added tokens by id: the file's, then those that only the files beside it have."""
     where = "an added token"
-    entries = expect(list, content.get("added_tokens") or [], "its added_tokens")
+    entries = expect(list, given(content, "added_tokens", []), "its added_tokens")
     added = parse_added(((expect(dict, entry, where).get("id"), entry) for entry in entries), where)
     known = {token.content for token in added.values()}
     others = {number: token for number, token in sorted(config.added.items()) if token.content not in known}
@@ -155,7 +159,7 @@ def _library_model(model: dict[str, Any], names: Mapping[str, str], unknown: str
     from tokenizers import models
 
     keys = ("byte_fallback", "fuse_unk", "ignore_merges")
-    flags = {key: expect(bool, model.get(key) or False, f"its {key}") for key in keys}
+    flags = {key: expect(bool, given(model, key, False), f"its {key}") for key in keys}
     if model["type"] == "Unigram":
         pieces = [(names[text], score) for text, score in model["vocab"]]
         return models.Unigram(pieces, model.get("unk_id"), flags["byte_fallback"])

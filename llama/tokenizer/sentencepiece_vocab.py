@@ -8,7 +8,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType, array
+from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType, array, flag
 from llama.tokenizer.vocab import CONTROL_TOKENS
 
 SPACE = "▁"
@@ -35,15 +35,15 @@ class SentencePieceVocab:
             self._sp = sentencepiece.SentencePieceProcessor()
             self._sp.LoadFromSerializedProto(proto)
             self.ids = {self._sp.id_to_piece(i): i for i in range(self._sp.vocab_size())}
-        except (ValueError, RuntimeError) as error:
+            self.unk_id = self._sp.unk_id()
+            self._unk = {self.unk_id: self._sp.decode([self.unk_id]).encode()}
+        except (ValueError, RuntimeError, IndexError) as error:  # the last where no piece is the unknown one
             why = str(error).splitlines()[0] if str(error) else "damaged"
             raise ValueError(f"{name} is no whole SentencePiece model: {why}") from None
         self.n_words = self._sp.vocab_size()
         self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
         self.add_bos = self.prefix_space_after_special = True
         self.special_tokens = {text: i for text, i in self.ids.items() if self._sp.is_control(i)}
-        self.unk_id = self._sp.unk_id()
-        self._unk = {self.unk_id: self._sp.decode([self.unk_id]).encode()}
         # Both default to true.
         self._puts_prefix_space = bool(spec.get(ADD_DUMMY_PREFIX, 1) or spec.get(REMOVE_EXTRA_WHITESPACES, 1))
 
@@ -91,10 +91,8 @@ def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
     trainer = _field(MODEL_TYPE, BPE) + _field(BYTE_FALLBACK, TokenType.BYTE in types)
     ids = {number: getattr(tokens, name) for name, number in SPECIAL_PIECES.items()}
     trainer += b"".join(_field(number, tokens.texts[i].encode()) for number, i in ids.items() if i >= 0)
-    normalizer = _field(ADD_DUMMY_PREFIX, bool(metadata.get(TOKENIZER_KEY + "add_space_prefix", True)))
-    normalizer += _field(
-        REMOVE_EXTRA_WHITESPACES, bool(metadata.get(TOKENIZER_KEY + "remove_extra_whitespaces", False))
-    )
+    normalizer = _field(ADD_DUMMY_PREFIX, flag(metadata, "add_space_prefix") is not False)
+    normalizer += _field(REMOVE_EXTRA_WHITESPACES, flag(metadata, "remove_extra_whitespaces") is True)
     body = b"".join([_field(PIECES, piece) for piece in pieces])
     return body + _field(TRAINER_SPEC, trainer) + _field(NORMALIZER_SPEC, normalizer)
 

@@ -160,11 +160,13 @@ def find_tokenizer(folder: Path) -> Path:
     """Return the tokenizer file of a folder; FileNotFoundError says what lies there when there is none.
 
     That is `tokenizer.json` in a Hugging Face folder, which has a config.json too; else `tokenizer.model`, then
-    `tokenizer.json`, then `tokenizer.model` in the folder above, where Meta put Llama 1's.
+    `tokenizer.json`, then Mistral's `tokenizer.model.v3` (the newest of them) and `tekken.json`, then `tokenizer.model`
+    in the folder above, where Meta put Llama 1's.
     """
     whole, model = folder / "tokenizer.json", folder / "tokenizer.model"
     hugging_face = [whole] if (folder / "config.json").is_file() else []
-    for candidate in (*hugging_face, model, whole, folder.parent / "tokenizer.model"):
+    mistral = *sorted(folder.glob("tokenizer.model.v*"), reverse=True), folder / "tekken.json"
+    for candidate in (*hugging_face, model, whole, *mistral, folder.parent / "tokenizer.model"):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(

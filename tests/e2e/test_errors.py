@@ -217,9 +217,9 @@ def params_of_another_kind(folder: Path) -> Flags:
     return with_params(folder, "[64]")
 
 
-@case("{folder}/edited/params.json has unknown keys sliding_window")
+@case("{folder}/edited/params.json has unknown keys q_lora_rank")
 def unknown_param(folder: Path) -> Flags:
-    return with_param(folder, sliding_window=4096)
+    return with_param(folder, q_lora_rank=4096)
 
 
 @case("{folder}/edited/params.json: dim must be an integer from 1", "got '64'")

@@ -543,6 +543,7 @@ HOSTILE = {
     "{{ messages[3].content }}": "list object has no element 3",
     "{{ messages[0].content + 1 }}": "TypeError",
     "{{ raise_exception('a\\n  b') }}": "^the chat template says: a b$",
+    "{{ raise_exception('\\x1b[31m') }}": r"^the chat template says: \\x1b\[31m$",
     "{{ raise_exception('a' * 10000) }}": r"^the chat template says: a+\.\.\.$",
     "{{ '%c' % 983040 }}{{ '%c' % 66560 }}": "kept apart",
 }

@@ -105,8 +105,15 @@ def test_other_architectures_are_refused_in_words_of_their_own(tmp_path: Path, k
 
 def test_unknown_keys_are_named_all_at_once(tmp_path: Path) -> None:
     """A key dropped in silence is a wrong model that still talks."""
-    with pytest.raises(ValueError, match=r"params\.json has unknown keys attention_bias, sliding_window"):
-        read_params(write(tmp_path, LLAMA3_8B | {"sliding_window": 4096, "attention_bias": True}))
+    with pytest.raises(ValueError, match=r"params\.json has unknown keys attention_bias, q_lora_rank"):
+        read_params(write(tmp_path, LLAMA3_8B | {"q_lora_rank": 64, "attention_bias": True}))
+
+
+def test_a_key_of_null_means_the_same_as_none(tmp_path: Path) -> None:
+    """Mistral's files say null for what a model has not, and Python's writers for what was left out."""
+    nulls = {"quantization_args": None, "moe": None, "sliding_window": None, "multiple_of": None}
+    plain = {key: value for key, value in LLAMA3_8B.items() if key != "multiple_of"}
+    assert read_params(write(tmp_path, plain | nulls)) == read_params(write(tmp_path, plain))
 
 
 def test_the_factors_of_scaled_rope_can_be_given(tmp_path: Path) -> None:
@@ -145,7 +152,6 @@ def test_bytes_that_are_no_text_are_an_error_that_names_the_file(tmp_path: Path)
         ("dim", "4096"),
         ("dim", 4096.0),
         ("dim", True),
-        ("dim", None),
         ("dim", 0),
         ("dim", -4096),
         ("dim", 10**30),
@@ -161,7 +167,6 @@ def test_bytes_that_are_no_text_are_an_error_that_names_the_file(tmp_path: Path)
         ("vocab_size", -2),
         ("vocab_size", 1e5),
         ("multiple_of", 0),
-        ("multiple_of", None),
         ("ffn_dim_multiplier", "1.3"),
         ("ffn_dim_multiplier", -1),
         ("ffn_dim_multiplier", 1e308),
@@ -202,3 +207,12 @@ MENTIONED_AS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_
 def test_args_are_frozen() -> None:
     with pytest.raises(AttributeError):
         ModelArgs().dim = 5  # type: ignore[misc]
+
+
+def test_every_truncated_params_json_is_a_value_error(tmp_path: Path) -> None:
+    path = tmp_path / "params.json"
+    whole = json.dumps({"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5, "use_scaled_rope": True})
+    for length in range(len(whole)):
+        path.write_text(whole[:length])
+        with pytest.raises(ValueError, match=r"params\.json"):
+            read_params(path)

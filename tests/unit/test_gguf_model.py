@@ -143,6 +143,25 @@ def test_several_gguf_files_in_a_folder_are_listed(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_unneeded_tensors_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Old converters stored frequencies for each layer, which llama.cpp skips."""
+    write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS))
+    whole = gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    tensors = {each.name: (np.array(each.data), each.tensor_type) for each in whole}
+    tensors["blk.0.attn_rot_embd.weight"] = np.ones(8, np.float32), GGMLQuantizationType.F32
+    write_gguf(tmp_path / "m.gguf", metadata_of(ARGS), tensors)
+    with caplog.at_level("INFO", "llama"):
+        assert set(open_checkpoint(tmp_path).names()) == set(random_state(ARGS))
+    assert "not used: blk.0.attn_rot_embd.weight" in caplog.text
+
+
+def test_a_gguf_file_beside_a_config_json_is_the_model(tmp_path: Path) -> None:
+    """Folders of GGUF files on the hub have one, and were taken for a Hugging Face folder without weights."""
+    write_gguf_model(tmp_path / "m.gguf", ARGS, random_state(ARGS))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert open_checkpoint(tmp_path).path == tmp_path / "m.gguf"
+
+
 def write_split(folder: Path, count: int) -> tuple[Path, dict[str, torch.Tensor]]:
     """A model over several files, as llama.cpp's gguf-split leaves it; the first file's path and the tensors."""
     stored = write_gguf_model(folder / "whole.gguf", ARGS, random_state(ARGS))

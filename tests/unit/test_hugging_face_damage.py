@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +64,10 @@ def set_to(**values: Any) -> Callable[[dict[str, Any]], object]:
         (set_to(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
         (set_to(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "RoPE scaling 'longrope'"),
         (set_to(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "factor is missing"),
-        (set_to(rope_parameters=[1]), "rope_scaling must be an object"),
+        (set_to(rope_parameters=[1]), "rope_parameters must be objects"),
+        (set_to(rope_parameters=[]), "rope_parameters must be objects"),
+        (set_to(rope_parameters=None, rope_theta=[]), "rope_theta must be a positive number"),
+        (set_to(rope_parameters=None, rope_theta=0), "rope_theta must be a positive number"),
         (set_to(num_key_value_heads=3), "n_heads 2 is not a multiple of n_kv_heads 3"),
         (set_to(hidden_size="big"), "dim must be an integer"),
         (set_to(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
@@ -131,44 +133,3 @@ def test_a_file_cut_at_any_place_is_told(tmp_path: Path, whole: Path) -> None:
         (folder / "model.safetensors").write_bytes(data[:size])
         with pytest.raises(ValueError, match=r"model\.safetensors is"):
             load(folder)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
-def test_mutated_files_load_or_end_in_our_own_error(tmp_path: Path, whole: Path, name: str) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "edited"))
-    data = (folder / name).read_bytes()
-    header = min(len(data), 2500)  # the bytes that say something about others
-    loaded = 0
-    for seed in range(300):
-        mutated, generator = bytearray(data), random.Random(seed)
-        for _ in range(generator.choice([1, 1, 2, 8])):
-            place = generator.randrange(min(header, len(mutated)))
-            kind = generator.randrange(3)
-            if kind == 0:
-                mutated[place] = generator.randrange(256)
-            elif kind == 1:
-                mutated[place : place + 1] = generator.choice([b"9", b"-", b'"', b"{", b"[", b"e9", b"null", b"\xff"])
-            else:
-                del mutated[place : place + generator.randrange(1, 20)]
-        (folder / name).write_bytes(mutated)
-        try:
-            load(folder)
-            loaded += 1
-        except (ValueError, FileNotFoundError) as error:
-            assert str(folder) in str(error), (seed, error)
-    assert loaded < 300
-
-
-def test_index_mutations_load_or_end_in_our_own_error(tmp_path: Path, split: Path) -> None:
-    folder = Path(shutil.copytree(split, tmp_path / "edited"))
-    index = folder / "model.safetensors.index.json"
-    data = index.read_bytes()
-    for seed in range(150):
-        mutated, generator = bytearray(data), random.Random(seed)
-        place = generator.randrange(len(mutated))
-        mutated[place : place + generator.randrange(4)] = generator.randbytes(generator.randrange(3))
-        index.write_bytes(mutated)
-        try:
-            load(folder)
-        except (ValueError, FileNotFoundError) as error:
-            assert str(folder) in str(error), (seed, error)

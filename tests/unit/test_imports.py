@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "llama").rglob("*.py"))
 # A room may import those before it: the layers of docs/architecture.md, from the leaves to the command line.
 ROOMS: tuple[str, ...] = (
-    *("config", "sampling", "cache", "rope", "tokenizer", "chat", "outputs", "quantization", "distributed", "model"),
-    *("backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing", "cli", "__main__"),
+    *("errors", "files", "config", "sampling", "cache", "rope", "tokenizer", "chat", "outputs", "quantization"),
+    *("distributed", "model", "backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
+    *("cli", "__main__"),
 )
 # Only where they are used, as each costs up to seconds.
 LAZY: tuple[str, ...] = (

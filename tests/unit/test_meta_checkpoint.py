@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from llama import Llama
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.meta import MetaCheckpoint
-from llama.checkpoint.names import META_DERIVED
 from tests.checkpoints import TINY, random_state, split_state, write_meta
 from tests.models import build
 
@@ -40,14 +38,6 @@ def rejected(folder: Path, said: str) -> None:
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["layers.1.attention.wo.weight", "layers.0.feed_forward.w2.weight", "norm.weight"])
-def test_a_missing_tensor_is_named(folder: Path, name: str) -> None:
-    """Without a w2, counting its blocks ended in a KeyError before names were checked."""
-    for shard in (0, 1):
-        edit(folder, shard, **{name.replace(".", "__"): None})
-    rejected(folder, f"lacks tensors {re.escape(name)}")
-
-
 def test_an_unexpected_tensor_is_named(folder: Path) -> None:
     """A bias that nobody adds is a wrong model that still talks."""
     for shard in (0, 1):
@@ -55,15 +45,8 @@ def test_an_unexpected_tensor_is_named(folder: Path) -> None:
     rejected(folder, r"has unexpected tensors layers\.0\.attention\.wq\.bias")
 
 
-def test_layers_that_the_configuration_does_not_have_are_named(folder: Path) -> None:
-    params = json.loads((folder / "params.json").read_text())
-    (folder / "params.json").write_text(json.dumps(params | {"n_layers": 1}))
-    rejected(folder, r"has unexpected tensors layers\.1\..* and 6 more")
-
-
 def test_derived_tensors_are_not_unexpected(folder: Path) -> None:
     """Llama 1 and 2 store rope.freqs."""
-    assert {"rope.freqs"} == META_DERIVED
     for shard in (0, 1):
         edit(folder, shard, rope__freqs=torch.zeros(2))
     build(folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,29 +84,6 @@ def test_every_truncation_is_a_value_error(folder: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_mutated_files_load_or_are_a_value_error(folder: Path, form: str) -> None:
-    """Bytes of weights may change unseen; bytes of structure may not end in a traceback."""
-    whole = save(folder, torch.load(shard_of(folder)), FORMATS[form])
-    structure = [i for i in range(len(whole) - 8) if i < 1500 or i > len(whole) - 2500]
-    rng = random.Random(0)
-    refused = 0
-    for _ in range(400):
-        data = bytearray(whole)
-        for _ in range(rng.randint(1, 3)):
-            data[rng.choice(structure)] = rng.choice((rng.randrange(256), 0, 255, 0x80, ord(".")))
-        shard_of(folder).write_bytes(data)
-        try:
-            checkpoint = MetaCheckpoint(folder)
-        except ValueError as error:
-            assert "consolidated.00.pth" in str(error) or str(folder) in str(error)
-            refused += 1
-        else:
-            for name in checkpoint.names():
-                checkpoint.shape(name)
-    assert refused > 40
-
-
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
     "content",
     [
@@ -129,14 +106,12 @@ def test_what_is_no_dictionary_of_tensors_is_told(folder: Path, content: Any, fo
 @pytest.mark.parametrize(
     "content",
     [
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        b"<!DOCTYPE html><html>Not found</html>",
         b"GGUF\x03\x00\x00\x00",
         b"\x00" * 4096,
         b"PK\x05\x06" + b"\x00" * 18,
         pickle.dumps({"a": 1}),
     ],
-    ids=["git-lfs", "html", "gguf", "zeros", "empty zip", "pickle"],
+    ids=["gguf", "zeros", "empty zip", "pickle"],
 )
 def test_other_files_under_the_name_are_told(folder: Path, content: bytes) -> None:
     shard_of(folder).write_bytes(content)
@@ -149,7 +124,58 @@ def test_a_zip_of_something_else_is_told(folder: Path) -> None:
     rejected(folder, "damaged")
 
 
+def test_a_wrong_checksum_of_what_says_where_tensors_lie_is_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged number of a storage once gave another tensor's weights without a word."""
+    data = shard_of(folder).read_bytes()
+    key = data.index(b"X\x01\x00\x00\x003")
+    shard_of(folder).write_bytes(data[: key + 5] + b"5" + data[key + 6 :])
+    MetaCheckpoint(folder)
+    assert [message.partition(" is wrong")[0] for message in caplog.messages] == [
+        f"{shard_of(folder)}: the checksum of its data.pkl"
+    ]
+
+
 def test_an_empty_dictionary_lacks_everything(folder: Path) -> None:
     save(folder, {}, zipped=True)
     checkpoint = MetaCheckpoint(folder)
     assert list(checkpoint.names()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: torch.eye(16).to_sparse(), "is sparse_coo"),
+        (lambda: torch.eye(16).to_sparse_csr(), "is sparse_csr"),
+        (lambda: torch.empty(16, device="meta"), "is on the device meta"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "is nested"),
+        (lambda: torch.ones(1).expand(1 << 20, 1 << 20), "repeats 4 stored bytes"),
+        (lambda: torch.ones(1 << 10).as_strided((1 << 10, 1 << 10), (0, 1)), "repeats 4096 stored bytes"),
+    ],
+    ids=["sparse", "csr", "meta", "nested", "stride 0", "rows again"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested")
+def test_tensors_whose_values_do_not_lie_in_the_file_are_refused(
+    folder: Path, make: Callable[[], torch.Tensor], said: str
+) -> None:
+    """A few bytes that are said to be terabytes were planned as terabytes; sparse ones ended in torch's own error."""
+    save(folder, {"norm.weight": make()}, zipped=True)
+    rejected(folder, said)
+
+
+@pytest.mark.parametrize("size", [0, 1 << 30], ids=["deflated", "huge"])
+def test_an_archive_that_unpacks_to_more_than_it_has_is_refused(folder: Path, size: int) -> None:
+    """A gigabyte of zeros has a megabyte, deflated; mapped weights that are deflated would be other numbers."""
+    save(folder, torch.load(shard_of(folder)), zipped=True)
+    whole = zipfile.ZipFile(shard_of(folder))
+    records = {record: whole.read(record) for record in whole.namelist()}
+    with zipfile.ZipFile(shard_of(folder), "w") as archive:
+        for name, content in records.items():
+            is_data = "/data/" in name
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if is_data and not size else zipfile.ZIP_STORED)
+        if size:
+            with archive.open("x/data.pkl", "w", force_zip64=True) as large:
+                for _ in range(65):
+                    large.write(bytes(1 << 20))
+    rejected(folder, "is compressed" if not size else "at most 67108864 are expected")

@@ -375,6 +375,20 @@ def test_add_bos_defaults_as_in_llama_cpp(gguf_bpe: dict[str, Any], pre: str, ke
     assert Tokenizer.from_gguf(metadata).add_bos is add_bos
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("add_bos_token", 0, "add_bos_token is 0: expected true or false"),
+        ("bos_token_id", True, "bos_token_id is True"),
+        ("token_type", [True] * 600, "token_type holds True: expected int"),
+    ],
+)
+def test_a_value_of_another_type_in_gguf_is_told(gguf_bpe: dict[str, Any], key: str, value: object, said: str) -> None:
+    """Whatever was not zero once counted as true, and true as 1; llama.cpp refuses both."""
+    with pytest.raises(ValueError, match=said):
+        Tokenizer.from_gguf(gguf_bpe | {f"tokenizer.ggml.{key}": value})
+
+
 def pieces(rule: PreRule, s: str) -> list[str]:
     split: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(p), "isolated") for p in rule.splits]
     return [piece for piece, _ in pre_tokenizers.Sequence(split).pre_tokenize_str(s)]

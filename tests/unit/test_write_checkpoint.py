@@ -168,10 +168,20 @@ def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_architecture_of_every_preset_survives_params_json(tmp_path: Path, name: str) -> None:
-    args = dataclasses.replace(PRESETS[name].args, sliding_window=None)
+    args = PRESETS[name].args
     (tmp_path / "params.json").write_text(json.dumps(meta_params(args)))
     found = read_params(tmp_path / "params.json")
-    for field in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "norm_eps", "rope_theta", "vocab_size"):
+    for field in (
+        "dim",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "hidden_dim",
+        "norm_eps",
+        "rope_theta",
+        "vocab_size",
+        "sliding_window",
+    ):
         assert getattr(found, field) == getattr(args, field), field
     assert found.rope_scaling == args.rope_scaling
 
@@ -184,6 +194,14 @@ def test_the_context_length_goes_through_every_format_that_tells_it(tmp_path: Pa
     convert(tmp_path / "again", tmp_path / "meta", "meta")
     lengths = [open_checkpoint(tmp_path / name).context_len for name in ("a.gguf", "hf", "again", "meta")]
     assert lengths == [2048, 2048, 2048, None]
+
+
+def test_biases_survive_gguf(tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(attention_bias=True, mlp_bias=True)
+    found = open_checkpoint(convert(checkpoint, tmp_path / "a.gguf", "gguf", dtype="float32"))
+    assert found.args.attention_bias and found.args.mlp_bias
+    for name in global_shapes(checkpoint.args):
+        torch.testing.assert_close(found.read(name), checkpoint.read(name).float(), rtol=0, atol=0)
 
 
 def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> None:
@@ -203,13 +221,11 @@ def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> Non
         ("meta", {"shards": 3}, {}, "use one of 1, 2, 4, 8"),
         ("meta", {"shards": 0}, {}, "use one of"),
         ("meta", {}, {"attention_bias": True}, "attention_bias"),
-        ("meta", {}, {"sliding_window": 8}, "sliding_window"),
         ("meta", {}, {"rope_scaling": LinearScaling(2.0)}, "RoPE scaling"),
         ("hf", {"shards": 2}, {}, "--shards 2"),
         ("hf", {"dtype": "q8_0"}, {}, "q8_0"),
         ("hf", {}, {"sliding_window": 8, "mlp_bias": True}, "biases"),
         ("gguf", {}, {"rope_scaling": DynamicScaling(2.0, 512)}, "DynamicScaling"),
-        ("gguf", {}, {"mlp_bias": True}, "biases"),
         ("gguf", {"dtype": "q4_0"}, {"hidden_dim": 200}, "multiple of 32"),
         ("onnx", {}, {}, "meta, hf, gguf"),
     ],

@@ -43,8 +43,6 @@ class GGUFFileWriter:
         name, self.file_type = GGUF_FILE_TYPES[type_name]
         self.qtype = gguf.GGMLQuantizationType[name]
         args = plan.args
-        if args.attention_bias or args.mlp_bias:
-            raise ValueError("biases are not written to GGUF: use --format hf")
         if plan.tokenizer.metadata is None:
             raise ValueError("this tokenizer cannot be written to GGUF: use --format hf")
         self.metadata = {**_metadata(args, plan.context_len), **plan.tokenizer.metadata}

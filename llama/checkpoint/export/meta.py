@@ -93,7 +93,7 @@ class MetaWriter:
 
 def meta_params(args: ModelArgs) -> dict[str, Any]:
     """Return the params.json of an architecture; raise ValueError when Meta's format cannot express it."""
-    for name in ("attention_bias", "mlp_bias", "sliding_window"):
+    for name in ("attention_bias", "mlp_bias"):
         if getattr(args, name):
             raise ValueError(f"Meta's format cannot express {name} {getattr(args, name)}: use --format hf")
     multiplier, multiple_of = _ffn_rule(args)
@@ -103,6 +103,9 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
     if args.dim != args.head_dim * args.n_heads:
         params["head_dim"] = args.head_dim
         log.warning("head_dim %d is not dim / n_heads: only this package reads that in params.json", args.head_dim)
+    if args.sliding_window is not None:
+        params["sliding_window"] = args.sliding_window
+        log.warning("sliding_window %d in params.json is read as by Mistral's code, not by Meta's", args.sliding_window)
     return params | _scaling_params(args)
 
 

@@ -13,18 +13,19 @@ from llama.checkpoint.base import Checkpoint, Progress, read_in_turn
 from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split, split_files
 from llama.checkpoint.gguf_header import is_gguf, read_header
 from llama.checkpoint.hf_config import read_block_types
-from llama.checkpoint.huggingface import LAYOUTS, map_weights
+from llama.checkpoint.huggingface import LAYOUTS
 from llama.checkpoint.load import check_vocab_size, global_shapes
-from llama.checkpoint.meta import shard_problems
-from llama.checkpoint.names import META_DERIVED
+from llama.checkpoint.mapped_file import map_weights
+from llama.checkpoint.meta import MISTRAL_LAYOUTS, shard_problems
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.verify.checksums import Finding, bytes_listed, verify_lists
 from llama.config import read_json_object
+from llama.files import check_content
 from llama.quantization.gguf_blocks import dequantize
 
 # What is checked of a folder: weights, configuration and tokenizer.
 WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
-TEXT_FILES = ("*.json", "*.model", "*.jinja")
+TEXT_FILES = ("*.json", "*.model", "*.model.v*", "*.jinja")
 
 CHECKED_AT_ONCE = 1 << 22  # values of a tensor
 
@@ -72,13 +73,13 @@ def _verify_files(path: Path) -> Iterator[Finding]:
     for file in checked_files(path):
         what = "weights" if file in weights else "text"
         try:
-            problem = _foreign(file)
-            if problem is None:
-                if file in weights or is_gguf(file):
-                    what = f"{len(_names(file))} tensors, header and lengths"
-                elif file.suffix == ".json":
-                    what = "JSON"
-                    read_json_object(file)
+            check_content(file, is_binary=file in weights)
+            problem = None
+            if file in weights or is_gguf(file):
+                what = f"{len(_names(file))} tensors, header and lengths"
+            elif file.suffix == ".json":
+                what = "JSON"
+                read_json_object(file)
         except (ValueError, OSError) as error:
             problem = _text(error, file)
         yield Finding(file.name, file.stat().st_size, what, problem)
@@ -87,19 +88,6 @@ def _verify_files(path: Path) -> Iterator[Finding]:
 def _names(file: Path) -> list[str]:
     """Return a weights file's own names of its tensors; raise ValueError when they are not all in it."""
     return list(map_weights(file) if file.suffix in (".pth", ".safetensors", ".bin") else read_header(file).tensors)
-
-
-def _foreign(file: Path) -> str | None:
-    """Return what a file is that is not what its name says, if it can be told from its first bytes."""
-    if file.stat().st_size == 0:
-        return "empty: download it again"
-    with file.open("rb") as stream:
-        start = stream.read(256).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself: git lfs pull fetches it"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "a web page saved in place of the file: log in and download it again"
-    return None
 
 
 def _verify_layout(path: Path) -> Iterator[Finding]:
@@ -114,7 +102,7 @@ def _verify_layout(path: Path) -> Iterator[Finding]:
         yield from _verify_shards(sorted(path.glob("consolidated.[0-9][0-9].pth")))
     if numbers and not (path / "params.json").is_file():
         yield Finding("params.json", None, "configuration", "missing")
-    for _, index in LAYOUTS:
+    for _, index in LAYOUTS + MISTRAL_LAYOUTS:
         if (path / index).is_file():
             yield from _verify_index(path / index)
 
@@ -180,7 +168,7 @@ def _verify_whole(path: Path, sound: bool) -> Iterator[Finding]:
 def _verify_shapes(checkpoint: Checkpoint, vocab_size: int) -> Iterator[Finding]:
     """Check all tensors against the configuration; a vocab_size of -1 is not known and fits any number of rows."""
     args = dataclasses.replace(checkpoint.args, vocab_size=vocab_size)
-    expected, found = global_shapes(args), set(checkpoint.names()) - META_DERIVED
+    expected, found = global_shapes(args), set(checkpoint.names())
     problems: list[str | None] = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not described by it" for name in sorted(found - expected.keys())]
     for name, shape in expected.items():

@@ -1,0 +1,87 @@
+"""Map the weights of a folder, or of one file of them, whatever the files are: safetensors or pickled state dicts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from llama.checkpoint.base import WEIGHT_DTYPES
+from llama.checkpoint.names import UNNEEDED
+from llama.checkpoint.torch_pickle import map_pickle
+from llama.config import read_json_object
+from llama.files import cannot_map, check_content
+
+log = logging.getLogger("llama")
+
+# What a folder has its weights in, the preferred first: a whole file, or the index of a split one.
+Layouts = tuple[tuple[str, str], ...]
+
+BYTES_DTYPE = "U8"  # safetensors' name of bytes, which may be blocks
+
+
+def map_folder(folder: Path, layouts: Layouts) -> dict[str, Tensor]:
+    """Map every tensor of a folder's weights, by the name it has there; see `weight_files` and `map_weights`."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder, layouts):
+        for name, tensor in map_weights(file).items():
+            if name in tensors:
+                raise ValueError(f"{folder}: tensor {name} is in two files, one of them {file.name}")
+            tensors[name] = tensor
+    return tensors
+
+
+def weight_files(folder: Path, layouts: Layouts) -> list[Path]:
+    """Return the files that hold a folder's weights: the first of the layouts that is there, as transformers does.
+
+    Raise FileNotFoundError when there are none, or when an index names one that is missing.
+    """
+    names = [name for layout in layouts for name in layout]
+    there = [name for name in names if (folder / name).is_file()]
+    if not there:
+        for name in names:
+            if (folder / name).is_symlink():
+                raise FileNotFoundError(f"{folder / name} is a link to a file that is not there: download it again")
+        raise FileNotFoundError(f"{folder} has no weights: looked for {', '.join(names)}")
+    if len(there) > 1:
+        log.info("%s: %s is read, and not %s", folder, there[0], ", ".join(there[1:]))
+    first = folder / there[0]
+    return _indexed_files(first) if first.suffix == ".json" else [first]
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} must have a weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index} names {name!r}: only files beside it are read")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{index} names {missing[0]}{more}, which is not in the folder: download it")
+    return [index.parent / name for name in names]
+
+
+def map_weights(file: Path) -> dict[str, Tensor]:
+    """Map every tensor of a safetensors, .bin or .pth file, by the name it has there; raise ValueError for damage."""
+    return _map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
+
+
+def _map_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    check_content(file, is_binary=True)
+    try:
+        with safe_open(file, "pt") as mapped:
+            dtypes = {name: mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # noqa: SIM118
+            for name, dtype in dtypes.items():
+                if dtype not in (*WEIGHT_DTYPES, BYTES_DTYPE) and not UNNEEDED.fullmatch(name):
+                    raise ValueError(f"{file}: {name} has dtype {dtype}, only {', '.join(WEIGHT_DTYPES)} are supported")
+            return {name: mapped.get_tensor(name) for name in dtypes}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a usable safetensors file ({error}): download it again") from None
+    except (MemoryError, RuntimeError) as error:
+        raise cannot_map(file, error) from None
