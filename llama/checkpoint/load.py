@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
 from llama.quantization.planar import Fp8Weight
 from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
+
+_progress = logging.getLogger("llama.progress")  # shown on terminals by the command line
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ def load_weights(
     asked for, is used where it lies. Return how many matrices were stored as one thing and are held as another.
     """
     changes: Counter[tuple[str, str]] = Counter()
-    for name, shape in check_weights(checkpoint, model.args).items():
+    shapes = check_weights(checkpoint, model.args)
+    doing = "quantizing" if weight_format.quantize else "loading"
+    for i, (name, shape) in enumerate(shapes.items(), 1):
+        _progress.debug("%s weights: %d of %d", doing, i, len(shapes))
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
         block_type = weight_format.block_type(checkpoint, name, model.parallel)
