@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": ("FullyShardedDataParallel", "save its full state dict"),
     "module.": ("DistributedDataParallel", "save the state of model.module"),
 }
+_progress = logging.getLogger("llama.progress")  # shown on terminals by the command line
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ def load_weights(
     asked for, is used where it lies. Return how many matrices were stored as one thing and are held as another.
     """
     changes: Counter[tuple[str, str]] = Counter()
-    for name, shape in check_weights(checkpoint, model.args).items():
+    shapes = check_weights(checkpoint, model.args)
+    doing = "quantizing" if weight_format.quantize else "loading"
+    for i, (name, shape) in enumerate(shapes.items(), 1):
+        _progress.debug("%s weights: %d of %d", doing, i, len(shapes))
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
         block_type = weight_format.block_type(checkpoint, name, model.parallel)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llama.cli.flags import parse
 from llama.cli.help import page
+from llama.cli.progress import TerminalHandler
 from llama.errors import one_line
 
 # Ranks that are not to speak wait this long for torchrun to end them, so that it does not end the one that speaks.
@@ -44,8 +45,9 @@ def call(command: Callable[..., None], name: str, argv: Sequence[str]) -> None:
 
 def supervise(job: Callable[[], None]) -> None:
     """Do what a user asked for. A user's error is one line on stderr, from one rank, and exit code 1."""
+    handler = TerminalHandler(shows_progress=is_first_rank())
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
+        handlers=[handler], level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
     )
     if not is_first_rank():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a job of several ranks, and one is enough to say so
@@ -57,8 +59,10 @@ def supervise(job: Callable[[], None]) -> None:
     except BrokenPipeError:
         discard_stdout()
     except KeyboardInterrupt:
+        handler.clear()
         sys.exit(130)
     except _errors_of_users() as error:
+        handler.clear()
         _fail(one_line(str(error)) or type(error).__name__)
 
 

@@ -33,6 +33,7 @@ def local_world_size() -> int:
 
 def join_job() -> None:
     """Create the control group of torchrun's ranks, or of this process alone, unless there is one already."""
+    share_cores(local_world_size())
     if dist.is_initialized():
         return
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -40,7 +41,6 @@ def join_job() -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    share_cores(local_world_size())
 
 
 @contextlib.contextmanager

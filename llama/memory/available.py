@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from llama.distributed.cgroups import cgroup_folders
+
 # Bytes of a rank before it has a model: Python, torch and this package (measured: 159 to 164 MB, Linux, no CUDA).
 PROCESS = 165_000_000
 
@@ -92,22 +94,11 @@ def cgroups_free(root: Path) -> list[int]:
 @functools.cache
 def _limited_cgroups(root: Path) -> list[tuple[Path, int, str, tuple[str, ...]]]:
     """Return each control group that limits this process: its folder, its limit in bytes, and names of CGROUP_FILES."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
     limited: list[tuple[Path, int, str, tuple[str, ...]]] = []
-    for group in groups:
-        _, controllers, path = group.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        # A container sees its own group at the top, whatever the path says.
-        folders = [top / path.strip("/"), *(top / path.strip("/")).parents]
-        for folder in folders[: folders.index(top) + 1]:
-            for limit, used, file_pages in CGROUP_FILES:
-                with contextlib.suppress(OSError):
-                    value = (folder / limit).read_text().strip()
-                    if value.isdecimal():
-                        limited.append((folder, int(value), used, file_pages))
+    for folder in cgroup_folders("memory", root):
+        for limit, used, file_pages in CGROUP_FILES:
+            with contextlib.suppress(OSError):
+                value = (folder / limit).read_text().strip()
+                if value.isdecimal():
+                    limited.append((folder, int(value), used, file_pages))
     return limited

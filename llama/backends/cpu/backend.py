@@ -7,7 +7,12 @@ the gates of feed-forwards.
 
 from __future__ import annotations
 
-from typing import cast
+import contextlib
+import math
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +23,91 @@ from llama.backends.cpu.packed_weight import PackedWeight
 from llama.backends.eager import EagerBackend
 from llama.cache import KVCache
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from llama.distributed.threads import allowed_cpus, user_chose_threads
 from llama.model import Transformer, TransformerBlock, attend
+from llama.sampling import TokenSampler, TorchSampler
 
 # A sliding window longer than any cache.
 NO_WINDOW = 1 << 40
+
+# Seconds between looks at what other processes take: 25 of the kernel's ticks.
+SECONDS_TO_LOOK = 0.25
+# Cores that others may keep busy before a thread gives way; one that shares its core with another process counts half.
+TOLERATED = 0.3
+
+
+class CpuTimes(NamedTuple):
+    """Ticks since a machine and this process started, of the CPUs that it may run on."""
+
+    elapsed: float
+    busy: int
+    own: int
+
+    @classmethod
+    def read(cls, cpus: set[int], root: Path) -> CpuTimes:
+        """Read the kernel's accounts; raise OSError where there are none. root: the root of the file system."""
+        names = {f"cpu{cpu}" for cpu in cpus}
+        lines = [line.split() for line in (root / "proc/stat").read_text().splitlines()]
+        rows = [list(map(int, words[1:9])) for words in lines if words and words[0] in names]
+        # user, nice, system, idle, iowait, irq, softirq, steal. Processes that are nicer than this one give way to it.
+        nice = os.getpriority(os.PRIO_PROCESS, 0) > 0
+        busy = sum(row[0] + row[1] * nice + row[2] + row[5] + row[6] for row in rows)
+        own = (root / "proc/self/stat").read_text().rpartition(")")[2].split()[11:13]
+        return cls(sum(map(sum, rows)) / max(1, len(rows)), busy, sum(map(int, own)))
+
+
+class StepThreads:
+    """A context with as many threads as other processes leave cores free, and at most torch's number of them.
+
+    Threads wait for each other some 150 times a token: where one has to wait for a core, all wait. It is for work whose
+    results do not depend on the number (see D30), which torch's matrix products do not promise. Only the thread that
+    enters is told. A number that the user chose stays.
+    """
+
+    def __init__(self, share: int, root: Path = Path("/"), seconds: float = SECONDS_TO_LOOK) -> None:
+        """Give way where torch's number of threads is `share`; look every `seconds`. root: of the file system."""
+        self._root, self._seconds = root, seconds
+        self._share = self._threads = share
+        self._cpus = allowed_cpus()
+        self._look_at = math.inf
+        if self._share > 1:
+            with contextlib.suppress(OSError):
+                self._times = CpuTimes.read(self._cpus, root)
+                self._look_at = time.monotonic() + seconds
+
+    def __enter__(self) -> None:
+        if time.monotonic() >= self._look_at:
+            self._look()
+        self._torchs = torch.get_num_threads()
+        if self._threads < self._torchs == self._share:
+            ops.set_openmp_threads(self._threads)
+
+    def __exit__(self, *error: object) -> None:
+        if self._threads < self._torchs == self._share:
+            ops.set_openmp_threads(self._torchs)
+
+    def _look(self) -> None:
+        self._look_at = time.monotonic() + self._seconds
+        try:
+            before, now = self._times, CpuTimes.read(self._cpus, self._root)
+        except OSError:  # too many open files, at the moment
+            return
+        elapsed = now.elapsed - before.elapsed
+        if elapsed > 0:
+            others = ((now.busy - before.busy) - (now.own - before.own)) / elapsed
+            free = int(len(self._cpus) - others + TOLERATED)
+            self._threads, self._times = max(1, min(self._share, free)), now
+
+
+class CpuSampler(TorchSampler):
+    """Draws tokens with torch's operations on the threads of a step; a single row is not worth waking others."""
+
+    def __init__(self, threads: StepThreads) -> None:
+        self._threads = threads
+
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        with self._threads if len(logits) > 1 else ops.one_thread():
+            return super().__call__(logits, uniform)
 
 
 class CpuBackend(EagerBackend):
@@ -31,6 +117,10 @@ class CpuBackend(EagerBackend):
     own_kernels = True
     weight_cls = PackedWeight
     keeps_stored_blocks = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._threads = StepThreads(1 if user_chose_threads() else torch.get_num_threads())
 
     def bind(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
@@ -66,6 +156,21 @@ class CpuBackend(EagerBackend):
 
     def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
+        if tokens.numel() > ops.MAX_GEMV_TOKENS:
+            return self._run(tokens, positions, rotation, kv_len, cache)
+        with self._threads:
+            return self._run(tokens, positions, rotation, kv_len, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        if ops.is_gemv(hidden):
+            with self._threads:
+                return ops.gemv(self._c_output, hidden)
+        return self.output(hidden, torch.float32)
+
+    def token_sampler(self) -> TokenSampler:
+        return CpuSampler(self._threads)
+
+    def _run(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
         bsz, seqlen = tokens.shape
         residual = self._embed(tokens).view(bsz * seqlen, -1)
         positions = positions.contiguous()
@@ -76,11 +181,6 @@ class CpuBackend(EagerBackend):
             self._run_many(residual, inputs, positions, self.model.mask(positions, kv_len), cache)
         hidden = F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
         return hidden.view(bsz, seqlen, -1)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        if ops.is_gemv(hidden):
-            return ops.gemv(self._c_output, hidden)
-        return self.output(hidden, torch.float32)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens (bsz, seqlen) in new memory, fp32: layers add to them in place."""

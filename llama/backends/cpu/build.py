@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 
 log = logging.getLogger("llama")
+_progress = logging.getLogger("llama.progress")  # shown on terminals by the command line
 
 SOURCES = Path(__file__).parent / "csrc"
 # Not -ffast-math: the order of additions is the kernels' own, see D30.
@@ -35,11 +37,17 @@ COMPILER_FLAGS = (
     "-fPIC",
 )
 SECONDS_TO_COMPILE = 300
+SECONDS_TO_REMEMBER = 24 * 3600  # that it failed
+DIGEST_SIZE = 32  # bytes at a library's end, which loaders ignore: the hash of what is before
+
+
+class KnownFailure(ValueError):
+    """Says why there is no library, as an earlier process found out."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, or None where they cannot be compiled; the reason is logged, once.
+    """Return the compiled kernels, or None where they cannot be compiled or loaded; the reason is logged, once.
 
     LLAMA_KERNELS=0 in the environment turns them off; CXX names the compiler, as elsewhere.
     """
@@ -47,54 +55,86 @@ def library() -> ctypes.CDLL | None:
         log.info("no CPU kernels, as LLAMA_KERNELS=0 says: torch's own operations are used")
         return None
     try:
-        return _load(_cache_folder())
+        return _load(_compiler())
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        log.warning("no CPU kernels, so tokens come slower: %s", " ".join(str(error).split()))
+        level = logging.INFO if isinstance(error, KnownFailure) else logging.WARNING
+        log.log(level, "no CPU kernels, so tokens come slower: %s", " ".join(str(error).split()))
         return None
 
 
-def _cache_folder() -> Path:
-    """Return the user's cache folder for this package, or a path that cannot be written where there is none."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(folder) if folder else Path.home() / ".cache") / "llama"
-    except RuntimeError:  # a user without a home folder
-        return Path(os.devnull) / "llama"  # cannot be written
+def _load(compiler: list[str]) -> ctypes.CDLL:
+    """Load the library for this machine; compile it first where no folder has it.
 
-
-def _load(folder: Path) -> ctypes.CDLL:
-    """Load the library for this machine; compile it first if `folder` does not have it.
-
-    Raise OSError, ValueError or SubprocessError where that fails.
+    Raise OSError, ValueError or SubprocessError where that fails. The failure is noted beside the library, and what
+    failed is not tried again for SECONDS_TO_REMEMBER.
     """
-    compiler = _compiler()
     names = ["kernels.cpp", *sorted(path.name for path in SOURCES.glob("*.h"))]
     parts = [(SOURCES / name).read_bytes() for name in names]
     parts += [" ".join((*compiler, *COMPILER_FLAGS)).encode(), _machine().encode()]
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
-    path = folder / f"kernels-{key}.so"
-    if not path.is_file():
-        if not _can_write(folder):  # for this process alone; a loaded library does not need its file
-            with tempfile.TemporaryDirectory(prefix="llama-kernels-") as temporary:
-                _compile(compiler, Path(temporary) / path.name)
-                return ctypes.CDLL(f"{temporary}/{path.name}")
-        with _locked(path.with_suffix(".lock")):  # the ranks of a host wait for one of them
-            if not path.is_file():
+    paths = [folder / f"kernels-{key}.so" for folder in _folders()]
+    writable = (path for path in paths if _can_write(path.parent))
+    path = next(filter(_is_whole, paths), None) or next(writable, None)
+    if path is None:
+        raise ValueError("no folder to keep them in can be written and run from: name one in XDG_CACHE_HOME")
+    failure = path.with_suffix(".failed")
+    with _locked(path.with_suffix(".lock")):  # the ranks of a host wait for one of them
+        if failure.is_file() and time.time() - failure.stat().st_mtime < SECONDS_TO_REMEMBER:
+            raise KnownFailure(failure.read_text(errors="replace"))
+        try:
+            if not _is_whole(path):
                 _compile(compiler, path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # the file is damaged
-        _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(path))
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            message = f"{error}; not tried again for a day, or until {failure} is removed"
+            with contextlib.suppress(OSError):
+                failure.write_text(message)
+                path.unlink(missing_ok=True)
+            raise ValueError(message) from error
+
+
+def _folders() -> list[Path]:
+    """Return the folders that libraries can be loaded from: the user's cache, and one among the temporary files."""
+    cache, temporary = os.environ.get("XDG_CACHE_HOME"), Path(tempfile.gettempdir()) / f"llama-{os.geteuid()}"
+    folders = [temporary]
+    with contextlib.suppress(RuntimeError):  # a user without a home folder
+        folders.insert(0, (Path(cache) if cache else Path.home() / ".cache") / "llama")
+    usable = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            if not folder.is_dir():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700)
+            if not os.statvfs(folder).f_flag & os.ST_NOEXEC and (folder != temporary or _is_private(folder)):
+                usable.append(folder)
+    return usable
 
 
 def _can_write(folder: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         return False
     return True
+
+
+def _is_private(folder: Path) -> bool:
+    """Tell whether a folder is this user's own, and nobody else can write to it: others may have made it first."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a library is there and as it was written: a damaged one would end the process by a signal."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return _digest(content[:-DIGEST_SIZE]) == content[-DIGEST_SIZE:]
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest()
 
 
 def _compiler() -> list[str]:
@@ -128,6 +168,7 @@ def _compile(compiler: list[str], path: Path) -> None:
     # torch brings its own OpenMP: the same threads serve its operations and these.
     libraries = Path(torch.__file__).parent / "lib"
     start = time.perf_counter()
+    _progress.debug("compiling CPU kernels, once ...")
     command = [*compiler, *COMPILER_FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(partial), f"-L{libraries}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
@@ -136,6 +177,10 @@ def _compile(compiler: list[str], path: Path) -> None:
             raise ValueError(
                 f"{' '.join(compiler)} failed with exit code {done.returncode}: {why or 'it says no more'}"
             )
+        with open(partial, "r+b") as file:
+            file.write(_digest(file.read()))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
         log.info("compiled CPU kernels in %.1f s, once: %s", time.perf_counter() - start, path)
     finally:
@@ -144,10 +189,10 @@ def _compile(compiler: list[str], path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file."""
+    """Hold an exclusive lock on a file, if its file system can be written and has locks: else each process compiles."""
     import fcntl
 
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: then each process compiles
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
         yield

@@ -49,7 +49,7 @@ extern "C" void unpack(const Weight *weight, int first, int n, void *to, int typ
 // Looks up packed rows by index: (n, columns).
 extern "C" void embedding(const Weight *weight, const int64_t *rows, int n, float *to, int threads) {
     const Weight &w = *weight;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) if (n > MAX_GEMV_TOKENS)
     for (int i = 0; i < n; i++)
         unpack_tile(
             w.type, w.data + size_t(rows[i] / TILE) * tile_bytes(w.type, w.columns), w.columns,
