@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama.chat.formats import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
+from llama.chat.dialog import Dialog, Message, Role, check_messages
+from llama.chat.formats import UNSAFE_ERROR, DialogFormat, choose_chat_format
 from llama.chat.infilling import infilling_tokens
 from llama.engine.build import build_draft, build_model
 from llama.engine.metrics import Metrics
@@ -43,7 +44,7 @@ class Llama:
         draft: Transformer | None = None,
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.chat_format: ChatFormat = choose_chat_format(tokenizer, chat_format)
+        self.chat_format: DialogFormat = choose_chat_format(tokenizer, chat_format)
         self.scheduler = Scheduler(RunnerPool(model, draft), tokenizer, speculate)
         self._sequences_seeded = 0
 
@@ -92,13 +93,13 @@ class Llama:
 
         >>> llm = Llama.from_options(BuildOptions("models/SmolLM2-135M-Instruct.Q4_1.gguf", quantize="int8"))
         """
-        model, tokenizer = build_model(options)
+        model, tokenizer, chat_format = build_model(options)
         draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
         return Llama(
             model,
             tokenizer,
             seed=options.seed,
-            chat_format=options.chat_format,
+            chat_format=chat_format,
             speculate=options.speculate,
             draft=draft,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from llama.chat.formats import Message
+from llama.chat.dialog import Message
 from llama.tokenizer import Tokenizer
 
 # An end token was sampled, or a limit of tokens is reached.

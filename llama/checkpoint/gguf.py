@@ -79,6 +79,10 @@ class GGUFCheckpoint:
         self.context_len = positive_int(self._metadata.get("llama.context_length"))
 
     @property
+    def model_name(self) -> str:
+        return str(self._metadata.get("general.name", ""))
+
+    @property
     def tokenizer_metadata(self) -> Mapping[str, Any]:
         return {key: value for key, value in self._metadata.items() if key.startswith("tokenizer.")}
 

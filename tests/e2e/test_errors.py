@@ -412,8 +412,11 @@ def test_a_command_that_is_mistyped_says_what_was_meant(words: list[str], error:
 
 def test_a_chat_says_what_is_wrong_too(tiny_folder: Path) -> None:
     flags = ["--ckpt_dir", tiny_folder]
-    formats = "chat_format must be one of template, llama2, llama3, chatml, codellama70b, got 'alpaca'"
-    check(python(CHAT, *flags, "--chat_format", "alpaca"), [formats])
+    formats = (
+        "chat_format must be one of template, llama2, llama3, chatml, codellama70b, vicuna, alpaca, zephyr, openchat, "
+        "tulu, solar, koala, got 'mine'"
+    )
+    check(python(CHAT, *flags, "--chat_format", "mine"), [formats])
     too_long = python(CHAT, *flags, "--max_seq_len", 20, stdin="hello hello hello\n")
     check(too_long, ["max_seq_len is 20"])
 
