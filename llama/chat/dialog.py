@@ -50,7 +50,7 @@ def check_messages(dialog: object) -> None:
             raise ValueError(f"message {i} needs a content, or tool_calls, got {content!r:.80}")
 
 
-def check_texts(dialog: object) -> None:
+def check_contents(dialog: object) -> None:
     """Raise ValueError unless each message of a dialog is a role and a text, which is all that Meta's formats write."""
     check_messages(dialog)
     assert isinstance(dialog, list | tuple)
@@ -64,7 +64,7 @@ def check_texts(dialog: object) -> None:
 
 def check_roles(dialog: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError unless roles are an optional system, then user and assistant in turn, ending with user."""
-    check_texts(dialog)
+    check_contents(dialog)
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:

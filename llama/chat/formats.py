@@ -10,15 +10,13 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from llama.chat.dialog import Dialog, Message, check_roles, check_texts
+from llama.chat.dialog import Dialog, Message, check_contents, check_roles
 from llama.chat.finetunes import FINETUNES, known_finetune
-from llama.chat.template import TEXT_TAGS, TemplateChat
+from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS
+from llama.chat.template import TemplateChat
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
-
-# The answer of Meta's code to a dialog that spells out Llama 2's tags.
-UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
 class DialogFormat(Protocol):
@@ -43,11 +41,11 @@ class Llama2Chat:
         check_roles(dialog)
         system, turns = "", list(dialog)
         if turns[0]["role"] == "system":
-            system = f"<<SYS>>\n{turns.pop(0)['content']}\n<</SYS>>\n\n"
+            system = B_SYS + turns.pop(0)["content"] + E_SYS
         ids: list[int] = []
         for i in range(0, len(turns), 2):
             question = (system if i == 0 else "") + turns[i]["content"]
-            text = f"[INST] {question.strip()} [/INST]"
+            text = f"{B_INST} {question.strip()} {E_INST}"
             if i + 1 < len(turns):
                 ids += self.tokenizer.encode(f"{text} {turns[i + 1]['content'].strip()} ", bos=True, eos=True)
             else:
@@ -56,7 +54,7 @@ class Llama2Chat:
 
     def is_unsafe(self, dialog: Dialog) -> bool:
         check_roles(dialog)
-        return any(tag in message["content"] for message in dialog for tag in TEXT_TAGS)
+        return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
 class GuessedChat(Llama2Chat):
@@ -84,7 +82,7 @@ class Llama3Chat:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_texts(dialog)
+        check_contents(dialog)
         return self.encode_dialog_prompt(dialog)
 
     def is_unsafe(self, dialog: Dialog) -> bool:
@@ -116,7 +114,7 @@ class ChatML:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_texts(dialog)
+        check_contents(dialog)
         start, end = (self.tokenizer.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
         newline = self._text("\n")
         ids: list[int] = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.chat.dialog import REASONING_KEYS, map_texts, plain_messages, texts_of
+from llama.chat.llama2_tags import SPECIAL_TAGS
 from llama.tokenizer import Tokenizer
 
 SECONDS = 5.0  # limit for one prompt, which takes a few milliseconds
@@ -24,8 +25,6 @@ KEPT: dict[str, Sequence[str]] = dict.fromkeys(
     ("content", "text", "name", "tool_calls", "tool_call_id", "id", "function", "arguments", *REASONING_KEYS), ()
 )
 KEPT |= {"role": ROLES, "type": ("function", "text")}
-# Llama 2's tags are plain text, in its vocabulary and in its template.
-TEXT_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 # With -S and the caller's own path, jinja2 is found as the caller finds it, and no site module runs at the start.
 START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 # Matches nowhere; has a group, like the patterns of _any_of.
@@ -85,7 +84,7 @@ class TemplateChat:
 
     def is_unsafe(self, dialog: Sequence[Mapping[str, Any]]) -> bool:
         """Tell whether a message spells out tags of Llama 2 that this template writes as plain text."""
-        tags = [tag for tag in TEXT_TAGS if tag in self._source and tag not in self.tokenizer.special_tokens]
+        tags = [tag for tag in SPECIAL_TAGS if tag in self._source and tag not in self.tokenizer.special_tokens]
         return any(tag in text for text in texts_of(dialog) for tag in tags)
 
     def _render(self, dialog: list[dict[str, Any]]) -> tuple[str, dict[int, str]]:

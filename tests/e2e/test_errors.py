@@ -279,12 +279,12 @@ def temperature_that_is_no_number(folder: Path) -> Flags:
     return good(folder, "--temperature", "nan")
 
 
-@case("top_p must be in (0, 1], got 0.0")
-def top_p_of_nothing(folder: Path) -> Flags:
-    return good(folder, "--top_p", 0)
+@case("top_p must be in [0, 1], got -0.1")
+def top_p_below_nothing(folder: Path) -> Flags:
+    return good(folder, "--top_p", -0.1)
 
 
-@case("top_p must be in (0, 1], got 1.5")
+@case("top_p must be in [0, 1], got 1.5")
 def top_p_above_one(folder: Path) -> Flags:
     return good(folder, "--top_p", 1.5)
 

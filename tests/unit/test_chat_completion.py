@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama import Llama
-from llama.chat.formats import UNSAFE_ERROR
+from llama.chat.llama2_tags import UNSAFE_ERROR
 from tests.checkpoints import TINY, chain_state, write_meta
 from tests.models import build
 
