@@ -237,7 +237,8 @@ DIALOGS: Dialogs = [
 ]
 # How templates of models with tools write what was called and what came back.
 TOOLS = {
-    "llama 3.1": (LLAMA_3_1, SPECIAL["llama 3.1"][1]),
+    # Its refusal of several calls is written instead of raised.
+    "llama 3.1": (LLAMA_3_1.replace("raise_exception", ""), SPECIAL["llama 3.1"][1]),
     "json": (
         """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}
@@ -369,7 +370,7 @@ def test_dialogs_with_tools_are_those_of_transformers(
 ) -> None:
     """The role tool was refused by 39 of 70 public templates, calls were refused or dropped without a word."""
     template, specials = TOOLS[name]
-    ours, theirs = pair(template.replace("raise_exception", "") if name == "llama 3.1" else template, specials)
+    ours, theirs = pair(template, specials)
     chat = TemplateChat(ours)
     wanted = control_ids(ours, chat.encode(tool_dialog("hello", **answer)))
     assert len(wanted) >= 5
