@@ -6,24 +6,40 @@ Knows nothing of file formats, of process groups or of terminals.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, SupportsIndex
 
-from llama.chat.formats import UNSAFE_ERROR, ChatFormat, Dialog, Message, Role, check_messages, choose_chat_format
-from llama.chat.infilling import infilling_tokens
+from llama.chat.dialog import Dialog, Message, Role, check_messages
+from llama.chat.formats import DialogFormat, Llama3Chat, choose_chat_format
+from llama.chat.infilling import infilling_prompt_tokens
+from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR
+from llama.distributed.job import mute_later_ranks
 from llama.engine.build import build_draft, build_model
 from llama.engine.metrics import Metrics
 from llama.engine.options import BuildOptions
-from llama.engine.prompts import check_prompts, encode_texts
+from llama.engine.prompts import check_texts, encode_dialogs, encode_texts, read_prompts
 from llama.engine.runner_pool import RunnerPool
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import make_sequences
 from llama.model import Transformer
-from llama.outputs import ChatPrediction, CompletionPrediction, InfillingPrediction, TokenEvent, fold_events
-from llama.sampling import SamplingParams
+from llama.outputs import (
+    ChatPrediction,
+    CompletionPrediction,
+    InfillingPrediction,
+    TokenEvent,
+    chat_predictions,
+    fold_events,
+    fold_tokens,
+)
+from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Role", "TokenEvent"]
+# What scripts import from here: those written for Meta's code take all but TokenEvent.
+__all__ = [
+    "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "ChatPrediction", "CompletionPrediction",
+    "Dialog", "InfillingPrediction", "Llama", "Message", "Role", "TokenEvent", "infilling_prompt_tokens",
+    "sample_top_p",
+]  # fmt: skip
 
 
 class Llama:
@@ -43,7 +59,7 @@ class Llama:
         draft: Transformer | None = None,
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.chat_format: ChatFormat = choose_chat_format(tokenizer, chat_format)
+        self.chat_format: DialogFormat = choose_chat_format(tokenizer, chat_format)
         self.scheduler = Scheduler(RunnerPool(model, draft), tokenizer, speculate)
         self._sequences_seeded = 0
 
@@ -57,6 +73,11 @@ class Llama:
         """What the calls so far have cost."""
         return self.scheduler.metrics
 
+    @property
+    def formatter(self) -> Llama3Chat:
+        """Llama 3's format under the name that it has in Meta's code; `chat_format` is the one in use."""
+        return Llama3Chat(self.tokenizer)
+
     @staticmethod
     def build(
         ckpt_dir: str | os.PathLike[str],
@@ -65,9 +86,11 @@ class Llama:
         max_batch_size: int = 32,
         model_parallel_size: int | None = None,
         seed: int = 1,
+        *,
+        mute: bool = True,
         **options: Any,
     ) -> Llama:
-        """Load a checkpoint on this process, or split over torchrun's ranks.
+        """Load a checkpoint on this process, or split over torchrun's ranks, of which only each host's first prints on.
 
         Args:
             ckpt_dir: a Meta or Hugging Face folder, or a GGUF file.
@@ -76,6 +99,7 @@ class Llama:
             max_batch_size: the most prompts to run at once; more are run in turn.
             model_parallel_size: how many ranks share one copy of the model; None is all.
             seed: what the sampling of all calls begins with.
+            mute: whether sys.stdout of a host's other ranks leads nowhere after the build, as after Meta's.
             options: the other fields of `BuildOptions`, such as device, dtype, quantize, speculate and draft_ckpt_dir.
 
         Raises ValueError for wrong options at once, and ValueError or OSError, on every rank if on one, for whatever is
@@ -84,7 +108,10 @@ class Llama:
         >>> llm = Llama.build("models/SmolLM2-135M-Instruct.Q4_1.gguf", max_seq_len=256)
         """
         limits = max_seq_len, max_batch_size, model_parallel_size
-        return Llama.from_options(BuildOptions(ckpt_dir, tokenizer_path, *limits, seed, **options))
+        llm = Llama.from_options(BuildOptions(ckpt_dir, tokenizer_path, *limits, seed, **options))
+        if mute:
+            mute_later_ranks()
+        return llm
 
     @staticmethod
     def from_options(options: BuildOptions) -> Llama:
@@ -92,20 +119,20 @@ class Llama:
 
         >>> llm = Llama.from_options(BuildOptions("models/SmolLM2-135M-Instruct.Q4_1.gguf", quantize="int8"))
         """
-        model, tokenizer = build_model(options)
+        model, tokenizer, chat_format = build_model(options)
         draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
         return Llama(
             model,
             tokenizer,
             seed=options.seed,
-            chat_format=options.chat_format,
+            chat_format=chat_format,
             speculate=options.speculate,
             draft=draft,
         )
 
     def stream(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Iterable[SupportsIndex]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -119,10 +146,10 @@ class Llama:
         """Complete prompts of any lengths, at most max_batch_size at a time, event by event as tokens come.
 
         Args:
-            prompt_tokens: token ids of each prompt, at least one.
+            prompt_tokens: token ids of each prompt, at least one; a list, array or tensor of integers each.
             max_gen_len: the most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
             temperature: 0 is greedy; higher is more varied.
-            top_p: the probability mass of the nucleus that tokens are drawn from, in (0, 1].
+            top_p: the probability mass of the nucleus that tokens are drawn from, in [0, 1]; 0 is greedy.
             logprobs: whether events have log-probabilities, under the raw logits; a prompt's first token has none.
             echo: whether the tokens of the prompts come first.
             seed: the same seed gives the same tokens; None goes on with the model's own sequence of seeds.
@@ -140,32 +167,31 @@ class Llama:
         0 None '' length
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
-        return self._stream(prompt_tokens, params, add_prefix_space, keep_cache)
+        return self._stream(read_prompts(prompt_tokens, self.model.args), params, add_prefix_space, keep_cache)
 
     def generate(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: Iterable[Iterable[SupportsIndex]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        stop_token: int | None = None,
         *,
         seed: int | None = None,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generate the new tokens of each prompt, without the end token, and their log-probabilities when asked for.
 
         Args: as for `stream`; with echo the prompts' tokens come first, and 0.0 stands for the score of the first.
+        stop_token is the one token that ends a generation, in place of the tokenizer's stop_tokens.
 
         >>> llm.generate(llm.encode_prompts(["The capital of France is"]), max_gen_len=2, temperature=0)
         ([[7042, 30]], None)
         """
-        tokens: list[list[int]] = [[] for _ in prompt_tokens]
-        scores: list[list[float]] = [[] for _ in prompt_tokens]
-        for event in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, seed=seed):
-            if event.token is not None:
-                tokens[event.index].append(event.token)
-                scores[event.index].append(event.logprob or 0.0)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo, stop_token)
+        prompts = read_prompts(prompt_tokens, self.model.args)
+        tokens, scores = fold_tokens(self._stream(prompts, params), len(prompts))
         return tokens, scores if logprobs else None
 
     def text_completion(
@@ -179,15 +205,16 @@ class Llama:
         *,
         seed: int | None = None,
     ) -> list[CompletionPrediction]:
-        """Continue each text. A generation keeps its leading space; `tokens` are the texts of single tokens.
+        """Continue each text; `tokens` are the texts of single tokens.
 
-        Args: texts to continue; the others as for `stream`.
+        Args: texts to continue; the others as for `stream`. A generation is a text of its own, as in Meta's code: it
+        begins without the space that SentencePiece puts before a word, which `stream` keeps.
 
         >>> llm.text_completion(["The capital of France is"], temperature=0, max_gen_len=2)
         [{'generation': ' Paris.', 'tokens': [' Paris', '.'], 'finish_reason': 'length'}]
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
-        return self._complete(self.encode_prompts(prompts), params, add_prefix_space=echo)
+        return self._complete(self.encode_prompts(prompts), params, add_prefix_space=True)
 
     def chat_completion(
         self,
@@ -211,19 +238,12 @@ class Llama:
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs)
         for dialog in dialogs:
             check_messages(dialog)
-        safe = [dialog for dialog in dialogs if not self.chat_format.is_unsafe(dialog)]
-        answers: Iterator[CompletionPrediction] = iter(())
+        refused = [self.chat_format.is_unsafe(dialog) for dialog in dialogs]
+        safe = [dialog for dialog, is_refused in zip(dialogs, refused, strict=True) if not is_refused]
+        answers: list[CompletionPrediction] = []
         if safe or not dialogs:
-            answers = iter(self._complete(self.encode_dialogs(safe), params, add_prefix_space=True))
-        refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
-        if logprobs:
-            refusal["logprobs"] = []
-        replies = []
-        for dialog in dialogs:
-            answer = refusal if self.chat_format.is_unsafe(dialog) else next(answers)
-            message = Message(role="assistant", content=answer["generation"])
-            replies.append(ChatPrediction(**{**answer, "generation": message}))
-        return replies
+            answers = self._complete(self.encode_dialogs(safe), params, add_prefix_space=True)
+        return chat_predictions(answers, refused, logprobs)
 
     def text_infilling(
         self,
@@ -248,10 +268,12 @@ class Llama:
         Traceback (most recent call last):
         ValueError: infilling needs the tokens ▁<PRE>, ▁<SUF> and ▁<MID>, which this tokenizer lacks
         """
+        check_texts("prefixes", prefixes)
+        check_texts("suffixes", suffixes)
         if len(prefixes) != len(suffixes):
             raise ValueError(f"every prefix needs a suffix, got {len(prefixes)} and {len(suffixes)}")
         pairs = list(zip(prefixes, suffixes, strict=True))
-        prompts = [infilling_tokens(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in pairs]
+        prompts = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in pairs]
         filled = self._complete(prompts, SamplingParams(temperature, top_p, max_gen_len, seed, logprobs))
         return [
             InfillingPrediction(**fill, full_text=prefix + fill["generation"] + suffix)
@@ -259,24 +281,13 @@ class Llama:
         ]
 
     def encode_dialogs(self, dialogs: Sequence[Dialog]) -> list[list[int]]:
-        """Encode dialogs up to where each answer begins; ValueError when a dialog does not fit the format.
+        """Encode dialogs up to where each answer begins; raise ValueError where one does not fit the format.
 
         >>> [tokens] = llm.encode_dialogs([[{"role": "user", "content": "Hi"}]])
         >>> llm.tokenizer.decode(tokens[-7:])
         'Hi<|im_end|>\\n<|im_start|>assistant\\n'
-
-        The first of the ranks that share the model encodes for all: a template may look at the clock.
         """
-        encoded: list[list[int]] | ValueError = []
-        if self.model.parallel.rank == 0:
-            try:
-                encoded = [self.chat_format.encode(dialog) for dialog in dialogs]
-            except ValueError as error:
-                encoded = error
-        encoded = self.model.parallel.share(encoded)
-        if isinstance(encoded, ValueError):
-            raise encoded
-        return encoded
+        return encode_dialogs(self.chat_format, self.model.parallel, dialogs)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Encode texts to continue; an empty text is the begin token, as nothing cannot be continued.
@@ -289,24 +300,24 @@ class Llama:
     def _complete(
         self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, add_prefix_space: bool = False
     ) -> list[CompletionPrediction]:
-        events = self._stream(prompt_tokens, params, add_prefix_space)
-        return fold_events(events, len(prompt_tokens), self.tokenizer, params.logprobs)
+        prompts = read_prompts(prompt_tokens, self.model.args)
+        events = self._stream(prompts, params, add_prefix_space)
+        return fold_events(events, len(prompts), self.tokenizer, params.logprobs)
 
     def _stream(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         add_prefix_space: bool = False,
         keep_cache: bool = False,
     ) -> Iterator[TokenEvent]:
         """See `stream`. The scheduler's own events are returned, so that no token passes through here."""
-        check_prompts(prompt_tokens, self.model.args, params.max_gen_len)
-        if keep_cache and len(prompt_tokens) > 1:
-            raise ValueError(f"keep_cache is for one prompt at a time, got {len(prompt_tokens)}")
+        if keep_cache and len(prompts) > 1:
+            raise ValueError(f"keep_cache is for one prompt at a time, got {len(prompts)}")
         seed, first = params.seed, 0
         if seed is None:
             seed, first = self.seed, self._sequences_seeded
-            self._sequences_seeded += len(prompt_tokens)
+            self._sequences_seeded += len(prompts)
         max_seq_len = self.model.args.max_seq_len
-        sequences = make_sequences(prompt_tokens, params, max_seq_len, seed, first, self.tokenizer, add_prefix_space)
+        sequences = make_sequences(prompts, params, max_seq_len, seed, first, self.tokenizer, add_prefix_space)
         return self.scheduler.run(sequences, params, keep_cache)

@@ -18,9 +18,9 @@ from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.quantization.weights import Weight
-from llama.rope import Rotary, rotate
+from llama.rope import Rotary, precompute_freqs_cis, rotate
 
-__all__ = ["ModelArgs", "Transformer"]
+__all__ = ["ModelArgs", "Transformer", "precompute_freqs_cis"]
 
 
 class LayersBackend(Protocol):
@@ -204,6 +204,11 @@ class Transformer(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.backend = None
         return super().load_state_dict(*args, **kwargs)
+
+    @property
+    def params(self) -> ModelArgs:
+        """The architecture and limits, as Meta's code calls them."""
+        return self.args
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from llama.chat.formats import Message
+from llama.chat.dialog import Message
+from llama.chat.llama2_tags import UNSAFE_ERROR
 from llama.tokenizer import Tokenizer
 
 # An end token was sampled, or a limit of tokens is reached.
@@ -52,6 +53,17 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
 
 
+def fold_tokens(events: Iterable[TokenEvent], n_prompts: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Fold the events of n_prompts prompts into the tokens of each, and their scores: 0.0 where there is none."""
+    tokens: list[list[int]] = [[] for _ in range(n_prompts)]
+    scores: list[list[float]] = [[] for _ in range(n_prompts)]
+    for event in events:
+        if event.token is not None:
+            tokens[event.index].append(event.token)
+            scores[event.index].append(event.logprob or 0.0)
+    return tokens, scores
+
+
 def fold_events(
     events: Iterable[TokenEvent], n_prompts: int, tokenizer: Tokenizer, logprobs: bool
 ) -> list[CompletionPrediction]:
@@ -60,6 +72,21 @@ def fold_events(
     for event in events:
         by_prompt[event.index].append(event)
     return [_prediction(prompt_events, tokenizer, logprobs) for prompt_events in by_prompt]
+
+
+def chat_predictions(
+    answers: Iterable[CompletionPrediction], refused: Iterable[bool], logprobs: bool
+) -> list[ChatPrediction]:
+    """Return a prediction for each dialog: the next of the answers, or Meta's error text where it was refused."""
+    refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
+    if logprobs:
+        refusal["logprobs"] = []
+    answered = iter(answers)
+    predictions = [refusal if is_refused else next(answered) for is_refused in refused]
+    return [
+        ChatPrediction(**{**each, "generation": Message(role="assistant", content=each["generation"])})
+        for each in predictions
+    ]
 
 
 def _prediction(events: list[TokenEvent], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:

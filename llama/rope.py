@@ -55,6 +55,11 @@ class Rotary(nn.Module):
         return ((self.theta * stretch)[:, None] ** -exponents)[:, None]
 
 
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
+    """Return the unscaled rotations of positions 0 to end - 1, (end, dim / 2), complex, as Meta's code calls them."""
+    return Rotary(dim, theta, None)(torch.arange(end)[None])[0, :, 0]
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the adjacent pairs of x (bsz, seqlen, heads, head_dim), as in Meta's order of dimensions."""
     if torch.compiler.is_compiling():  # Inductor does not compile complex numbers

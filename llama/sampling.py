@@ -23,11 +23,12 @@ class SamplingParams:
 
     Args:
         temperature: 0 is greedy; higher is more varied.
-        top_p: probability mass of the nucleus that tokens are drawn from, in (0, 1].
+        top_p: probability mass of the nucleus that tokens are drawn from, in [0, 1]; 0 is greedy.
         max_gen_len: most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
         seed: the same seed gives the same texts; None goes on with the model's own sequence of seeds.
         logprobs: also return the log-probability of every token.
         echo: repeat the prompt in the completion.
+        stop_token: the one token that ends a completion; None is each of the tokenizer's stop_tokens.
     """
 
     temperature: float = 0.6
@@ -36,16 +37,24 @@ class SamplingParams:
     seed: int | None = None
     logprobs: bool = False
     echo: bool = False
+    stop_token: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be a number of at least 0, got {self.temperature!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be in [0, 1], got {self.top_p!r}")
         if self.max_gen_len is not None and (type(self.max_gen_len) is not int or self.max_gen_len < 0):
             raise ValueError(f"max_gen_len must be an integer of at least 0, got {self.max_gen_len!r}")
-        if self.seed is not None and type(self.seed) is not int:
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        for name in ("seed", "stop_token"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Tell whether each token is the likeliest, whatever the random numbers."""
+        return self.temperature == 0 or self.top_p == 0
 
 
 def uniforms(seed: int, index: int, count: int) -> Tensor:
@@ -81,12 +90,12 @@ class TorchSampler:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
-    """Return one token for each row, (bsz,): the greatest logit's at temperature 0, else one drawn from the nucleus.
+    """Return one token for each row, (bsz,): drawn from the nucleus, at temperature 0 or top_p 0 the greatest logit's.
 
     logits: (bsz, vocab_size), fp32; uniform: (bsz,), in [0, 1). Rows without a finite maximum get INVALID.
     """
     highest, greedy = logits.max(dim=-1)  # NaN wins a maximum
-    tokens = greedy if temperature == 0 else draw(nucleus(logits, temperature, top_p), uniform)
+    tokens = greedy if 0 in (temperature, top_p) else draw(nucleus(logits, temperature, top_p), uniform)
     return tokens.where(highest.isfinite(), INVALID)
 
 
@@ -114,6 +123,15 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, T
         tokens = tokens.gather(-1, by_prob)
     before = top_probs.cumsum(-1) - top_probs
     return tokens, top_probs.where(before <= top_p, 0)
+
+
+def sample_top_p(probs: Tensor, p: float) -> Tensor:
+    """Draw a token of each row of probs, (bsz, vocab_size), from its nucleus, (bsz, 1), as Meta's code calls it.
+
+    The random numbers are those of torch's global generator, as there.
+    """
+    tokens, kept = nucleus(probs.float().log(), 1.0, p)
+    return tokens.gather(-1, torch.multinomial(kept, 1))
 
 
 def draw(candidates: tuple[Tensor, Tensor], uniform: Tensor) -> Tensor:

@@ -5,32 +5,21 @@ Control tokens are placed by id; what people typed is encoded as plain text, wha
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypedDict
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from llama.chat.template import TEXT_TAGS, TemplateChat
+from llama.chat.dialog import Dialog, Message, check_contents, check_roles
+from llama.chat.finetunes import FINETUNES, known_finetune
+from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS
+from llama.chat.template import TemplateChat
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
-Role = Literal["system", "user", "assistant"]
 
-
-class Message(TypedDict):
-    """One message of a dialog."""
-
-    role: Role
-    content: str
-
-
-Dialog = Sequence[Message]
-
-# The answer of Meta's code to a dialog that spells out Llama 2's tags.
-UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
-
-
-class ChatFormat(Protocol):
+class DialogFormat(Protocol):
     """The format of dialogs that a model was tuned on."""
 
     def encode(self, dialog: Dialog) -> list[int]:
@@ -52,11 +41,11 @@ class Llama2Chat:
         check_roles(dialog)
         system, turns = "", list(dialog)
         if turns[0]["role"] == "system":
-            system = f"<<SYS>>\n{turns.pop(0)['content']}\n<</SYS>>\n\n"
+            system = B_SYS + turns.pop(0)["content"] + E_SYS
         ids: list[int] = []
         for i in range(0, len(turns), 2):
             question = (system if i == 0 else "") + turns[i]["content"]
-            text = f"[INST] {question.strip()} [/INST]"
+            text = f"{B_INST} {question.strip()} {E_INST}"
             if i + 1 < len(turns):
                 ids += self.tokenizer.encode(f"{text} {turns[i + 1]['content'].strip()} ", bos=True, eos=True)
             else:
@@ -65,7 +54,7 @@ class Llama2Chat:
 
     def is_unsafe(self, dialog: Dialog) -> bool:
         check_roles(dialog)
-        return any(tag in message["content"] for message in dialog for tag in TEXT_TAGS)
+        return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
 class GuessedChat(Llama2Chat):
@@ -84,27 +73,38 @@ class GuessedChat(Llama2Chat):
 
 
 class Llama3Chat:
-    """Llama 3's format: a header with the role, the message, <|eot_id|>."""
+    """Llama 3's format: a header with the role, the message, <|eot_id|>; roles in any order.
+
+    It is `llama.tokenizer.ChatFormat` in Meta's Llama 3, whose names of methods it has.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_roles(dialog)
-        ids = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
-        for message in dialog:
-            ids += self._header(message["role"])
-            ids += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
-            ids.append(self.tokenizer.special_tokens["<|eot_id|>"])
-        return ids + self._header("assistant")
+        check_contents(dialog)
+        return self.encode_dialog_prompt(dialog)
 
     def is_unsafe(self, dialog: Dialog) -> bool:
         return False
 
-    def _header(self, role: str) -> list[int]:
+    def encode_header(self, message: Message) -> list[int]:
+        """Encode what begins a message: its role between control tokens, and a blank line."""
         special = self.tokenizer.special_tokens
+        role = "ipython" if message["role"] == "tool" else message["role"]
         name, blank = (self.tokenizer.encode(text, bos=False, eos=False) for text in (role, "\n\n"))
         return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *blank]
+
+    def encode_message(self, message: Message) -> list[int]:
+        """Encode a whole message, stripped, with the end of its turn."""
+        text = self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
+        return [*self.encode_header(message), *text, self.tokenizer.special_tokens["<|eot_id|>"]]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """Encode messages, and the header of the answer."""
+        messages = [token for message in dialog for token in self.encode_message(message)]
+        answer = self.encode_header(Message(role="assistant", content=""))
+        return [self.tokenizer.special_tokens["<|begin_of_text|>"], *messages, *answer]
 
 
 class ChatML:
@@ -114,7 +114,7 @@ class ChatML:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_roles(dialog)
+        check_contents(dialog)
         start, end = (self.tokenizer.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
         newline = self._text("\n")
         ids: list[int] = []
@@ -157,67 +157,63 @@ class CodeLlama70BChat:
         return self.tokenizer.encode(text, bos=False, eos=False)
 
 
-CHAT_FORMATS: dict[str, Callable[[Tokenizer], ChatFormat]] = {
+CHAT_FORMATS: dict[str, Callable[[Tokenizer], DialogFormat]] = {
     "template": TemplateChat,
     "llama2": Llama2Chat,
     "llama3": Llama3Chat,
     "chatml": ChatML,
     "codellama70b": CodeLlama70BChat,
+    **{name: functools.partial(TemplateChat, source=turns.template) for name, turns in FINETUNES.items()},
 }
-# The control tokens of each built-in format, by which it is recognised; Llama 2's tags are plain text.
+# The control tokens that a built-in format needs; those of other models than fine-tunes tell it, too.
 FORMAT_TOKENS = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "codellama70b": ("<step>",),
+    "openchat": ("<|end_of_turn|>",),
 }
 
 
-def choose_chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
-    """Return the format named, else the model's own template, else the format whose control tokens the tokenizer has.
+def find_chat_format(tokenizer: Tokenizer, model_names: Iterable[str] = ()) -> str | None:
+    """Return a model's format: its own template, else what its control tokens tell, else what one of its names tells.
 
-    Without any of these, return a GuessedChat. Raise ValueError where the tokenizer lacks tokens of the format named.
+    Return None without any of these; where a name decided, the log says so.
     """
-    if name is None and tokenizer.chat_template:
-        name = "template"
-    if name is None:
-        special = tokenizer.special_tokens
-        name = next((name for name, tokens in FORMAT_TOKENS.items() if all(each in special for each in tokens)), None)
+    if tokenizer.chat_template:
+        return "template"
+    for name in FORMAT_TOKENS:
+        if name not in FINETUNES and not _missing_tokens(tokenizer, name):
+            return name
+    known = known_finetune(model_names)
+    if known is None or _missing_tokens(tokenizer, known[0]):
+        return None
+    log.info("chat format %s, as this model is called %s; chat_format chooses another", *known)
+    return known[0]
+
+
+def choose_chat_format(tokenizer: Tokenizer, name: str | None = None) -> DialogFormat:
+    """Return the format named, else the one that `find_chat_format` finds, else a GuessedChat.
+
+    Raise ValueError where the tokenizer lacks tokens of the format named.
+    """
+    name = find_chat_format(tokenizer) if name is None else name
     if name is None:
         return GuessedChat(tokenizer)
     if name not in CHAT_FORMATS:
         raise ValueError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}, got {name!r}")
-    missing = [token for token in FORMAT_TOKENS.get(name, ()) if token not in tokenizer.special_tokens]
+    missing = _missing_tokens(tokenizer, name)
     if missing:
         raise ValueError(f"chat_format {name} needs the tokens {', '.join(missing)}, which this tokenizer lacks")
     return CHAT_FORMATS[name](tokenizer)
 
 
-def check_system(chat_format: ChatFormat, system: str) -> None:
+def _missing_tokens(tokenizer: Tokenizer, name: str) -> list[str]:
+    return [token for token in FORMAT_TOKENS.get(name, ()) if token not in tokenizer.special_tokens]
+
+
+def check_system(chat_format: DialogFormat, system: str) -> None:
     """Raise ValueError where the format refuses a system prompt, or leaves it out."""
     question = Message(role="user", content="Hello")
     prompts = [[Message(role="system", content=text), question] for text in (system, system + "!")]
     if chat_format.encode(prompts[0]) == chat_format.encode(prompts[1]):
         raise ValueError("this model's chat format has no place for a system prompt: leave it out")
-
-
-def check_messages(dialog: Dialog) -> None:
-    """Raise ValueError unless a dialog is a list of messages, each with a role and a content that are text."""
-    if not isinstance(dialog, list | tuple):
-        raise ValueError(f"a dialog is a list of messages, and dialogs are a list of those; got {dialog!r}")
-    for message in dialog:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(
-                f"a dialog is a list of messages, each a dictionary with texts as 'role' and 'content'; got {message!r}"
-            )
-
-
-def check_roles(dialog: Dialog) -> None:
-    """Raise ValueError unless roles are an optional system, then user and assistant in turn, ending with user."""
-    check_messages(dialog)
-    roles = [message["role"] for message in dialog]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise ValueError(
-            "a dialog is an optional 'system' message, then 'user' and 'assistant' in turn, ending with 'user'; "
-            f"got {roles}"
-        )

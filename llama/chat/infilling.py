@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from llama.tokenizer import Tokenizer
-
-PREFIX_TOKEN, SUFFIX_TOKEN, MIDDLE_TOKEN = "▁<PRE>", "▁<SUF>", "▁<MID>"
+from llama.tokenizer.meta_names import MIDDLE_TOKEN, PREFIX_TOKEN, SUFFIX_TOKEN
 
 # Marks the gap in a prompt on the command line.
 FILL_MARK = "<FILL>"
@@ -12,22 +11,21 @@ FILL_MARK = "<FILL>"
 
 def can_infill(tokenizer: Tokenizer) -> bool:
     """Tell whether the tokenizer has the control tokens of infilling."""
-    return all(token in tokenizer.special_tokens for token in (PREFIX_TOKEN, SUFFIX_TOKEN, MIDDLE_TOKEN))
+    return None not in (tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id)
 
 
-def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
-    """Encode a prompt for the text between prefix and suffix; raise ValueError unless the tokenizer can infill.
+def infilling_prompt_tokens(tokenizer: Tokenizer, pre: str, suf: str, suffix_first: bool = False) -> list[int]:
+    """Encode a prompt for the text between pre and suf; raise ValueError unless the tokenizer can infill.
 
     suffix_first puts the suffix before the prefix: <PRE> <SUF> suffix <MID> prefix.
     """
-    if not can_infill(tokenizer):
+    pre_id, suf_id, mid_id = tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id
+    if pre_id is None or suf_id is None or mid_id is None:
         raise ValueError(
             f"infilling needs the tokens {PREFIX_TOKEN}, {SUFFIX_TOKEN} and {MIDDLE_TOKEN}, which this tokenizer lacks"
         )
-    pre, suf, mid = (tokenizer.special_tokens[token] for token in (PREFIX_TOKEN, SUFFIX_TOKEN, MIDDLE_TOKEN))
-    # The suffix continues a text: it gets no space before its first word.
-    before = tokenizer.encode(prefix, bos=False, eos=False)
-    after = tokenizer.encode(suffix, bos=False, eos=False, add_prefix_space=False)
+    before = tokenizer.encode(pre, bos=False, eos=False)
+    after = tokenizer.encode_infilling(suf)
     if suffix_first:
-        return [tokenizer.bos_id, pre, suf, *after, mid, *before]
-    return [tokenizer.bos_id, pre, *before, suf, *after, mid]
+        return [tokenizer.bos_id, pre_id, suf_id, *after, mid_id, *before]
+    return [tokenizer.bos_id, pre_id, *before, suf_id, *after, mid_id]

@@ -14,13 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama.chat.dialog import REASONING_KEYS, map_texts, plain_messages, texts_of
+from llama.chat.llama2_tags import SPECIAL_TAGS
 from llama.errors import one_line
 from llama.tokenizer import Tokenizer
 
 SECONDS = 5.0  # limit for one prompt, which takes a few milliseconds
-ROLES = ("system", "user", "assistant")
-# Llama 2's tags are plain text, in its vocabulary and in its template.
-TEXT_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
+# The keys of messages that templates read by name, and the values of them that templates compare with constants.
+KEPT: dict[str, Sequence[str]] = dict.fromkeys(
+    ("content", "text", "name", "tool_calls", "tool_call_id", "id", "function", "arguments", *REASONING_KEYS), ()
+)
+KEPT |= {"role": ROLES, "type": ("function", "text")}
 # With -S and the caller's own path, jinja2 is found as the caller finds it, and no site module runs at the start.
 START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 # Matches nowhere; has a group, like the patterns of _any_of.
@@ -28,7 +33,7 @@ NOTHING = re.compile("((?!))")
 
 
 class TemplateChat:
-    """The tokenizer's own `chat_template`: encodes the prompt that transformers' apply_chat_template renders.
+    """A chat template: encodes the prompt that transformers' apply_chat_template renders.
 
     A control token in the prompt becomes its id only where the template wrote all of it. What came from a message is
     text, whatever it spells: whole, in pieces that template and message complete together, or after the template
@@ -39,11 +44,11 @@ class TemplateChat:
     placeholders, so that ids are always those of the text that transformers renders. ValueError is raised for a message
     where they are not: where the template compares it with a number, say, or looks for a control token in it.
 
-    Two things never get placeholders: whitespace, which templates trim, and the roles system, user and assistant, from
-    which templates build control tokens. Texts that the template spells as constants and looks for in a message, such
-    as "</think>", get none if the prompts differ otherwise and no control token can overlap them. (A template could
-    still make a part of such a text into a control token, if it cuts the text up and writes the rest of the token
-    around that part.)
+    Two things never get placeholders: whitespace, which templates trim, and the structure of messages, which they look
+    up and compare: `ROLES`, from which templates build control tokens too, and the other keys and values of `KEPT`.
+    Texts that the template spells as constants and looks for in a message, such as "</think>", get none if the prompts
+    differ otherwise and no control token can overlap them. (A template could still make a part of such a text into a
+    control token, if it cuts the text up and writes the rest of the token around that part.)
 
     Rendering runs no code of the template outside jinja's sandbox, opens no files, and takes at most SECONDS and, on
     Linux, 512 MiB of a process of its own (see D14). A template can still write any prompt it likes.
@@ -53,11 +58,12 @@ class TemplateChat:
     ignored.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        if not tokenizer.chat_template:
+    def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
+        """source: the jinja text; None is the tokenizer's own `chat_template`, without which ValueError is raised."""
+        source = source or tokenizer.chat_template
+        if not source:
             raise ValueError("chat_format template: this model brings no chat template")
-        self.tokenizer = tokenizer
-        self._source = tokenizer.chat_template
+        self.tokenizer, self._source = tokenizer, source
         spelling_of = {token: text for text, token in tokenizer.special_tokens.items()}
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         self._variables = {name: spelling_of[token] for name, token in named.items() if token in spelling_of}
@@ -65,9 +71,9 @@ class TemplateChat:
         self._characters = frozenset("".join(self._spellings))
         self._renderer = _Renderer()
 
-    def encode(self, dialog: Sequence[Mapping[str, object]]) -> list[int]:
+    def encode(self, dialog: Sequence[Mapping[str, Any]]) -> list[int]:
         """Encode the prompt of a dialog; BOS is where the template writes it, and nowhere else."""
-        prompt, originals = self._render(_checked(dialog))
+        prompt, originals = self._render(plain_messages(dialog))
         ids: list[int] = []
         for i, part in enumerate(self._control.split(prompt)):
             if i % 2 == 1:
@@ -77,17 +83,20 @@ class TemplateChat:
                 ids += self.tokenizer.encode(part.translate(originals), False, False, add_prefix_space=prefix_space)
         return ids
 
-    def is_unsafe(self, dialog: Sequence[Mapping[str, object]]) -> bool:
+    def is_unsafe(self, dialog: Sequence[Mapping[str, Any]]) -> bool:
         """Tell whether a message spells out tags of Llama 2 that this template writes as plain text."""
-        tags = [tag for tag in TEXT_TAGS if tag in self._source and tag not in self.tokenizer.special_tokens]
-        return any(tag in str(message.get("content")) for message in dialog for tag in tags)
+        tags = [tag for tag in SPECIAL_TAGS if tag in self._source and tag not in self.tokenizer.special_tokens]
+        return any(tag in text for text in texts_of(dialog) for tag in tags)
 
-    def _render(self, dialog: list[dict[str, str]]) -> tuple[str, dict[int, str]]:
+    def _render(self, dialog: list[dict[str, Any]]) -> tuple[str, dict[int, str]]:
         """Return the prompt with placeholders for characters of messages, and the original of each placeholder."""
-        texts = [text for message in dialog for text in message.values()]
+        texts = list(texts_of(dialog))
         placeholders = _choose_placeholders(texts, self._characters, used=set("".join([self._source, *texts])))
         originals = {ord(placeholder): original for original, placeholder in placeholders.items()}
         table = str.maketrans(placeholders)
+        # As tojson(ensure_ascii=true) writes them; what they stand for, it would have left as it is.
+        escaped = {json.dumps(char)[1:-1]: char for original, char in placeholders.items() if original.isascii()}
+        escapes = _any_of(list(escaped))
 
         def replace(text: str, unchanged: re.Pattern[str]) -> str:
             parts = unchanged.split(text)  # odd ones match
@@ -95,16 +104,12 @@ class TemplateChat:
 
         for keep_constants in (False, True):
             unchanged = self._constants if keep_constants else NOTHING
-            replaced = [
-                {
-                    key: text if key == "role" and text in ROLES else replace(text, unchanged)
-                    for key, text in message.items()
-                }
-                for message in dialog
-            ]
+            replaced = map_texts(dialog, functools.partial(replace, unchanged=unchanged), KEPT)
             plain, prompt = self._ask([dialog, replaced])["prompts"]
-            if prompt is not None and prompt.translate(originals) == plain:
-                return prompt, originals
+            if prompt is not None:
+                prompt = escapes.sub(lambda match: escaped[match[0]], prompt)
+                if prompt.translate(originals) == plain:
+                    return prompt, originals
         raise ValueError(
             "the chat template reads a message in a way that cannot be kept apart from control tokens: "
             "say it in other words, or choose another chat_format"
@@ -121,7 +126,7 @@ class TemplateChat:
         constants: list[str] = self._ask([])["constants"]
         return _any_of(_apart(constants, self._spellings), re.IGNORECASE)
 
-    def _ask(self, dialogs: list[list[dict[str, str]]]) -> dict[str, Any]:
+    def _ask(self, dialogs: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """Return the prompts of dialogs, and the template's constants."""
         return self._renderer.ask({"source": self._source, "variables": self._variables, "dialogs": dialogs})
 
@@ -181,24 +186,6 @@ def _start_process() -> subprocess.Popen[str]:
 def _end_process(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()  # closes its pipes and waits
-
-
-def _checked(dialog: Sequence[Mapping[str, object]]) -> list[dict[str, str]]:
-    """Return roles and contents, with surrogates replaced as `Tokenizer.encode` does.
-
-    Raise ValueError where one is not text; everything else about a dialog is for the template to judge.
-    """
-    if not dialog:
-        raise ValueError("a dialog needs at least one message")
-    messages = []
-    for i, message in enumerate(dialog):
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(f"message {i} needs a role and a content that are text, got {role!r} and {content!r:.40}")
-        texts = {"role": role, "content": content}
-        valid = {key: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for key, text in texts.items()}
-        messages.append(valid)
-    return messages
 
 
 def _choose_placeholders(texts: list[str], characters: frozenset[str], used: set[str]) -> dict[str, str]:

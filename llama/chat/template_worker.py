@@ -76,7 +76,7 @@ def compile_template(source: str) -> tuple[Template, list[str]]:
     return environment.from_string(source), sorted(texts)[:MAX_CONSTANTS]
 
 
-def render(template: Template, messages: list[dict[str, str]], now: datetime, variables: dict[str, str]) -> str:
+def render(template: Template, messages: list[dict[str, Any]], now: datetime, variables: dict[str, str]) -> str:
     """Render the prompt of a dialog; raise OverflowError where it is longer than MAX_PROMPT_CHARS."""
     text = template.render(
         messages=messages,

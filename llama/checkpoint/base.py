@@ -168,6 +168,11 @@ class StoredCheckpoint(Checkpoint, Protocol):
     """Offer a checkpoint that lies in files; there is one class per format."""
 
     @property
+    def model_name(self) -> str:
+        """Return what the files call the model, empty where they do not say."""
+        ...
+
+    @property
     def is_quantized(self) -> bool:
         """Tell whether any matrix is stored in blocks."""
         ...

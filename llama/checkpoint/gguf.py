@@ -101,6 +101,10 @@ class GGUFCheckpoint:
                 self._tensors[name] = _StoredTensor(np.zeros(4 * shape[0], np.uint8), shape, BlockType("F32", 1, 4))
 
     @property
+    def model_name(self) -> str:
+        return str(self._metadata.get("general.name", ""))
+
+    @property
     def tokenizer_metadata(self) -> Mapping[str, Any]:
         return {key: value for key, value in self._metadata.items() if key.startswith("tokenizer.")}
 

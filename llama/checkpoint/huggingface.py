@@ -58,6 +58,10 @@ class HuggingFaceCheckpoint:
         self.dtype = torch.bfloat16 if no_dtype else next(iter(self._tensors.values())).dtype
 
     @property
+    def model_name(self) -> str:
+        return str(read_json_object(self.path / "config.json").get("_name_or_path") or "")
+
+    @property
     def context_len(self) -> int | None:
         return positive_int(read_json_object(self.path / "config.json").get("max_position_embeddings"))
 

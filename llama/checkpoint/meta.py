@@ -29,6 +29,7 @@ class MetaCheckpoint:
 
     pads_vocab = False
     is_quantized = False
+    model_name = ""
     context_len = None
     tokenizer_metadata = None
     stop_tokens: frozenset[int] = frozenset()

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from llama import Llama
-from llama.chat.formats import UNSAFE_ERROR, Message, check_system
+from llama.chat.dialog import Message
+from llama.chat.formats import check_system
+from llama.chat.llama2_tags import UNSAFE_ERROR
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.plan import end_with_plan
 from llama.cli.report import report

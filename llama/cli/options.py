@@ -21,5 +21,5 @@ def build_flags(*hidden: str, words: Sequence[str] = (), **defaults: Any) -> Fie
 
 
 def sampling_flags(*hidden: str, **defaults: Any) -> Fields:
-    """Flags of SamplingParams but for `hidden`; --seed is that of BuildOptions."""
-    return Fields("sampling", ("seed", *hidden), (), defaults)
+    """Flags of SamplingParams but for `hidden` and stop_token, an id; --seed is that of BuildOptions."""
+    return Fields("sampling", ("seed", "stop_token", *hidden), (), defaults)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -41,6 +42,15 @@ def join_job() -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def mute_later_ranks() -> None:
+    """Let this process print nothing from here on, if it is one of torchrun's ranks and not its host's first.
+
+    That is what Meta's code does in a build, so that scripts in which every rank prints show each result once.
+    """
+    if local_world_size() > 1 and local_rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # open as long as the process lives
 
 
 @contextlib.contextmanager

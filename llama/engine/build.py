@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llama.backends.base import Backend, choose_backend
-from llama.chat.formats import choose_chat_format
+from llama.chat.formats import choose_chat_format, find_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.base import dtype_name
 from llama.checkpoint.load import WeightFormat, check_vocab_size, check_weights
@@ -34,13 +34,16 @@ SAME_FILES = "give every host the same files"
 FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, or set LLAMA_KERNELS=0 on all"}
 
 
-def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
-    """Load this rank's share of a model, and the tokenizer that belongs to it."""
+def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | None]:
+    """Load this rank's share of a model; return it with its tokenizer and, where it has one, its chat format's name."""
     start = time.perf_counter()
     join_job()
     with agree():
         source = open_source(options)
-        choose_chat_format(source.tokenizer, options.chat_format)  # checked before gigabytes are read
+        chat_format = options.chat_format
+        if chat_format is None:
+            chat_format = find_chat_format(source.tokenizer, source.model_names)
+        choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
     check_alike(source)
     ranks = source.with_ffn_multiple(join_model_parallel(options.model_parallel_size, source.device))
     # In a context of its own, so that no rank loads before all have read the free memory.
@@ -70,7 +73,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer]:
         "own kernels" if source.backend.own_kernels else "torch's operations",
         torch.get_num_threads(),
     )
-    return model, source.tokenizer
+    return model, source.tokenizer, chat_format
 
 
 def plan_run(
@@ -155,6 +158,13 @@ class Source:
     @property
     def device(self) -> torch.device:
         return self.backend.device
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What the model is called: by its folder or file, by the repository in the hub's cache, and by its files."""
+        path = self.checkpoint.path.absolute()
+        snapshots = [parent.parent for parent in (path, path.parent) if parent.parent.name == "snapshots"]
+        return path.name, *(folder.parent.name for folder in snapshots), self.checkpoint.model_name
 
     def with_ffn_multiple(self, ranks: ModelParallel) -> ModelParallel:
         """Return the ranks with hidden features split as the blocks of the weights allow."""

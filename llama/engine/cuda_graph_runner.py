@@ -104,7 +104,7 @@ class CudaGraphRunner:
         rows = self._rows(bsz)
         params = self._sampler.params
         # All that decides which operations run; other parameters are data on the device.
-        key = (rows, seqlen, params.temperature == 0, params.temperature == 0 or params.top_p == 1, params.logprobs)
+        key = (rows, seqlen, params.is_greedy, params.is_greedy or params.top_p == 1, params.logprobs)
         if key not in self._graphs:
             start = time.perf_counter()
             state = self._tokens.clone(), self._start_pos.clone()

@@ -2,39 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
+from llama.chat.dialog import Dialog
+from llama.chat.formats import DialogFormat
 from llama.config import ModelArgs
+from llama.distributed.groups import ModelParallel
 from llama.tokenizer import Tokenizer
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], args: ModelArgs, max_gen_len: int | None) -> None:
-    """Raise ValueError unless prompts are lists of token ids, at least one, and each leaves room for its completion."""
-    if not prompts:
-        raise ValueError("the list of prompts is empty: give at least one")
+def read_prompts(prompts: Iterable[Iterable[SupportsIndex]], args: ModelArgs) -> list[list[int]]:
+    """Return prompts as lists of ids, from lists or from arrays or tensors of integers.
+
+    Raise ValueError unless there is at least one prompt, and each has tokens and fits into max_seq_len.
+    """
+    _check_list("prompts", prompts, "lists of token ids")
+    found = []
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str | int):
-            raise ValueError(f"prompt {index} must be a list of token ids, got {prompt!r}")
-        if not prompt:
+        tokens = prompt if type(prompt) is list else prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+            raise ValueError(f"prompt {index} must be a list of token ids, got {prompt!r:.40}: put it in a list")
+        found.append([_token_id(token, index, args.vocab_size) for token in tokens])
+        if not found[-1]:
             raise ValueError(f"prompt {index} has no tokens: begin it with the tokenizer's bos_id")
-        for token in prompt:
-            if type(token) is not int or not 0 <= token < args.vocab_size:
-                raise ValueError(f"prompt {index} has token {token!r}: ids are 0 to {args.vocab_size - 1}")
-        room = args.max_seq_len - (max_gen_len != 0)
-        if len(prompt) > room:
+        if len(found[-1]) > args.max_seq_len:
             raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, max_seq_len is {args.max_seq_len}: raise it or shorten "
+                f"prompt {index} has {len(found[-1])} tokens, max_seq_len is {args.max_seq_len}: raise it or shorten "
                 "the prompt"
             )
+    if not found:
+        raise ValueError("the list of prompts is empty: give at least one")
+    return found
+
+
+def _token_id(token: SupportsIndex, index: int, vocab_size: int) -> int:
+    """Return an id of the vocabulary as an int: one of numpy or torch is an integer, too, while True is none."""
+    if type(token) is int and 0 <= token < vocab_size:
+        return token
+    try:
+        number = -1 if isinstance(token, bool) else operator.index(token)
+    except (TypeError, ValueError):  # of torch, for a float and for a tensor with several elements
+        number = -1
+    if not 0 <= number < vocab_size:
+        raise ValueError(f"prompt {index} has token {token!r:.40}: ids are integers, 0 to {vocab_size - 1}")
+    return number
+
+
+def _check_list(name: str, values: object, of: str) -> None:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list of {of}, got {values!r:.40}: put it in a list")
+
+
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Raise ValueError unless texts are a list of texts; name: what the caller calls them."""
+    _check_list(name, texts, "texts")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a list of texts, number {index} is {text!r:.40}")
+
+
+def encode_dialogs(chat_format: DialogFormat, parallel: ModelParallel, dialogs: Sequence[Dialog]) -> list[list[int]]:
+    """Encode dialogs up to where each answer begins; raise ValueError where one does not fit the format.
+
+    The first of the ranks that share the model encodes for all: a template may look at the clock.
+    """
+    encoded: list[list[int]] | ValueError = []
+    if parallel.rank == 0:
+        try:
+            encoded = [chat_format.encode(dialog) for dialog in dialogs]
+        except ValueError as error:
+            encoded = error
+    encoded = parallel.share(encoded)
+    if isinstance(encoded, ValueError):
+        raise encoded
+    return encoded
 
 
 def encode_texts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Encode texts to continue, an empty one as the begin token; raise ValueError unless they are texts."""
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of texts, got a single text: put it in a list")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt {index} must be a text, got {prompt!r}")
+    check_texts("prompts", prompts)
     return [
         tokenizer.encode(prompt, bos=tokenizer.add_bos, eos=False) or tokenizer.encode("", bos=True, eos=False)
         for prompt in prompts

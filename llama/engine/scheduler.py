@@ -84,7 +84,9 @@ class Batch:
         self.runner, self.context = runner, runner.context
         self.running = list(sequences)
         self.params, self.metrics = params, scheduler.metrics
-        self.stop_tokens, self.silent_tokens = scheduler.tokenizer.stop_tokens, scheduler.silent_tokens
+        stop = params.stop_token
+        self.stop_tokens = scheduler.tokenizer.stop_tokens if stop is None else frozenset({stop})
+        self.silent_tokens = scheduler.silent_tokens
         self.speculation: Speculation | None = None
         if proposer is not None and self.context.prefix_reusable:  # otherwise draft tokens would change earlier keys
             self.speculation = Speculation(proposer, runner, self.stop_tokens, self.metrics)
@@ -101,9 +103,11 @@ class Batch:
                 for j, token in enumerate(sequence.prompt):
                     logprob = scores[i][j] if scores else None
                     yield TokenEvent(sequence.index, token, self._text(sequence, token), logprob)
-        if output is None:
-            for sequence in sequences:
-                yield TokenEvent(sequence.index, None, sequence.decoder.flush(), finish_reason="length")
+        full = [i for i, sequence in enumerate(self.running) if not sequence.max_new_tokens]
+        for i in full:
+            yield TokenEvent(self.running[i].index, None, self.running[i].decoder.flush(), finish_reason="length")
+        self._remove(full, output)
+        if output is None or not self.running:
             return
         while True:
             ended = []

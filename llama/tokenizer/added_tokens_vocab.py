@@ -29,6 +29,7 @@ class AddedTokensVocab:
         own = {text: i for text, i in pieces.special_tokens.items() if i not in control}
         self.special_tokens = own | {text: i for i, text in control.items()}
         self._pieces = SentencePieceVocab(proto, name, hidden) if any(i < pieces.n_words for i in hidden) else pieces
+        self.sp_model = self._pieces.sp_model
 
         self.n_words = max([pieces.n_words, *(i + 1 for i in added)])
         ids = ids | {token.content: i for i, token in added.items()}

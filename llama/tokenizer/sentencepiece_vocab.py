@@ -32,18 +32,18 @@ class SentencePieceVocab:
 
         try:
             proto, spec = _prepare(proto, control)
-            self._sp = sentencepiece.SentencePieceProcessor()
-            self._sp.LoadFromSerializedProto(proto)
-            self.ids = {self._sp.id_to_piece(i): i for i in range(self._sp.vocab_size())}
-            self.unk_id = self._sp.unk_id()
-            self._unk = {self.unk_id: self._sp.decode([self.unk_id]).encode()}
+            self.sp_model = sentencepiece.SentencePieceProcessor()
+            self.sp_model.LoadFromSerializedProto(proto)
+            self.ids = {self.sp_model.id_to_piece(i): i for i in range(self.sp_model.vocab_size())}
+            self.unk_id = self.sp_model.unk_id()
+            self._unk = {self.unk_id: self.sp_model.decode([self.unk_id]).encode()}
         except (ValueError, RuntimeError, IndexError) as error:  # the last where no piece is the unknown one
             why = str(error).splitlines()[0] if str(error) else "damaged"
             raise ValueError(f"{name} is no whole SentencePiece model: {why}") from None
-        self.n_words = self._sp.vocab_size()
-        self.bos_id, self.eos_id, self.pad_id = self._sp.bos_id(), self._sp.eos_id(), self._sp.pad_id()
+        self.n_words = self.sp_model.vocab_size()
+        self.bos_id, self.eos_id, self.pad_id = self.sp_model.bos_id(), self.sp_model.eos_id(), self.sp_model.pad_id()
         self.add_bos = self.prefix_space_after_special = True
-        self.special_tokens = {text: i for text, i in self.ids.items() if self._sp.is_control(i)}
+        self.special_tokens = {text: i for text, i in self.ids.items() if self.sp_model.is_control(i)}
         # Both default to true.
         self._puts_prefix_space = bool(spec.get(ADD_DUMMY_PREFIX, 1) or spec.get(REMOVE_EXTRA_WHITESPACES, 1))
 
@@ -53,17 +53,17 @@ class SentencePieceVocab:
         That is after a character that merges with no other, whose ids are then taken away again.
         """
         if add_prefix_space:
-            return self._sp.encode(s)
-        return self._sp.encode(BEFORE + s)[len(self._sp.encode(BEFORE)) :]
+            return self.sp_model.encode(s)
+        return self.sp_model.encode(BEFORE + s)[len(self.sp_model.encode(BEFORE)) :]
 
     def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
         """Return a token's bytes; a control token has none."""
-        if self._sp.is_control(token):
+        if self.sp_model.is_control(token):
             return b""
         if token in self._unk:
             return self._unk[token]
-        piece = self._sp.id_to_piece(token)
-        if self._sp.is_byte(token):
+        piece = self.sp_model.id_to_piece(token)
+        if self.sp_model.is_byte(token):
             return bytes([int(piece[3:5], 16)])  # "<0x0A>"
         if strip_prefix_space and self._puts_prefix_space:
             piece = piece.removeprefix(SPACE)

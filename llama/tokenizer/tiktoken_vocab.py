@@ -43,7 +43,7 @@ class TiktokenVocab:
         ids = _parse(data, path)
         self.special_tokens = {text: len(ids) + i for i, text in enumerate(SPECIAL_TOKENS)}
         # tiktoken calls a token's id its rank, because BPE merges the pair first that makes the lowest one.
-        self._bpe = tiktoken.Encoding(
+        self.model = tiktoken.Encoding(
             path.name, pat_str=PATTERN, mergeable_ranks=ids, special_tokens=self.special_tokens
         )
         self.n_words = len(ids) + N_SPECIAL
@@ -54,11 +54,11 @@ class TiktokenVocab:
 
     def encode(self, s: str, add_prefix_space: bool) -> list[int]:
         """Return the ids of s; this kind puts no space before a text in either case."""
-        return [token for part in _parts(s) for token in self._bpe.encode_ordinary(part)]
+        return [token for part in _parts(s) for token in self.model.encode_ordinary(part)]
 
     def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
         """Return a token's bytes; a control token is its own text."""
-        return self._bpe.decode_single_token_bytes(token)
+        return self.model.decode_single_token_bytes(token)
 
 
 def _parse(data: bytes, path: Path) -> dict[bytes, int]:

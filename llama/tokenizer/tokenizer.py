@@ -3,15 +3,16 @@
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llama.tokenizer.added_tokens_vocab import AddedTokensVocab
 from llama.tokenizer.gguf_bpe_vocab import GGUFBytePairVocab
 from llama.tokenizer.gguf_tokens import GGUFTokens
 from llama.tokenizer.hf_config import TokenizerConfig
 from llama.tokenizer.hf_vocab import HuggingFaceVocab
+from llama.tokenizer.meta_names import MetaNames
 from llama.tokenizer.sentencepiece_vocab import SentencePieceVocab, proto_from_gguf
 from llama.tokenizer.stream import StreamDecoder
 from llama.tokenizer.tiktoken_vocab import TiktokenVocab
@@ -33,7 +34,7 @@ NOT_TOKENIZERS = (  # the first bytes of other files, and what those are
 )
 
 
-class Tokenizer:
+class Tokenizer(MetaNames):
     """Text to token ids and back, by Meta's interface, for every kind of tokenizer.
 
     n_words: the largest id + 1, added tokens included.
@@ -110,31 +111,55 @@ class Tokenizer:
         other.stop_tokens = self.stop_tokens | set(tokens)
         return other
 
-    def encode(self, s: str, bos: bool, eos: bool, add_prefix_space: bool = True) -> list[int]:
-        """Return the ids of s as plain text: a control token that s spells is never a control id.
+    def encode(
+        self,
+        s: str,
+        bos: bool,
+        eos: bool,
+        add_prefix_space: bool = True,
+        *,
+        allowed_special: Literal["all"] | Collection[str] = (),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
+        """Return the ids of s as plain text: a control token that s spells is no control id unless it is allowed.
 
         bos, eos: whether to put BOS before the ids and EOS after them.
         add_prefix_space: whether to put a space before the first word, as SentencePiece does, and a `tokenizer.json`
             that says so. False where s continues a text, as the suffix of Code Llama's infilling does. Other kinds
             put no such space in either case.
+        allowed_special: control tokens that s may spell, by their texts, as in Meta's Llama 3.
+        disallowed_special: those that raise ValueError where s spells them; "all" is all that are not allowed.
         A lone surrogate is encoded as U+FFFD. Bytes that a byte-level BPE vocabulary lacks are dropped, as by the
         `tokenizers` library (the demo model lacks some control characters).
         """
         for wanted, token, name in ((bos, self.bos_id, "BOS"), (eos, self.eos_id, "EOS")):
             if wanted and token < 0:
                 raise ValueError(f"this tokenizer has no {name} token")
-        ids = self._vocab.encode(_valid_unicode(s), add_prefix_space)
+        allowed = self.special_tokens if allowed_special == "all" else allowed_special
+        disallowed = self.special_tokens if disallowed_special == "all" else disallowed_special
+        spelled = next((text for text in disallowed if text not in allowed and text in s), None)
+        if spelled is not None:
+            raise ValueError(f"the text spells the control token {spelled}, which disallowed_special forbids")
+        ids: list[int] = []
+        # By a pattern with a group, which gives the control tokens between the texts; the longest that matches wins.
+        names = [re.escape(text) for text in sorted(allowed, key=len, reverse=True) if text in self.special_tokens]
+        for i, part in enumerate(re.split(f"({'|'.join(names)})", s) if names else [s]):
+            if i % 2:
+                ids.append(self.special_tokens[part])
+            elif part:
+                prefix_space = add_prefix_space and (i == 0 or self.prefix_space_after_special)
+                ids += self._vocab.encode(_valid_unicode(part), prefix_space)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def decode(self, t: Sequence[int]) -> str:
-        """Return the text of tokens, with invalid UTF-8 as U+FFFD and without the prefix space.
+    def decode(self, t: Sequence[int] | int) -> str:
+        """Return the text of tokens, or of one token, with invalid UTF-8 as U+FFFD and without the prefix space.
 
         Control tokens are nothing for SentencePiece, and their own text for the other kinds, as in Meta's Llama 2 and
         Llama 3. Where bytes are no valid UTF-8, the sentencepiece library writes U+FFFD for each byte; here it is one
         for each broken character, as everywhere else.
         """
         stream = StreamDecoder(self)  # which tells ids that are out of range
-        return "".join([stream.push(token) for token in t]) + stream.flush()
+        return "".join([stream.push(token) for token in ([t] if isinstance(t, int) else t)]) + stream.flush()
 
     def stream_decoder(self, add_prefix_space: bool = True) -> StreamDecoder:
         """Return a decoder of one text, token by token, whose ids must be in range; see `StreamDecoder`."""

@@ -279,12 +279,12 @@ def temperature_that_is_no_number(folder: Path) -> Flags:
     return good(folder, "--temperature", "nan")
 
 
-@case("top_p must be in (0, 1], got 0.0")
-def top_p_of_nothing(folder: Path) -> Flags:
-    return good(folder, "--top_p", 0)
+@case("top_p must be in [0, 1], got -0.1")
+def top_p_below_nothing(folder: Path) -> Flags:
+    return good(folder, "--top_p", -0.1)
 
 
-@case("top_p must be in (0, 1], got 1.5")
+@case("top_p must be in [0, 1], got 1.5")
 def top_p_above_one(folder: Path) -> Flags:
     return good(folder, "--top_p", 1.5)
 
@@ -412,8 +412,11 @@ def test_a_command_that_is_mistyped_says_what_was_meant(words: list[str], error:
 
 def test_a_chat_says_what_is_wrong_too(tiny_folder: Path) -> None:
     flags = ["--ckpt_dir", tiny_folder]
-    formats = "chat_format must be one of template, llama2, llama3, chatml, codellama70b, got 'alpaca'"
-    check(python(CHAT, *flags, "--chat_format", "alpaca"), [formats])
+    formats = (
+        "chat_format must be one of template, llama2, llama3, chatml, codellama70b, vicuna, alpaca, zephyr, openchat, "
+        "tulu, solar, koala, got 'mine'"
+    )
+    check(python(CHAT, *flags, "--chat_format", "mine"), [formats])
     too_long = python(CHAT, *flags, "--max_seq_len", 20, stdin="hello hello hello\n")
     check(too_long, ["max_seq_len is 20"])
 

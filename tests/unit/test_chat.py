@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from llama.chat.formats import ChatML, GuessedChat, Llama2Chat, Llama3Chat, check_roles, choose_chat_format
+from llama.chat.dialog import check_roles
+from llama.chat.formats import ChatML, GuessedChat, Llama2Chat, Llama3Chat, choose_chat_format
 from llama.chat.template import TemplateChat
 from llama.checkpoint import open_checkpoint
 from llama.tokenizer import Tokenizer
@@ -62,6 +63,27 @@ def test_llama3_dialogs_are_headers_and_ends_of_turns(llama3: Tokenizer) -> None
         *turn(b"user", b"Bye"),
         *[START, *b"assistant", END, *b"\n\n"],
     ]
+
+
+def test_llama3_takes_roles_in_any_order_and_a_tools_answers_as_ipython(llama3: Tokenizer) -> None:
+    """Meta's code checks no roles; dialogs with tools, or that begin with an answer, were refused."""
+    result, early = message("tool", '{"a": 1}'), message("system", "be kind")
+    ids = Llama3Chat(llama3).encode([ANSWER, USER, early, result, message("ipython", "2")])
+    texts = [b"Hello!", b"Hi", b"be kind", b'{"a": 1}', b"2"]
+    roles = [b"assistant", b"user", b"system", b"ipython", b"ipython"]
+    pairs = zip(roles, texts, strict=True)
+    turns = [token for role, text in pairs for token in [START, *role, END, *b"\n\n", *text, EOT]]
+    assert ids == [BOS, *turns, START, *b"assistant", END, *b"\n\n"]
+
+
+def test_a_format_that_cannot_write_tool_calls_says_so(llama2: Tokenizer, llama3: Tokenizer) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    for chat in (Llama2Chat(llama2), Llama3Chat(llama3)):
+        with pytest.raises(ValueError, match="message 1 has tool_calls, which this chat format cannot write"):
+            chat.encode([USER, call])  # type: ignore[list-item]
+        with pytest.raises(ValueError, match="message 0 has a content that is no text"):
+            chat.encode([parts])  # type: ignore[list-item]
 
 
 def test_llama3_specials_typed_by_a_user_stay_text(llama3: Tokenizer) -> None:
@@ -173,7 +195,7 @@ def test_a_format_whose_tokens_the_tokenizer_lacks_is_refused(llama2: Tokenizer,
 @pytest.mark.parametrize("name", ["mistral", "", "Llama2"])
 def test_an_unknown_format_is_told_with_those_there_are(llama3: Tokenizer, name: str) -> None:
     with pytest.raises(
-        ValueError, match=f"chat_format must be one of template, llama2, llama3, chatml, codellama70b, got '{name}'"
+        ValueError, match=f"chat_format must be one of template, llama2, llama3, chatml, codellama70b, .*, got '{name}'"
     ):
         choose_chat_format(llama3, name)
 
@@ -187,9 +209,8 @@ def test_good_roles_are_accepted(roles: str) -> None:
 
 
 @pytest.mark.parametrize("roles", ["", "s", "a", "ua", "sua", "uu", "us", "au", "ssu", "usu", "uaau", "x", "ux"])
-def test_roles_that_fit_no_format_are_told(llama2: Tokenizer, llama3: Tokenizer, roles: str) -> None:
+def test_roles_that_do_not_fit_llama2s_format_are_told(llama2: Tokenizer, roles: str) -> None:
     names = {"s": "system", "u": "user", "a": "assistant", "x": "tool"}
     dialog = [message(names[role], "x") for role in roles]
-    for chat in (Llama2Chat(llama2), Llama3Chat(llama3)):
-        with pytest.raises(ValueError, match=r"a dialog is .* ending with 'user'; got \["):
-            chat.encode(dialog)
+    with pytest.raises(ValueError, match=r"needs at least one message|ending with 'user'; got \["):
+        Llama2Chat(llama2).encode(dialog)

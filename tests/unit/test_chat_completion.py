@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llama import Llama
-from llama.chat.formats import UNSAFE_ERROR
+from llama.chat.llama2_tags import UNSAFE_ERROR
 from tests.checkpoints import TINY, chain_state, write_meta
 from tests.models import build
 
@@ -69,10 +69,10 @@ def test_no_dialogs_are_told(llama: Llama) -> None:
         llama.chat_completion([])
 
 
-def test_wrong_roles_are_told_before_anything_runs(llama: Llama) -> None:
+def test_wrong_roles_are_told_before_anything_runs(llama2: Llama) -> None:
     with pytest.raises(ValueError, match="ending with 'user'"):
-        llama.chat_completion([ask("hi"), [{"role": "assistant", "content": "hi"}]])
-    assert llama.metrics.prompt_tokens == 0
+        llama2.chat_completion([ask("hi"), [{"role": "assistant", "content": "hi"}]])
+    assert llama2.metrics.prompt_tokens == 0
 
 
 def test_a_dialog_longer_than_max_seq_len_is_told(llama: Llama) -> None:

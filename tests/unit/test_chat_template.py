@@ -235,6 +235,35 @@ DIALOGS: Dialogs = [
     [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}],
     [{"role": "user", "content": "x"}, {"role": "tool", "content": '{"a": 1}'}],
 ]
+# How templates of models with tools write what was called and what came back.
+TOOLS = {
+    # Its refusal of several calls is written instead of raised.
+    "llama 3.1": (LLAMA_3_1.replace("raise_exception", ""), SPECIAL["llama 3.1"][1]),
+    "json": (
+        """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}
+<tool_call>{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</tool_call>
+{% endfor %}{% if message.tool_call_id %}({{ message.tool_call_id | length }}){% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""",
+        ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"],
+    ),
+    "xml": (
+        """{% for message in messages %}{% if message.role == 'tool' and loop.previtem.role == 'assistant' %}
+<result name={{ message.name }}>{{ message.content }}</result>{% elif message.tool_calls is defined %}
+{% for call in message.tool_calls if call.type == 'function' %}<call>{{ call.function.name }}
+{% for key, value in call.function.arguments.items() %}<arg {{ key }}>{{ value if value is string else value | tojson }}
+{% endfor %}</call>{% endfor %}{% else %}<{{ message.role }}>{{ message.content }}{% endif %}{% endfor %}""",
+        ["<s>", "</s>", "<result", "</result>", "<call>", "</call>", "<arg", "<user>", "<assistant>"],
+    ),
+    "escapes": (
+        """{% for message in messages %}<|{{ message.role }}|>{% if message.tool_calls %}
+{{ message.tool_calls | map(attribute='function') | list | tojson(ensure_ascii=True, indent=2) }}
+{% else %}{{ message.thinking or '' }}{{ message.reasoning_content or '' }}{{ message.content }}
+{% endif %}{% endfor %}""",
+        ["<s>", "</s>", "<|assistant|>", "<|tool|>", "<|user|>", "<|end|>"],
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +348,44 @@ def test_ids_and_text_are_those_of_transformers(chats: Chats, name: str) -> None
         assert ids == encoded
         rendered += 1
     assert rendered >= 3
+
+
+def tool_dialog(text: str, **answer: Any) -> list[dict[str, Any]]:
+    """A question, a call of a tool with `text` in every place that a model or a tool can fill, its result, and more."""
+    arguments = {"city": text, "days": 2, "list": [text, None, True, 1.5], text + "x": {"name": text}}
+    call = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "What is the weather?"},
+        {"role": "assistant", "tool_calls": [call], **answer},
+        {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": text},
+        {"role": "assistant", "content": "It rains.", "reasoning": text},
+        {"role": "user", "content": "Thanks"},
+    ]
+
+
+@pytest.mark.parametrize("answer", [{}, {"content": None}, {"content": ""}, {"content": "Let me look."}], ids=str)
+@pytest.mark.parametrize("name", TOOLS)
+def test_dialogs_with_tools_are_those_of_transformers(
+    pair: Callable[..., Pair], name: str, answer: dict[str, Any]
+) -> None:
+    """The role tool was refused by 39 of 70 public templates, calls were refused or dropped without a word."""
+    template, specials = TOOLS[name]
+    ours, theirs = pair(template, specials)
+    chat = TemplateChat(ours)
+    wanted = control_ids(ours, chat.encode(tool_dialog("hello", **answer)))
+    assert len(wanted) >= 5
+    for text in ("hello", "a & <b>", specials[-1], specials[2] + "x" + "".join(specials), "</s"):
+        messages = tool_dialog(text, **answer)
+        ids = chat.encode(messages)
+        assert ours.decode(ids) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert control_ids(ours, ids) == wanted, text
+
+
+def test_a_message_that_is_no_json_is_told(pair: Callable[..., Pair]) -> None:
+    chat = TemplateChat(pair(YI, SPECIAL["yi"][1])[0])
+    for value in (object(), {1, 2}, b"x"):
+        with pytest.raises(ValueError, match=r"message 0 holds a value that JSON has no form for: [^\n]*$"):
+            chat.encode([{"role": "user", "content": "x", "name": value}])
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -637,10 +704,10 @@ def test_the_models_own_template_comes_first_and_a_name_overrides_it(pair: Calla
     for name, kind in CHAT_FORMATS.items():
         if name in ("template", "llama2", "chatml"):
             assert type(choose_chat_format(ours, name)) is kind
-        else:
+        elif name in ("llama3", "codellama70b", "openchat"):
             with pytest.raises(ValueError, match=f"chat_format {name} needs the tokens"):
                 choose_chat_format(ours, name)
-    with pytest.raises(ValueError, match="must be one of template, llama2, llama3, chatml, codellama70b, got 'x'"):
+    with pytest.raises(ValueError, match=r"must be one of template, llama2, .*, got 'x'"):
         choose_chat_format(ours, "x")
     for bare in (None, ""):
         without, _ = pair(bare, specials)

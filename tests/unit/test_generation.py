@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,12 +112,25 @@ def test_max_seq_len_holds_prompt_and_generation(llama: Llama, max_gen_len: int 
     assert reasons(llama, prompts, max_gen_len, temperature=0) == ["length"] * 4
 
 
-def test_a_prompt_of_max_seq_len_can_be_scored_and_not_continued(llama: Llama) -> None:
+@pytest.mark.parametrize("speculate", [None, "lookup"])
+def test_a_prompt_of_max_seq_len_is_an_empty_generation_and_disturbs_no_other(
+    restless_folder: Path, speculate: str | None
+) -> None:
+    """Meta's code takes it; ours refused the whole list."""
+    llm = build(restless_folder, max_seq_len=64, max_batch_size=3, speculate=speculate)
+    prompts = [[7] * 64, [5, 6], [8] * 64, [9], [7] * 63, [4] * 64]
+    tokens, scores = llm.generate(prompts, 8, seed=3, logprobs=True)
+    assert scores is not None and [len(row) for row in scores] == [len(row) for row in tokens]
+    assert [tokens[i] for i in (0, 2, 5)] == [[]] * 3 and len(tokens[4]) == 1 and len(tokens[1]) == 8
+    for i in (1, 3, 4):
+        others = [prompts[i] if j == i else [5] for j in range(6)]
+        assert llm.generate(others, 8, seed=3)[0][i] == tokens[i]
+    assert [each for i, each in enumerate(reasons(llm, prompts, 8, seed=3)) if not tokens[i]] == ["length"] * 3
+    assert llm.generate([[7] * 64]) == ([[]], None)
+
+
+def test_a_prompt_of_max_seq_len_can_be_scored(llama: Llama) -> None:
     prompt = [7] * 64
-    with pytest.raises(ValueError, match="prompt 0 has 64 tokens, max_seq_len is 64"):
-        llama.generate([prompt], 1)
-    with pytest.raises(ValueError, match="prompt 0 has 64 tokens, max_seq_len is 64"):
-        llama.generate([prompt])
     tokens, scores = llama.generate([prompt], 0, logprobs=True, echo=True)
     assert tokens == [prompt] and scores is not None and len(scores[0]) == 64
     with pytest.raises(ValueError, match="prompt 0 has 65 tokens"):
@@ -134,19 +148,46 @@ def test_max_gen_len_zero_generates_nothing(llama: Llama) -> None:
     [
         ([], "list of prompts is empty"),
         ([[5], []], "prompt 1 has no tokens"),
-        ([[5], [6, 512]], "prompt 1 has token 512: ids are 0 to 511"),
+        ([[5], [6, 512]], "prompt 1 has token 512: ids are integers, 0 to 511"),
         ([[-1]], "prompt 0 has token -1"),
-        ([[5], [7] * 64], "prompt 1 has 64 tokens, max_seq_len is 64: raise it or shorten the prompt"),
+        ([[5, True]], "prompt 0 has token True: ids are integers"),
+        ([[5.0]], "prompt 0 has token 5.0: ids are integers"),
+        (torch.tensor([[5.0]]), "prompt 0 has token 5.0: ids are integers"),
+        (torch.tensor([[[5]]]), r"prompt 0 has token \[5\]: ids are integers"),
+        (torch.tensor([5, 6]), r"prompt 0 must be a list of token ids, got tensor\(5\): put it in a list"),
+        (np.array([5, 6]), "prompt 0 must be a list of token ids, got .*5.*: put it in a list"),
+        (5, "prompts must be a list of lists of token ids, got 5"),
+        ([[5], [7] * 65], "prompt 1 has 65 tokens, max_seq_len is 64: raise it or shorten the prompt"),
     ],
-    ids=["none", "empty", "too large", "negative", "too long"],
+    ids=str,
 )
-def test_wrong_prompts_are_told_before_anything_runs(llama: Llama, prompts: list[list[int]], said: str) -> None:
+def test_wrong_prompts_are_told_before_anything_runs(llama: Llama, prompts: Any, said: str) -> None:
     """A stream is lazy; its errors are not."""
     with pytest.raises(ValueError, match=said):
         llama.stream(prompts, 4)
     with pytest.raises(ValueError, match=said):
         llama.generate(prompts, 4)
     assert llama.metrics.prompt_tokens == 0
+
+
+def test_ids_may_be_arrays_and_tensors(llama: Llama) -> None:
+    """They were refused by "prompt 0 has token tensor(5)", or by an error of torch."""
+    wanted = llama.generate([[5, 6], [7, 8]], 4, temperature=0)
+    as_arrays: list[Any] = [
+        np.array([[5, 6], [7, 8]]), torch.tensor([[5, 6], [7, 8]]), [np.array([5, 6], np.uint16), torch.tensor([7, 8])],
+        [(np.int32(5), torch.tensor(6)), range(7, 9)], ((5, 6), (7, 8)), iter([iter([5, 6]), [7, 8]]),
+    ]  # fmt: skip
+    for prompts in as_arrays:
+        assert llama.generate(prompts, 4, temperature=0) == wanted
+
+
+def test_a_stop_token_of_ones_own_stands_in_for_the_tokenizers(tmp_path: Path) -> None:
+    """As in Code Llama's generate, whose infilling ends at <EOT> alone."""
+    write_meta(tmp_path, state=chain_state(TINY, {5: 65, 65: EOT, EOT: 66, 66: 67, 67: 68}))
+    llm = build(tmp_path, max_seq_len=32)
+    assert llm.generate([[5]], 8, temperature=0)[0] == [[65]]
+    assert llm.generate([[5]], 8, 0, 0.9, False, False, 67)[0] == [[65, EOT, 66]]
+    assert llm.generate([[5]], 8, temperature=0)[0] == [[65]]
 
 
 def test_a_single_text_is_not_taken_for_a_list_of_characters(llama: Llama) -> None:

@@ -19,8 +19,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from llama import sampling
 from llama.backends.cuda import sampling_kernels as kernels
 from llama.backends.cuda.available import LARGEST_VOCAB
+from llama.backends.cuda.backend import CudaSampler
 from llama.backends.cuda.sampling import greedy, sample_all, sample_nucleus
-from llama.sampling import INVALID
+from llama.sampling import INVALID, SamplingParams
 from tests.gpu_compile import Ahead, compiled_kernels
 
 pytestmark = pytest.mark.slow
@@ -96,6 +97,16 @@ def test_stratified_uniforms_give_each_token_its_share(top_p: float) -> None:
     shares = {token: n * share for token, share in enumerate((ends - begins).tolist()) if share > 0}
     assert counts.keys() <= shares.keys()
     assert all(abs(counts[token] - share) <= 1 for token, share in shares.items())
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1e30])
+def test_top_p_zero_is_the_first_of_the_greatest(temperature: float) -> None:
+    """At a high temperature all are equally likely in fp32, and the likeliest is the greatest still."""
+    logits = torch.tensor([[0.0, 2.0, -math.inf, 1.0, 0.5, 2.0, -30.0], [5.0, 1.0, 7.0, 7.0, 0.0, 0.0, 0.0]]).to(DEVICE)
+    sampler = CudaSampler(DEVICE)
+    sampler.begin(SamplingParams(temperature, top_p=0))
+    for uniform in (0.0, 0.5, JUST_BELOW_ONE):
+        assert sampler(logits, torch.full((2,), uniform, device=DEVICE)).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("top_p", [0.25, 0.3, 0.5, 0.9])

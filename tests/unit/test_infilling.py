@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from llama import Llama
-from llama.chat.infilling import can_infill, infilling_tokens
+from llama.chat.infilling import can_infill, infilling_prompt_tokens
 from llama.config import ModelArgs
 from llama.tokenizer import Tokenizer
 from tests.checkpoints import write_meta
@@ -63,14 +63,14 @@ def test_prompts_are_those_of_metas_code(folder: Path, prefix: str, suffix: str,
     after = reference.encode("☺" + suffix)[smile:]
     before, bos = reference.encode(prefix), reference.bos_id()
     expected = [bos, pre, suf, *after, mid, *before] if suffix_first else [bos, pre, *before, suf, *after, mid]
-    assert infilling_tokens(Tokenizer(folder / "tokenizer.model"), prefix, suffix, suffix_first) == expected
+    assert infilling_prompt_tokens(Tokenizer(folder / "tokenizer.model"), prefix, suffix, suffix_first) == expected
 
 
 @pytest.mark.slow
 def test_a_filled_text_is_prefix_generation_and_suffix(llm: Llama) -> None:
     prefixes, suffixes = ["Hello", "The quick"], [" world", " dog"]
     results = llm.text_infilling(prefixes, suffixes, 0.8, 0.9, 12, True, seed=5)
-    prompts = [infilling_tokens(llm.tokenizer, *pair) for pair in zip(prefixes, suffixes, strict=True)]
+    prompts = [infilling_prompt_tokens(llm.tokenizer, *pair) for pair in zip(prefixes, suffixes, strict=True)]
     steps = list(llm.stream(prompts, 12, 0.8, seed=5))
     for row, result in enumerate(results):
         assert result["generation"] == "".join(step.text for step in steps if step.index == row)
@@ -94,6 +94,14 @@ def test_models_without_the_markers_say_so(llama: Llama) -> None:
 def test_every_prefix_needs_a_suffix(llm: Llama) -> None:
     with pytest.raises(ValueError, match="every prefix needs a suffix, got 2 and 1"):
         llm.text_infilling(["a", "b"], ["c"])
+
+
+def test_a_single_text_is_not_taken_for_a_list_of_characters(llm: Llama) -> None:
+    """Two texts of one length were filled letter by letter."""
+    with pytest.raises(ValueError, match="prefixes must be a list of texts, got 'ab': put it in a list"):
+        llm.text_infilling("ab", "cd")
+    with pytest.raises(ValueError, match="suffixes must be a list of texts, number 0 is 5"):
+        llm.text_infilling(["ab"], [5])  # type: ignore[list-item]
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.processes import torchrun
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,18 @@ def test_a_text_completion_script_runs(request: pytest.FixtureRequest, tmp_path:
     out = run(tmp_path, COMPLETION, "--ckpt_dir", folder, "--tokenizer_path", folder / "tokenizer.model")
     assert out.count("\n> ") == out.count("====") == 3
     assert out.startswith("One day\n> ")
+
+
+def test_a_script_shows_each_result_once_on_several_ranks(tmp_path: Path, llama2_folder: Path) -> None:
+    """Each of N ranks printed all of it; and Meta's scripts set up no logging, so that nothing is on stderr."""
+    path = tmp_path / "script.py"
+    path.write_text(COMPLETION)
+    files = ("--ckpt_dir", llama2_folder, "--tokenizer_path", llama2_folder / "tokenizer.model")
+    done = torchrun(2, path, *files, "--max_gen_len", 4)
+    ours = [line for line in done.stderr.splitlines() if "torch/distributed/run.py" not in line]
+    assert (done.returncode, ours) == (0, [])
+    assert done.stdout.startswith("One day\n> ")
+    assert done.stdout.count("\n> ") == done.stdout.count("====") == 3
 
 
 def test_a_chat_script_runs(tmp_path: Path, llama2_folder: Path) -> None:

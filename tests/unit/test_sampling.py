@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
 
-from llama.sampling import INVALID, TOP_K_PREFIX, SamplingParams, draw, log_probs, nucleus, sample, uniforms
+from llama.sampling import (
+    INVALID,
+    TOP_K_PREFIX,
+    SamplingParams,
+    draw,
+    log_probs,
+    nucleus,
+    sample,
+    sample_top_p,
+    uniforms,
+)
 
 # Dyadic, so that every sum is exact in fp32; the order is none.
 PROBS = torch.tensor([0.0625, 0.5, 0.0, 0.125, 0.25, 0.0625])
@@ -103,6 +114,27 @@ def test_temperature_zero_takes_the_greatest_whatever_the_rest() -> None:
     logits = logits_of(PROBS).repeat(4, 1)
     uniform = torch.tensor([0.0, 0.3, 0.9, JUST_BELOW_ONE])
     assert sample(logits, 0, 0.1, uniform).tolist() == sample(logits, 0.0, 1.0, uniform).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1e30])
+def test_top_p_zero_takes_the_greatest_as_metas_code_and_openais_api(temperature: float) -> None:
+    """It was refused. At a high temperature all are equally likely in fp32, and the likeliest is the greatest still."""
+    logits = torch.stack([logits_of(PROBS), logits_of(PROBS).flip(0), torch.zeros(len(PROBS))]).repeat(3, 1)
+    uniform = torch.tensor([0.0] * 3 + [0.5] * 3 + [JUST_BELOW_ONE] * 3)
+    assert sample(logits, temperature, 0, uniform).tolist() == [1, 4, 0] * 3
+
+
+def test_metas_sample_top_p_draws_from_the_nucleus() -> None:
+    """Of probabilities 1/2, 1/4, ... and 0.6 two tokens remain, in shares of 2/3 and 1/3; (bsz, 1), as in Meta's."""
+    probs = torch.softmax(logits_of(PROBS), 0)
+    torch.manual_seed(0)
+    drawn = sample_top_p(probs.expand(3000, -1).clone(), 0.6)
+    assert drawn.shape == (3000, 1)
+    counts = Counter(drawn[:, 0].tolist())
+    assert counts.keys() == {1, 4} and abs(counts[1] / 3000 - 2 / 3) < 0.04
+    assert set(sample_top_p(probs.expand(20, -1), 0.0)[:, 0].tolist()) == {1}
+    torch.manual_seed(0)
+    assert sample_top_p(probs.expand(3000, -1).clone(), 0.6).equal(drawn)
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-38, 5e-324])
@@ -210,7 +242,7 @@ def test_log_probs_are_those_of_the_raw_logits() -> None:
         ({"temperature": "1"}, "temperature .* got '1'"),
         ({"temperature": True}, "temperature .* got True"),
         ({"temperature": None}, "temperature .* got None"),
-        ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+        ({"top_p": -1e-9}, r"top_p must be in \[0, 1\], got -1e-09"),
         ({"top_p": 1.0001}, "top_p .* got 1.0001"),
         ({"top_p": -1}, "top_p .* got -1"),
         ({"top_p": math.nan}, "top_p .* got nan"),
@@ -219,6 +251,7 @@ def test_log_probs_are_those_of_the_raw_logits() -> None:
         ({"max_gen_len": True}, "max_gen_len .* got True"),
         ({"seed": 1.0}, "seed .* got 1.0"),
         ({"seed": "x"}, "seed .* got 'x'"),
+        ({"stop_token": "</s>"}, "stop_token must be an integer, got '</s>'"),
     ],
     ids=str,
 )
@@ -229,6 +262,7 @@ def test_impossible_options_are_named(options: dict[str, float], said: str) -> N
 
 def test_the_edges_of_what_is_possible_are_accepted() -> None:
     SamplingParams(temperature=0, top_p=1, max_gen_len=0, seed=-1)
+    SamplingParams(temperature=0, top_p=0, stop_token=0)
     SamplingParams(temperature=100.0, top_p=5e-324, max_gen_len=None, seed=2**70)
 
 

@@ -43,7 +43,8 @@ def test_stream_pieces_join_to_the_text_of_a_call(
     """Random weights say random bytes: most of them no characters at all."""
     llm = build(request.getfixturevalue(family), max_seq_len=64, max_batch_size=2)
     texts = [result["generation"] for result in llm.text_completion(PROMPTS, max_gen_len=30, **options)]
-    assert ["".join(pieces) for pieces in streamed(llm, PROMPTS, max_gen_len=30, **options)] == texts
+    pieces = streamed(llm, PROMPTS, max_gen_len=30, add_prefix_space=True, **options)
+    assert list(map("".join, pieces)) == texts
     assert len(set(texts)) > 1
 
 
@@ -101,11 +102,14 @@ def sentencepiece_says(folder: Path, model: bytes, prompt: str, words: list[str]
     return build(folder, max_seq_len=32)
 
 
-def test_sentencepieces_space_between_prompt_and_generation_is_kept(tmp_path: Path, sentencepiece_model: bytes) -> None:
-    """Meta's decode drops it: "Hello" and "world" were joined to "Helloworld"."""
+def test_a_generation_begins_without_sentencepieces_space_as_metas_and_a_stream_with_it(
+    tmp_path: Path, sentencepiece_model: bytes
+) -> None:
+    """A stream goes on where the prompt ends: "user" and "the" must not be joined to "userthe"."""
     llm = sentencepiece_says(tmp_path, sentencepiece_model, "user", ["▁the", "▁and"])
     assert llm.model.args.vocab_size == SENTENCEPIECE_VOCAB_SIZE
-    assert llm.text_completion(["user"], 0)[0]["generation"] == " the and"
+    [result] = llm.text_completion(["user"], 0)
+    assert (result["generation"], result["tokens"]) == ("the and", ["the", "and"])
     assert "".join(streamed(llm, ["user"], temperature=0)[0]) == " the and"
 
 

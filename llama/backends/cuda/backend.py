@@ -73,7 +73,7 @@ class CudaSampler:
 
     def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
         with torch.cuda.device_of(logits):
-            if self.params.temperature == 0:
+            if self.params.is_greedy:
                 return sampling.greedy(logits)
             if self.params.top_p == 1:
                 return sampling.sample_all(logits, self._temperature, uniform)

@@ -1,0 +1,129 @@
+"""Dialogs as callers give them, lists of messages, and the checks that formats share. Knows no format and no tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+# "ipython" is Llama 3's name of what a tool answers.
+Role = Literal["system", "user", "assistant", "tool", "ipython"]
+
+
+class _Text(TypedDict):
+    role: Role
+    content: str
+
+
+class Message(_Text, total=False):
+    """One message of a dialog.
+
+    Chat templates read more keys, as transformers hands them over: with tool_calls, content may be None or missing.
+    """
+
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
+    reasoning_content: str
+
+
+Dialog = Sequence[Message]
+
+# The other names of reasoning_content that templates and servers use.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+def check_messages(dialog: object) -> None:
+    """Raise ValueError unless a dialog is a list of messages, each with a role, and a content or tool calls."""
+    if not isinstance(dialog, list | tuple):
+        raise ValueError(f"a dialog is a list of messages, and dialogs are a list of those; got {dialog!r:.80}")
+    if not dialog:
+        raise ValueError("a dialog needs at least one message")
+    for i, message in enumerate(dialog):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"a dialog is a list of messages, each a dictionary with 'role' and 'content'; message {i} is "
+                f"{message!r:.80}"
+            )
+        content = message.get("content")
+        if not isinstance(content, str | list | tuple) and not (content is None and message.get("tool_calls")):
+            raise ValueError(f"message {i} needs a content, or tool_calls, got {content!r:.80}")
+
+
+def check_contents(dialog: object) -> None:
+    """Raise ValueError unless each message of a dialog is a role and a text, which is all that Meta's formats write."""
+    check_messages(dialog)
+    assert isinstance(dialog, list | tuple)
+    for i, message in enumerate(dialog):
+        if message.get("tool_calls") or not isinstance(message["content"], str):
+            raise ValueError(
+                f"message {i} has {'tool_calls' if message.get('tool_calls') else 'a content that is no text'}, which "
+                "this chat format cannot write: put it into the content as text, or use a model with a chat template"
+            )
+
+
+def check_roles(dialog: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless roles are an optional system, then user and assistant in turn, ending with user."""
+    check_contents(dialog)
+    roles = [message["role"] for message in dialog]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise ValueError(
+            "a dialog is an optional 'system' message, then 'user' and 'assistant' in turn, ending with 'user'; "
+            f"got {roles}"
+        )
+
+
+def plain_messages(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a copy of the messages as JSON holds it, with lone surrogates as U+FFFD.
+
+    Reasoning gets all the names that templates know, as in transformers. Raises ValueError for what is no message, and
+    for a value that is no JSON.
+    """
+    check_messages(dialog)
+    messages = []
+    for i, message in enumerate(dialog):
+        try:
+            message = json.loads(json.dumps(message))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"message {i} holds a value that JSON has no form for: {error}") from None
+        reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        messages.append(map_texts(message, _valid_unicode))
+    return messages
+
+
+def map_texts(value: Any, change: Callable[[str], str], keep: Mapping[str, Collection[str]] | None = None) -> Any:
+    """Return JSON data with every text changed, keys included.
+
+    keep: keys that stay as they are, and of each the texts that stay as its value.
+    """
+    keep = keep or {}
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            name if name in keep else change(name): each
+            if isinstance(each, str) and each in keep.get(name, ())
+            else map_texts(each, change, keep)
+            for name, each in value.items()
+        }
+    return [map_texts(each, change, keep) for each in value] if isinstance(value, list) else value
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Yield every text of JSON data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield name
+            yield from texts_of(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from texts_of(each)
+
+
+def _valid_unicode(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
