@@ -15,6 +15,14 @@ def can_infill(tokenizer: Tokenizer) -> bool:
     return all(token in tokenizer.special_tokens for token in (PREFIX_TOKEN, SUFFIX_TOKEN, MIDDLE_TOKEN))
 
 
+def split_at_gap(text: str) -> tuple[str, str]:
+    """Return what is before and what is after the mark of a gap; raise ValueError unless there is exactly one."""
+    if text.count(FILL_MARK) != 1:
+        raise ValueError(f"prompt {text!r} has {text.count(FILL_MARK)} marks {FILL_MARK}: each needs exactly one")
+    before, _, after = text.partition(FILL_MARK)
+    return before, after
+
+
 def infilling_tokens(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
     """Encode a prompt for the text between prefix and suffix; raise ValueError unless the tokenizer can infill.
 
