@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import llama.cli.ctrl_c  # noqa: F401  # Ctrl-C ends the program from here on
 from llama import Dialog, Llama
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.report import report

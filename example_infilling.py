@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import llama.cli.ctrl_c  # noqa: F401  # Ctrl-C ends the program from here on
 from llama import Llama
-from llama.chat.infilling import FILL_MARK
-from llama.cli.complete import infill
+from llama.chat.infilling import FILL_MARK, split_at_gap
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.report import report
 from llama.cli.runner import is_first_rank, run
@@ -29,7 +29,8 @@ def main(
 ) -> None:
     """Fill the gaps of a few texts with a Code Llama that was trained to do it: 7B or 13B, not Python."""
     llm = Llama.from_options(options)
-    results = infill(llm, PROMPTS, params)
+    prefixes, suffixes = zip(*(split_at_gap(prompt) for prompt in PROMPTS), strict=True)
+    results = llm.text_infilling(prefixes, suffixes, params.temperature, params.top_p, params.max_gen_len)
     if not is_first_rank():
         return
     for prompt, result in zip(PROMPTS, results, strict=True):

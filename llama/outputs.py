@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -71,7 +71,7 @@ def fold_events(
     by_prompt: list[list[TokenEvent]] = [[] for _ in range(n_prompts)]
     for event in events:
         by_prompt[event.index].append(event)
-    return [_prediction(prompt_events, tokenizer, logprobs) for prompt_events in by_prompt]
+    return [fold_prompt(prompt_events, tokenizer, logprobs) for prompt_events in by_prompt]
 
 
 def chat_predictions(
@@ -89,7 +89,8 @@ def chat_predictions(
     ]
 
 
-def _prediction(events: list[TokenEvent], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:
+def fold_prompt(events: Sequence[TokenEvent], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:
+    """Fold the events of one prompt into its prediction."""
     tokens = [event.token for event in events if event.token is not None]
     prediction = CompletionPrediction(
         generation="".join(event.text for event in events),

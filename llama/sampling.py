@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +11,9 @@ from torch import Tensor
 
 # The token that `sample` returns for a row whose logits are NaN or infinite; it is in no vocabulary.
 INVALID = -1
+
+# Devices take fp32 and int64; from far below on, every token is as likely as any other.
+MAX_TEMPERATURE = 1e15
 
 # How many of the most probable tokens are sorted, unless their mass is too little: see D8.
 TOP_K_PREFIX = 512
@@ -40,8 +42,8 @@ class SamplingParams:
     stop_token: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number of at least 0, got {self.temperature!r}")
+        if not _is_number(self.temperature) or not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must be a number from 0 to {MAX_TEMPERATURE:g}, got {self.temperature!r}")
         if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be in [0, 1], got {self.top_p!r}")
         if self.max_gen_len is not None and (type(self.max_gen_len) is not int or self.max_gen_len < 0):

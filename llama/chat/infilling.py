@@ -14,6 +14,14 @@ def can_infill(tokenizer: Tokenizer) -> bool:
     return None not in (tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id)
 
 
+def split_at_gap(text: str) -> tuple[str, str]:
+    """Return what is before and what is after the mark of a gap; raise ValueError unless there is exactly one."""
+    if text.count(FILL_MARK) != 1:
+        raise ValueError(f"prompt {text!r} has {text.count(FILL_MARK)} marks {FILL_MARK}: each needs exactly one")
+    before, _, after = text.partition(FILL_MARK)
+    return before, after
+
+
 def infilling_prompt_tokens(tokenizer: Tokenizer, pre: str, suf: str, suffix_first: bool = False) -> list[int]:
     """Encode a prompt for the text between pre and suf; raise ValueError unless the tokenizer can infill.
 

@@ -21,7 +21,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> StoredCheckpoint:
 
     Raise FileNotFoundError or ValueError that say what was looked for and what was found.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():

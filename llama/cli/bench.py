@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_format
 import random
 import statistics
 import time
@@ -14,6 +13,7 @@ import torch
 from llama import Llama
 from llama.checkpoint.base import dtype_name
 from llama.cli.options import GENERATION, SIZES, build_flags
+from llama.cli.printing import json_line
 from llama.cli.runner import is_first_rank
 from llama.engine.options import BuildOptions
 
@@ -71,7 +71,7 @@ def main(
             "prefill {prompt_len} tokens at {prefill_tok_s:.1f} tok/s; decode {gen_len} tokens at {decode_tok_s:.1f} "
             "tok/s, {bandwidth_gb_s:.2f} GB/s of weights; median of {runs}"
         )
-        print(json_format.dumps(result) if json else said.format(**result))
+        print(json_line(result) if json else said.format(**result))
 
 
 def measure(llm: Llama, prompt: list[int], gen_len: int) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -13,11 +14,18 @@ from llama.chat.formats import check_system
 from llama.chat.llama2_tags import UNSAFE_ERROR
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.plan import end_with_plan
+from llama.cli.printing import launched, say
 from llama.cli.report import report
-from llama.cli.runner import discard_stdout, is_first_rank
+from llama.cli.runner import is_first_rank
+from llama.cli.signals import signals_raise
 from llama.distributed.job import agree, from_first_rank
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
+
+log = logging.getLogger("llama")
+
+# The part of the context that is kept free for an answer, unless --max_gen_len asks for less.
+ANSWER_SHARE = 1 / 4
 
 
 def main(
@@ -29,8 +37,8 @@ def main(
 ) -> None:
     """Talk with a LLaMA model: /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.
 
-    When stdin or stdout is no terminal, every line of stdin is a message of one conversation. torchrun ends all ranks
-    at a Ctrl-C.
+    When stdin or stdout is no terminal, every line of stdin is a message of one conversation. Where the context is
+    full, the oldest messages are forgotten. torchrun ends all ranks at a Ctrl-C.
 
     Args:
         system: how the model is to behave, said before the conversation; default: what the template says by itself.
@@ -49,7 +57,7 @@ def main(
         if system is not None:
             check_system(llm.chat_format, system)
     dialog = list(opening)
-    interactive = from_first_rank(sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty())
+    interactive = from_first_rank(sys.stdin.isatty() and sys.stdout.isatty())
     for line in messages(interactive):
         if line == "/exit":
             break
@@ -58,12 +66,12 @@ def main(
             continue
         dialog.append(Message(role="user", content=line))
         try:
-            text = answer(llm, dialog, params)
+            text = answer(llm, dialog, len(opening), params)
         except ValueError as error:
             if not interactive:
                 raise
             if is_first_rank():
-                print(f"error: {error} (or /reset)", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr)
             text = ""
         if text:
             dialog.append(Message(role="assistant", content=text))
@@ -91,11 +99,20 @@ def messages(interactive: bool) -> Iterator[str]:
 
 
 def read_line(interactive: bool) -> str | None:
-    """One line, None at the end of the input; Ctrl-C gives an empty one."""
-    if not interactive:
-        return sys.stdin.readline() or None if sys.stdin is not None else None
+    """One line, None at the end of the input; Ctrl-C gives an empty one, as does a line that nobody can read."""
     try:
-        return input("> ")
+        if not interactive:
+            return sys.stdin.buffer.readline().decode(sys.stdin.encoding) or None
+        with signals_raise():  # so that readline leaves the terminal in order
+            return input("> ")
+    except UnicodeDecodeError as error:
+        unreadable = (
+            f"a line of stdin is not {error.encoding}: {error.object[:40]!r}; convert it, with iconv for example"
+        )
+        if not interactive:
+            raise ValueError(unreadable) from None
+        print(f"error: {unreadable}", file=sys.stderr)
+        return ""
     except EOFError:
         print()
         return None
@@ -106,38 +123,50 @@ def read_line(interactive: bool) -> str | None:
         return ""
 
 
-def answer(llm: Llama, dialog: list[Message], params: SamplingParams) -> str:
-    """Print the answer as it comes, and return as much of it as came before Ctrl-C."""
+def answer(llm: Llama, dialog: list[Message], n_opening: int, params: SamplingParams) -> str:
+    """Print the answer as it comes, and return as much of it as came before Ctrl-C.
+
+    The oldest turns after the first n_opening messages are removed from the dialog where it no longer fits.
+    """
     if llm.chat_format.is_unsafe(dialog):
         say(UNSAFE_ERROR + "\n")
         return ""
-    text = ""
-    prompts = llm.encode_dialogs([dialog])
-    try:
-        for step in llm.stream(
-            prompts, params.max_gen_len, params.temperature, params.top_p, add_prefix_space=True, keep_cache=True
-        ):
-            text += step.text
-            say(step.text)
-    except KeyboardInterrupt:
-        if launched():
-            raise
-        print(" (stopped)", end="", file=sys.stderr, flush=True)
+    max_seq_len = llm.model.args.max_seq_len
+    text, n_tokens, last = "", 0, None
+    with contextlib.nullcontext() if launched() else signals_raise():
+        try:
+            kept, tokens = fit(llm, dialog, n_opening, params.max_gen_len)
+            events = llm.stream(
+                [tokens], params.max_gen_len, params.temperature, params.top_p, add_prefix_space=True, keep_cache=True
+            )
+            if len(kept) < len(dialog):
+                forgotten = len(dialog) - len(kept)
+                log.warning(
+                    "the context of %d tokens is full: the oldest %d messages are forgotten", max_seq_len, forgotten
+                )
+                dialog[:] = kept
+            for last in events:
+                text += last.text
+                n_tokens += last.token is not None
+                say(last.text)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="", file=sys.stderr, flush=True)
+            last = None
     say("\n")
+    if last is not None and last.finish_reason == "length" and len(tokens) + n_tokens == max_seq_len:
+        log.warning("the context of %d tokens is full, and the answer was cut: --max_seq_len makes room", max_seq_len)
     return text
 
 
-def say(text: str) -> None:
-    """Print a piece of an answer on the first rank; whoever reads it may have gone."""
-    try:
-        if is_first_rank():
-            print(text, end="", flush=True)
-    except BrokenPipeError:
-        if not launched():
-            raise
-        discard_stdout()  # the other ranks are in the middle of an answer
-
-
-def launched() -> bool:
-    """Whether other ranks may be there: they would not stop at the same token, and torchrun ends them all anyway."""
-    return "RANK" in os.environ
+def fit(llm: Llama, dialog: list[Message], n_opening: int, max_gen_len: int | None) -> tuple[list[Message], list[int]]:
+    """A dialog without the oldest of its turns that leave no room for an answer, and its tokens."""
+    max_seq_len = llm.model.args.max_seq_len
+    room = int(max_seq_len * ANSWER_SHARE)
+    if max_gen_len is not None:
+        room = min(room, max_gen_len)
+    kept = list(dialog)
+    [tokens] = llm.encode_dialogs([kept])
+    while len(tokens) + room > max_seq_len and len(kept) > n_opening + 1:
+        del kept[n_opening : n_opening + 2]
+        [tokens] = llm.encode_dialogs([kept])
+    return kept, tokens

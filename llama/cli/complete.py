@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json as json_format
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from llama import Llama
-from llama.chat.infilling import FILL_MARK, can_infill
+from llama.chat.infilling import FILL_MARK, can_infill, infilling_prompt_tokens, split_at_gap
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.plan import end_with_plan
+from llama.cli.printing import ResultPrinter
+from llama.cli.prompts import read_prompts
 from llama.cli.report import report
 from llama.cli.runner import is_first_rank
+from llama.cli.signals import before_end
 from llama.engine.options import BuildOptions
-from llama.outputs import CompletionPrediction, InfillingPrediction
+from llama.outputs import CompletionPrediction, InfillingPrediction, TokenEvent, fold_prompt
 from llama.sampling import SamplingParams
 
 PROMPTS = [
@@ -29,52 +31,61 @@ def main(
     params: Annotated[SamplingParams, sampling_flags(max_gen_len=64)],
     *,
     prompt: list[str] | None = None,
+    prompt_file: Path | None = None,
     json: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Complete prompts with a LLaMA model. stdout holds the completions alone.
 
+    Results come in the order of the prompts, each as soon as it is complete.
+
     Args:
-        prompt: text to complete, verbatim; repeat the flag or give a JSON list for several; Code Llama fills <FILL>;
-            default: a few built in.
+        prompt: text to complete, verbatim, or - for stdin; repeat the flag or give a JSON list for several; Code Llama
+            fills <FILL>; default: a few built in.
+        prompt_file: a file with a prompt a line, or a JSON list of them; - is stdin.
         json: print one JSON object a line.
         dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
 
     Examples:
         llama complete --prompt "The capital of France is" --temperature 0
         llama complete --ckpt_dir Llama-3.2-1B --quantize int8 --prompt "One" --prompt "Two" --json
+        llama complete --prompt_file prompts.txt --json > completions.jsonl
         torchrun --nproc_per_node 2 -m llama complete --ckpt_dir Llama-2-13b
     """
-    prompts = PROMPTS if prompt is None else prompt
-    if not prompts:
-        raise ValueError("the list of prompts is empty: give at least one")
+    prompts = read_prompts(prompt, prompt_file) or PROMPTS
     if dry_run:
         end_with_plan(options, prompts, params)
     llm = Llama.from_options(options)
-    if can_infill(llm.tokenizer) and any(FILL_MARK in text for text in prompts):
-        results: Sequence[CompletionPrediction | InfillingPrediction] = infill(llm, prompts, params)
+    fills = can_infill(llm.tokenizer) and any(FILL_MARK in text for text in prompts)
+    if fills:
+        tokens = [infilling_prompt_tokens(llm.tokenizer, *split_at_gap(text)) for text in prompts]
     else:
-        results = llm.text_completion(
-            prompts, params.temperature, params.top_p, params.max_gen_len, params.logprobs, params.echo
-        )
-    if not is_first_rank():
-        return
-    for text, result in zip(prompts, results, strict=True):
-        if json:
-            print(json_format.dumps({"prompt": text, **result}, ensure_ascii=False))
-            continue
-        print(f"{text}\n> {result['generation']}")
-        if params.logprobs:
-            for token, logprob in zip(result["tokens"], result["logprobs"], strict=True):
-                print(f"{logprob:10.4f}  {token!r}")
-        print("\n==================================\n", flush=True)
-    report(llm)
+        tokens = llm.encode_prompts(prompts)
 
+    def predict(index: int, events: list[TokenEvent]) -> CompletionPrediction | InfillingPrediction:
+        result = fold_prompt(events, llm.tokenizer, params.logprobs)
+        if not fills:
+            return result
+        return InfillingPrediction(**result, full_text=result["generation"].join(split_at_gap(prompts[index])))
 
-def infill(llm: Llama, prompts: Sequence[str], params: SamplingParams) -> list[InfillingPrediction]:
-    """Fill the <FILL> mark of each prompt. ValueError unless every prompt has exactly one."""
-    for text in prompts:
-        if text.count(FILL_MARK) != 1:
-            raise ValueError(f"prompt {text!r} has {text.count(FILL_MARK)} marks {FILL_MARK}: each needs exactly one")
-    prefixes, suffixes = zip(*(text.split(FILL_MARK) for text in prompts), strict=True)
-    return llm.text_infilling(prefixes, suffixes, params.temperature, params.top_p, params.max_gen_len, params.logprobs)
+    events = llm.stream(
+        tokens,
+        params.max_gen_len,
+        params.temperature,
+        params.top_p,
+        params.logprobs,
+        params.echo and not fills,
+        add_prefix_space=not fills,
+    )
+    if is_first_rank():
+        printer = ResultPrinter(prompts, predict, json)
+        with before_end(printer.finish):
+            try:
+                for event in events:
+                    printer.add(event)
+            finally:
+                printer.finish()
+        report(llm)
+    else:
+        for _ in events:
+            pass

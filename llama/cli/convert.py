@@ -12,7 +12,7 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import Writer, write_checkpoint, writer
-from llama.cli.runner import exit_on_sigterm
+from llama.cli.signals import signals_raise
 
 log = logging.getLogger("llama")
 
@@ -65,7 +65,7 @@ def main(
 
 def write(made: Writer, path: Path) -> None:
     """Write a checkpoint with a bar of its progress, and say what was written; nothing stays of one that is stopped."""
-    exit_on_sigterm()
-    with tqdm(total=made.nbytes, unit="B", unit_scale=True, desc=path.name, file=sys.stderr, disable=None) as bar:
+    bar = tqdm(total=made.nbytes, unit="B", unit_scale=True, desc=path.name, file=sys.stderr, disable=None)
+    with signals_raise(), bar:
         write_checkpoint(made, path, bar.update)
     log.info("%s: %.1f MB of weights", path, made.nbytes / 1e6)

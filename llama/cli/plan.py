@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from llama.cli.options import GENERATION, build_flags, sampling_flags
+from llama.cli.prompts import read_prompts
 from llama.cli.runner import is_first_rank
 from llama.distributed.job import agree
 from llama.engine.build import plan_run
@@ -20,6 +22,7 @@ def main(
     params: Annotated[SamplingParams, sampling_flags("temperature", "top_p", max_gen_len=64)],
     *,
     prompt: list[str] | None = None,
+    prompt_file: Path | None = None,
 ) -> None:
     """Print a table of the memory that each rank needs and has; exit code 1 when it does not fit.
 
@@ -27,13 +30,14 @@ def main(
     process plans for any number of ranks, which --model_parallel_size says.
 
     Args:
-        prompt: text to complete; repeat the flag or give a JSON list for several.
+        prompt: text to complete, or - for stdin; repeat the flag or give a JSON list for several.
+        prompt_file: a file with a prompt a line, or a JSON list of them; - is stdin.
 
     Examples:
         llama plan --ckpt_dir Llama-3.1-70B --model_parallel_size 8
         llama plan --ckpt_dir Llama-3.2-1B --quantize int8 --max_seq_len 131072 --max_batch_size 1
     """
-    end_with_plan(options, prompt or (), params)
+    end_with_plan(options, read_prompts(prompt, prompt_file) or (), params)
 
 
 def end_with_plan(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import signal
 import sys
 import time
 import typing
@@ -45,16 +44,25 @@ def call(command: Callable[..., None], name: str, argv: Sequence[str]) -> None:
 
 def supervise(job: Callable[[], None]) -> None:
     """Do what a user asked for. A user's error is one line on stderr, from one rank, and exit code 1."""
+    import llama.cli.ctrl_c  # noqa: F401  # changes what Ctrl-C does
+
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, and the next file to be opened would have its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for as long as the process lives
     handler = TerminalHandler(shows_progress=is_first_rank())
     logging.basicConfig(
         handlers=[handler], level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
     )
-    if not is_first_rank():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a job of several ranks, and one is enough to say so
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # in the C locale Python makes characters of bytes that are none
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks shall not lose the rest
     try:
-        job()
+        try:
+            job()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
         _leave_together()
     except BrokenPipeError:
         discard_stdout()
@@ -69,11 +77,6 @@ def supervise(job: Callable[[], None]) -> None:
 def discard_stdout() -> None:
     """Print to nobody from here on: the reader of stdout has seen enough, as `head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def exit_on_sigterm() -> None:
-    """Make SIGTERM an exception, so that what is incomplete is removed on the way out."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _errors_of_users() -> tuple[type[Exception], ...]:
@@ -93,11 +96,15 @@ def _leave_together() -> None:
         with agree():
             sys.stdout.flush()
         os._exit(0)
+    sys.stdout.flush()
 
 
 def _fail(message: str) -> typing.NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:  # the error at hand is the one to tell
+            discard_stdout()
         sys.stderr.write(f"error: {message}\n")
         sys.stderr.flush()
     else:

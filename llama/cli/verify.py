@@ -23,7 +23,6 @@ def main(path: Path, *, deep: bool = False, write: bool = False) -> None:
     Examples:
         llama verify Meta-Llama-3-8B --deep
     """
-    path = path.expanduser()
     findings = []
     total = bytes_to_read(path, deep) if path.exists() else 0
     with _bar(total, "checking") as bar:

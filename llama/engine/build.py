@@ -45,6 +45,14 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | No
             chat_format = find_chat_format(source.tokenizer, source.model_names)
         choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
     check_alike(source)
+    context_len = source.checkpoint.context_len
+    if context_len is not None and options.max_seq_len > context_len:
+        log.warning(
+            "max_seq_len is %d, and %s was trained for %d tokens: what goes beyond may make no sense",
+            options.max_seq_len,
+            source.checkpoint.path,
+            context_len,
+        )
     ranks = source.with_ffn_multiple(join_model_parallel(options.model_parallel_size, source.device))
     # In a context of its own, so that no rank loads before all have read the free memory.
     with agree():

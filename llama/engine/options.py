@@ -52,6 +52,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         check_int("max_seq_len", self.max_seq_len)
         check_int("max_batch_size", self.max_batch_size)
+        for name in ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir"):
+            if getattr(self, name) == "":  # an unset variable; as a path it would be the current folder
+                raise ValueError(f"{name} must be a path, got ''")
         for name in ("quantize", "draft_quantize"):
             mode = getattr(self, name)
             if mode is not None and mode not in QUANTIZE_MODES:

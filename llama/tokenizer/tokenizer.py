@@ -63,7 +63,7 @@ class Tokenizer(MetaNames):
         Hugging Face's smaller files beside it (tokenizer_config.json and the like) are read as well.
         Raises FileNotFoundError, which says what lies beside the path, and ValueError for any other content.
         """
-        path = Path(model_path)
+        path = Path(os.path.expanduser(model_path))
         if path.is_dir():
             path = find_tokenizer(path)
         vocab, chat_template = _open(path)

@@ -88,6 +88,25 @@ def test_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(endless: list[ob
     assert "Traceback" not in chat.screen
 
 
+def test_a_full_context_is_told_and_the_oldest_messages_make_room(endless: list[object]) -> None:
+    """An answer stopped in the middle without a word, and every later message was refused."""
+    flags = [*endless, "--max_seq_len", "80"]
+    done = python(CHAT, *flags, "--system", "be brief", stdin="one\ntwo\nthree\n/reset\none\n")
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert len(answers) == 4 and all(len(answer) >= 20 for answer in answers)  # a quarter of the context is kept free
+    assert answers[0] == answers[3]
+    cut = "the context of 80 tokens is full, and the answer was cut: --max_seq_len makes room"
+    forgotten = "the context of 80 tokens is full: the oldest 2 messages are forgotten"
+    assert done.stderr.splitlines()[1:-1] == [cut, forgotten, cut, forgotten, cut, cut]
+
+
+def test_an_answer_of_the_length_that_was_asked_for_is_not_called_cut(endless: list[object]) -> None:
+    done = python(CHAT, *endless, "--max_seq_len", "200", "--max_gen_len", "8", stdin="one\ntwo\n")
+    assert [len(answer) for answer in done.stdout.splitlines()] == [8, 8]
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["loaded", "prefill"]
+
+
 def test_a_terminal_shows_one_conversation_and_exit_ends_it(demo_model: Path) -> None:
     with terminal([sys.executable, CHAT, *GREEDY, "--max_seq_len", "80"]) as chat:
         chat.wait_for("> ")
@@ -95,8 +114,10 @@ def test_a_terminal_shows_one_conversation_and_exit_ends_it(demo_model: Path) ->
         assert "Paris" in chat.wait_for("\n> ")
         chat.type("And of Spain?\n")
         assert "Madrid" in chat.wait_for("\n> ")
-        chat.type("And what can you tell me about the history of all of these cities?\n")
-        assert "max_seq_len is 80: raise it or shorten the prompt (or /reset)\n" in chat.wait_for("\n> ")
+        chat.type("And of Italy? " * 20 + "\n")
+        assert "max_seq_len is 80: raise it or shorten the prompt\n" in chat.wait_for("\n> ")
+        chat.type("And of Italy?\n")
+        assert "the context of 80 tokens is full: the oldest 2 messages are forgotten\n" in chat.wait_for("\n> ")
         chat.type("/reset\n")
         chat.wait_for("\n> ")
         chat.type(f"{CAPITAL}\n")
@@ -154,5 +175,5 @@ def test_a_closed_pipe_ends_a_chat_quietly(ranks: int, endless: list[object]) ->
 def test_an_unreadable_message_ends_all_ranks_with_one_line(endless: list[object]) -> None:
     done = torchrun(2, CHAT, *endless, stdin="caf\udce9\n", env={"PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 1
-    assert done.errors == ["error: 'utf-8' codec can't decode byte 0xe9 in position 3: invalid continuation byte"]
+    assert done.errors == ["error: a line of stdin is not utf-8: b'caf\\xe9\\n'; convert it, with iconv for example"]
     assert "[rank" not in done.stderr

@@ -269,12 +269,12 @@ def empty_prompt_list(folder: Path) -> Flags:
     return good(folder, "--prompt", "[]")
 
 
-@case("temperature must be a number of at least 0, got -1.0")
+@case("temperature must be a number from 0 to 1e+15, got -1.0")
 def negative_temperature(folder: Path) -> Flags:
     return good(folder, "--temperature", -1)
 
 
-@case("temperature must be a number of at least 0, got nan")
+@case("temperature must be a number from 0 to 1e+15, got nan")
 def temperature_that_is_no_number(folder: Path) -> Flags:
     return good(folder, "--temperature", "nan")
 
@@ -282,6 +282,11 @@ def temperature_that_is_no_number(folder: Path) -> Flags:
 @case("top_p must be in [0, 1], got -0.1")
 def top_p_below_nothing(folder: Path) -> Flags:
     return good(folder, "--top_p", -0.1)
+
+
+@case("temperature must be a number from 0 to 1e+15, got 1e+300")
+def temperature_that_no_device_holds(folder: Path) -> Flags:
+    return good(folder, "--temperature", "1e300")
 
 
 @case("top_p must be in [0, 1], got 1.5")
@@ -335,6 +340,24 @@ def value_without_its_flag(folder: Path) -> Flags:
 @case("--prompt needs a value")
 def flag_without_its_value(folder: Path) -> Flags:
     return good(folder, "--prompt")
+
+
+@case("--ckpt_dir must be a path, got ''")
+def variable_that_is_not_set(folder: Path) -> Flags:
+    """It was once taken for the current folder."""
+    return ["--ckpt_dir", ""]
+
+
+@case("{folder}/latin1.txt is not UTF-8 from byte 7 on", "iconv")
+def prompts_in_another_encoding(folder: Path) -> Flags:
+    (folder / "latin1.txt").write_bytes(b"One\ncaf\xe9\n")
+    return good(folder, "--prompt_file", folder / "latin1.txt")
+
+
+@case("{folder}/blank.txt holds no prompts: give one a line")
+def file_without_prompts(folder: Path) -> Flags:
+    (folder / "blank.txt").write_text("\n \n")
+    return good(folder, "--prompt_file", folder / "blank.txt")
 
 
 @case("--max_gen_len must be an integer, got 'many'")

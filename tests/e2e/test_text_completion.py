@@ -29,7 +29,6 @@ VERBATIM = [
     "True",
     "-5 + 3",
     "--x",
-    "-",
     "--",
     "--prompt",
     "",
@@ -148,7 +147,7 @@ def test_help_names_every_flag_once_and_loads_nothing() -> None:
         [
             *("ckpt_dir", "tokenizer_path", "prompt", "max_seq_len", "max_batch_size", "max_gen_len", "temperature"),
             *("top_p", "seed", "device", "dtype", "quantize", "compile", "speculate", "draft_ckpt_dir"),
-            *("draft_quantize", "logprobs", "echo", "json", "model_parallel_size", "dry_run"),
+            *("draft_quantize", "logprobs", "echo", "json", "model_parallel_size", "dry_run", "prompt_file"),
         ]
     )
     assert "python example_text_completion.py --prompt" in done.stdout  # its examples are its own

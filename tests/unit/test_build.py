@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 import torch.distributed as dist
 
 from llama import Llama
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel
+from llama.testing.model_presets import PRESETS
+from llama.testing.random_checkpoint import RandomCheckpoint
 from tests.models import build
 
 CPU = torch.device("cpu")
@@ -103,5 +108,21 @@ def test_heads_that_ranks_cannot_share_say_which_ranks_could(heads: int) -> None
 
 def test_a_path_may_be_text_or_begin_with_a_tilde(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tiny_folder.parent))
-    assert isinstance(Llama.build(f"~/{tiny_folder.name}", device="cpu"), Llama)
+    tokenizer_path = f"~/{tiny_folder.name}/tokenizer.model"
+    assert isinstance(Llama.build(f"~/{tiny_folder.name}", tokenizer_path, device="cpu"), Llama)
     assert isinstance(Llama.build(str(tiny_folder), str(tiny_folder / "tokenizer.model"), 32, 2, device="cpu"), Llama)
+
+
+def test_a_limit_beyond_the_trained_context_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Texts lost their sense there, and nothing was said."""
+    source = RandomCheckpoint("tiny", PRESETS["tiny"], seed=1)
+    folder = tmp_path / "model"
+    write_checkpoint(writer(source, tokenizer_source(source), "hf", context_len=64), folder, lambda n_bytes: None)
+    with caplog.at_level(logging.WARNING, "llama"):
+        build(folder, max_seq_len=64)
+        assert caplog.messages == []
+        llm = build(folder, max_seq_len=65)
+        llm.text_completion(["a", "b"], max_gen_len=2)
+    assert caplog.messages == [
+        f"max_seq_len is 65, and {folder} was trained for 64 tokens: what goes beyond may make no sense"
+    ]

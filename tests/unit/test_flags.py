@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 
@@ -117,6 +117,31 @@ def test_a_wrong_flag_is_named_before_anything_is_looked_for(words: list[str], e
     """A default that has to be found is not: its own error would hide the typing mistake."""
     with pytest.raises(ValueError, match=error.replace("?", r"\?")):
         parse(drive, words)
+
+
+@pytest.mark.parametrize("words", [["--map=~/x"], ["--map", "~/x"]], ids=str)
+def test_a_tilde_is_the_home_folder_in_every_path(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves --name=~/x as it is, and so did we, but for --ckpt_dir."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert parse(drive, ["petrol", *words]) == {
+        "engine": Engine("petrol"),
+        "driver": Driver("Bo", speed=80.0),
+        "map": Path("/home/ada/x"),
+    }
+    arguments = parse(complete, ["--ckpt_dir=~/a", "--tokenizer_path=~/b", "--draft_ckpt_dir=~nobody-here/c"])
+    assert arguments is not None
+    expected = BuildOptions("/home/ada/a", "/home/ada/b", draft_ckpt_dir="~nobody-here/c")
+    assert arguments["options"] == expected
+
+
+def test_an_empty_path_is_refused() -> None:
+    """That of a variable that is not set was once the current folder."""
+    with pytest.raises(ValueError, match="--map must be a path, got ''"):
+        parse(drive, ["petrol", "--map="])
+    for name in ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir"):
+        paths: dict[str, Any] = {"ckpt_dir": "a", name: ""}
+        with pytest.raises(ValueError, match=f"{name} must be a path, got ''"):
+            BuildOptions(**paths)
 
 
 def test_a_default_is_looked_up_where_its_flag_is_missing() -> None:
