@@ -28,7 +28,7 @@ class PackedWeight(QuantizedWeight):
 
     def describe(self) -> ops.WeightView:
         """Return the C structure that the kernels take; it points at memory of this object."""
-        return ops.WeightView(ops.BLOCK_TYPE_IDS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)
+        return ops.packed_weight(self.tiles, self.block_type.name, *self.shape)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weight = self.describe()
