@@ -187,7 +187,9 @@ def open_source(options: BuildOptions) -> Source:
         max_seq_len=options.max_seq_len,
         max_batch_size=options.max_batch_size,
     )
-    dtype = choose_dtype(options.dtype, device, checkpoint.dtype)
+    dtype = choose_dtype(
+        options.dtype, device, checkpoint.dtype, checkpoint.is_quantized or options.quantize is not None
+    )
     backend = choose_backend(device, args.head_dim, options.compile)
     if options.quantize is not None and options.quantize not in backend.quantize_modes:
         raise ValueError(

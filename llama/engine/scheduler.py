@@ -48,9 +48,10 @@ class Scheduler:
         computed, and theirs again when they have it.
         """
         events = self._run(sequences, params, keep_cache)
+        device_type = self.pool.model.device.type
         try:
             while True:
-                with torch.inference_mode(), torch.autocast(self.pool.model.device.type, enabled=False):
+                with torch.inference_mode(), torch.autocast(device_type, enabled=False):
                     event = next(events, None)
                 if event is None:
                     return

@@ -170,12 +170,15 @@ def has_matrix_unit() -> bool:
 
 
 def gemm(weight: WeightView, x: Tensor) -> Tensor:
-    """Multiply x (..., in), bf16, by a packed weight on the matrix unit: bf16 (..., out)."""
+    """Multiply x (..., in), fp32 or bf16, by a packed weight on the matrix unit: (..., out) in x's dtype.
+
+    Floats are sums of two bf16 terms there: see D32.
+    """
     n_tokens = x.numel() // weight.columns
     x = x.contiguous()
     y = new(*x.shape[:-1], weight.rows, dtype=x.dtype)
-    from_x, to_y = pointers((x, torch.bfloat16, n_tokens * weight.columns), (y, torch.bfloat16, n_tokens * weight.rows))
-    kernels().gemm(ctypes.byref(weight), from_x, n_tokens, to_y, torch.get_num_threads())
+    from_x, to_y = pointers((x, x.dtype, n_tokens * weight.columns), (y, x.dtype, n_tokens * weight.rows))
+    kernels().gemm(ctypes.byref(weight), from_x, n_tokens, to_y, FLOAT_TYPE_IDS[x.dtype], torch.get_num_threads())
     return y
 
 
