@@ -49,9 +49,9 @@ class Rotary(nn.Module):
 
     def _dynamic(self, scaling: DynamicScaling, lengths: Tensor) -> Tensor:
         """Return frequencies for rows of `lengths` (bsz,): (bsz, 1, head_dim / 2). Cached keys keep their rotation."""
-        excess = (lengths / scaling.old_context_len).clamp(min=1) - 1
+        excess = (lengths.float() / scaling.old_context_len).clamp(min=1) - 1
         stretch = (1 + scaling.factor * excess) ** (self.head_dim / (self.head_dim - 2))
-        exponents = torch.arange(0, self.head_dim, 2, device=lengths.device) / self.head_dim
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=lengths.device) / self.head_dim
         return ((self.theta * stretch)[:, None] ** -exponents)[:, None]
 
 

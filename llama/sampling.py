@@ -66,7 +66,7 @@ def uniforms(seed: int, index: int, count: int) -> Tensor:
     """
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    return torch.rand(count, generator=generator)
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class TokenSampler(Protocol):

@@ -84,7 +84,10 @@ def load_weights(
         held: Weight
         if block_type is None:
             part = read_part(checkpoint, name, model.args, model.parallel)
-            held = torch.nn.Parameter(part.to(device, weight_format.dtype).contiguous(), requires_grad=False)
+            part = part.to(device, weight_format.dtype).contiguous()
+            if part.data_ptr() % part.element_size():  # a view of a file whose header has an odd length
+                part = part.clone()
+            held = torch.nn.Parameter(part, requires_grad=False)
             setattr(module, attribute, held)
         else:
             held = _read_quantized(checkpoint, name, model, device, weight_format, block_type)
@@ -211,7 +214,7 @@ def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, para
     rows = read(name, 0, first * args.head_dim, (last + 1) * args.head_dim)
     if heads == list(range(first, last + 1)):
         return rows
-    picked = torch.tensor([head - first for head in heads])
+    picked = torch.tensor([head - first for head in heads], device="cpu")
     return rows.unflatten(0, (-1, args.head_dim))[picked].flatten(0, 1)
 
 

@@ -45,10 +45,13 @@ def _choose_cuda_device(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def choose_dtype(name: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+def choose_dtype(
+    name: str | torch.dtype | None, device: torch.device, stored: torch.dtype, quantized: bool = False
+) -> torch.dtype:
     """Return the dtype to compute in: the one named, else the device's best for weights stored in `stored` (see D12).
 
-    Raise ValueError for a name that is not one of DTYPES.
+    quantized: matrices are held in blocks, or were stored in them. Raise ValueError for a name that is not one of
+    DTYPES.
     """
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
@@ -60,7 +63,7 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device, stored: t
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    return torch.bfloat16 if stored == torch.bfloat16 and _cpu_computes_bfloat16() else torch.float32
+    return torch.bfloat16 if stored == torch.bfloat16 and not quantized and _cpu_computes_bfloat16() else torch.float32
 
 
 def _cpu_computes_bfloat16() -> bool:

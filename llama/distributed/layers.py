@@ -89,4 +89,4 @@ def tie_output(output: ColumnParallelLinear, table: VocabParallelEmbedding) -> N
 
 
 def _empty(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)

@@ -206,7 +206,9 @@ def open_source(options: BuildOptions) -> Source:
         max_batch_size=options.max_batch_size,
     )
     check_weights(checkpoint, args)
-    dtype = choose_dtype(options.dtype, device, checkpoint.dtype)
+    dtype = choose_dtype(
+        options.dtype, device, checkpoint.dtype, checkpoint.is_quantized or options.quantize is not None
+    )
     backend = choose_backend(device, args.head_dim, options.compile)
     if options.quantize is not None and options.quantize not in backend.quantize_modes:
         raise ValueError(

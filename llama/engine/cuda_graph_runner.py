@@ -49,9 +49,9 @@ class CudaGraphRunner:
         self._start_pos = torch.zeros(rows, dtype=torch.long, device=device)
         self._running = torch.zeros(rows, dtype=torch.long, device=device)  # 1, or 0 for rows that only pad a graph
         self._draft_len = torch.zeros(1, dtype=torch.long, device=device)
-        self._uniforms = torch.zeros(rows, length, device=device)
+        self._uniforms = torch.zeros(rows, length, dtype=torch.float32, device=device)
         self._sampled = torch.zeros(rows * MAX_STEP_TOKENS + 1, dtype=torch.long, device=device)
-        self._logprobs = torch.zeros(rows * MAX_STEP_TOKENS, device=device)
+        self._logprobs = torch.zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32, device=device)
 
     def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
         self._in_flight.clear()  # left by a batch that was interrupted
@@ -137,7 +137,7 @@ class CudaGraphRunner:
     def _upload(self, values: Sequence[object]) -> Tensor:
         """Copy numbers to the device, without waiting for it."""
         device = self._draft_len.device
-        return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return torch.tensor(values, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _download(tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:

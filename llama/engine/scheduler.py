@@ -38,15 +38,31 @@ class Scheduler:
         # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self.silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, args.vocab_size)}
 
-    @torch.inference_mode()
     def run(
         self, sequences: abc.Iterable[Sequence], params: SamplingParams, keep_cache: bool = False
     ) -> abc.Iterator[TokenEvent]:
         """Complete the sequences and yield their events, with params.echo those of their prompts first.
 
         keep_cache: keep the cache of the one sequence, so that the next run with keep_cache prefills only what is new.
-        Raise ValueError where logits are NaN or infinite.
+        Raise ValueError where logits are NaN or infinite. The caller's autograd and autocast are left while an event is
+        computed, and theirs again when they have it.
         """
+        events = self._run(sequences, params, keep_cache)
+        device_type = self.pool.model.device.type
+        try:
+            while True:
+                with torch.inference_mode(), torch.autocast(device_type, enabled=False):
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+        finally:
+            events.close()
+
+    def _run(
+        self, sequences: abc.Iterable[Sequence], params: SamplingParams, keep_cache: bool
+    ) -> abc.Generator[TokenEvent]:
+        """See `run`."""
         waiting = iter(sequences)
         while batch := list(itertools.islice(waiting, self.max_batch_size)):
             shape = BatchShape(
@@ -159,7 +175,7 @@ class Batch:
 
     def _uniforms(self) -> Tensor:
         """Return each sequence's random numbers, at the positions after which they sample a token: (bsz, seqlen)."""
-        uniforms = torch.zeros(len(self.running), self.context.cache.max_seq_len)
+        uniforms = torch.zeros(len(self.running), self.context.cache.max_seq_len, dtype=torch.float32, device="cpu")
         for numbers, sequence in zip(uniforms, self.running, strict=True):
             numbers[len(sequence.prompt) - 1 :][: sequence.max_new_tokens] = sequence.uniforms
         return uniforms

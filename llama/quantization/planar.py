@@ -194,7 +194,7 @@ def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
     """Round rows (n, size) to 8 bits: float8_e4m3fn codes (n, size) and fp32 scales (n, 1)."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
-    scales = torch.empty(len(values), 1, device=values.device)
+    scales = torch.empty(len(values), 1, dtype=torch.float32, device=values.device)
     step = max(1, MAX_CONVERTED_VALUES // values.shape[1])
     for first in range(0, len(values), step):
         part = values[first : first + step].float()

@@ -17,6 +17,11 @@ from llama.quantization.gguf_blocks import BlockType, dequantize
 # Values of a quantized weight that are dequantized at once, for many tokens.
 MAX_DEQUANTIZED_VALUES = 1 << 22
 
+# A product in 16 bits on a CPU has at most so many tokens, and a multiple of these, of the first where they are fewer
+# than the second: see D47.
+MAX_TOKENS_AT_ONCE = 512
+TOKEN_MULTIPLES = 8, 32
+
 
 class QuantizedWeight(nn.Module):
     """A matrix (out, in) of quantized values. Subclasses differ in their layout in memory."""
@@ -59,7 +64,7 @@ class BlockWeight(QuantizedWeight):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         parts = self.blocks.split(max(1, MAX_DEQUANTIZED_VALUES // self.shape[1]))
-        y = torch.cat([F.linear(x, dequantize(part, self.block_type).type_as(x)) for part in parts], dim=-1)
+        y = torch.cat([dense_linear(x, dequantize(part, self.block_type).type_as(x)) for part in parts], dim=-1)
         return y.to(dtype or x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -90,7 +95,25 @@ def float_matmul(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) ->
     if dtype == torch.float32 and weight.dtype != dtype and x.device.type == "cuda" and torch.version.cuda is not None:
         y = torch.mm(x.reshape(-1, x.shape[-1]).type_as(weight), weight.t(), out_dtype=dtype)
         return y.view(*x.shape[:-1], -1)
-    return F.linear(x.type_as(weight), weight).to(dtype)
+    return dense_linear(x.type_as(weight), weight).to(dtype)
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x (..., in) by floats (out, in) transposed: (..., out), all of one dtype.
+
+    In 16 bits on a CPU, oneDNN compiles a product for each number of tokens and keeps it: there are few numbers here.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.float32 or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    parts = (tokens.flatten(0, -2).split(MAX_TOKENS_AT_ONCE) for tokens in (x, y))
+    for part, to in zip(*parts, strict=True):
+        n = len(part)
+        if padding := -n % TOKEN_MULTIPLES[n >= TOKEN_MULTIPLES[1]]:
+            to.copy_(F.linear(F.pad(part, (0, 0, 0, padding)), weight)[:n])
+        else:
+            torch.mm(part, weight.t(), out=to)
+    return y
 
 
 def quantized_embedding(ids: Tensor, weight: QuantizedWeight) -> Tensor:

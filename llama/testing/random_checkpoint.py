@@ -74,7 +74,7 @@ class RandomCheckpoint:
 
     def _normal(self, name: str, count: int, mean: float, std: float) -> Tensor:
         """Draw `count` normal values, in runs of a fixed length so that several threads draw the same as one."""
-        values = torch.empty(count, dtype=self.dtype)
+        values = torch.empty(count, dtype=self.dtype, device="cpu")
 
         def draw(first: int) -> None:
             seeds = [self.seed, zlib.crc32(name.encode()), first // DRAWN_AT_ONCE]

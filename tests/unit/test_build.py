@@ -98,6 +98,7 @@ def test_a_cpu_never_chooses_fp16(tiny_folder: Path) -> None:
     assert choose_dtype(None, CPU, torch.float16) == torch.float32
     assert choose_dtype(None, CPU, torch.float32) == torch.float32
     assert choose_dtype(None, CPU, torch.bfloat16) in (torch.bfloat16, torch.float32)
+    assert choose_dtype(None, CPU, torch.bfloat16, quantized=True) == torch.float32
 
 
 @pytest.mark.parametrize("heads", [5, 6, 7])

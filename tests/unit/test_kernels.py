@@ -66,6 +66,9 @@ def test_products_with_blocks_are_those_of_their_values(block_type: BlockType, n
     expected = (x.double() @ dequantize(blocks, block_type).double().t()).float()
     close(PackedWeight(blocks, block_type)(x), expected)
     close(BlockWeight(blocks, block_type)(x), expected)
+    in_bfloat16 = PackedWeight(blocks, block_type)(x.bfloat16())
+    assert in_bfloat16.dtype == torch.bfloat16
+    close(in_bfloat16.float(), expected, bound=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

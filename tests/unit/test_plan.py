@@ -80,6 +80,7 @@ def write_hugging_face(folder: Path, args: ModelArgs, layers: list[int]) -> None
             header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
             weight_map[name] = f"model-{number}.safetensors"
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # as the library pads it
         with (folder / f"model-{number}.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)

@@ -136,7 +136,7 @@ class CpuBackend(EagerBackend):
             for name in ("w1", "w2", "w3"):
                 setattr(described, name, self._describe(getattr(feed_forward, name)))
             norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
-            described.attention_norm, described.ffn_norm = (weight.data_ptr() for weight in norms)
+            described.attention_norm, described.ffn_norm = (ops.vector(weight, self.args.dim) for weight in norms)
             self._norms.append(norms)
         self._c_output = self._describe(self.output)
         self._c_table = self._describe(self.tok_embeddings)
@@ -201,7 +201,7 @@ class CpuBackend(EagerBackend):
             halves = ((ops.ATTENTION, layer.attention.wo), (ops.FEED_FORWARD, layer.feed_forward.w2))
             for half, last in halves:
                 share = torch.empty_like(x)
-                inputs.out = share.data_ptr()
+                (inputs.out,) = ops.pointers((share, torch.float32, x.numel()))
                 ops.run_layers(self._c_layers, i, i + 1, half, inputs)
                 x += self.parallel.all_reduce(share)
                 if last.bias is not None:
@@ -251,25 +251,31 @@ class CpuBackend(EagerBackend):
         bias = None if isinstance(module, VocabParallelEmbedding) else module.bias
         if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
             self._biases.append(bias.float())
-            described.bias = self._biases[-1].data_ptr()
+            described.bias = ops.vector(self._biases[-1], weight.shape[0])
         return described
 
     def _inputs(self, x: Tensor, positions: Tensor, rotation: Tensor, cache: KVCache) -> ops.LayersInput:
         """Return the C structure of what layers read and write; the residual x is (n_tokens, dim), fp32."""
-        assert rotation.is_contiguous() and rotation.dtype == torch.complex64
         keys, values = cache.keys, cache.values
+        n_tokens = len(x)
+        half, cached = self.args.head_dim // 2, keys.numel()
+        addresses = ops.pointers(
+            (positions, torch.int64, n_tokens),
+            (rotation, torch.complex64, n_tokens * half),
+            (keys, keys.dtype, cached),
+            (values, keys.dtype, cached),
+            (x, torch.float32, n_tokens * self.args.dim),
+        )
+        residual = addresses.pop()
         return ops.LayersInput(
-            n_tokens=len(x),
+            n_tokens=n_tokens,
             seqlen=positions.shape[1],
             cache_type=ops.FLOAT_TYPE_IDS[keys.dtype],
-            positions=positions.data_ptr(),
-            rotation=rotation.data_ptr(),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
+            **dict(zip(("positions", "rotation", "keys", "values"), addresses, strict=True)),
             layer_stride=keys.stride(0),
             row_stride=keys.stride(1),
-            x=x.data_ptr(),
-            out=x.data_ptr(),
+            x=residual,
+            out=residual,
             threads=torch.get_num_threads(),
             **self._constants,
         )

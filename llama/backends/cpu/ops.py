@@ -92,10 +92,40 @@ def one_thread() -> Iterator[None]:
         set_openmp_threads(threads)
 
 
+def pointers(*buffers: tuple[Tensor, torch.dtype, int]) -> list[c_void_p]:
+    """Return the addresses of tensors, each with the dtype and the number of values that a kernel takes it for.
+
+    All memory that C++ reads or writes passes here. A buffer of another dtype than was meant, as one that torch makes
+    in the caller's default dtype, would be read or written beyond its end.
+    """
+    for tensor, dtype, numel in buffers:
+        assert tensor.dtype == dtype and tensor.numel() == numel, (tensor.dtype, tensor.shape, dtype, numel)
+        assert tensor.device.type == "cpu" and tensor.is_contiguous(), (tensor.device, tensor.stride())
+        assert tensor.data_ptr() % dtype.itemsize == 0, (tensor.data_ptr(), dtype)
+    return [c_void_p(tensor.data_ptr()) for tensor, _, _ in buffers]
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory for a kernel to fill, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def float_weight(weight: Tensor) -> WeightView:
     """Describe a contiguous matrix (out, in) of floats, which must outlive the description."""
-    assert weight.is_contiguous() and weight.device.type == "cpu"
-    return WeightView(FLOAT_TYPE_IDS[weight.dtype], *weight.shape, weight.data_ptr(), None)
+    return WeightView(
+        FLOAT_TYPE_IDS[weight.dtype], *weight.shape, *pointers((weight, weight.dtype, weight.numel())), None
+    )
+
+
+def packed_weight(tiles: Tensor, block_type: str, rows: int, columns: int) -> WeightView:
+    """Describe a packed matrix (rows, columns), whose tiles, uint8 (bytes,), must outlive the description."""
+    address = pointers((tiles, torch.uint8, packed_bytes(block_type, rows, columns)))
+    return WeightView(BLOCK_TYPE_IDS[block_type], rows, columns, *address, None)
+
+
+def vector(values: Tensor, size: int) -> c_void_p:
+    """Return the address of `size` fp32 values, a norm's weight or a bias, which must outlive its use."""
+    return pointers((values, torch.float32, size))[0]
 
 
 def packed_bytes(block_type: str, rows: int, columns: int) -> int:
@@ -108,39 +138,30 @@ def packed_bytes(block_type: str, rows: int, columns: int) -> int:
 def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
     """Pack raw blocks in ggml's layout, uint8 (rows, row_bytes), into the kernels' layout: uint8 (bytes,)."""
     rows = len(blocks)
-    tiles = torch.empty(packed_bytes(block_type, rows, columns), dtype=torch.uint8)
+    tiles = new(packed_bytes(block_type, rows, columns), dtype=torch.uint8)
     blocks = blocks.contiguous()
-    kernels().pack(
-        BLOCK_TYPE_IDS[block_type],
-        c_void_p(blocks.data_ptr()),
-        rows,
-        columns,
-        c_void_p(tiles.data_ptr()),
-        torch.get_num_threads(),
-    )
+    stored, packed = pointers((blocks, torch.uint8, blocks.numel()), (tiles, torch.uint8, tiles.numel()))
+    kernels().pack(BLOCK_TYPE_IDS[block_type], stored, rows, columns, packed, torch.get_num_threads())
     return tiles
 
 
 def unpack(weight: WeightView, first: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Dequantize rows [first, stop) of a packed weight to the columns of a matrix (in, stop - first)."""
-    assert first % TILE_ROWS == 0
-    to = torch.empty(weight.columns, stop - first, dtype=dtype)
+    assert first % TILE_ROWS == 0 and first < stop <= weight.rows, (first, stop, weight.rows)
+    to = new(weight.columns, stop - first, dtype=dtype)
+    (address,) = pointers((to, dtype, to.numel()))
     threads = torch.get_num_threads()
-    kernels().unpack(ctypes.byref(weight), first, stop - first, c_void_p(to.data_ptr()), FLOAT_TYPE_IDS[dtype], threads)
+    kernels().unpack(ctypes.byref(weight), first, stop - first, address, FLOAT_TYPE_IDS[dtype], threads)
     return to
 
 
 def embedding(weight: WeightView, rows: Tensor) -> Tensor:
     """Look up rows of a packed weight by index, int64 of any shape: fp32 (*rows.shape, in)."""
     rows = rows.contiguous()
-    to = torch.empty(*rows.shape, weight.columns)
-    kernels().embedding(
-        ctypes.byref(weight),
-        c_void_p(rows.data_ptr()),
-        rows.numel(),
-        c_void_p(to.data_ptr()),
-        torch.get_num_threads(),
-    )
+    n = rows.numel()
+    to = new(*rows.shape, weight.columns)
+    ids, values = pointers((rows, torch.int64, n), (to, torch.float32, n * weight.columns))
+    kernels().embedding(ctypes.byref(weight), ids, n, values, torch.get_num_threads())
     return to
 
 
@@ -154,10 +175,9 @@ def gemv(weight: WeightView, x: Tensor) -> Tensor:
     x = x.float().contiguous()
     n_tokens = x.numel() // weight.columns
     assert n_tokens <= MAX_GEMV_TOKENS, n_tokens
-    y = torch.empty(*x.shape[:-1], weight.rows)
-    kernels().gemv(
-        ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
-    )
+    y = new(*x.shape[:-1], weight.rows)
+    from_x, to_y = pointers((x, torch.float32, n_tokens * weight.columns), (y, torch.float32, n_tokens * weight.rows))
+    kernels().gemv(ctypes.byref(weight), from_x, n_tokens, to_y, torch.get_num_threads())
     return y
 
 
@@ -168,13 +188,15 @@ def has_matrix_unit() -> bool:
 
 
 def gemm(weight: WeightView, x: Tensor) -> Tensor:
-    """Multiply x (..., in), bf16, by a packed weight on the matrix unit: bf16 (..., out)."""
+    """Multiply x (..., in), fp32 or bf16, by a packed weight on the matrix unit: (..., out) in x's dtype.
+
+    Floats are sums of two bf16 terms there: see D32.
+    """
     n_tokens = x.numel() // weight.columns
     x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], weight.rows, dtype=torch.bfloat16)
-    kernels().gemm(
-        ctypes.byref(weight), c_void_p(x.data_ptr()), n_tokens, c_void_p(y.data_ptr()), torch.get_num_threads()
-    )
+    y = new(*x.shape[:-1], weight.rows, dtype=x.dtype)
+    from_x, to_y = pointers((x, x.dtype, n_tokens * weight.columns), (y, x.dtype, n_tokens * weight.rows))
+    kernels().gemm(ctypes.byref(weight), from_x, n_tokens, to_y, FLOAT_TYPE_IDS[x.dtype], torch.get_num_threads())
     return y
 
 
@@ -191,32 +213,29 @@ def fused_add_rms_norm(
 
     Without a weight nothing is normalised, and x is returned.
     """
-    y = torch.empty(x.shape, dtype=dtype) if weight is not None else x
-    kernels().fused_add_rms_norm(
-        c_void_p(x.data_ptr()),
-        c_void_p(delta.data_ptr() if delta is not None else None),
-        c_void_p(weight.data_ptr() if weight is not None else None),
-        c_float(eps),
-        *x.shape,
-        c_void_p(y.data_ptr() if weight is not None else None),
-        FLOAT_TYPE_IDS[dtype],
-        torch.get_num_threads(),
-    )
-    return y
+    n, dim = x.shape
+    y = new(n, dim, dtype=dtype) if weight is not None else None
+    added = pointers((delta, dtype, n * dim))[0] if delta is not None else None
+    (residual,) = pointers((x, torch.float32, n * dim))
+    scale = vector(weight, dim) if weight is not None else None
+    result = pointers((y, dtype, n * dim))[0] if y is not None else None
+    threads = torch.get_num_threads()
+    kernels().fused_add_rms_norm(residual, added, scale, c_float(eps), n, dim, result, FLOAT_TYPE_IDS[dtype], threads)
+    return x if y is None else y
 
 
 def silu_and_mul(gates: Tensor, ups: Tensor) -> Tensor:
     """Compute silu(gates) * ups in place of gates, and return it; both are contiguous, with the same dtype."""
-    n = ctypes.c_size_t(gates.numel())
-    threads = torch.get_num_threads()
-    kernels().silu_and_mul(
-        c_void_p(gates.data_ptr()), c_void_p(ups.data_ptr()), n, FLOAT_TYPE_IDS[gates.dtype], threads
-    )
+    dtype, n = gates.dtype, gates.numel()
+    both = pointers((gates, dtype, n), (ups, dtype, n))
+    kernels().silu_and_mul(*both, ctypes.c_size_t(n), FLOAT_TYPE_IDS[dtype], torch.get_num_threads())
     return gates
 
 
 def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Rotate q in place; write k, rotated, and v to the cache that `inputs` points at. All have the cache's dtype."""
-    kernels().rope_and_append_kv(
-        ctypes.byref(inputs), layer, c_void_p(q.data_ptr()), c_void_p(k.data_ptr()), c_void_p(v.data_ptr())
-    )
+    dtype = q.dtype
+    assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
+    n, n_kv = (inputs.n_tokens * heads * inputs.head_dim for heads in (inputs.n_heads, inputs.n_kv_heads))
+    three = pointers((q, dtype, n), (k, dtype, n_kv), (v, dtype, n_kv))
+    kernels().rope_and_append_kv(ctypes.byref(inputs), layer, *three)

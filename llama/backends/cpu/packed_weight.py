@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llama.backends.cpu import ops
 from llama.quantization.gguf_blocks import BlockType
-from llama.quantization.weights import MAX_DEQUANTIZED_VALUES, QuantizedWeight, matrix_shape
+from llama.quantization.weights import MAX_DEQUANTIZED_VALUES, QuantizedWeight, dense_linear, matrix_shape
 
 
 class PackedWeight(QuantizedWeight):
@@ -28,17 +28,17 @@ class PackedWeight(QuantizedWeight):
 
     def describe(self) -> ops.WeightView:
         """Return the C structure that the kernels take; it points at memory of this object."""
-        return ops.WeightView(ops.BLOCK_TYPE_IDS[self.block_type.name], *self.shape, self.tiles.data_ptr(), None)
+        return ops.packed_weight(self.tiles, self.block_type.name, *self.shape)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weight = self.describe()
         if ops.is_gemv(x):
             return ops.gemv(weight, x).to(dtype or x.dtype)
-        if x.dtype == torch.bfloat16 and ops.has_matrix_unit():
+        if x.dtype != torch.float16 and ops.has_matrix_unit():
             return ops.gemm(weight, x).to(dtype or x.dtype)
         n_rows = max(1, MAX_DEQUANTIZED_VALUES // self.shape[1] // ops.TILE_ROWS) * ops.TILE_ROWS
         spans = [(first, min(first + n_rows, self.shape[0])) for first in range(0, self.shape[0], n_rows)]
-        parts = [torch.matmul(x, ops.unpack(weight, *span, x.dtype)) for span in spans]
+        parts = [dense_linear(x, ops.unpack(weight, *span, x.dtype).t()) for span in spans]
         return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(dtype or x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:

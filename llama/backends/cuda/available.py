@@ -31,7 +31,7 @@ def has_triton(device: torch.device) -> bool:
         from llama.backends.cuda.elementwise import silu_and_mul
 
         with torch.cuda.device(device):
-            silu_and_mul(torch.zeros(1, 2, device=device)).item()
+            silu_and_mul(torch.zeros(1, 2, dtype=torch.float32, device=device)).item()
     except Exception as error:  # there is no Triton, or it finds no C compiler, Python.h or driver to its liking
         why = " ".join(str(error).split())[:300] or type(error).__name__
         log.warning("no GPU kernels, so torch's operations do the work: Triton does not run here: %s", why)

@@ -64,7 +64,7 @@ class CudaSampler:
     def __init__(self, device: torch.device) -> None:
         self.params = SamplingParams()
         # On the device, so that a captured step serves all values.
-        self._temperature, self._top_p = (torch.zeros((), device=device) for _ in range(2))
+        self._temperature, self._top_p = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
 
     def begin(self, params: SamplingParams) -> None:
         self.params = params
