@@ -17,7 +17,7 @@ from llama.distributed.job import mute_later_ranks
 from llama.engine.build import build_draft, build_model
 from llama.engine.metrics import Metrics
 from llama.engine.options import BuildOptions
-from llama.engine.prompts import check_texts, encode_dialogs, encode_texts, read_prompts
+from llama.engine.prompts import as_token_ids, check_texts, encode_dialogs, encode_texts
 from llama.engine.runner_pool import RunnerPool
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import make_sequences
@@ -167,7 +167,7 @@ class Llama:
         0 None '' length
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
-        return self._stream(read_prompts(prompt_tokens, self.model.args), params, add_prefix_space, keep_cache)
+        return self._stream(as_token_ids(prompt_tokens, self.model.args), params, add_prefix_space, keep_cache)
 
     def generate(
         self,
@@ -190,7 +190,7 @@ class Llama:
         ([[7042, 30]], None)
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo, stop_token)
-        prompts = read_prompts(prompt_tokens, self.model.args)
+        prompts = as_token_ids(prompt_tokens, self.model.args)
         tokens, scores = fold_tokens(self._stream(prompts, params), len(prompts))
         return tokens, scores if logprobs else None
 
@@ -300,7 +300,7 @@ class Llama:
     def _complete(
         self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, add_prefix_space: bool = False
     ) -> list[CompletionPrediction]:
-        prompts = read_prompts(prompt_tokens, self.model.args)
+        prompts = as_token_ids(prompt_tokens, self.model.args)
         events = self._stream(prompts, params, add_prefix_space)
         return fold_events(events, len(prompts), self.tokenizer, params.logprobs)
 

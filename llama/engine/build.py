@@ -205,7 +205,6 @@ def open_source(options: BuildOptions) -> Source:
         max_seq_len=options.max_seq_len,
         max_batch_size=options.max_batch_size,
     )
-    check_weights(checkpoint, args)
     dtype = choose_dtype(
         options.dtype, device, checkpoint.dtype, checkpoint.is_quantized or options.quantize is not None
     )
@@ -214,5 +213,6 @@ def open_source(options: BuildOptions) -> Source:
         raise ValueError(
             f"quantize {options.quantize} needs a CUDA device and Triton kernels, got {device}: use int8 instead"
         )
+    check_weights(checkpoint, args)
     weight_format = WeightFormat(dtype, options.quantize, backend.weight_cls, backend.keeps_stored_blocks)
     return Source(checkpoint, tokenizer, args, backend, weight_format)

@@ -13,7 +13,7 @@ from llama.distributed.groups import ModelParallel
 from llama.tokenizer import Tokenizer
 
 
-def read_prompts(prompts: Iterable[Iterable[SupportsIndex]], args: ModelArgs) -> list[list[int]]:
+def as_token_ids(prompts: Iterable[Iterable[SupportsIndex]], args: ModelArgs) -> list[list[int]]:
     """Return prompts as lists of ids, from lists or from arrays or tensors of integers.
 
     Raise ValueError unless there is at least one prompt, and each has tokens and fits into max_seq_len.
