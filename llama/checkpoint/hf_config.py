@@ -125,7 +125,7 @@ def _check_method(path: Path, config: Mapping[str, Any]) -> None:
 def token_ids(value: Any) -> frozenset[int]:
     """Return the ids of an eos_token_id as it is written: an id, a list of ids, or nothing."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(token) is not int or token < 0 for token in ids):
+    if any(type(token) is not int for token in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
     return frozenset(ids)
 

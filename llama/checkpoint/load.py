@@ -21,6 +21,9 @@ from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
 from llama.quantization.planar import Fp8Weight
 from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
+from llama.tokenizer import Tokenizer
+
+log = logging.getLogger("llama")
 
 # What wrappers of a model put into its tensors' names: whose that is, and what to do.
 _PEFT = ("a peft adapter", "save model.merge_and_unload(), which is the whole model")
@@ -121,15 +124,19 @@ def _read_quantized(
     return weight_format.weight_cls(blocks, block_type)
 
 
-def check_vocab_size(checkpoint: Checkpoint, n_words: int) -> int:
-    """Return how many rows the embedding has when the tokenizer has n_words tokens.
+def check_vocab_size(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int:
+    """Return how many rows the embedding has.
 
-    Raise ValueError where there are other rows than tokens, unless the format pads its embeddings.
+    Raise ValueError where there are other rows than tokens, unless the format pads its embeddings, or the tokens
+    without a row were added after training, as fine-tunes add a <pad>: the model never makes those.
     """
-    vocab_size = checkpoint.args.vocab_size
+    n_words, vocab_size = tokenizer.n_words, checkpoint.args.vocab_size
     if vocab_size == -1:
-        return n_words
-    if vocab_size != n_words and not (checkpoint.pads_vocab and vocab_size > n_words):
+        known = "tok_embeddings.weight" in checkpoint.names()
+        vocab_size = next(iter(checkpoint.shape("tok_embeddings.weight") if known else ()), n_words)
+    if tokenizer.n_trained <= vocab_size < n_words:
+        log.info("tokens %d to %d have no row in the weights: no prompt may hold them", vocab_size, n_words - 1)
+    elif vocab_size != n_words and not (checkpoint.pads_vocab and vocab_size > n_words):
         raise ValueError(
             f"the tokenizer has {n_words} tokens, but the weights in {checkpoint.path} have {vocab_size}: "
             "give the model's own with --tokenizer_path"

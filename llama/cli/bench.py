@@ -47,7 +47,7 @@ def main(
     llm = Llama.from_options(dataclasses.replace(options, max_seq_len=prompt_len + gen_len, max_batch_size=1))
     llm.tokenizer.stop_tokens = frozenset()
     numbers = random.Random(0)
-    prompt = [numbers.randrange(llm.tokenizer.n_words) for _ in range(prompt_len)]
+    prompt = [numbers.randrange(min(llm.tokenizer.n_words, llm.model.args.vocab_size)) for _ in range(prompt_len)]
     seconds = [measure(llm, prompt, gen_len) for _ in range(1 + runs)][1:]
     to_first, to_last = (statistics.median(each) for each in zip(*seconds, strict=True))
     decode_tok_s = (gen_len - 1) / to_last

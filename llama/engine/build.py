@@ -198,10 +198,11 @@ def open_source(options: BuildOptions) -> Source:
     checkpoint = open_checkpoint(options.ckpt_dir)
     path = options.tokenizer_path
     tokenizer = Tokenizer(path) if path is not None else checkpoint.tokenizer()
-    tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens)
+    vocab_size = check_vocab_size(checkpoint, tokenizer)
+    tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens, vocab_size)
     args = dataclasses.replace(
         checkpoint.args,
-        vocab_size=check_vocab_size(checkpoint, tokenizer.n_words),
+        vocab_size=vocab_size,
         max_seq_len=options.max_seq_len,
         max_batch_size=options.max_batch_size,
     )

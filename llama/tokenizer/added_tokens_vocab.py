@@ -31,6 +31,7 @@ class AddedTokensVocab:
         self._pieces = SentencePieceVocab(proto, name, hidden) if any(i < pieces.n_words for i in hidden) else pieces
         self.sp_model = self._pieces.sp_model
 
+        self.n_trained = pieces.n_words
         self.n_words = max([pieces.n_words, *(i + 1 for i in added)])
         ids = ids | {token.content: i for i, token in added.items()}
         named = {"bos_token": pieces.bos_id, "eos_token": pieces.eos_id, "pad_token": pieces.pad_id}

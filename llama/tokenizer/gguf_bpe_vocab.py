@@ -1,69 +1,17 @@
 """Byte-level BPE as GGUF stores it (model "gpt2"), run by the `tokenizers` library.
 
-A GGUF file does not store how text is split before BPE, but names it (`tokenizer.ggml.pre`): a table here turns the
-names into rules.
+A GGUF file does not store how text is split before BPE, but names it (`tokenizer.ggml.pre`).
 """
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType, array
-from llama.tokenizer.tiktoken_vocab import PATTERN
+from llama.tokenizer.pre_rules import PRE_RULES
 from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 
-
-@dataclass(frozen=True)
-class PreRule:
-    """How text is prepared for BPE.
-
-    splits: patterns that are applied in turn; each match, and each text between two, is then encoded by itself.
-    ignore_merges: whether a split that is a token as a whole becomes that token, whatever the merges say.
-    add_bos: whether a prompt begins with BOS where the file does not say.
-    """
-
-    splits: tuple[str, ...]
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-
-CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2 = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-SEED = QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+")
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s|"
-SYMBOLS = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
-TEKKEN = CASED.replace("%s", "") + r"\p{N}|" + SYMBOLS
-GPT4O = CASED.replace("%s", CONTRACTION + "?") + r"\p{N}{1,3}|" + SYMBOLS
-VIKING = " ?[^(\\s|.,!?…。，、।۔،)]+"
-CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-
-# Names and rules are those of llama.cpp's llama-vocab.cpp, patterns those of the models' own tokenizer.json. The name
-# "default" is left out: it means that the converter did not know.
-RULES = (
-    (
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"),
-        PreRule((PATTERN,), ignore_merges=True, add_bos=True),
-    ),
-    (("smaug-bpe", "dbrx"), PreRule((PATTERN,))),
-    (
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
-        PreRule((r"\p{N}", GPT2)),
-    ),
-    (
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "a.x-4.0", "mellum", "exaone4", "trillion"),
-        PreRule((GPT2,)),
-    ),
-    (("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "kormo"), PreRule((QWEN2,))),
-    (("tekken",), PreRule((TEKKEN,), ignore_merges=True, add_bos=True)),
-    (("gpt-4o", "llama4", "kanana2"), PreRule((GPT4O,))),
-    (("seed-coder",), PreRule((SEED,))),
-    (("viking",), PreRule((VIKING, r"\p{N}"))),
-    (("deepseek-coder",), PreRule(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"))),
-)
-PRE_RULES = {name: rule for names, rule in RULES for name in names}
+log = logging.getLogger("llama")
 
 
 class GGUFBytePairVocab:
@@ -72,13 +20,7 @@ class GGUFBytePairVocab:
     def __init__(self, tokens: GGUFTokens, metadata: Mapping[str, Any]) -> None:
         from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-        pre = metadata.get(TOKENIZER_KEY + "pre")
-        if not isinstance(pre, str) or pre not in PRE_RULES:
-            raise ValueError(
-                f"{TOKENIZER_KEY}pre is {pre!r}: supported are {', '.join(sorted(PRE_RULES))}"
-                + (" (a newer llama.cpp converter writes it)" if pre in (None, "default") else "")
-            )
-        rule = PRE_RULES[pre]
+        rule = PRE_RULES[choose_pre_rule(metadata)]
         kinds = [
             TokenType.CONTROL if kind == TokenType.USER_DEFINED and text in CONTROL_TOKENS else kind
             for text, kind in zip(tokens.texts, tokens.types, strict=True)
@@ -96,7 +38,7 @@ class GGUFBytePairVocab:
         added = [text for text, kind in zip(tokens.texts, kinds, strict=True) if kind == TokenType.USER_DEFINED]
         self._bpe.add_tokens([AddedToken(text, normalized=False) for text in added])
 
-        self.n_words = len(tokens.texts)
+        self.n_words = self.n_trained = len(tokens.texts)
         self.bos_id, self.eos_id, self.pad_id = tokens.bos_id, tokens.eos_id, tokens.pad_id
         self.prefix_space_after_special = False
         self.add_bos = rule.add_bos if tokens.add_bos is None else tokens.add_bos
@@ -114,3 +56,22 @@ class GGUFBytePairVocab:
         if self._kinds[token] == TokenType.NORMAL and all(char in self._byte_of for char in text):
             return bytes(self._byte_of[char] for char in text)
         return text.encode()
+
+
+def choose_pre_rule(metadata: Mapping[str, Any]) -> str:
+    """Return the name of the rule by which text is split; ValueError for one that is not known.
+
+    Converters before May 2024 wrote none. Llama 3's tokens then tell the rule, and all others get llama.cpp's default.
+    """
+    pre = metadata.get(TOKENIZER_KEY + "pre")
+    if pre in (None, ""):
+        pre = "llama-bpe" if "<|begin_of_text|>" in metadata[TOKENIZER_KEY + "tokens"] else "default"
+        log.warning(
+            "%spre is missing, so the file does not say how text is split before BPE: the rule %r is taken; if texts "
+            "get worse, give the model's own tokenizer.json with --tokenizer_path",
+            TOKENIZER_KEY,
+            pre,
+        )
+    if not isinstance(pre, str) or pre not in PRE_RULES:
+        raise ValueError(f"{TOKENIZER_KEY}pre is {pre!r}: supported are {', '.join(sorted(PRE_RULES))}")
+    return pre

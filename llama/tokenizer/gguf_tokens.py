@@ -1,9 +1,14 @@
 """Check the tokenizer keys that both kinds of GGUF tokenizer share. Knows metadata, not files."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
+
+from llama.tokenizer.vocab import default_template
+
+log = logging.getLogger("llama")
 
 TOKENIZER_KEY = "tokenizer.ggml."
 MODELS = ("gpt2", "llama")
@@ -65,14 +70,24 @@ class GGUFTokens:
                 raise ValueError(f"{TOKENIZER_KEY}tokens has {text!r} twice, as ids {first[text]} and {i}")
 
         def special(name: str, default: int = -1) -> int:
-            token = metadata.get(f"{TOKENIZER_KEY}{name}_token_id", default)
-            if type(token) is not int or not (-1 <= token < len(texts) or token == NONE_ID):
-                raise ValueError(f"{TOKENIZER_KEY}{name}_token_id is {token!r}: there are {len(texts)} tokens")
-            return -1 if token == NONE_ID else token
+            """Return an id; one beyond the vocabulary is left out, as llama.cpp does."""
+            key = f"{TOKENIZER_KEY}{name}_token_id"
+            token = metadata.get(key, default)
+            if type(token) is not int:
+                raise ValueError(f"{key} is {token!r}: expected a token id")
+            if token in (-1, NONE_ID):
+                return -1
+            if not 0 <= token < len(texts):
+                default = default if default < len(texts) else -1
+                instead = f"{default} is taken" if default >= 0 else "it is left out"
+                log.warning("%s is %d, but there are %d tokens: %s", key, token, len(texts), instead)
+                return default
+            return token
 
         # llama.cpp's defaults for SentencePiece; its default of 11 for gpt2 fits Falcon alone.
         bos, eos, unk = (1, 2, 0) if model == "llama" else (-1, -1, -1)
-        template = metadata.get("tokenizer.chat_template")
+        if model == "llama" and TokenType.UNKNOWN in types:
+            unk = types.index(TokenType.UNKNOWN)
         return cls(
             model=model,
             texts=texts,
@@ -83,7 +98,7 @@ class GGUFTokens:
             unk_id=special("unknown", unk),
             stops=(special("eot"), special("eom")),
             add_bos=flag(metadata, "add_bos_token"),
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=_chat_template(metadata),
         )
 
 
@@ -93,6 +108,17 @@ def flag(metadata: Mapping[str, Any], name: str) -> bool | None:
     if value is not None and type(value) is not bool:
         raise ValueError(f"{TOKENIZER_KEY}{name} is {value!r:.60}: expected true or false")
     return value
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | None:
+    """Return the default template: a text, the first of a list, or that under a key which ends in its name."""
+    key = "tokenizer.chat_template"
+    named = {other.removeprefix(key + "."): text for other, text in metadata.items() if other.startswith(key + ".")}
+    template = metadata.get(key)
+    if isinstance(template, list):
+        template = next(iter(template), None)
+    template = default_template(named, "the GGUF file") if template is None else template
+    return template if isinstance(template, str) else None
 
 
 def array(metadata: Mapping[str, Any], name: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any]:

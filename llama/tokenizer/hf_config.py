@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llama.files import check_content
+from llama.tokenizer.hf_limits import MAX_ADDED_TEXT, check_pieces
+from llama.tokenizer.vocab import default_template
 
 MAX_CONFIG_BYTES = 16 << 20  # The largest known tokenizer_config.json has 0.2 MB.
 MAX_CONTAINERS = 1 << 22  # Python needs some 60 bytes for each; the largest known tokenizer.json has half a million.
@@ -57,7 +59,9 @@ def parse_token(value: Any, where: str) -> Any:
 
 def parse_added(entries: Iterable[tuple[Any, Any]], where: str) -> dict[int, Any]:
     """Return added tokens, given as pairs of an id and a text or object; ValueError begins with `where`."""
-    return {parse_id(i, f"{where}: the id of {token!r:.60}"): parse_token(token, where) for i, token in entries}
+    added = {parse_id(i, f"{where}: the id of {token!r:.60}"): parse_token(token, where) for i, token in entries}
+    check_pieces([token.content for token in added.values()], f"{where}: all together have", MAX_ADDED_TEXT)
+    return added
 
 
 @dataclass(frozen=True)
@@ -150,5 +154,5 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):  # templates by name, for tools and the like
         template = {str(expect(dict, entry, where).get("name")): entry.get("template") for entry in template}
     if isinstance(template, dict):
-        template = template.get("default")
+        template = default_template(template, where)
     return None if template is None else expect(str, template, where)

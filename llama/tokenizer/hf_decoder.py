@@ -4,17 +4,14 @@ A pipeline is the file's normalizer, pre-tokenizer, post-processor and decoder, 
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from llama.tokenizer.hf_limits import check_growth, check_part, check_steps
 
 Pipeline = dict[str, list[dict[str, Any]]]
 # Each part of a pipeline, and the key under which a sequence of its kind has the steps.
 PARTS = dict(normalizer="normalizers", pre_tokenizer="pretokenizers", post_processor="processors", decoder="decoders")
-MAX_PATTERN = 10_000  # characters; the longest known has some 500
-CLASS_OR_ESCAPE = re.compile(r"\\.|\[(?:\\.|\[[^\]]*\]|[^\]\\])*\]", re.DOTALL)
-REGEX_GROUP = re.compile(r"\(([^()]*)\)([*+]|\{\d+,\})?")
-REPEATS_OR_CHOOSES = re.compile(r"[*+|]|\{\d+,\}")
 
 
 def library_tokenizer(pipeline: Pipeline, model: Any = None, added: Sequence[Any] = ()) -> Any:
@@ -32,16 +29,18 @@ def library_tokenizer(pipeline: Pipeline, model: Any = None, added: Sequence[Any
 def parse_pipeline(content: dict[str, Any]) -> Pipeline:
     """Return the pipeline of a parsed tokenizer.json as the library writes it: no key is missing or mistyped.
 
-    Raises ValueError for a part that the library does not know, or with a regex that could take too long.
+    Raises ValueError for a part that the library does not know, or that could take it too much memory or time.
     """
     pipeline = {}
     for name, part in ((name, content.get(name)) for name in PARTS):
-        check_patterns(part)
         try:
+            check_part(part)
             written = library_tokenizer({name: [] if part is None else [part]}).to_str()
+            pipeline[name] = list(_steps(json.loads(written)[name], PARTS[name]))
+            check_steps(pipeline[name])
         except Exception as error:
             raise ValueError(f"its {name} is {part!r:.80}: {error}") from None
-        pipeline[name] = list(_steps(json.loads(written)[name], PARTS[name]))
+    check_growth([*pipeline["normalizer"], *pipeline["pre_tokenizer"]])
     return pipeline
 
 
@@ -51,29 +50,6 @@ def _steps(node: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
         yield node
     for inner in node.get(key, ()):
         yield from _steps(inner, key)
-
-
-def check_patterns(node: Any) -> None:
-    """Raise ValueError for a regex, anywhere in parsed JSON, that could take exponential time.
-
-    That is one with a group that is repeated without limit and repeats or chooses inside, as in "(a+)+" or "(a|b)*".
-    Any other that takes too long, the library stops after 10 million steps.
-    """
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if key == "Regex" and isinstance(value, str) and (len(value) > MAX_PATTERN or _may_explode(value)):
-            raise ValueError(f"its pattern {value[:80]!r} could take exponential time")
-        check_patterns(value)
-
-
-def _may_explode(regex: str) -> bool:
-    regex = CLASS_OR_ESCAPE.sub("a", regex)
-    while group := REGEX_GROUP.search(regex):  # an innermost one, which is one character to those around it
-        inside, repeated = group.groups("")
-        repeats = REPEATS_OR_CHOOSES.search(inside) is not None
-        if repeats and repeated:
-            return True
-        regex = regex[: group.start()] + ("a+" if repeats else "a" + repeated) + regex[group.end() :]
-    return False
 
 
 def without_prefix_space(pipeline: Pipeline) -> Pipeline:
@@ -97,6 +73,9 @@ def bos_of(pipeline: Pipeline) -> int | None:
 
     transformers goes by the post-processor alone as well: it ignores add_bos_token beside a tokenizer.json.
     """
+    for step in pipeline["post_processor"]:
+        if sum("Sequence" in item for item in step.get("single", ({"Sequence": "A"},))) != 1:
+            raise ValueError(f"its post_processor is {step!r:.80}: expected a text's tokens once")
     encoding = library_tokenizer({"post_processor": pipeline["post_processor"]}).encode("a")
     before: list[int] = encoding.ids[: encoding.special_tokens_mask.index(0)]
     if len(before) > 1:

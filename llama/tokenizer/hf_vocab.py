@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from llama.tokenizer.hf_config import NAMED_TOKENS, TokenizerConfig, expect, given, parse_added, parse_id, read_object
+from llama.tokenizer.hf_config import NAMED_TOKENS, TokenizerConfig, expect, given, parse_added, parse_id
 from llama.tokenizer.hf_decoder import (
     bos_of,
     decoder_steps,
@@ -18,12 +18,12 @@ from llama.tokenizer.hf_decoder import (
     parse_pipeline,
     without_prefix_space,
 )
+from llama.tokenizer.hf_limits import MAX_PIECES, check_pieces
 from llama.tokenizer.vocab import CONTROL_TOKENS, byte_alphabet, parse_merges
 
 # What BOS and EOS are called in a file without a tokenizer_config.json beside it; the last that it has counts.
 USUAL_NAMES = [(text, "bos_token") for text in ("<|startoftext|>", "<s>", "<|begin_of_text|>")]
 USUAL_NAMES += [(text, "eos_token") for text in ("<|endoftext|>", "</s>", "<|end_of_text|>")]
-MAX_PIECE_CHARS = 10_000  # far above any model's; the library goes down a Unigram piece by recursion
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -35,9 +35,8 @@ class HuggingFaceVocab:
     own. Here the file's pipeline runs, which encodes a text that begins with a space as Meta's SentencePiece does.
     """
 
-    def __init__(self, data: bytes, name: str, config: TokenizerConfig) -> None:
-        """name: where data comes from, for errors."""
-        content = read_object(data, name)
+    def __init__(self, content: dict[str, Any], name: str, config: TokenizerConfig) -> None:
+        """content: the file, parsed; name: where it comes from, for errors."""
         self._name = name
         with _library_errors(f"{name} is JSON, but no tokenizer that works here"):
             self._load(content, config)
@@ -51,7 +50,7 @@ class HuggingFaceVocab:
         self._added = added.keys()
         if len(self._texts) < len(ids):
             raise ValueError("its vocab has an id twice")
-        self.n_words = max(self._texts) + 1
+        self.n_words, self.n_trained = max(self._texts) + 1, max(trained.values()) + 1
 
         pipeline = parse_pipeline(content)
         bos = bos_of(pipeline)
@@ -132,10 +131,8 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
     trained = {expect(str, text, "a piece"): parse_id(i, f"the id of {text!r:.60} in its vocab") for text, i in pairs}
     if len(trained) < len(vocab) or not vocab:
         raise ValueError("its vocab is empty or has a text twice")
-    longest = max(map(len, trained))
-    if longest > MAX_PIECE_CHARS:
-        raise ValueError(f"its vocab has a piece of {longest} characters: expected at most {MAX_PIECE_CHARS}")
     "".join(trained).encode()  # UnicodeEncodeError for half a surrogate pair
+    check_pieces(trained, "its vocab has")
     unknown = model.get("unk_token") or None
     if kind == "Unigram" and model.get("unk_id") is not None:
         unknown = {i: text for text, i in trained.items()}.get(model["unk_id"], model["unk_id"])
@@ -166,7 +163,10 @@ def _library_model(model: dict[str, Any], names: Mapping[str, str], unknown: str
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"its {key} is {model[key]!r:.60}: supported is none")
-    merges = parse_merges(expect(list, model.get("merges"), "its merges"), model["vocab"], "its merges have")
+    merges = expect(list, model.get("merges"), "its merges")
+    if len(merges) > MAX_PIECES:
+        raise ValueError(f"its merges have {len(merges)} entries: the limit is {MAX_PIECES}")
+    merges = parse_merges(merges, model["vocab"], "its merges have")
     return models.BPE(
         vocab={names[text]: number for text, number in model["vocab"].items()},
         merges=[(a, b) for a, b in merges if names[a] == a and names[b] == b and names[a + b] == a + b],

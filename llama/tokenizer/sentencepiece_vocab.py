@@ -40,7 +40,7 @@ class SentencePieceVocab:
         except (ValueError, RuntimeError, IndexError) as error:  # the last where no piece is the unknown one
             why = str(error).splitlines()[0] if str(error) else "damaged"
             raise ValueError(f"{name} is no whole SentencePiece model: {why}") from None
-        self.n_words = self.sp_model.vocab_size()
+        self.n_words = self.n_trained = self.sp_model.vocab_size()
         self.bos_id, self.eos_id, self.pad_id = self.sp_model.bos_id(), self.sp_model.eos_id(), self.sp_model.pad_id()
         self.add_bos = self.prefix_space_after_special = True
         self.special_tokens = {text: i for text, i in self.ids.items() if self.sp_model.is_control(i)}
@@ -73,8 +73,10 @@ class SentencePieceVocab:
 def proto_from_gguf(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> bytes:
     """Return the SentencePiece model that a GGUF file's tokens, scores and types came from."""
     scores = array(metadata, "scores", (float, int), len(tokens.texts))
-    types = list(tokens.types)
-    if TokenType.UNKNOWN not in types and tokens.unk_id >= 0:
+    # SentencePiece takes one unknown piece. llama.cpp hides others from text as it does control tokens; converters once
+    # wrote [PAD32000] and the like so, where weights have more rows than there are tokens.
+    types = [TokenType.CONTROL if kind == TokenType.UNKNOWN else kind for kind in tokens.types]
+    if tokens.unk_id >= 0:
         types[tokens.unk_id] = TokenType.UNKNOWN
     try:
         packed = [struct.pack("<f", score) for score in scores]

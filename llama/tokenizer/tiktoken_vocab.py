@@ -1,8 +1,11 @@
-"""Llama 3's `tokenizer.model`: BPE tokens in a file of tiktoken's, special tokens and the split pattern from here."""
+"""Vocabularies for the `tiktoken` library, and Llama 3's `tokenizer.model`, a file of tiktoken's with BPE tokens alone.
+
+Its special tokens and its split pattern are written here.
+"""
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 # How Llama 3 splits a text before BPE.
@@ -34,22 +37,19 @@ RUNS = re.compile(r"\s+|\S+")
 
 
 class TiktokenVocab:
-    """Llama 3's vocabulary, encoded by the `tiktoken` library."""
+    """A vocabulary of byte strings and of special tokens, encoded by the `tiktoken` library."""
 
-    def __init__(self, data: bytes, path: Path) -> None:
-        """data: the content of the file at path, lines of a token in base64 and its id."""
+    def __init__(
+        self, ids: Mapping[bytes, int], pattern: str, special_tokens: dict[str, int], named: tuple[str, ...]
+    ) -> None:
+        """ids: those of the byte strings, lower ones merged first. named: BOS, EOS and, where there is one, PAD."""
         import tiktoken
 
-        ids = _parse(data, path)
-        self.special_tokens = {text: len(ids) + i for i, text in enumerate(SPECIAL_TOKENS)}
+        self.special_tokens = special_tokens
         # tiktoken calls a token's id its rank, because BPE merges the pair first that makes the lowest one.
-        self.model = tiktoken.Encoding(
-            path.name, pat_str=PATTERN, mergeable_ranks=ids, special_tokens=self.special_tokens
-        )
-        self.n_words = len(ids) + N_SPECIAL
-        self.bos_id = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self.pad_id = -1
+        self.model = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=dict(ids), special_tokens=special_tokens)
+        self.n_words = self.n_trained = len(ids) + len(special_tokens)
+        self.bos_id, self.eos_id, self.pad_id = [*(special_tokens[text] for text in named), -1][:3]
         self.add_bos, self.prefix_space_after_special = True, False
 
     def encode(self, s: str, add_prefix_space: bool) -> list[int]:
@@ -59,6 +59,13 @@ class TiktokenVocab:
     def token_bytes(self, token: int, strip_prefix_space: bool) -> bytes:
         """Return a token's bytes; a control token is its own text."""
         return self.model.decode_single_token_bytes(token)
+
+
+def read_tiktoken(data: bytes, path: Path) -> TiktokenVocab:
+    """Return Llama 3's vocabulary; data: the content of the file at path, lines of a token in base64 and its id."""
+    ids = _parse(data, path)
+    special_tokens = {text: len(ids) + i for i, text in enumerate(SPECIAL_TOKENS)}
+    return TiktokenVocab(ids, PATTERN, special_tokens, ("<|begin_of_text|>", "<|end_of_text|>"))
 
 
 def _parse(data: bytes, path: Path) -> dict[bytes, int]:

@@ -1,6 +1,7 @@
 """`Tokenizer`: one interface for every kind of tokenizer file, which is told by its content."""
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -10,17 +11,20 @@ from typing import Any, Literal
 from llama.tokenizer.added_tokens_vocab import AddedTokensVocab
 from llama.tokenizer.gguf_bpe_vocab import GGUFBytePairVocab
 from llama.tokenizer.gguf_tokens import GGUFTokens
-from llama.tokenizer.hf_config import TokenizerConfig
+from llama.tokenizer.hf_config import TokenizerConfig, read_object
 from llama.tokenizer.hf_vocab import HuggingFaceVocab
 from llama.tokenizer.meta_names import MetaNames
 from llama.tokenizer.sentencepiece_vocab import SentencePieceVocab, proto_from_gguf
 from llama.tokenizer.stream import StreamDecoder
-from llama.tokenizer.tiktoken_vocab import TiktokenVocab
+from llama.tokenizer.tekken import is_tekken, read_tekken
+from llama.tokenizer.tiktoken_vocab import read_tiktoken
 from llama.tokenizer.vocab import END_TOKENS, Vocab
 
+log = logging.getLogger("llama")
+
 EXPECTED = (
-    "expected a SentencePiece model (Llama 1 and 2), a tiktoken file with lines of 'base64 id' (Llama 3), or Hugging "
-    "Face's tokenizer.json"
+    "expected a SentencePiece model (Llama 1 and 2), a tiktoken file with lines of 'base64 id' (Llama 3), Hugging "
+    "Face's tokenizer.json, or Mistral's tekken.json"
 )
 MAX_TOKENIZER_BYTES = 64 << 20  # The largest known file has 33 MB; weights given by mistake are not read.
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\s")
@@ -38,6 +42,7 @@ class Tokenizer(MetaNames):
     """Text to token ids and back, by Meta's interface, for every kind of tokenizer.
 
     n_words: the largest id + 1, added tokens included.
+    n_trained: the same without added tokens, for which weights may have no rows.
     bos_id, eos_id, pad_id: -1 when there is none.
     add_bos: whether a plain completion prompt begins with BOS.
     special_tokens: the ids of control tokens by text. Code Llama's are "▁<PRE>", "▁<SUF>", "▁<MID>" and "▁<EOT>".
@@ -48,6 +53,7 @@ class Tokenizer(MetaNames):
     """
 
     n_words: int
+    n_trained: int
     bos_id: int
     eos_id: int
     pad_id: int
@@ -58,7 +64,7 @@ class Tokenizer(MetaNames):
     chat_template: str | None
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        """Open a SentencePiece model, a tiktoken file or a `tokenizer.json`, or the one that lies in a folder.
+        """Open a SentencePiece model, a tiktoken file, a `tokenizer.json` or `tekken.json`, or a folder's one of those.
 
         Hugging Face's smaller files beside it (tokenizer_config.json and the like) are read as well.
         Raises FileNotFoundError, which says what lies beside the path, and ValueError for any other content.
@@ -93,7 +99,7 @@ class Tokenizer(MetaNames):
     def _adopt(self, vocab: Vocab, stops: Iterable[int], chat_template: str | None) -> None:
         """Take over what a vocabulary says; stops: ids that end a generation, where they are not -1."""
         self._vocab = vocab
-        self.n_words, self.add_bos = vocab.n_words, vocab.add_bos
+        self.n_words, self.n_trained, self.add_bos = vocab.n_words, vocab.n_trained, vocab.add_bos
         self.prefix_space_after_special = vocab.prefix_space_after_special
         self.bos_id, self.eos_id, self.pad_id = vocab.bos_id, vocab.eos_id, vocab.pad_id
         self.special_tokens = vocab.special_tokens
@@ -101,14 +107,16 @@ class Tokenizer(MetaNames):
         self.stop_tokens = frozenset(token for token in (vocab.eos_id, *stops, *named) if token >= 0)
         self.chat_template = chat_template
 
-    def with_stop_tokens(self, tokens: Iterable[int]) -> "Tokenizer":
-        """Return this tokenizer with more ids that end a generation, such as those of generation_config.json."""
-        tokens = list(tokens)
-        wrong = [token for token in tokens if not 0 <= token < self.n_words]
-        if wrong:
-            raise ValueError(f"end token {wrong[0]} is out of range: the tokenizer's n_words is {self.n_words}")
+    def with_stop_tokens(self, tokens: Collection[int], vocab_size: int) -> "Tokenizer":
+        """Return this tokenizer with more ids that end a generation, such as those of generation_config.json.
+
+        vocab_size: the rows of the weights; ids without one, which are never made, are left out with a warning.
+        """
+        made = {token for token in tokens if 0 <= token < vocab_size}
+        if missing := sorted({*tokens} - made):
+            log.warning("end token %d is out of range: it is left out, as ids are 0 to %d", missing[0], vocab_size - 1)
         other = copy.copy(self)
-        other.stop_tokens = self.stop_tokens | set(tokens)
+        other.stop_tokens = self.stop_tokens | made
         return other
 
     def encode(
@@ -204,6 +212,8 @@ def _open(path: Path) -> tuple[Vocab, str | None]:
     """Open the vocabulary in a file, and find the chat template beside it."""
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer file {path}: {_listing(path.parent)}")
+    if not path.is_file():  # opening a pipe would wait for somebody to write to it
+        raise ValueError(f"{path} is a pipe or a device: {EXPECTED}, in a regular file")
     with path.open("rb") as file:
         data = file.read(MAX_TOKENIZER_BYTES + 1)
     is_tiktoken = TIKTOKEN_LINE.match(data) is not None
@@ -213,10 +223,13 @@ def _open(path: Path) -> tuple[Vocab, str | None]:
         raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
     config = TokenizerConfig.read(path.parent)
     if is_tiktoken:
-        return TiktokenVocab(data, path), config.chat_template
+        return read_tiktoken(data, path), config.chat_template
     if is_sentencepiece:
         return AddedTokensVocab(data, str(path), config), config.chat_template
-    return HuggingFaceVocab(data, str(path), config), config.chat_template
+    content = read_object(data, str(path))
+    if is_tekken(content):
+        return read_tekken(content, str(path)), config.chat_template
+    return HuggingFaceVocab(content, str(path), config), config.chat_template
 
 
 def _describe(data: bytes) -> str:

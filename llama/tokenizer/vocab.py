@@ -1,8 +1,11 @@
 """What every kind of vocabulary gives to `Tokenizer`, and what several kinds share."""
 
-from collections.abc import Container, Iterable
+import logging
+from collections.abc import Container, Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
+
+log = logging.getLogger("llama")
 
 
 class Vocab(Protocol):
@@ -12,6 +15,7 @@ class Vocab(Protocol):
     """
 
     n_words: int
+    n_trained: int  # pieces of text and what was trained with them; later ids are of added tokens
     bos_id: int  # -1 when there is none, as for eos_id and pad_id
     eos_id: int
     pad_id: int
@@ -52,6 +56,16 @@ END_TOKENS = frozenset(
 # Tokens with these names are control tokens wherever they occur, although some files store them as ordinary or
 # user-defined pieces, which typed text would reach.
 CONTROL_TOKENS = END_TOKENS | {"▁<PRE>", "▁<MID>", "▁<SUF>", "<|im_start|>"}
+
+
+def default_template(templates: Mapping[str, Any], where: str) -> Any:
+    """Return the chat template that is called "default", else the one for tools, as llama.cpp does, else None."""
+    for name in ("default", "tool_use"):
+        if templates.get(name) is not None:
+            return templates[name]
+    if templates:
+        log.warning("%s has chat templates, but none for plain dialogs: %s", where, ", ".join(sorted(templates)))
+    return None
 
 
 @cache

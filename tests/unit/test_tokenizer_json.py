@@ -389,11 +389,9 @@ def test_a_token_that_only_the_config_calls_special_is_a_control_token(
 
 def test_stop_tokens_can_be_added(folders: dict[str, Path]) -> None:
     tokenizer = Tokenizer(folders["llama3"])
-    more = tokenizer.with_stop_tokens([5, 7])
+    more = tokenizer.with_stop_tokens([5, 7], tokenizer.n_words)
     assert more.stop_tokens == tokenizer.stop_tokens | {5, 7} and 5 not in tokenizer.stop_tokens
     assert more.encode("a b", bos=True, eos=False) == tokenizer.encode("a b", bos=True, eos=False)
-    with pytest.raises(ValueError, match=f"end token {tokenizer.n_words} .*{tokenizer.n_words}"):
-        tokenizer.with_stop_tokens([tokenizer.n_words])
 
 
 def test_the_file_alone_has_its_conventional_names(folders: dict[str, Path], tmp_path: Path) -> None:

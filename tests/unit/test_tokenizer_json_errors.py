@@ -1,19 +1,39 @@
 """Hugging Face's tokenizer files that are damaged, unsupported or hostile: one line that names what is wrong."""
 
+import base64
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama.tokenizer import Tokenizer
+from llama.tokenizer.hf_limits import check_pattern
+from llama.tokenizer.pre_rules import PRE_RULES
 from tests.unit.hf_folders import folders
+from tests.unit.hostile_tokenizers import KINDS, replace, sequence
 from tests.unit.test_tokenizer import bpe, spm_path, train_spm
 
 __all__ = ["bpe", "folders", "spm_path", "train_spm"]  # fixtures
 
 
 BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+A = {"Sequence": {"id": "A", "type_id": 0}}
+BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
+
+
+def charsmap(length: int) -> str:
+    """A `Precompiled` map that can make `length` letters of a character."""
+    return base64.b64encode(b"\0\0\0\0" + b"a" * length + b"\0").decode()
+
+
+def template(single: list[Any]) -> dict[str, Any]:
+    pair = [A, {"Sequence": {"id": "B", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {}}
+
+
 TOKEN = {"id": 3, "content": "<x>", "special": True}
 
 
@@ -143,9 +163,56 @@ def test_a_regex_that_could_explode_is_refused(tmp_path: Path, pattern: str) -> 
 
 
 def test_the_patterns_of_known_models_are_not_refused() -> None:
-    from llama.tokenizer.gguf_bpe_vocab import PRE_RULES
-    from llama.tokenizer.hf_decoder import check_patterns
-
     others = [r"(?=(\d{3})+(?!\d))", r"[(\s|.)+]+", r"\(a+\)+", r"(?i:'s|'t)?\p{L}+", r"(?:ab)+"]
     for pattern in [pattern for rule in PRE_RULES.values() for pattern in rule.splits] + others:
-        check_patterns({"type": "Split", "pattern": {"Regex": pattern}})
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["a*a*a*b", ".*.*b", r"\w+\d+(?=Z)", "(a*)(a*)(a*)", "a{0,900}a{0,900}a{0,900}b"])
+def test_a_regex_of_a_high_power_is_refused(pattern: str) -> None:
+    """These ran for minutes on a text of some thousand letters."""
+    with pytest.raises(ValueError, match="exponential time, or one much like it"):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"normalizer": replace("a", "a" * 20_000)}, "a text of 20000 characters"),
+        ({"normalizer": sequence("normalizer", [replace("a", "aa")] * 8)}, "256 times as long: the limit is 128"),
+        ({"normalizer": sequence("normalizer", [replace("", "aa")] * 5)}, "243 times as long"),
+        ({"normalizer": sequence("normalizer", [replace("(?=a)", "a", "Regex")] * 8)}, "256 times as long"),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 200}}, "201 times as long"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/P///wAA"}}, "4294967292 bytes follow"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(300)}}, "300 times as long"),
+        ({"normalizer": BERT}, "'BertNormalizer': supported are"),
+        ({"pre_tokenizer": sequence("pre_tokenizer", [BYTE_LEVEL] * 4)}, "625 times as long"),
+        ({"pre_tokenizer": sequence("pre_tokenizer", [BYTE_LEVEL] * 40)}, "40 steps: the limit is 32"),
+        ({"decoder": sequence("decoder", [replace("a", "b")] * 100)}, "100 steps: the limit is 32"),
+        ({"decoder": sequence("decoder", [replace("a", "b")] * 1000)}, "more than 2000 values"),
+        ({"post_processor": template([A, A])}, "a text's tokens once"),
+        ({"model": BPE | {"vocab": {"a": 0, "b" * 5000: 1}, "merges": []}}, "5000 characters in one"),
+        ({"model": BPE | {"vocab": {f"{i:04000}": i for i in range(1100)}, "merges": []}}, "4400000 characters in all"),
+        ({"added_tokens": [TOKEN | {"content": "x" * 5000}]}, "5000 characters in one"),
+    ],
+)
+def test_what_would_take_all_memory_is_refused(tmp_path: Path, content: dict[str, Any], said: str) -> None:
+    """Such files aborted the process inside the library, or ran for minutes."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": BPE} | content))
+    with pytest.raises(ValueError, match=said) as error:
+        Tokenizer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_hostile_file_is_refused_or_harmless(tmp_path: Path, kind: Any) -> None:
+    for seed in range(4):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(kind(random.Random(seed))))
+        try:
+            tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+            for text in ("a b ab", "a" * 300, "aaa bbb " * 100):
+                assert len(tokenizer.decode(tokenizer.encode(text, bos=False, eos=False))) < 100_000
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600

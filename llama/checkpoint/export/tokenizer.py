@@ -17,6 +17,8 @@ from llama.checkpoint.export.streaming_writers import write_json
 from llama.checkpoint.export.tokenizer_json import tokenizer_config, tokenizer_json
 from llama.checkpoint.export.tokenizer_model import metadata_of, sentencepiece_model, tiktoken_model
 from llama.tokenizer import Tokenizer, find_tokenizer
+from llama.tokenizer.hf_config import read_object
+from llama.tokenizer.tekken import is_tekken
 
 log = logging.getLogger("llama")
 
@@ -60,7 +62,11 @@ def tokenizer_source(checkpoint: Checkpoint, path: Path | None = None) -> Tokeni
         return TokenizerSource(checkpoint.tokenizer(), None, checkpoint.tokenizer_metadata)
     path = find_tokenizer(path or checkpoint.path) if path is None or path.is_dir() else path
     tokenizer = Tokenizer(path)
-    return TokenizerSource(tokenizer, path, None if _is_json(path) else metadata_of(path, tokenizer))
+    if not _is_json(path):
+        return TokenizerSource(tokenizer, path, metadata_of(path, tokenizer))
+    if is_tekken(read_object(path.read_bytes(), str(path))):  # which neither of the other formats has
+        return TokenizerSource(tokenizer, None, metadata_of(path, tokenizer))
+    return TokenizerSource(tokenizer, path, None)
 
 
 def _is_json(path: Path) -> bool:

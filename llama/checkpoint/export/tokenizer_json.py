@@ -7,8 +7,9 @@ from typing import Any
 
 from llama.checkpoint.export.tokenizer_model import merges_of
 from llama.tokenizer import Tokenizer
-from llama.tokenizer.gguf_bpe_vocab import PRE_RULES
+from llama.tokenizer.gguf_bpe_vocab import choose_pre_rule
 from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType
+from llama.tokenizer.pre_rules import PRE_RULES
 from llama.tokenizer.sentencepiece_vocab import SPACE
 
 
@@ -86,7 +87,7 @@ def _bpe(tokens: GGUFTokens, merges: list[list[str]], **settings: Any) -> dict[s
 
 
 def _byte_level_json(tokens: GGUFTokens, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    rule = PRE_RULES[metadata[TOKENIZER_KEY + "pre"]]
+    rule = PRE_RULES[choose_pre_rule(metadata)]
     merges = [list(merge.partition(" ")[::2]) for merge in metadata[TOKENIZER_KEY + "merges"]]
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

@@ -1,4 +1,4 @@
-"""Turn Meta's tokenizer.model, of both kinds, into the tokenizer keys of a GGUF file's metadata, and back."""
+"""Turn tokenizer.model, of both kinds, and tekken.json into the tokenizer keys of a GGUF file's metadata, and back."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llama.tokenizer import Tokenizer
-from llama.tokenizer.gguf_bpe_vocab import PRE_RULES
 from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, GGUFTokens, TokenType
+from llama.tokenizer.pre_rules import PRE_RULES, TEKKEN
 from llama.tokenizer.sentencepiece_vocab import SPACE, proto_from_gguf
 from llama.tokenizer.tiktoken_vocab import N_SPECIAL, PATTERN, SPECIAL_TOKENS
 from llama.tokenizer.vocab import byte_alphabet
@@ -19,12 +19,16 @@ USED_SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_i
 
 
 def metadata_of(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the vocabulary of a tokenizer.model as GGUF would store it."""
+    """Return the vocabulary of a tokenizer.model or a tekken.json as GGUF would store it."""
     with path.open("rb") as file:
-        is_sentencepiece = file.read(1) == b"\n"  # field 1 of a protobuf message
-    metadata = _from_sentencepiece(path, tokenizer) if is_sentencepiece else _from_tiktoken(tokenizer)
+        first = file.read(1)
+    if first == b"\n":  # field 1 of a protobuf message
+        metadata = _from_sentencepiece(path, tokenizer)
+    else:
+        metadata = _from_byte_strings(tokenizer, TEKKEN if first == b"{" else PATTERN)
+    n_tokens = len(metadata[TOKENIZER_KEY + "tokens"])
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.pad_id}
-    metadata |= {f"{TOKENIZER_KEY}{name}_token_id": number for name, number in ids.items() if number >= 0}
+    metadata |= {f"{TOKENIZER_KEY}{name}_token_id": number for name, number in ids.items() if 0 <= number < n_tokens}
     metadata[TOKENIZER_KEY + "add_bos_token"] = tokenizer.add_bos
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
@@ -57,18 +61,19 @@ def _from_sentencepiece(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _from_tiktoken(tokenizer: Tokenizer) -> dict[str, Any]:
-    n_plain = tokenizer.n_words - N_SPECIAL
-    priorities = {tokenizer.token_bytes(i): i for i in range(n_plain)}
+def _from_byte_strings(tokenizer: Tokenizer, pattern: str) -> dict[str, Any]:
+    special = {i: text for text, i in tokenizer.special_tokens.items()}
+    priorities = {tokenizer.token_bytes(i): i for i in range(tokenizer.n_words) if i not in special}
     char_of = {byte: char for char, byte in byte_alphabet().items()}
     texts = {token: "".join([char_of[byte] for byte in token]) for token in priorities}
-    special = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.__getitem__)
-    pre = next(name for name, rule in PRE_RULES.items() if rule.splits == (PATTERN,) and rule.ignore_merges)
+    tokens = special | {i: texts[token] for token, i in priorities.items()}
+    pre = next(name for name, rule in PRE_RULES.items() if rule.splits == (pattern,) and rule.ignore_merges)
+    ids = range(tokenizer.n_words)
     return {
         TOKENIZER_KEY + "model": "gpt2",
         TOKENIZER_KEY + "pre": pre,
-        TOKENIZER_KEY + "tokens": [*texts.values(), *special],
-        TOKENIZER_KEY + "token_type": [int(TokenType.NORMAL)] * n_plain + [int(TokenType.CONTROL)] * N_SPECIAL,
+        TOKENIZER_KEY + "tokens": [tokens[i] for i in ids],
+        TOKENIZER_KEY + "token_type": [int(TokenType.CONTROL if i in special else TokenType.NORMAL) for i in ids],
         TOKENIZER_KEY + "merges": [f"{texts[a]} {texts[b]}" for a, b in merges_of(priorities)],
     }
 

@@ -21,6 +21,7 @@ from llama.checkpoint.load import check_vocab_size, check_weights
 from llama.config import ModelArgs
 from llama.distributed.device import DTYPES
 from llama.quantization.gguf_blocks import QUANTIZE
+from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
@@ -75,7 +76,7 @@ def writer(
     plan = ExportPlan(
         checkpoint=checkpoint,
         reopen=reopen or (lambda: checkpoint),
-        args=_args(checkpoint, tokenizer.tokenizer.n_words, pads_vocab=format == "hf"),
+        args=_args(checkpoint, tokenizer.tokenizer, pads_vocab=format == "hf"),
         tokenizer=tokenizer,
         dtype=DTYPES.get(name, torch.float32),
         context_len=context_len or checkpoint.context_len or usual_context_len(checkpoint.args),
@@ -91,12 +92,13 @@ def write_checkpoint(writer: Writer, path: Path, progress: Progress) -> None:
         writer.write(partial, progress)
 
 
-def _args(checkpoint: Checkpoint, n_words: int, pads_vocab: bool) -> ModelArgs:
+def _args(checkpoint: Checkpoint, tokenizer: Tokenizer, pads_vocab: bool) -> ModelArgs:
     """Return the architecture, with ties that the file does not tell: Meta's releases repeat the table as the output.
 
     pads_vocab: whether embeddings may have more rows than there are tokens; else those are left out.
     """
-    args = dataclasses.replace(checkpoint.args, vocab_size=check_vocab_size(checkpoint, n_words))
+    n_words = tokenizer.n_words
+    args = dataclasses.replace(checkpoint.args, vocab_size=check_vocab_size(checkpoint, tokenizer))
     check_weights(checkpoint, args)
     if args.vocab_size > n_words and not pads_vocab:
         log.info("the last %d rows of the embedding are for no token: left out", args.vocab_size - n_words)

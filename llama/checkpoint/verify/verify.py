@@ -156,9 +156,9 @@ def _verify_whole(path: Path, sound: bool) -> Iterator[Finding]:
     vocab_size = checkpoint.args.vocab_size
     what = "tokenizer"
     try:
-        n_words = checkpoint.tokenizer().n_words
-        what = f"tokenizer of {n_words} tokens"
-        vocab_size = check_vocab_size(checkpoint, n_words)
+        tokenizer = checkpoint.tokenizer()
+        what = f"tokenizer of {tokenizer.n_words} tokens"
+        vocab_size = check_vocab_size(checkpoint, tokenizer)
         yield Finding(path.name, None, what)
     except (ValueError, OSError) as error:
         yield Finding(path.name, None, what, _text(error, path))
