@@ -59,7 +59,7 @@ TOKEN = {"id": 3, "content": "<x>", "special": True}
         ({"model": BPE | {"byte_fallback": "yes"}}, "byte_fallback"),
         ({"model": BPE | {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0], ["a", 0.0]], "unk_id": 0}}, "a text twice"),
-        ({"model": {"type": "Unigram", "vocab": [["a" * 300_000, 0.0]], "unk_id": 0}}, "a piece of 300000 characters"),
+        ({"model": {"type": "Unigram", "vocab": [["a" * 300_000, 0.0]], "unk_id": 0}}, "300000 characters in one"),
         ({"model": {"type": "Unigram", "vocab": [["a", "b"]], "unk_id": 0}}, "real number"),
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 1}}, "unknown piece 1 is not"),
         ({"model": BPE, "added_tokens": 5}, "added_tokens"),
