@@ -1,8 +1,22 @@
-"""Make one line of an error, whatever it quotes from a file: no line breaks, no control characters, no end to it."""
+"""Which errors a user can cause, and one line of each: no line breaks, no control characters, no end to it.
+
+Imports no torch, as the command line may meet an error before it is needed.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 MAX_MESSAGE_CHARS = 1000
+# What the system may refuse, and what helps; torch raises RuntimeError there, with the system's words in its own.
+FIXES_OF_SYSTEM = {
+    os.strerror(errno.ENOMEM): "give a smaller --max_seq_len or --max_batch_size, or --quantize int8; see llama plan",
+    os.strerror(errno.EMFILE): "raise the limit of this shell, as by ulimit -n 1024",
+    os.strerror(errno.ENFILE): "close other programs",
+    os.strerror(errno.ENOSPC): "make room on the disk",
+}
 
 
 def visible(text: str) -> str:
@@ -27,3 +41,22 @@ def in_one_line(error: Exception) -> Exception:
         return error
     kind = ValueError if isinstance(error, ValueError) else type(error)
     return kind(line).with_traceback(error.__traceback__)
+
+
+def is_caused_by_user(error: BaseException) -> bool:
+    """Tell whether a user can have caused an error: by a wrong value or file, or a lack of memory, files or disk."""
+    if isinstance(error, ValueError | OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in FIXES_OF_SYSTEM)
+
+
+def error_line(error: BaseException) -> str:
+    """Return what to tell a user of an error that `is_caused_by_user`, in one line."""
+    text = one_line(str(error))
+    refused = os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else ""
+    if type(error) is RuntimeError:
+        refused = next((words for words in FIXES_OF_SYSTEM if words in text), "")
+    if refused:
+        size = re.search(r"allocate (\d+) bytes", text)
+        return f"{refused}{f' ({int(size[1]) / 1e9:.2f} GB)' if size else ''}: {FIXES_OF_SYSTEM[refused]}"
+    return text or type(error).__name__

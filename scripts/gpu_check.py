@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json as json_format
-import os
 import sys
 import time
 from functools import partial
@@ -34,6 +33,7 @@ from gpu_checking.sizes import FLOATS
 from gpu_checking.tests import run_tests
 from gpu_checking.warming import warm
 from llama.cli import runner as cli
+from llama.distributed.launch import read_launch
 
 ONLY = ("tests", "speed", "peers")
 
@@ -88,7 +88,7 @@ def main(
 
 
 def is_many() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return read_launch().world_size > 1
 
 
 def tests(bench: Bench) -> list[Section]:

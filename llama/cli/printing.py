@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import sys
 import threading
 from collections import defaultdict
@@ -12,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama.cli.runner import discard_stdout, is_first_rank
+from llama.distributed.launch import read_launch
 from llama.outputs import CompletionPrediction, InfillingPrediction, TokenEvent
 
 RULE = "\n==================================\n\n"
@@ -19,7 +19,8 @@ RULE = "\n==================================\n\n"
 
 def launched() -> bool:
     """Whether other ranks may be there: they would not stop at the same token, and torchrun ends them all anyway."""
-    return "RANK" in os.environ
+    launch = read_launch()
+    return launch.torchrun or launch.world_size > 1
 
 
 def say(text: str) -> None:

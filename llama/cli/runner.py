@@ -5,6 +5,7 @@ Imports torch only where ranks have to leave together, so that help and small co
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -17,7 +18,11 @@ from pathlib import Path
 from llama.cli.flags import parse
 from llama.cli.help import page
 from llama.cli.progress import TerminalHandler
-from llama.errors import one_line
+from llama.distributed.launch import read_launch
+from llama.errors import error_line, is_caused_by_user
+
+if typing.TYPE_CHECKING:
+    from llama.distributed.watch import Watch
 
 # Ranks that are not to speak wait this long for torchrun to end them, so that it does not end the one that speaks.
 SECONDS_TO_SPEAK = 30
@@ -25,7 +30,7 @@ SECONDS_TO_SPEAK = 30
 
 def is_first_rank() -> bool:
     """Whether this is the one process of the job that prints results; before any process group exists, too."""
-    return os.environ.get("RANK", "0") == "0"
+    return read_launch().rank == 0
 
 
 def run(command: Callable[..., None]) -> None:
@@ -49,10 +54,12 @@ def supervise(job: Callable[[], None]) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, and the next file to be opened would have its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for as long as the process lives
-    handler = TerminalHandler(shows_progress=is_first_rank())
-    logging.basicConfig(
-        handlers=[handler], level=logging.INFO if is_first_rank() else logging.ERROR, format="%(message)s"
-    )
+    try:
+        first = is_first_rank()
+    except ValueError as error:
+        _fail(error_line(error))
+    handler = TerminalHandler(shows_progress=first)
+    logging.basicConfig(handlers=[handler], level=logging.INFO if first else logging.ERROR, format="%(message)s")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="strict")  # in the C locale Python makes characters of bytes that are none
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -66,12 +73,16 @@ def supervise(job: Callable[[], None]) -> None:
         _leave_together()
     except BrokenPipeError:
         discard_stdout()
+        if (watch := _watch()) is not None:
+            watch.end(None)
     except KeyboardInterrupt:
         handler.clear()
         sys.exit(130)
-    except _errors_of_users() as error:
+    except Exception as error:
         handler.clear()
-        _fail(one_line(str(error)) or type(error).__name__)
+        if not is_caused_by_user(error):
+            raise
+        _fail(error_line(error))
 
 
 def discard_stdout() -> None:
@@ -79,10 +90,10 @@ def discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _errors_of_users() -> tuple[type[Exception], ...]:
-    """What a user can cause; asked when something was raised, which a process without torch cannot have from it."""
-    torch = sys.modules.get("torch")
-    return (ValueError, OSError) if torch is None else (ValueError, OSError, torch.OutOfMemoryError)
+def _watch() -> Watch | None:
+    """Return what watches the ranks, where this process has joined several."""
+    job = sys.modules.get("llama.distributed.job")
+    return None if job is None else job.watch_of_job()
 
 
 def _leave_together() -> None:
@@ -90,24 +101,26 @@ def _leave_together() -> None:
 
     A rank that ends while another still talks to it can abort there: see D18.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if read_launch().world_size > 1:
         from llama.distributed.job import agree
 
         with agree():
             sys.stdout.flush()
+        if (watch := _watch()) is not None:
+            watch.leave()
         os._exit(0)
     sys.stdout.flush()
 
 
 def _fail(message: str) -> typing.NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            sys.stdout.flush()
-        except OSError:  # the error at hand is the one to tell
-            discard_stdout()
-        sys.stderr.write(f"error: {message}\n")
-        sys.stderr.flush()
-    else:
-        time.sleep(SECONDS_TO_SPEAK)  # whoever lives on is the only one that failed
-        sys.stderr.write(f"error: {message}\n")
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        discard_stdout()
+    if (watch := _watch()) is not None:
+        watch.end(message)
+    with contextlib.suppress(ValueError):  # which is the error
+        if read_launch().local_rank > 0:
+            time.sleep(SECONDS_TO_SPEAK)  # whoever lives on is the only one that failed
+    sys.stderr.write(f"error: {message}\n")
     sys.exit(1)

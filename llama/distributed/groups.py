@@ -9,11 +9,14 @@ import contextlib
 import io
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from llama.distributed.job import NO_TIMEOUT, TIMEOUT, collective
 
 # Gathers all parts into one tensor, which a CUDA graph can hold. The name up to torch 2.12 warns in later versions.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -58,7 +61,7 @@ class ModelParallel:
         """Return the sum of x over the ranks; x itself may be overwritten."""
         if self.size > 1:
             staged = self._stage(x)
-            dist.all_reduce(staged, group=self.group)
+            collective(dist.all_reduce, staged, group=self.group)
             x = staged.to(x.device)
         return x
 
@@ -67,7 +70,7 @@ class ModelParallel:
         if self.size > 1:
             staged = self._stage(x.contiguous())
             parts = staged.new_empty(self.size * staged.shape[0], *staged.shape[1:])
-            _gather(parts, staged, group=self.group)
+            collective(_gather, parts, staged, group=self.group)
             x = parts.unflatten(0, (self.size, -1)).movedim(0, -2).flatten(-2).to(x.device)
         return x
 
@@ -75,7 +78,7 @@ class ModelParallel:
         """Return the first rank's x; x itself may be overwritten."""
         if self.size > 1:
             staged = self._stage(x)
-            dist.broadcast(staged, group_src=0, group=self.group)
+            collective(dist.broadcast, staged, group_src=0, group=self.group)
             x = staged.to(x.device)
         return x
 
@@ -83,7 +86,7 @@ class ModelParallel:
         """Return the first rank's value, a small object."""
         if self.size > 1:
             values = [value]
-            dist.broadcast_object_list(values, group_src=0, group=self.group)
+            collective(dist.broadcast_object_list, values, group_src=0, group=self.group)
             value = values[0]
         return value
 
@@ -92,7 +95,7 @@ class ModelParallel:
         return x.cpu() if x.device.type == "mps" else x
 
 
-def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel:
+def join_model_parallel(size: int | None, device: torch.device, timeout: float = TIMEOUT) -> ModelParallel:
     """Split the job into model-parallel groups of `size` consecutive ranks; None means all ranks.
 
     The backend is NCCL on CUDA devices, gloo otherwise. Raise ValueError where `size` does not divide the number of
@@ -108,9 +111,16 @@ def join_model_parallel(size: int | None, device: torch.device) -> ModelParallel
     if not _are_grouped(size, backend):
         initialize.destroy_model_parallel()
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines that help nobody
-            initialize.initialize_model_parallel(
-                size, model_parallel_backend=backend, pipeline_backend=backend, ddp_backend=backend
+            collective(
+                initialize.initialize_model_parallel,
+                size,
+                model_parallel_backend=backend,
+                pipeline_backend=backend,
+                ddp_backend=backend,
             )
+    # NCCL watches itself. gloo, which by itself gives a slow rank 30 minutes, is watched by the job.
+    limit = timedelta(seconds=timeout) if backend == "nccl" else NO_TIMEOUT
+    dist.distributed_c10d._set_pg_timeout(limit, initialize.get_model_parallel_group())
     return ModelParallel(
         rank=initialize.get_model_parallel_rank(),
         size=initialize.get_model_parallel_world_size(),

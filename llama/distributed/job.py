@@ -1,47 +1,106 @@
-"""The job: torchrun's ranks or this process alone, and the control group (gloo) that carries their errors and words.
+"""The job: a launcher's ranks or this process alone, and the control group (gloo) that carries their errors and words.
 
 Knows nothing of devices, of models or of the groups that carry activations.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import logging
 import os
+import socket
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from llama.distributed.launch import VARIABLES, Launch, meeting_point, read_launch
 from llama.distributed.threads import share_cores
-from llama.errors import in_one_line
+from llama.distributed.watch import Watch
+from llama.errors import in_one_line, is_caused_by_user
 
-# A chat may wait for its user over a weekend: see D1.
-CONTROL_TIMEOUT = timedelta(days=7)
+log = logging.getLogger("llama")
+
+# A chat may wait for its user over a weekend; what hangs is found by the watch: see D1.
+NO_TIMEOUT = timedelta(days=7)
+# Seconds without a step, while a rank waits for others, after which the job ends: see D50.
+TIMEOUT = 600.0
+# How long a rank that torchrun did not start waits for others: they may never have been started.
+SECONDS_TO_MEET = 120.0
+# Ranks that wait for longer say so.
+SECONDS_TO_SAY = 5.0
+
+_watch: Watch | None = None  # of the job that this process has joined, if it has several ranks
 
 
 def local_rank() -> int:
-    """Return this process's number on its host; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return this process's number on its host; 0 if it is alone."""
+    return read_launch().local_rank
 
 
 def local_world_size() -> int:
-    """Return how many processes of the job run on this host; 1 without torchrun."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Return how many processes of the job run on this host; 1 if this one is alone."""
+    return read_launch().local_world_size
 
 
-def join_job() -> None:
-    """Create the control group of torchrun's ranks, or of this process alone, unless there is one already."""
-    share_cores(local_world_size())
-    if dist.is_initialized():
+def watch_of_job() -> Watch | None:
+    """Return what watches the job's ranks; None for a process alone, or before it has joined."""
+    return _watch
+
+
+def join_job(timeout: float = TIMEOUT) -> None:
+    """Create the control group of the job's ranks, or of this process alone, unless there is one already.
+
+    timeout: see `BuildOptions`. Raise ValueError where the environment contradicts itself, and ConnectionError where
+    other ranks do not come.
+    """
+    global _watch
+    launch = read_launch()
+    share_cores(launch.local_world_size)
+    if not dist.is_initialized():
+        if _watch is not None:  # of a job that has ended
+            _watch.stop()
+        if launch.ignored:
+            log.warning("%s, as no launcher of ranks does: this process runs alone", launch.ignored)
+        _check_network_interface()
+        if launch.world_size > 1:
+            store = _meet(launch, timeout)
+            _watch = Watch(store, launch.rank, launch.world_size, timeout, first_holds_store=not launch.torchrun)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
+        rank, world_size = launch.rank, launch.world_size
+        collective(dist.init_process_group, "gloo", timeout=NO_TIMEOUT, store=store, rank=rank, world_size=world_size)
+    elif _watch is None and dist.get_world_size() > 1:  # a user's own group
+        store = dist.distributed_c10d._get_default_store()
+        _watch = Watch(store, dist.get_rank(), dist.get_world_size(), timeout, first_holds_store=True)
+    elif _watch is not None:
+        _watch.timeout = timeout
         return
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo", timeout=CONTROL_TIMEOUT)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    if _watch is not None:
+        atexit.register(_leave)
+
+
+def collective(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call an operation that waits for other ranks, watched; raise ConnectionError where one of them has ended."""
+    watch = _watch
+    if watch is None:
+        return operation(*args, **kwargs)
+    watch.calls += 1
+    try:
+        return operation(*args, **kwargs)
+    except RuntimeError as error:
+        if is_caused_by_user(error):
+            raise
+        unknown = f"the connection to another rank was lost ({str(error).splitlines()[0]})"
+        raise ConnectionError(watch.lost() or unknown) from error
+    finally:
+        watch.calls += 1
 
 
 def mute_later_ranks() -> None:
@@ -57,17 +116,19 @@ def mute_later_ranks() -> None:
 def agree() -> Iterator[None]:
     """Raise an error of the code inside on every rank where one rank has it, so that no rank waits for one that failed.
 
-    Errors are those that users cause: ValueError, OSError and a lack of memory, in one line whatever they quote. Every
-    rank must enter the same `agree` contexts in the same order, and none may contain a collective operation (see D2).
+    Errors are those that users cause (see `is_caused_by_user`), in one line whatever they quote. Every rank must enter
+    the same `agree` contexts in the same order, and none may contain a collective operation (see D2).
     """
     error: Exception | None = None
     try:
         yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as caught:
+    except Exception as caught:
+        if not is_caused_by_user(caught):
+            raise
         error = in_one_line(caught)
     if dist.is_initialized() and dist.get_world_size() > 1:
         errors: list[Exception | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        collective(dist.all_gather_object, errors, error)
         error = error or next((other for other in errors if other is not None), None)
     if error is not None:
         raise error
@@ -78,7 +139,7 @@ def from_first_rank(value: Any) -> Any:
     if dist.get_world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    collective(dist.broadcast_object_list, values, src=0)
     return values[0]
 
 
@@ -86,5 +147,55 @@ def from_all_ranks(value: Any) -> list[Any]:
     """Return the values of all ranks, in rank order: small objects, sent through the control group."""
     values = [value] * dist.get_world_size()
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        collective(dist.all_gather_object, values, value)
     return values
+
+
+def _meet(launch: Launch, timeout: float) -> Any:
+    """Return the store of a job's ranks, once all have come to it; ConnectionError where they do not in time."""
+    host, port = meeting_point()
+    seconds = timeout if launch.torchrun else min(timeout, SECONDS_TO_MEET)
+    place = f"rank {launch.rank} of {launch.world_size} at {host}:{port}"
+    fix = f"start all {launch.world_size} ranks, or unset {', '.join(VARIABLES)} to run one process alone"
+    timer = threading.Timer(SECONDS_TO_SAY, log.warning, ["%s waits for the others: %s", place, fix])
+    timer.daemon = True
+    timer.start()
+    try:
+        _wait_for_first_rank(launch.rank, host, port, seconds)
+        return next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+    except (RuntimeError, OSError) as error:
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise ConnectionError(f"{place} did not meet the others in {seconds:g} s ({cause}): {fix}") from error
+    finally:
+        timer.cancel()
+
+
+def _wait_for_first_rank(rank: int, host: str, port: int, seconds: float) -> None:
+    """Wait until the first rank's host has an address, and it listens: torch logs a page each time that it does not."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if rank == 0:
+                socket.getaddrinfo(host, port)
+            else:
+                socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+def _check_network_interface() -> None:
+    """Raise ValueError where gloo is told to use a network interface that this host lacks."""
+    found = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in found:
+            raise ValueError(f"GLOO_SOCKET_IFNAME={name} is no network interface here: give {' or '.join(found)}")
+
+
+def _leave() -> None:
+    """Wait for the other ranks at the end of a program: one that ends while others still run can abort (see D18)."""
+    failed = getattr(sys, "last_value", None) is not None
+    if _watch is not None and not failed:
+        _watch.leave()

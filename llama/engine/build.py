@@ -37,7 +37,7 @@ FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, 
 def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | None]:
     """Load this rank's share of a model; return it with its tokenizer and, where it has one, its chat format's name."""
     start = time.perf_counter()
-    join_job()
+    join_job(options.timeout)
     with agree():
         source = open_source(options)
         chat_format = options.chat_format
@@ -53,7 +53,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | No
             source.checkpoint.path,
             context_len,
         )
-    ranks = source.with_ffn_multiple(join_model_parallel(options.model_parallel_size, source.device))
+    ranks = source.with_ffn_multiple(join_model_parallel(options.model_parallel_size, source.device, options.timeout))
     # In a context of its own, so that no rank loads before all have read the free memory.
     with agree():
         source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
@@ -92,7 +92,7 @@ def plan_run(
     A process alone plans for any model_parallel_size: for that many CUDA devices like its own, or for that many ranks
     on this host's CPU. prompts: plan their completion, too; scored: with the log-probabilities of their tokens.
     """
-    join_job()
+    join_job(options.timeout)
     world_size = dist.get_world_size()
     with agree():
         source = open_source(options)

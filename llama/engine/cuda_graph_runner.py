@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.backends.base import Capture
+from llama.distributed.job import collective
 from llama.engine.context import Context
 from llama.engine.runner import Sampler, StepOutput, step_output, uniforms_at
 from llama.sampling import SamplingParams
@@ -84,7 +85,7 @@ class CudaGraphRunner:
     def wait(self) -> StepOutput:
         (tokens, *logprobs), event, bsz, seqlen = self._in_flight.popleft()
         if event is not None:
-            event.synchronize()
+            collective(event.synchronize)  # on several ranks
         output = step_output(tokens, logprobs[0] if logprobs else None, seqlen, bsz)
         if self._in_flight:  # the step after it has read these tokens
             self.context.append([[max(row[-1], 0)] for row in output.tokens])

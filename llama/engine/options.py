@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llama.config import check_int
+from llama.distributed.job import NO_TIMEOUT, TIMEOUT
 
 QUANTIZE_MODES = ("int8", "int4", "fp8")
 
@@ -32,6 +33,7 @@ class BuildOptions:
         speculate: lookup proposes tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which proposes tokens instead.
         draft_quantize: int8, int4 or fp8 for the draft model, which may then be the model itself.
+        timeout: seconds without a step after which ranks that wait for a stopped one give up.
     """
 
     ckpt_dir: str | os.PathLike[str]
@@ -48,6 +50,7 @@ class BuildOptions:
     speculate: str | None = None
     draft_ckpt_dir: str | os.PathLike[str] | None = None
     draft_quantize: str | None = None
+    timeout: float = TIMEOUT
 
     def __post_init__(self) -> None:
         check_int("max_seq_len", self.max_seq_len)
@@ -61,6 +64,12 @@ class BuildOptions:
                 raise ValueError(f"{name} must be one of {', '.join(QUANTIZE_MODES)}, got {mode!r}")
         if self.draft_quantize is not None and self.draft_ckpt_dir is None:
             raise ValueError(f"draft_quantize {self.draft_quantize} needs a draft model: give --draft_ckpt_dir, too")
+        if (
+            isinstance(self.timeout, bool)
+            or not isinstance(self.timeout, int | float)
+            or not 0 < self.timeout <= NO_TIMEOUT.total_seconds()
+        ):
+            raise ValueError(f"timeout must be a number of seconds, more than 0, at most a week, got {self.timeout!r}")
         check_speculation(self.speculate, self.draft_ckpt_dir is not None)
 
 
