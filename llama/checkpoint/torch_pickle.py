@@ -26,8 +26,9 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
     """
     check_content(file, is_binary=True)
     zipped = zipfile.is_zipfile(file)  # False for the format before torch 1.6, which cannot be mapped
+    is_whole = True
     if zipped:
-        _check_archive(file)
+        is_whole = _check_archive(file)
     elif _starts_with(file, b"PK"):
         raise ValueError(f"{file} is truncated ({file.stat().st_size} bytes): download it again")
     try:
@@ -56,14 +57,15 @@ def map_pickle(file: Path) -> dict[str, Tensor]:
         problem = _unusable(tensor)
         if problem is not None:
             raise ValueError(f"{file}: {name} {problem}, not plain weights")
+    if not is_whole:  # no error, as archives may be written without checksums
+        log.warning("%s: the checksum of its data.pkl is wrong: download it again if the model makes no sense", file)
     return state
 
 
-def _check_archive(file: Path) -> None:
+def _check_archive(file: Path) -> bool:
     """Raise ValueError for an archive with compressed records, which cannot be mapped, or with too large a pickle.
 
-    Log a wrong checksum of the pickle, which says where the tensors lie, as torch looks at none. It is no error, as
-    archives may be written without checksums.
+    Return whether the checksum of the pickle, which says where the tensors lie, is right; torch looks at none.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -78,10 +80,7 @@ def _check_archive(file: Path) -> None:
                 f"{file} is refused: its {record.filename} has {record.file_size} bytes, at most {MAX_PICKLE_BYTES} "
                 "are expected"
             )
-        if record.filename.endswith("data.pkl") and not _is_whole(file, record):
-            log.warning(
-                "%s: the checksum of its data.pkl is wrong: download it again if the model makes no sense", file
-            )
+    return all(_is_whole(file, record) for record in records if record.filename.endswith("data.pkl"))
 
 
 def _is_whole(file: Path, record: zipfile.ZipInfo) -> bool:

@@ -99,7 +99,7 @@ def test_stratified_uniforms_give_each_token_its_share(top_p: float) -> None:
     assert all(abs(counts[token] - share) <= 1 for token, share in shares.items())
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1e30])
+@pytest.mark.parametrize("temperature", [0.6, 1e15])
 def test_top_p_zero_is_the_first_of_the_greatest(temperature: float) -> None:
     """At a high temperature all are equally likely in fp32, and the likeliest is the greatest still."""
     logits = torch.tensor([[0.0, 2.0, -math.inf, 1.0, 0.5, 2.0, -30.0], [5.0, 1.0, 7.0, 7.0, 0.0, 0.0, 0.0]]).to(DEVICE)
@@ -153,7 +153,7 @@ def test_a_tiny_temperature_is_greedy_and_never_nan(temperature: float, top_p: f
 def test_a_huge_temperature_is_uniform_but_for_minus_infinity(top_p: float) -> None:
     logits = torch.tensor([-math.inf, 5.0, -5.0, -math.inf, 0.0, 1.0]).expand(3, -1)
     uniform = torch.tensor([0.0, 0.5, JUST_BELOW_ONE])
-    assert drawn(logits, 1e30, top_p, uniform) == sampling.sample(logits, 1e30, top_p, uniform).tolist()
+    assert drawn(logits, 1e15, top_p, uniform) == sampling.sample(logits, 1e15, top_p, uniform).tolist()
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0, None], ids=str)
