@@ -55,7 +55,7 @@ def main(
         raise ValueError(f"--window must be at least 2, got {window}: its first token is not scored")
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"--max_tokens must be at least 2, got {max_tokens}: the first is not scored")
-    content = on_first_rank(lambda: read_text(text))
+    content = on_first_rank(lambda: read_text(text), options.timeout)
     llm = Llama.from_options(dataclasses.replace(options, max_seq_len=window, max_batch_size=1))
     tokens = llm.tokenizer.encode(content, bos=False, eos=False)[:max_tokens]
     windows = cut(tokens, window, [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else [])

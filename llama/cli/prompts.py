@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llama.cli.flags import json_texts
 from llama.cli.runner import is_first_rank
-from llama.distributed.job import agree, from_first_rank, join_job
+from llama.distributed.job import TIMEOUT, agree, from_first_rank, join_job
 
 log = logging.getLogger("llama")
 
@@ -22,17 +22,17 @@ STDIN = "-"
 HOW_TO_READ = f"--prompt {STDIN} takes it as one prompt, and --prompt_file {STDIN} takes each line as one"
 
 
-def read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str] | None:
+def read_prompts(prompt: list[str] | None, prompt_file: Path | None, timeout: float = TIMEOUT) -> list[str] | None:
     """The texts that --prompt and --prompt_file give; None where there are neither.
 
     The job's first rank reads files and stdin for all. ValueError, on every rank, where there is no text.
     """
-    return on_first_rank(lambda: _read_prompts(prompt, prompt_file))
+    return on_first_rank(lambda: _read_prompts(prompt, prompt_file), timeout)
 
 
-def on_first_rank(read: Callable[[], _T]) -> _T:
-    """On every rank what the job's first rank reads, or its ValueError or OSError."""
-    join_job()
+def on_first_rank(read: Callable[[], _T], timeout: float) -> _T:
+    """On every rank what the job's first rank reads, or its ValueError or OSError; timeout as in `BuildOptions`."""
+    join_job(timeout)
     with agree():
         value = read() if is_first_rank() else None
     return typing.cast(_T, from_first_rank(value))

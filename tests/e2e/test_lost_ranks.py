@@ -24,11 +24,12 @@ OWN_SCRIPT = """
 import atexit, os, pathlib, sys
 from llama import Llama
 
-done, rank = pathlib.Path(sys.argv[2]), os.environ["RANK"]
+done, rank, stdout = pathlib.Path(sys.argv[2]), os.environ["RANK"], sys.stdout  # a build mutes later ranks
 if rank == "1":
-    atexit.register(lambda: print("the first rank is done:", done.exists()))  # the last thing that it does
+    # The last thing that it does.
+    atexit.register(lambda: print("the first rank is done:", done.exists(), file=stdout))
 Llama.build(sys.argv[1], max_seq_len=64).text_completion(["Hello"], temperature=0, max_gen_len=2)
-print("done", flush=True)
+print("done", flush=True, file=stdout)
 if rank == "0":
     sys.stdin.readline()
     done.touch()
