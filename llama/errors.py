@@ -40,7 +40,11 @@ def in_one_line(error: Exception) -> Exception:
     if line == str(error):
         return error
     kind = ValueError if isinstance(error, ValueError) else type(error)
-    return kind(line).with_traceback(error.__traceback__)
+    try:
+        plain = kind(line)
+    except TypeError:  # it is made of more than a message
+        plain = OSError(line) if isinstance(error, OSError) else RuntimeError(line)
+    return plain.with_traceback(error.__traceback__)
 
 
 def is_caused_by_user(error: BaseException) -> bool:
@@ -53,9 +57,12 @@ def is_caused_by_user(error: BaseException) -> bool:
 def error_line(error: BaseException) -> str:
     """Return what to tell a user of an error that `is_caused_by_user`, in one line."""
     text = one_line(str(error))
+    if isinstance(error, OSError) and error.errno is not None:
+        fix = FIXES_OF_SYSTEM.get(os.strerror(error.errno))
+        return f"{text}: {fix}" if fix is not None else text
     refused = os.strerror(errno.ENOMEM) if isinstance(error, MemoryError) else ""
     if type(error) is RuntimeError:
-        refused = next((words for words in FIXES_OF_SYSTEM if words in text), "")
+        refused = max((words for words in FIXES_OF_SYSTEM if words in text), key=len, default="")
     if refused:
         size = re.search(r"allocate (\d+) bytes", text)
         return f"{refused}{f' ({int(size[1]) / 1e9:.2f} GB)' if size else ''}: {FIXES_OF_SYSTEM[refused]}"

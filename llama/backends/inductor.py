@@ -13,6 +13,8 @@ from torch import Tensor
 
 from llama.backends.eager import EagerBackend
 from llama.cache import KVCache
+from llama.distributed.job import collective
+from llama.errors import one_line
 from llama.model import Transformer
 
 log = logging.getLogger("llama")
@@ -43,10 +45,13 @@ class InductorBackend(EagerBackend):
         if not self._ready:
             log.info("compiling the decode step: a minute or so the first time, seconds from the cache")
         try:
-            y = self._decode(tokens, positions, rotation, kv_len, cache)
+            args = tokens, positions, rotation, kv_len, cache
+            y = collective(self._decode, *args) if self._ready else self._decode(*args)
+        except ConnectionError:
+            raise
         except Exception as error:  # whatever a compiler can raise, also when another shape makes it compile again
             self._failed = True
-            why = " ".join(str(error).split())[:300] or type(error).__name__
+            why = one_line(str(error))[:300] or type(error).__name__
             log.warning("--compile failed, so the layers run as they are: %s", why)
             return self.model.run_layers(tokens, positions, rotation, kv_len, cache)
         if not self._ready:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ _PEFT = ("a peft adapter", "save model.merge_and_unload(), which is the whole mo
 WRAPPERS = {
     "_orig_mod.": ("torch.compile", "save the state of model._orig_mod"),
     "base_model.model.": _PEFT,
-    ".lora_": _PEFT,
+    "lora_": _PEFT,
     "_fsdp_wrapped_module.": ("FullyShardedDataParallel", "save its full state dict"),
     "module.": ("DistributedDataParallel", "save the state of model.module"),
 }
@@ -163,7 +164,7 @@ def _check_names(checkpoint: Checkpoint, expected: Collection[str]) -> None:
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     for part, (whose, fix) in WRAPPERS.items():
-        wrapped = [name for name in unexpected if part in name]
+        wrapped = [name for name in unexpected if re.search(rf"(?<!\w){re.escape(part)}", name)]
         if wrapped:
             raise ValueError(f"{checkpoint.path} has tensors of {whose}, such as {wrapped[0]}: {fix}")
     if missing:

@@ -52,7 +52,7 @@ def main(
         llama complete --prompt_file prompts.txt --json > completions.jsonl
         torchrun --nproc_per_node 2 -m llama complete --ckpt_dir Llama-2-13b
     """
-    prompts = read_prompts(prompt, prompt_file, options.timeout) or PROMPTS
+    prompts = read_prompts(prompt, prompt_file, options.timeout, needed=not dry_run) or PROMPTS
     if dry_run:
         end_with_plan(options, prompts, params)
     llm = Llama.from_options(options)

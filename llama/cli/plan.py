@@ -37,7 +37,7 @@ def main(
         llama plan --ckpt_dir Llama-3.1-70B --model_parallel_size 8
         llama plan --ckpt_dir Llama-3.2-1B --quantize int8 --max_seq_len 131072 --max_batch_size 1
     """
-    end_with_plan(options, read_prompts(prompt, prompt_file, options.timeout) or (), params)
+    end_with_plan(options, read_prompts(prompt, prompt_file, options.timeout, needed=False) or (), params)
 
 
 def end_with_plan(

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llama.cli.runner import discard_stdout, is_first_rank
+from llama.cli.runner import is_first_rank
 from llama.distributed.launch import read_launch
 from llama.outputs import CompletionPrediction, InfillingPrediction, TokenEvent
 
@@ -24,14 +24,9 @@ def launched() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a piece of text on the first rank; whoever reads it may have gone."""
-    try:
-        if is_first_rank():
-            print(text, end="", flush=True)
-    except BrokenPipeError:
-        if not launched():
-            raise
-        discard_stdout()  # the other ranks are in the middle of a text
+    """Print a piece of text on the first rank; BrokenPipeError where whoever read it has gone."""
+    if is_first_rank():
+        print(text, end="", flush=True)
 
 
 def json_line(value: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -42,6 +43,7 @@ class TerminalHandler(logging.StreamHandler):  # type: ignore[type-arg]  # gener
 
     def _write(self, text: str) -> None:
         # Spaces and not an escape sequence, which some terminals show.
-        self.stream.write("\r" + text.ljust(len(self._shown)) + ("" if text else "\r"))
-        self.stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            self.stream.write("\r" + text.ljust(len(self._shown)) + ("" if text else "\r"))
+            self.stream.flush()
         self._shown = text

@@ -22,12 +22,15 @@ STDIN = "-"
 HOW_TO_READ = f"--prompt {STDIN} takes it as one prompt, and --prompt_file {STDIN} takes each line as one"
 
 
-def read_prompts(prompt: list[str] | None, prompt_file: Path | None, timeout: float = TIMEOUT) -> list[str] | None:
+def read_prompts(
+    prompt: list[str] | None, prompt_file: Path | None, timeout: float = TIMEOUT, needed: bool = True
+) -> list[str] | None:
     """The texts that --prompt and --prompt_file give; None where there are neither.
 
-    The job's first rank reads files and stdin for all. ValueError, on every rank, where there is no text.
+    The job's first rank reads files and stdin for all. ValueError, on every rank, where there is no text, and where
+    prompts are needed, none are given and text waits at stdin.
     """
-    return on_first_rank(lambda: _read_prompts(prompt, prompt_file), timeout)
+    return on_first_rank(lambda: _read_prompts(prompt, prompt_file, needed), timeout)
 
 
 def on_first_rank(read: Callable[[], _T], timeout: float) -> _T:
@@ -38,12 +41,13 @@ def on_first_rank(read: Callable[[], _T], timeout: float) -> _T:
     return typing.cast(_T, from_first_rank(value))
 
 
-def _read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str] | None:
+def _read_prompts(prompt: list[str] | None, prompt_file: Path | None, needed: bool) -> list[str] | None:
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt_file both give prompts: leave one out")
     reads_stdin = prompt_file == Path(STDIN) or (prompt is not None and STDIN in prompt)
-    if not reads_stdin and _stdin_waits():
-        if prompt is None and prompt_file is None:
+    given = prompt is not None or prompt_file is not None
+    if not reads_stdin and (given or needed) and _stdin_waits():
+        if not given:
             raise ValueError(f"stdin holds text, but no flag says to read it: {HOW_TO_READ}")
         log.warning("stdin holds text, and is not read: %s", HOW_TO_READ)
     if prompt_file is not None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
@@ -37,6 +38,7 @@ SECONDS_TO_MEET = 120.0
 SECONDS_TO_SAY = 5.0
 
 _watch: Watch | None = None  # of the job that this process has joined, if it has several ranks
+_watched: Any = None  # its default group, which a user may destroy and make anew
 
 
 def local_rank() -> int:
@@ -60,7 +62,7 @@ def join_job(timeout: float = TIMEOUT) -> None:
     timeout: see `BuildOptions`. Raise ValueError where the environment contradicts itself, and ConnectionError where
     other ranks do not come.
     """
-    global _watch
+    global _watch, _watched
     launch = read_launch()
     share_cores(launch.local_world_size)
     if not dist.is_initialized():
@@ -76,18 +78,26 @@ def join_job(timeout: float = TIMEOUT) -> None:
             store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
         rank, world_size = launch.rank, launch.world_size
         collective(dist.init_process_group, "gloo", timeout=NO_TIMEOUT, store=store, rank=rank, world_size=world_size)
-    elif _watch is None and dist.get_world_size() > 1:  # a user's own group
+    elif _watched is not dist.group.WORLD and dist.get_world_size() > 1:  # a user's own group
+        if _watch is not None:
+            _watch.stop()
         store = dist.distributed_c10d._get_default_store()
         _watch = Watch(store, dist.get_rank(), dist.get_world_size(), timeout, first_holds_store=True)
     elif _watch is not None:
         _watch.timeout = timeout
         return
     if _watch is not None:
+        _watched = dist.group.WORLD
         atexit.register(_leave)
 
 
 def collective(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call an operation that waits for other ranks, watched; raise ConnectionError where one of them has ended."""
+    """Call an operation that waits for other ranks, watched; raise ConnectionError where one of them has ended.
+
+    Compiled code is watched as a whole, as a compiler would compile it again for each count of the watch.
+    """
+    if torch.compiler.is_compiling():
+        return operation(*args, **kwargs)
     watch = _watch
     if watch is None:
         return operation(*args, **kwargs)
@@ -95,9 +105,11 @@ def collective(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return operation(*args, **kwargs)
     except RuntimeError as error:
-        if is_caused_by_user(error):
+        text = str(error)
+        is_of_connection = isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text
+        if is_caused_by_user(error) or not is_of_connection:
             raise
-        unknown = f"the connection to another rank was lost ({str(error).splitlines()[0]})"
+        unknown = f"the connection to another rank was lost ({text.partition(chr(10))[0]})"
         raise ConnectionError(watch.lost() or unknown) from error
     finally:
         watch.calls += 1
@@ -188,8 +200,8 @@ def _wait_for_first_rank(rank: int, host: str, port: int, seconds: float) -> Non
 
 def _check_network_interface() -> None:
     """Raise ValueError where gloo is told to use a network interface that this host lacks."""
-    found = [name for _, name in socket.if_nameindex()]
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        found = [interface for _, interface in socket.if_nameindex()]
         if name not in found:
             raise ValueError(f"GLOO_SOCKET_IFNAME={name} is no network interface here: give {' or '.join(found)}")
 

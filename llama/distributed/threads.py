@@ -24,7 +24,8 @@ def share_cores(ranks: int) -> None:
     """Give this process its share of the cores of a host with `ranks` ranks, unless the user chose another number."""
     global _default_threads
     threads = torch.get_num_threads()
-    if not user_chose_threads():
+    chosen = user_chose_threads()
+    if not chosen:
         threads = max(1, usable_cores(Path("/")) // ranks)
     sure = openmp_threads()
     if sure < min(threads, torch.get_num_threads()):
@@ -34,8 +35,10 @@ def share_cores(ranks: int) -> None:
             sure,
             threads,
         )
-    _default_threads = min(sure, threads)
-    torch.set_num_threads(_default_threads)
+    threads = min(sure, threads)
+    if not chosen:
+        _default_threads = threads
+    torch.set_num_threads(threads)
 
 
 def user_chose_threads() -> bool:

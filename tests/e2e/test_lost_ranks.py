@@ -93,7 +93,7 @@ def test_two_ranks_whose_output_goes_nowhere_say_so_in_one_line_or_none(
             stdout = stack.enter_context(open(output, "w")).fileno()
         done = torchrun(2, COMPLETION, "--ckpt_dir", tiny_folder, *FLAGS, stdout=stdout)
     assert done.returncode == code, done.stderr
-    assert done.errors == ["error: [Errno 28] No space left on device"] * code
+    assert done.errors == ["error: [Errno 28] No space left on device: make room on the disk"] * code
     assert "[rank" not in done.stderr
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from llama.errors import FIXES_OF_SYSTEM, one_line
+
 log = logging.getLogger("llama")
 _progress = logging.getLogger("llama.progress")  # shown on terminals by the command line
 
@@ -58,7 +60,7 @@ def library() -> ctypes.CDLL | None:
         return _load(_compiler())
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         level = logging.INFO if isinstance(error, KnownFailure) else logging.WARNING
-        log.log(level, "no CPU kernels, so tokens come slower: %s", " ".join(str(error).split()))
+        log.log(level, "no CPU kernels, so tokens come slower: %s", one_line(str(error)))
         return None
 
 
@@ -86,11 +88,20 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
                 _compile(compiler, path)
             return ctypes.CDLL(str(path))
         except (OSError, subprocess.SubprocessError, ValueError) as error:
+            if _may_pass(error):
+                raise
             message = f"{error}; not tried again for a day, or until {failure} is removed"
             with contextlib.suppress(OSError):
                 failure.write_text(message)
                 path.unlink(missing_ok=True)
             raise ValueError(message) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell whether a failure is of the moment: a lack of memory, disk or time, not a compiler's or loader's refusal."""
+    words = str(error)
+    is_refusal = isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None)
+    return not is_refusal or any(lack in words for lack in (*FIXES_OF_SYSTEM, "Killed", "killed"))
 
 
 def _folders() -> list[Path]:
