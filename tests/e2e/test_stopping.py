@@ -92,7 +92,8 @@ def test_a_full_disk_is_told() -> None:
     """Python writes what is left when it ends, too late for an error line and for an exit code."""
     for words in ("--help", "complete --help"):
         done = shell(f"{sys.executable} -m llama {words} >/dev/full")
-        assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device: make room on the disk\n")
+        assert done.returncode == 1
+        assert done.stderr == "error: [Errno 28] No space left on device: make room on the disk\n"
 
 
 def shell(line: str) -> Finished:
