@@ -144,8 +144,10 @@ def test_a_build_mutes_a_hosts_later_ranks_alone_and_only_where_it_may(
 ) -> None:
     """Scripts in which every rank prints showed each result once a rank; Meta's build closes stdout of the others."""
     for rank, size, heard in (("0", "1", True), ("0", "2", True), ("1", "2", False), ("3", "4", False)):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", size)):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "29500")
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
             mute_later_ranks()
