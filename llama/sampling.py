@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Protocol
 
 import torch
@@ -42,10 +43,16 @@ class SamplingParams:
     stop_token: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_gen_len", "seed", "stop_token"):  # numpy's integers are integers, too
+            value = getattr(self, name)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, name, int(value))
         if not _is_number(self.temperature) or not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise ValueError(f"temperature must be a number from 0 to {MAX_TEMPERATURE:g}, got {self.temperature!r}")
         if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be in [0, 1], got {self.top_p!r}")
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.max_gen_len is not None and (type(self.max_gen_len) is not int or self.max_gen_len < 0):
             raise ValueError(f"max_gen_len must be an integer of at least 0, got {self.max_gen_len!r}")
         for name in ("seed", "stop_token"):
@@ -155,4 +162,4 @@ def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -51,6 +51,7 @@ def supervise(job: Callable[[], None]) -> None:
     """Do what a user asked for. A user's error is one line on stderr, from one rank, and exit code 1."""
     import llama.cli.ctrl_c  # noqa: F401  # changes what Ctrl-C does
 
+    stdout_is_closed = sys.stdout is None
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, and the next file to be opened would have its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for as long as the process lives
@@ -70,6 +71,8 @@ def supervise(job: Callable[[], None]) -> None:
         except SystemExit:
             sys.stdout.flush()
             raise
+        if stdout_is_closed and is_first_rank():
+            raise ValueError("stdout is closed, so nothing could be printed: leave out >&-")
         _leave_together()
     except BrokenPipeError:
         discard_stdout()

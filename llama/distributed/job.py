@@ -77,7 +77,10 @@ def join_job(timeout: float = TIMEOUT) -> None:
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
         rank, world_size = launch.rank, launch.world_size
+        hook = sys.excepthook
         collective(dist.init_process_group, "gloo", timeout=NO_TIMEOUT, store=store, rank=rank, world_size=world_size)
+        if world_size == 1:
+            sys.excepthook = hook  # torch's puts the rank before each line of a traceback
     elif _watched is not dist.group.WORLD and dist.get_world_size() > 1:  # a user's own group
         if _watch is not None:
             _watch.stop()

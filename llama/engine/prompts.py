@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
 from llama.chat.dialog import Dialog
@@ -51,7 +51,7 @@ def _token_id(token: SupportsIndex, index: int, vocab_size: int) -> int:
 
 
 def _check_list(name: str, values: object, of: str) -> None:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise ValueError(f"{name} must be a list of {of}, got {values!r:.40}: put it in a list")
 
 

@@ -88,6 +88,13 @@ def test_an_error_is_told_where_stdout_cannot_be_written(where: str) -> None:
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+def test_a_closed_stdout_is_told() -> None:
+    """The result went nowhere, with exit code 0."""
+    done = shell(f"{sys.executable} -m llama complete --prompt a --max_gen_len 1 >&-")
+    assert done.returncode == 1
+    assert done.errors == ["error: stdout is closed, so nothing could be printed: leave out >&-"]
+
+
 def test_a_full_disk_is_told() -> None:
     """Python writes what is left when it ends, too late for an error line and for an exit code."""
     for words in ("--help", "complete --help"):

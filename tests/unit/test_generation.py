@@ -157,6 +157,7 @@ def test_max_gen_len_zero_generates_nothing(llama: Llama) -> None:
         (torch.tensor([5, 6]), r"prompt 0 must be a list of token ids, got tensor\(5\): put it in a list"),
         (np.array([5, 6]), "prompt 0 must be a list of token ids, got .*5.*: put it in a list"),
         (5, "prompts must be a list of lists of token ids, got 5"),
+        ({5: 6}, "prompts must be a list of lists of token ids, got {5: 6}"),
         ([[5], [7] * 65], "prompt 1 has 65 tokens, max_seq_len is 64: raise it or shorten the prompt"),
     ],
     ids=str,

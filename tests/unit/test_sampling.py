@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -285,3 +286,12 @@ def test_the_nucleus_is_ordered_by_probability_and_then_by_id() -> None:
     tokens, probs = nucleus(logits.repeat(1, 200), 1.0, 0.99)
     expected = sorted(range(1000), key=lambda i: (-logits[0, i % 5].item(), i))
     assert tokens[0, : int((probs > 0).sum())].tolist() == expected[: int((probs > 0).sum())]
+
+
+def test_numbers_may_be_numpys() -> None:
+    """np.float32(0.5) was refused as not in [0, 1]."""
+    given = SamplingParams(np.float32(0.5), np.float32(0.25), np.int64(2), np.int64(3))
+    assert given == SamplingParams(0.5, 0.25, 2, 3)
+    assert type(given.seed) is int and type(given.top_p) is float
+    with pytest.raises(ValueError, match="max_gen_len must be an integer"):
+        SamplingParams(max_gen_len=np.bool_(True))  # type: ignore[arg-type]
