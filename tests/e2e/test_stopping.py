@@ -73,6 +73,7 @@ def test_sigterm_while_a_chat_waits_leaves_the_terminal_in_order(model: list[obj
         chat.wait_for("> ")
         while chat.echoes:  # readline is about to wait for keys
             time.sleep(0.01)
+        time.sleep(1)  # CPython notices a signal that comes just before readline waits only with the next key
         chat.process.send_signal(signal.SIGTERM)
         chat.wait_for_end()
         assert chat.echoes
