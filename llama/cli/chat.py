@@ -14,11 +14,12 @@ from llama.chat.formats import check_system
 from llama.chat.llama2_tags import UNSAFE_ERROR
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.plan import end_with_plan
-from llama.cli.printing import launched, say
+from llama.cli.printing import say
 from llama.cli.report import report
 from llama.cli.runner import is_first_rank
 from llama.cli.signals import signals_raise
 from llama.distributed.job import agree, from_first_rank
+from llama.distributed.launch import read_launch
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
 
@@ -170,3 +171,9 @@ def fit(llm: Llama, dialog: list[Message], n_opening: int, max_gen_len: int | No
         del kept[n_opening : n_opening + 2]
         [tokens] = llm.encode_dialogs([kept])
     return kept, tokens
+
+
+def launched() -> bool:
+    """Whether other ranks may be there: they would not stop at the same token, and torchrun ends them all anyway."""
+    launch = read_launch()
+    return launch.torchrun or launch.world_size > 1

@@ -11,16 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llama.cli.runner import is_first_rank
-from llama.distributed.launch import read_launch
 from llama.outputs import CompletionPrediction, InfillingPrediction, TokenEvent
 
 RULE = "\n==================================\n\n"
-
-
-def launched() -> bool:
-    """Whether other ranks may be there: they would not stop at the same token, and torchrun ends them all anyway."""
-    launch = read_launch()
-    return launch.torchrun or launch.world_size > 1
 
 
 def say(text: str) -> None:
