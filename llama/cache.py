@@ -1,70 +1,216 @@
-"""The key/value cache: preallocated storage that the model writes and reads, row by row.
+"""The paged key/value cache, and the tokens of one forward pass with the pages that their rows read and write.
 
-Knows nothing of the model; the caller keeps track of which positions of a row are valid.
+Knows nothing of the model, nor of which sequence holds which page: that is the engine's (engine/page_pool.py).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+# Positions of a page: see D48. The CPU kernels' parts of 256 keys are whole pages.
+PAGE_SIZE = 16
+
+
+def pages_for(n_tokens: int) -> int:
+    """Return the number of pages that hold n_tokens positions."""
+    return -(-n_tokens // PAGE_SIZE)
+
 
 class KVCache:
-    """Keys and values of every layer for up to `bsz` rows of up to `max_seq_len` positions.
+    """Keys and values of every layer, in pages of PAGE_SIZE positions.
 
-    keys, values: (n_layers, bsz, max_seq_len, n_kv_heads, head_dim). Rows have different lengths: a position that was
-    not written yet has any finite value, and attention masks it. On a CPU, memory is committed only when it is written.
+    keys, values: (n_layers, n_pages, PAGE_SIZE, n_kv_heads, head_dim). A position that was not written yet has any
+    finite value, and attention masks it. A slot is a position of a page, counted over all pages. On a CPU, memory is
+    committed only when it is written.
+
+    pages_per_row: of a cache that is used without an engine, the pages of each row, one row below another.
     """
 
     def __init__(
         self,
         n_layers: int,
-        bsz: int,
-        max_seq_len: int,
+        n_pages: int,
         n_kv_heads: int,
         head_dim: int,
         *,
         device: torch.device,
         dtype: torch.dtype,
+        pages_per_row: int | None = None,
     ) -> None:
-        shape = (n_layers, bsz, max_seq_len, n_kv_heads, head_dim)
+        shape = (n_layers, n_pages, PAGE_SIZE, n_kv_heads, head_dim)
         # Zeros, because a masked position still meets a zero weight, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-
-    def slots(self, positions: Tensor) -> Tensor:
-        """Return the slots of positions (bsz, seqlen) of rows 0 to bsz - 1, counted over all rows: (bsz * seqlen,)."""
-        rows = torch.arange(positions.shape[0], device=positions.device)
-        return (rows[:, None] * self.max_seq_len + positions).flatten()
+        self.pages_per_row = pages_per_row or n_pages
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys, values (bsz, seqlen, n_kv_heads, head_dim) in a layer's slots."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys.flatten(0, 1))
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, values.flatten(0, 1))
+        """Store keys, values (n_tokens, n_kv_heads, head_dim) in a layer's slots (n_tokens,)."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values)
 
-    def read(self, layer: int, bsz: int, kv_len: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the first kv_len positions of the first bsz rows, as views."""
-        return self.keys[layer, :bsz, :kv_len], self.values[layer, :bsz, :kv_len]
+    def copy_page(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of page `source` over page `target`."""
+        self.keys[:, target, :length] = self.keys[:, source, :length]
+        self.values[:, target, :length] = self.values[:, source, :length]
 
-    @property
-    def max_seq_len(self) -> int:
-        return self.keys.shape[2]
-
-    def grow(self, max_seq_len: int, length: int) -> None:
-        """Enlarge every row to max_seq_len positions, and copy the first `length`."""
-        n_layers, bsz, _, n_kv_heads, head_dim = self.keys.shape
+    def grow(self, n_pages: int) -> None:
+        """Enlarge the cache to n_pages pages; those that it has keep their content."""
         for name in ("keys", "values"):  # one after the other, so that the old keys are freed before values are copied
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(n_layers, bsz, max_seq_len, n_kv_heads, head_dim)
-            new[:, :, :length] = old[:, :, :length]
+            new = old.new_zeros(old.shape[0], n_pages, *old.shape[2:])
+            new[:, : old.shape[1]] = old
             setattr(self, name, new)
             del old
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of row `source` over row `target`."""
-        self.keys[:, target, :length] = self.keys[:, source, :length]
-        self.values[:, target, :length] = self.values[:, source, :length]
+    @property
+    def n_pages(self) -> int:
+        return self.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of a forward pass, one after another, that have equally many tokens each."""
+
+    rows: slice
+    tokens: slice  # of all rows together
+    n_rows: int
+    seqlen: int
+    kv_len: int  # positions of the longest row, the new ones included; an upper bound where the host does not know
+    # The first row's first page, and the pages from one row's first to the next row's, where the pages of each row
+    # follow each other; else None.
+    run: tuple[int, int] | None
+    from_start: bool  # whether all rows begin at position 0
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Where the tokens of one forward pass are: their positions, and the pages of the rows that they belong to.
+
+    positions: (n_tokens,), int64, row after row.
+    page_table: (at least n_rows, pages), int32: the pages of each row in order; any page beyond its length.
+    lengths: (n_tokens,), int64: of each token, the length of the text by which dynamic scaling stretches its rotation;
+    None: each token ends a text.
+    """
+
+    cache: KVCache
+    positions: Tensor
+    page_table: Tensor
+    groups: tuple[RowGroup, ...]
+    lengths: Tensor | None = None
+
+    @staticmethod
+    def of(
+        cache: KVCache,
+        page_table: Tensor,
+        starts: Sequence[int],
+        counts: Sequence[int],
+        first_pages: Sequence[int | None],
+        lengths: Tensor | None = None,
+    ) -> ForwardBatch:
+        """Make a batch of rows that have counts[i] new tokens from position starts[i] on.
+
+        first_pages: each row's first page if all its pages follow each other, else None.
+        """
+        device = page_table.device
+        if all(count == 1 for count in counts):
+            positions = torch.tensor(starts, dtype=torch.int64, device=device)
+        else:
+            pieces = [torch.arange(start, start + n) for start, n in zip(starts, counts, strict=True)]
+            positions = torch.cat(pieces).to(device)
+        groups, row, token = [], 0, 0
+        while row < len(counts):
+            stop, start, seqlen = row + 1, starts[row], counts[row]
+            while stop < len(counts) and counts[stop] == seqlen and (seqlen == 1 or starts[stop] == start):
+                stop += 1
+            n_rows = stop - row
+            groups.append(
+                RowGroup(
+                    slice(row, stop),
+                    slice(token, token + n_rows * seqlen),
+                    n_rows,
+                    seqlen,
+                    max(starts[row:stop]) + seqlen,
+                    _run(first_pages[row:stop]),
+                    not any(starts[row:stop]),
+                )
+            )
+            row, token = stop, token + n_rows * seqlen
+        return ForwardBatch(cache, positions, page_table, tuple(groups), lengths)
+
+    @staticmethod
+    def of_rows(cache: KVCache, start_pos: Tensor, seqlen: int) -> ForwardBatch:
+        """Make a batch of `seqlen` tokens for each of the first rows of a cache, from start_pos (bsz,) on."""
+        bsz, per_row = len(start_pos), cache.pages_per_row
+        first_pages = range(0, bsz * per_row, per_row)
+        table = torch.arange(bsz * per_row, dtype=torch.int32, device=start_pos.device).view(bsz, per_row)
+        starts: list[int] = start_pos.tolist()
+        # One position further would be the next row's first.
+        assert max(starts) + seqlen <= per_row * PAGE_SIZE and bsz * per_row <= cache.n_pages, (starts, seqlen)
+        lengths = (start_pos + seqlen).repeat_interleave(seqlen)
+        return ForwardBatch.of(cache, table, starts, [seqlen] * bsz, list(first_pages), lengths)
+
+    @staticmethod
+    def of_steps(cache: KVCache, start_pos: Tensor, seqlen: int, page_table: Tensor) -> ForwardBatch:
+        """Make a batch of `seqlen` tokens for each row from start_pos (rows,) on, without asking the device for it."""
+        rows, n_tokens = len(start_pos), len(start_pos) * seqlen
+        positions = (start_pos[:, None] + torch.arange(seqlen, device=start_pos.device)).flatten()
+        kv_len = page_table.shape[1] * PAGE_SIZE
+        group = RowGroup(slice(0, rows), slice(0, n_tokens), rows, seqlen, kv_len, None, False)
+        return ForwardBatch(cache, positions, page_table, (group,))
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each token: (n_tokens,), int32."""
+        device = self.page_table.device
+        parts = [
+            torch.arange(group.rows.start, group.rows.stop, dtype=torch.int32, device=device)
+            .repeat_interleave(group.seqlen, output_size=group.n_rows * group.seqlen)
+            for group in self.groups
+        ]  # fmt: skip
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The slot of each token: (n_tokens,), int64."""
+        pages = self.page_table[self.rows.long(), self.positions // PAGE_SIZE].long()
+        return pages * PAGE_SIZE + self.positions % PAGE_SIZE
+
+    def read(self, layer: int, group: RowGroup) -> tuple[Tensor, Tensor]:
+        """Return a group's keys and values, each (n_rows, kv_len, n_kv_heads, head_dim): views, if its pages allow."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        kv_len = group.kv_len
+        if group.run is not None:
+            first, step = group.run
+            if (first + (group.n_rows - 1) * step) * PAGE_SIZE + kv_len <= keys.shape[0] * PAGE_SIZE:
+                return self._view(keys, group, first, step), self._view(values, group, first, step)
+        pages = self.page_table[group.rows, : pages_for(kv_len)].long()
+        return keys[pages].flatten(1, 2)[:, :kv_len], values[pages].flatten(1, 2)[:, :kv_len]
+
+    def _view(self, pages: Tensor, group: RowGroup, first: int, step: int) -> Tensor:
+        """Return the positions of a group whose pages follow each other in pages (n_pages, PAGE_SIZE, ...)."""
+        shape, strides = pages.shape[1:], pages.stride()
+        return pages.as_strided(
+            (group.n_rows, group.kv_len, *shape[1:]),
+            (step * strides[0], *strides[1:]),
+            pages.storage_offset() + first * strides[0],
+        )
+
+
+def _run(first_pages: Sequence[int | None]) -> tuple[int, int] | None:
+    """Return the first row's first page and the step to the next row's, if all rows are equally far apart."""
+    known = [page for page in first_pages if page is not None]
+    if len(known) < len(first_pages):
+        return None
+    steps = {other - one for one, other in itertools.pairwise(known)} or {0}
+    step = steps.pop()
+    return (known[0], step) if not steps and step >= 0 else None

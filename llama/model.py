@@ -6,14 +6,14 @@ Knows nothing of text, of sampling or of where weights come from.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.cache import KVCache
+from llama.cache import ForwardBatch, KVCache, RowGroup, pages_for
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -26,7 +26,7 @@ __all__ = ["ModelArgs", "Transformer", "precompute_freqs_cis"]
 class LayersBackend(Protocol):
     """What a backend computes for a model; `llama.backends.base.Backend` is the whole protocol."""
 
-    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """See `Transformer.run_layers`."""
         ...
 
@@ -66,6 +66,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.transpose(1, 2)
 
 
+def attend_in_groups(q: Tensor, layer: int, masks: Sequence[Tensor | None], batch: ForwardBatch) -> Tensor:
+    """Compute attention of queries (n_tokens, n_heads, head_dim) over the cached keys of a layer, shaped like q.
+
+    masks: of each group of rows, as `Transformer.mask` returns it.
+    """
+    parts = []
+    for group, mask in zip(batch.groups, masks, strict=True):
+        queries = q[group.tokens].unflatten(0, (group.n_rows, group.seqlen))
+        parts.append(attend(queries, *batch.read(layer, group), mask).flatten(0, 1))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention over this rank's heads."""
 
@@ -81,14 +93,12 @@ class Attention(nn.Module):
         self.wv = ColumnParallelLinear(args.dim, kv_dim, args.attention_bias)
         self.wo = RowParallelLinear(q_dim, args.dim, parallel, args.attention_bias)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache, slots: Tensor) -> Tensor:
-        bsz, seqlen, _ = x.shape
-        q = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)
-        k = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
-        v = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)
-        cache.write(self.layer, slots, rotate(k, rotation), v)
-        k, v = cache.read(self.layer, bsz, seqlen if mask is None else mask.shape[-1])
-        return self.wo(attend(rotate(q, rotation), k, v, mask).reshape(bsz, seqlen, -1))
+    def forward(self, x: Tensor, rotation: Tensor, masks: Sequence[Tensor | None], batch: ForwardBatch) -> Tensor:
+        q = self.wq(x).view(-1, self.n_local_heads, self.head_dim)
+        k = self.wk(x).view(-1, self.n_local_kv_heads, self.head_dim)
+        v = self.wv(x).view(-1, self.n_local_kv_heads, self.head_dim)
+        batch.cache.write(self.layer, batch.slots, rotate(k, rotation), v)
+        return self.wo(attend_in_groups(rotate(q, rotation), self.layer, masks, batch).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -115,8 +125,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: KVCache, slots: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, mask, cache, slots)
+    def forward(self, x: Tensor, rotation: Tensor, masks: Sequence[Tensor | None], batch: ForwardBatch) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, masks, batch)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -141,50 +151,43 @@ class Transformer(nn.Module):
         # Computes the layers in place of their own forward; bound from outside (see backends/base.py).
         self.backend: LayersBackend | None = None
 
-    def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache, kv_len: int | None = None) -> Tensor:
-        """Return the logits of every position, (bsz, seqlen, vocab_size) in fp32: `hidden`, then `logits`."""
-        return self.logits(self.hidden(tokens, start_pos, cache, kv_len))
+    def forward(self, tokens: Tensor, start_pos: Tensor, cache: KVCache) -> Tensor:
+        """Compute tokens (bsz, seqlen) of the cache's first rows from start_pos (bsz,) on, as Meta's code does.
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        start_pos: Tensor,
-        cache: KVCache,
-        kv_len: int | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Write tokens (bsz, seqlen) into the cache from start_pos (bsz,) on; return final states (bsz, seqlen, dim).
-
-        Row i of the batch is row i of the cache. Short rows are padded on the right with any token: the states of
-        padding mean nothing, and its cache positions are overwritten when the row reaches them.
-        kv_len: cache positions that attention sees, at least max(start_pos) + seqlen; None is just that, found by a
-        synchronization with the device.
-        lengths: (bsz,), the position at which each row ends, without padding; None: no row is padded.
+        Returns the logits of every position: (bsz, seqlen, vocab_size), fp32. Short rows are padded on the right with
+        any token: the logits of padding mean nothing, and its cache positions are overwritten when the row reaches
+        them.
         """
-        bsz, seqlen = tokens.shape
-        if kv_len is None:
-            kv_len = int(start_pos.max()) + seqlen
-        # One position further would be the next row's first.
-        assert seqlen <= kv_len <= cache.keys.shape[2], (seqlen, kv_len, cache.keys.shape)
-        positions = start_pos[:, None] + torch.arange(seqlen, device=tokens.device)  # (bsz, seqlen)
-        rotation = self.rope(positions, lengths)
-        run = self.run_layers if self.backend is None else self.backend.run_layers
-        return run(tokens, positions, rotation, kv_len, cache)
+        batch = ForwardBatch.of_rows(cache, start_pos, tokens.shape[1])
+        return self.logits(self.hidden(tokens.flatten(), batch)).unflatten(0, tokens.shape)
 
-    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        """Return final states (bsz, seqlen, dim) of tokens at positions, both (bsz, seqlen), and cache their keys."""
+    def hidden(self, tokens: Tensor, batch: ForwardBatch) -> Tensor:
+        """Return the final states of tokens (n_tokens,) where `batch` says they are, (n_tokens, dim); cache them."""
+        rotation = self.rope(batch.positions, batch.lengths)
+        run = self.run_layers if self.backend is None else self.backend.run_layers
+        return run(tokens, rotation, batch)
+
+    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+        """Return final states (n_tokens, dim) of tokens (n_tokens,), and cache their keys and values.
+
+        rotation: (n_tokens, 1, head_dim / 2), complex.
+        """
         x = self.tok_embeddings(tokens).to(self.dtype)
-        mask, slots = self.mask(positions, kv_len), cache.slots(positions)
+        masks = [self.mask(batch.positions, group) for group in batch.groups]
         for layer in self.layers:
-            x = layer(x, rotation, mask, cache, slots)
+            x = layer(x, rotation, masks, batch)
         return self.norm(x)
 
-    def mask(self, positions: Tensor, kv_len: int) -> Tensor | None:
-        """Return where queries at positions (bsz, seqlen) see keys: bool (bsz, 1, seqlen, kv_len); None is causal."""
+    def mask(self, positions: Tensor, group: RowGroup) -> Tensor | None:
+        """Return where queries of a group see keys: bool (n_rows, 1, seqlen, kv_len); None is causal.
+
+        positions: (n_tokens,), of all groups.
+        """
+        kv_len = group.kv_len
         window = self.args.sliding_window or kv_len
-        if kv_len == positions.shape[1] <= window:  # all rows start at 0
+        if group.from_start and kv_len <= window:
             return None
-        queries = positions[:, None, :, None]
+        queries = positions[group.tokens].view(group.n_rows, 1, group.seqlen, 1)
         keys = torch.arange(kv_len, device=positions.device)
         mask = keys <= queries
         return mask & (keys > queries - window) if window < kv_len else mask
@@ -242,9 +245,16 @@ class Transformer(nn.Module):
         return list({id(weight): weight for weight in found if weight is not None}.values())
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:
-        """Return an empty cache for `bsz` rows of `max_seq_len` positions, with the model's dtype and device."""
+        """Return an empty cache for `bsz` rows of max_seq_len positions or more, with the model's dtype and device."""
         args = self.args
         n_local_kv_heads = len(self.parallel.kv_heads(args.n_heads, args.n_kv_heads))
+        per_row = pages_for(max_seq_len)
         return KVCache(
-            args.n_layers, bsz, max_seq_len, n_local_kv_heads, args.head_dim, device=self.device, dtype=self.dtype
+            args.n_layers,
+            bsz * per_row,
+            n_local_kv_heads,
+            args.head_dim,
+            device=self.device,
+            dtype=self.dtype,
+            pages_per_row=per_row,
         )

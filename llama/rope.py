@@ -35,33 +35,33 @@ class Rotary(nn.Module):
         self.register_buffer("frequencies", scaled_frequencies(head_dim, theta, scaling), persistent=False)
 
     def forward(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the complex numbers that rotate pairs at positions (bsz, seqlen): (bsz, seqlen, 1, head_dim / 2).
+        """Return the complex numbers that rotate pairs at positions (n_tokens,): (n_tokens, 1, head_dim / 2).
 
         Their magnitude is 1, except with YaRN, which also sharpens attention.
-        lengths: (bsz,), those of the rows without padding, on which dynamic scaling depends; None: no row is padded.
+        lengths: (n_tokens,), of the text of each token, on which dynamic scaling depends; None: each token ends a text.
         """
         frequencies = self.frequencies
         if isinstance(self.scaling, DynamicScaling):
-            frequencies = self._dynamic(self.scaling, positions.amax(-1) + 1 if lengths is None else lengths)
+            frequencies = self._dynamic(self.scaling, positions + 1 if lengths is None else lengths)
         # fp32: bf16 represents every integer only up to 256.
-        angles = positions.float()[..., None] * frequencies
-        return torch.polar(torch.full_like(angles, self.magnitude), angles)[:, :, None]
+        angles = positions.float()[:, None] * frequencies
+        return torch.polar(torch.full_like(angles, self.magnitude), angles)[:, None]
 
     def _dynamic(self, scaling: DynamicScaling, lengths: Tensor) -> Tensor:
-        """Return frequencies for rows of `lengths` (bsz,): (bsz, 1, head_dim / 2). Cached keys keep their rotation."""
+        """Return frequencies at `lengths` (n_tokens,): (n_tokens, head_dim / 2). Cached keys keep their rotation."""
         excess = (lengths.float() / scaling.old_context_len).clamp(min=1) - 1
         stretch = (1 + scaling.factor * excess) ** (self.head_dim / (self.head_dim - 2))
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=lengths.device) / self.head_dim
-        return ((self.theta * stretch)[:, None] ** -exponents)[:, None]
+        return (self.theta * stretch)[:, None] ** -exponents
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
     """Return the unscaled rotations of positions 0 to end - 1, (end, dim / 2), complex, as Meta's code calls them."""
-    return Rotary(dim, theta, None)(torch.arange(end)[None])[0, :, 0]
+    return Rotary(dim, theta, None)(torch.arange(end))[:, 0]
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the adjacent pairs of x (bsz, seqlen, heads, head_dim), as in Meta's order of dimensions."""
+    """Rotate the adjacent pairs of x (n_tokens, heads, head_dim), as in Meta's order of dimensions."""
     if torch.compiler.is_compiling():  # Inductor does not compile complex numbers
         cos, sin = torch.view_as_real(rotation).unbind(-1)
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from llama.backends.cpu.build import library
 from llama.backends.cuda.available import has_triton
 from llama.backends.eager import EagerBackend
-from llama.cache import KVCache
+from llama.cache import ForwardBatch
 from llama.model import Transformer
 from llama.quantization.weights import QuantizedWeight
 from llama.sampling import TokenSampler
@@ -77,7 +77,7 @@ class Backend(Protocol):
         """Compute this model from here on; it drops its backend when its weights move or change."""
         ...
 
-    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in the model's dtype or in fp32."""
         ...
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama.cache import KVCache
+from llama.cache import ForwardBatch
 from llama.model import Transformer
 from llama.quantization.weights import BlockWeight, QuantizedWeight
 from llama.sampling import TokenSampler, TorchSampler
@@ -55,8 +55,8 @@ class EagerBackend:
         assert model is not None
         return model
 
-    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        return self.model.run_layers(tokens, positions, rotation, kv_len, cache)
+    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+        return self.model.run_layers(tokens, rotation, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.output(hidden, torch.float32)

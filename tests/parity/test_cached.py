@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.cache import KVCache
+from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
 from llama.config import DynamicScaling
 from llama.model import Transformer
 from tests.architectures import ARCHITECTURES, SEQLENS
@@ -86,28 +86,47 @@ def test_what_the_cache_held_before_does_not_matter(model: Transformer) -> None:
     cache: KVCache = model.new_cache(5, 11)
     cache.keys.fill_(1e4)
     cache.values.fill_(-1e4)
-    start = model(tokens[:, :4], torch.zeros(3, dtype=torch.long), cache, kv_len=9)
-    rest = model(tokens[:, 4:], torch.full((3,), 4), cache, kv_len=11)
+    start = model(tokens[:, :4], torch.zeros(3, dtype=torch.long), cache)
+    rest = model(tokens[:, 4:], torch.full((3,), 4), cache)
     assert_same(torch.cat([start, rest], dim=1), one_pass(model, tokens))
 
 
 @torch.inference_mode()
-def test_a_moved_row_goes_on_where_it_was(model: Transformer) -> None:
-    tokens = random_tokens(3, 7, vocab_size=model.args.vocab_size)
-    cache = model.new_cache(3, 7)
-    model(tokens[:, :6], torch.zeros(3, dtype=torch.long), cache)
-    cache.copy_row(2, 0, 6)
-    logits = model(tokens[2:, 6:], torch.tensor([6]), cache)
-    assert_same(logits[0, 0], one_pass(model, tokens)[2, 6])
+def test_rows_read_their_own_pages_wherever_they_are(model: Transformer) -> None:
+    """Pages in any order, one of them shared, one copied; with tokens of several rows and lengths in one pass."""
+    tokens = random_tokens(3, 40, vocab_size=model.args.vocab_size)
+    tokens[1, :PAGE_SIZE] = tokens[0, :PAGE_SIZE]
+    tokens[2, : PAGE_SIZE + 3] = tokens[0, : PAGE_SIZE + 3]
+    cache = model.new_cache(1, 12 * PAGE_SIZE)
+    expected = one_pass(model, tokens)
+
+    def run(pages: list[list[int]], rows: list[int], starts: list[int], counts: list[int], run: bool = False) -> None:
+        table = torch.tensor(pages, dtype=torch.int32)
+        first_pages = [row[0] if run else None for row in pages]
+        batch = ForwardBatch.of(cache, table, starts, counts, first_pages)
+        new = [tokens[row, start : start + n] for row, start, n in zip(rows, starts, counts, strict=True)]
+        logits = model.logits(model.hidden(torch.cat(new), batch)).split(counts)
+        for row, start, n, row_logits in zip(rows, starts, counts, logits, strict=True):
+            assert_same(row_logits, expected[row, start : start + n])
+
+    run([[3, 4, 5]], [0], [0], [20], run=True)
+    run([[3, 4, 5], [3, 9, 1]], [0, 1], [20, PAGE_SIZE], [1, 20])
+    cache.copy_page(4, 7, 3)
+    run([[3, 4, 5], [3, 9, 1], [3, 7, 8]], [0, 1, 2], [21, PAGE_SIZE + 20, PAGE_SIZE + 3], [1, 1, 18])
+    run([[3, 4, 5], [3, 9, 1], [3, 7, 8]], [0, 1, 2], [22, PAGE_SIZE + 21, PAGE_SIZE + 21], [1, 1, 1])
 
 
 @torch.inference_mode()
 def test_dynamic_scaling_takes_each_row_by_its_own_length() -> None:
-    """A short row was once stretched as if it were as long as the padding made it."""
+    """A short row was once stretched as if it were as long as the batch made it."""
     args = dataclasses.replace(ARCHITECTURES["grouped"], rope_scaling=DynamicScaling(4.0, 8))
     model = transformer(args, random_state(args))
     tokens = random_tokens(2, 30, vocab_size=args.vocab_size)
-    lengths = torch.tensor([30, 5])
-    both = model.logits(model.hidden(tokens, torch.zeros(2, dtype=torch.long), model.new_cache(2, 30), 30, lengths))
-    torch.testing.assert_close(both[1:, :5], one_pass(model, tokens[1:, :5]), rtol=0, atol=1e-5)
-    assert (one_pass(model, tokens)[1:, :5] - both[1:, :5]).abs().max() > 1e-3
+    cache, starts, counts = model.new_cache(2, 32), [0, 0], [30, 5]
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    lengths = torch.tensor(counts).repeat_interleave(torch.tensor(counts))
+    batch = ForwardBatch.of(cache, table, starts, counts, [0, 2], lengths)
+    long, short = model.logits(model.hidden(torch.cat([tokens[0], tokens[1, :5]]), batch)).split(counts)
+    torch.testing.assert_close(short, one_pass(model, tokens[1:, :5])[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(long, one_pass(model, tokens[:1])[0], rtol=0, atol=1e-5)
+    assert (one_pass(model, tokens)[1, :5] - short).abs().max() > 1e-3

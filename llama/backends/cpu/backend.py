@@ -21,7 +21,7 @@ from torch import Tensor
 from llama.backends.cpu import ops
 from llama.backends.cpu.packed_weight import PackedWeight
 from llama.backends.eager import EagerBackend
-from llama.cache import KVCache
+from llama.cache import ForwardBatch
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.distributed.threads import allowed_cpus, user_chose_threads
 from llama.model import Transformer, TransformerBlock, attend
@@ -155,7 +155,7 @@ class CpuBackend(EagerBackend):
         }
         super().bind(model)
 
-    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
         if tokens.numel() > ops.MAX_GEMV_TOKENS:
             return self._run(tokens, positions, rotation, kv_len, cache)

@@ -11,7 +11,7 @@ from llama.backends.cuda.graphs import CudaGraphs
 from llama.backends.cuda.layers import GpuLayers, held
 from llama.backends.cuda.matmul import matmul
 from llama.backends.eager import EagerBackend, is_nccl
-from llama.cache import KVCache
+from llama.cache import ForwardBatch
 from llama.model import Transformer
 from llama.quantization.planar import MAX_DEQUANTIZED_GPU_VALUES, PlanarWeight
 from llama.sampling import SamplingParams, TokenSampler, TorchSampler
@@ -42,7 +42,7 @@ class CudaBackend(EagerBackend):
     def graph_capture(self) -> CudaGraphs:
         return CudaGraphs(self.device)
 
-    def run_layers(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         return self._layers(tokens, positions, rotation, kv_len, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:

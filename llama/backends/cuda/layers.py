@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda.matmul import GpuWeight, is_few, matmul
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
-from llama.cache import KVCache
+from llama.cache import ForwardBatch
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import Transformer, TransformerBlock, attend
