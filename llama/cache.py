@@ -125,7 +125,7 @@ class ForwardBatch:
         if all(count == 1 for count in counts):
             positions = torch.tensor(starts, dtype=torch.int64, device=device)
         else:
-            pieces = [torch.arange(start, start + n) for start, n in zip(starts, counts, strict=True)]
+            pieces = [torch.arange(start, start + n, device="cpu") for start, n in zip(starts, counts, strict=True)]
             positions = torch.cat(pieces).to(device)
         groups, row, token = [], 0, 0
         while row < len(counts):

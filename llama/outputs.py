@@ -10,8 +10,8 @@ from llama.chat.dialog import Message
 from llama.chat.llama2_tags import UNSAFE_ERROR
 from llama.tokenizer import Tokenizer
 
-# An end token was sampled, or a limit of tokens is reached.
-FinishReason = Literal["stop", "length"]
+# An end token was sampled, or a limit of tokens is reached; of the engine's events alone: logits are NaN or infinite.
+FinishReason = Literal["stop", "length", "error"]
 
 
 class CompletionPrediction(TypedDict, total=False):

@@ -82,6 +82,14 @@ class ModelParallel:
             x = staged.to(x.device)
         return x
 
+    def least(self, value: int) -> int:
+        """Return the least of all ranks' values."""
+        if self.size > 1:
+            values = [value] * self.size
+            collective(dist.all_gather_object, values, value, group=self.group)
+            value = min(values)
+        return value
+
     def share(self, value: Any) -> Any:
         """Return the first rank's value, a small object."""
         if self.size > 1:

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from llama.backends.base import Capture
+from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
 from llama.distributed.job import collective
-from llama.engine.context import Context
-from llama.engine.runner import Sampler, StepOutput, step_output, uniforms_at
-from llama.sampling import SamplingParams
+from llama.engine.runner import EagerRunner, StepOutput
+from llama.engine.sequence import Chunk
+from llama.engine.sequence import Sequence as SequenceState
+from llama.model import Transformer
+from llama.sampling import SamplingParams, SamplingTensors
 
 log = logging.getLogger("llama")
 
@@ -32,113 +35,160 @@ ROWS_MULTIPLE = 8
 SLOW_CAPTURE = 1.0
 
 
-class CudaGraphRunner:
-    """Replays a graph for each number of rows, number of tokens a row, and kind of sampling (see D37); see `Runner`."""
+class CudaGraphRunner(EagerRunner):
+    """Replays a graph for each number of rows, number of tokens a row, and kind of sampling (see D37); see `Runner`.
+
+    A step with tokens of prompts is not captured: it is computed at once, as by the base class.
+    """
 
     runs_ahead = True
 
-    def __init__(self, context: Context, capture: Capture) -> None:
-        """Bind the runner to the context's cache as it is: a cache that has grown needs another runner."""
-        self.context = context
+    def __init__(self, model: Transformer, cache: KVCache, capture: Capture, rows: int, width: int) -> None:
+        """Bind the runner to a cache as it is; rows, width: the most sequences of a step, and pages of one."""
+        super().__init__(model, cache)
         self._capture = capture
-        self._sampler = Sampler(context.model)
-        self._graphs: dict[tuple[int | bool, ...], Callable[[], None]] = {}
-        self._in_flight: deque[tuple[list[Tensor], torch.cuda.Event | None, int, int]] = deque()
-        _, rows, length, *_ = context.cache.keys.shape
-        device = context.model.device
-        self._tokens = torch.zeros(rows, MAX_STEP_TOKENS, dtype=torch.long, device=device)
-        self._start_pos = torch.zeros(rows, dtype=torch.long, device=device)
-        self._running = torch.zeros(rows, dtype=torch.long, device=device)  # 1, or 0 for rows that only pad a graph
-        self._draft_len = torch.zeros(1, dtype=torch.long, device=device)
-        self._uniforms = torch.zeros(rows, length, dtype=torch.float32, device=device)
-        self._sampled = torch.zeros(rows * MAX_STEP_TOKENS + 1, dtype=torch.long, device=device)
-        self._logprobs = torch.zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32, device=device)
+        self._graphs: dict[object, Callable[[], None]] = {}
+        self._in_flight: deque[tuple[list[Tensor], torch.cuda.Event | None, Sequence[Chunk], int]] = deque()
+        device = model.device
 
-    def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
-        self._in_flight.clear()  # left by a batch that was interrupted
-        self._sampler.begin(params)
-        self._uniforms[: uniforms.shape[0], : uniforms.shape[1]] = uniforms.to(self._uniforms.device)
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
 
-    def sample(self, hidden: Tensor, start_pos: Sequence[int], draft_len: int = 0) -> StepOutput:
-        return self._sampler.sample(hidden, self._uniforms, start_pos, draft_len)
+        self._tokens = zeros(rows, MAX_STEP_TOKENS)
+        self._start_pos = zeros(rows)
+        self._running = zeros(rows)  # 1, or 0 for rows that only pad a graph
+        self._table = zeros(rows, width, dtype=torch.int32)
+        self._uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)  # of the token after each position
+        self._temperature, self._top_p = (zeros(rows, dtype=torch.float32) for _ in range(2))
+        self._announced = zeros(1)
+        self._sampled = zeros(rows * MAX_STEP_TOKENS + 1)
+        self._logprobs = zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32)
+        self._sequences: list[SequenceState] = []  # of the rows, as far as their random numbers are on the device
+        self._key: tuple[object, ...] = ()  # of the last graph
 
-    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], draft_len: int = 0) -> None:
+    def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         assert not self._in_flight, "a step in flight is followed by launch_next"
-        bsz, longest = len(tokens), max(len(row) for row in tokens)
-        # A power of two, so that there are few graphs, unless the cache ends before.
+        longest = max(len(chunk.tokens) for chunk in chunks)
+        if longest > MAX_STEP_TOKENS or any(is_computed_at_once(chunk) for chunk in chunks):
+            super().launch(chunks, announced)
+            return
+        bsz, width = len(chunks), self._table.shape[1]
+        # A power of two, so that there are few graphs, unless a text may not be as long.
         seqlen = 1 << (longest - 1).bit_length()
-        if max(start_pos) + seqlen > self.context.cache.max_seq_len:
+        if max(chunk.start for chunk in chunks) + seqlen > width * PAGE_SIZE:
             seqlen = longest
-        idle = self._rows(bsz) - bsz
-        padded = [[*row, *[0] * (seqlen - len(row))] for row in tokens] + [[0] * seqlen] * idle
-        self._tokens[: bsz + idle, :seqlen] = self._upload(padded)
-        self._start_pos[: bsz + idle] = self._upload([*start_pos, *[0] * idle])
-        self._running[: bsz + idle] = self._upload([1] * bsz + [0] * idle)
-        self._draft_len.copy_(self._upload([draft_len]))
-        self.context.truncate([*start_pos, *[0] * idle])
-        self._replay(bsz, seqlen)
-        self.context.append(tokens)  # only now: capturing takes time, in which a user may interrupt
+        rows = self._rows(bsz)
+        idle = rows - bsz
+        padded = [[*chunk.tokens, *[0] * (seqlen - len(chunk.tokens))] for chunk in chunks] + [[0] * seqlen] * idle
+        self._tokens[:rows, :seqlen] = self._upload(padded)
+        self._start_pos[:rows] = self._upload([*(chunk.start for chunk in chunks), *[0] * idle])
+        self._running[:rows] = self._upload([1] * bsz + [0] * idle)
+        self._announced.copy_(self._upload([announced]))
+        params = [chunk.sequence.params for chunk in chunks] + [chunks[0].sequence.params] * idle
+        self._upload_sequences(chunks, params)
+        self._upload_tables(chunks)
+        kinds = SamplingTensors.kinds_of(params)
+        self._key = rows, seqlen, kinds, any(each.logprobs for each in params)
+        self._replay(chunks, seqlen)
 
-    def launch_next(self) -> None:
-        self._replay(self._in_flight[-1][2], 1)
+    def launch_next(self, chunks: Sequence[Chunk]) -> None:
+        if not self._in_flight:
+            super().launch_next(chunks)
+            return
+        self._upload_tables(chunks)
+        self._key = self._key[0], 1, *self._key[2:]
+        self._replay(chunks, 1)
 
     def wait(self) -> StepOutput:
-        (tokens, *logprobs), event, bsz, seqlen = self._in_flight.popleft()
+        if self._outputs:
+            return super().wait()
+        (tokens, *logprobs), event, chunks, seqlen = self._in_flight.popleft()
         if event is not None:
             collective(event.synchronize)  # on several ranks
-        output = step_output(tokens, logprobs[0] if logprobs else None, seqlen, bsz)
-        if self._in_flight:  # the step after it has read these tokens
-            self.context.append([[max(row[-1], 0)] for row in output.tokens])
-        return output
+        n = len(chunks) * seqlen
+        *sampled, announced = tokens.tolist()
+        return StepOutput(
+            torch.tensor(sampled[:n]).view(-1, seqlen).tolist(),
+            logprobs[0][:n].view(-1, seqlen).tolist() if logprobs else None,
+            announced,
+        )
 
-    def copy_row(self, source: int, target: int, seqlen: int) -> None:
-        self.context.copy_row(source, target, seqlen)
-        self._uniforms[target] = self._uniforms[source]
+    def reset(self) -> None:
+        super().reset()
+        self._in_flight.clear()
+        self._sequences = []
 
     def _rows(self, bsz: int) -> int:
-        """Return the number of rows of the graph for bsz rows; the cache's rows beyond bsz have no sequence."""
+        """Return the number of rows of the graph for bsz rows; those beyond bsz have no sequence."""
         rows = 1 << (bsz - 1).bit_length() if bsz <= ROWS_MULTIPLE else -(-bsz // ROWS_MULTIPLE) * ROWS_MULTIPLE
         return min(rows, len(self._running))
 
-    def _replay(self, bsz: int, seqlen: int) -> None:
+    def _upload_sequences(self, chunks: Sequence[Chunk], params: Sequence[SamplingParams]) -> None:
+        """Have the sampling parameters and the random numbers of each row on the device."""
+        sequences = [chunk.sequence for chunk in chunks]
+        if sequences == self._sequences:
+            return
+        for row, sequence in enumerate(sequences):
+            if row >= len(self._sequences) or self._sequences[row] is not sequence:
+                first = len(sequence.prompt) - 1
+                numbers = self._upload(sequence.uniforms, torch.float32)
+                self._uniforms[row, first : first + len(numbers)] = numbers
+        self._temperature[: len(params)] = self._upload([each.temperature for each in params], torch.float32)
+        self._top_p[: len(params)] = self._upload([each.top_p for each in params], torch.float32)
+        self._sequences = sequences
+
+    def _upload_tables(self, chunks: Sequence[Chunk]) -> None:
+        """Have the pages of each row on the device; rows without a sequence write to the first row's last positions."""
+        table = torch.stack([chunk.sequence.table for chunk in chunks])
+        self._table[: len(chunks)] = self._pinned(table)
+
+    def _replay(self, chunks: Sequence[Chunk], seqlen: int) -> None:
         """Launch the graph of a step; capture it first if there is none yet."""
-        rows = self._rows(bsz)
-        params = self._sampler.params
-        # All that decides which operations run; other parameters are data on the device.
-        key = (rows, seqlen, params.is_greedy, params.is_greedy or params.top_p == 1, params.logprobs)
-        if key not in self._graphs:
+        rows, _, kinds, logprobs = self._key
+        if self._key not in self._graphs:
             start = time.perf_counter()
             state = self._tokens.clone(), self._start_pos.clone()
-            self._graphs[key] = self._capture(lambda: self._step(rows, seqlen))
+            self._graphs[self._key] = self._capture(lambda: self._step(rows, seqlen, kinds, logprobs))
             self._tokens.copy_(state[0])
             self._start_pos.copy_(state[1])
             seconds = time.perf_counter() - start
             if seconds > SLOW_CAPTURE:
                 log.info("compiled and captured a step in %.1f s; Triton caches compiled kernels", seconds)
         outputs = [self._sampled[: rows * seqlen + 1]]
-        if self._sampler.params.logprobs:
+        if logprobs:
             outputs.append(self._logprobs[: rows * seqlen])
-        with torch.cuda.device_of(self._draft_len):
-            self._graphs[key]()
-            self._in_flight.append((*_download(outputs), bsz, seqlen))
+        with torch.cuda.device_of(self._announced):
+            self._graphs[self._key]()
+            self._in_flight.append((*_download(outputs), chunks, seqlen))
 
-    def _step(self, rows: int, seqlen: int) -> None:
+    def _step(self, rows: int, seqlen: int, kinds: frozenset[str], logprobs: bool) -> None:
         """Run what a graph captures: compute, sample, and store tokens and positions for a next step of one token."""
-        model, cache = self.context.model, self.context.cache
         tokens, start_pos = self._tokens[:rows, :seqlen], self._start_pos[:rows]
-        hidden = model.hidden(tokens, start_pos, cache, cache.max_seq_len)
-        uniform = uniforms_at(self._uniforms, start_pos, seqlen)
-        sampled, logprobs = self._sampler(hidden.flatten(0, 1), uniform.flatten(), self._draft_len)
+        batch = ForwardBatch.of_steps(self.cache, start_pos, seqlen, self._table[:rows])
+        hidden = self.model.hidden(tokens.flatten(), batch)
+        uniform = self._uniforms[:rows].gather(1, batch.positions.view(rows, seqlen).clamp(max=self._uniforms.shape[1] - 1))
+        temperature, top_p = (each[:rows].repeat_interleave(seqlen) for each in (self._temperature, self._top_p))
+        params = SamplingTensors(temperature, top_p, kinds)
+        sampled, scores = self._sampler(hidden, uniform.flatten(), params, self._announced, logprobs)
         self._sampled[: len(sampled)] = sampled
-        if logprobs is not None:
-            self._logprobs[: rows * seqlen] = logprobs
+        if scores is not None:
+            self._logprobs[: rows * seqlen] = scores
         self._tokens[:rows, 0] = sampled[:-1].view(rows, seqlen)[:, -1].clamp(min=0)
         self._start_pos[:rows] += seqlen * self._running[:rows]
 
-    def _upload(self, values: Sequence[object]) -> Tensor:
+    def _upload(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> Tensor:
         """Copy numbers to the device, without waiting for it."""
-        device = self._draft_len.device
-        return torch.tensor(values, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return self._pinned(torch.tensor(values, dtype=dtype, device="cpu"))
+
+    def _pinned(self, values: Tensor) -> Tensor:
+        """Copy a tensor of the host to the device, without waiting for it."""
+        device = self._announced.device
+        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def is_computed_at_once(chunk: Chunk) -> bool:
+    """Tell whether a chunk is part of a prompt, of which there is no graph."""
+    return chunk.n_sampled == 0 or chunk.sequence.in_prompt
 
 
 def _download(tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:

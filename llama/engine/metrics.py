@@ -24,17 +24,27 @@ class Metrics:
     plain_seconds: float = 0.0
     backoff_tokens: int = 0  # of plain_tokens, while speculation backed off because it lost
 
-    def add_speculative_step(self, seconds: float, tokens: int, proposed: int, accepted: int, backs_off: bool) -> None:
-        """Count a step of a run with speculation, and the tokens that it generated."""
-        self.decode_seconds += seconds
-        self.decode_steps += 1
-        self.decoded_tokens += tokens
+    def add_step(self, seconds: float, n_prompt_tokens: int, n_decoded: int) -> None:
+        """Count a step that computed tokens of prompts, and generated a token for each of n_decoded sequences.
+
+        The time of a step that did both is shared out by their tokens.
+        """
+        share = n_prompt_tokens / max(1, n_prompt_tokens + n_decoded)
+        self.prompt_tokens += n_prompt_tokens
+        self.prefill_seconds += share * seconds
+        self.decode_seconds += (1 - share) * seconds
+        self.decoded_tokens += n_decoded
+        self.decode_steps += not n_prompt_tokens
+
+    def add_speculation(self, seconds: float, n_rows: int, proposed: int, accepted: int, backs_off: bool) -> None:
+        """Count draft tokens of a step that generated for n_rows sequences, which `add_step` counts, too."""
+        self.decoded_tokens += accepted
         self.proposed += proposed
         self.accepted += accepted
         if proposed == 0:
             self.plain_seconds += seconds
-            self.plain_tokens += tokens
-            self.backoff_tokens += tokens * backs_off
+            self.plain_tokens += n_rows
+            self.backoff_tokens += n_rows * backs_off
 
     @property
     def speculation_gain(self) -> float:

@@ -1,71 +1,63 @@
-"""Decode steps of a batch: each computes the newest tokens of every row, and samples a token after each of them.
+"""Steps: each computes chunks of tokens of several sequences in one pass, and samples a token after some of them.
 
-Knows nothing of draft tokens, of limits or of when sequences end.
+Knows nothing of limits, of when sequences end or of who gets which page.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from llama.backends.base import backend_of
-from llama.engine.context import Context
+from llama.cache import ForwardBatch, KVCache, pages_for
+from llama.config import DynamicScaling
+from llama.engine.sequence import Chunk
+from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
-from llama.sampling import SamplingParams, log_probs
+from llama.sampling import SamplingParams, SamplingTensors, log_probs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The tokens that a step sampled, one after each token that it computed: a list for each row."""
+    """The tokens that a step sampled: a list for each chunk."""
 
     tokens: list[list[int]]  # INVALID where logits are NaN or infinite
-    logprobs: list[list[float]] | None  # where the sampling parameters ask for them
-    draft_len: int  # that the first rank launched the step with
+    logprobs: list[list[float]] | None  # where a chunk's sampling parameters ask for them
+    announced: int | None  # what the first rank launched the step with; None if nothing was sampled
 
 
 class Runner(Protocol):
-    """Runs steps over the first rows of a context, which are launched and waited for in the same order on every rank.
+    """Runs steps, which are launched and waited for in the same order on every rank.
 
-    Each step carries along a draft_len, the number of draft tokens in the next step, so that all ranks use the first
-    rank's.
+    Each step that samples carries a number from the first rank to all: what it has decided on for the next step.
     """
 
-    context: Context
+    model: Transformer
+    cache: KVCache
     runs_ahead: bool  # whether it pays to launch a step before the previous one is waited for: see D35
 
-    def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
-        """Begin a batch. uniforms: (bsz, seqlen), the random number of the token after each position of a row."""
+    def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
+        """Launch a step."""
         ...
 
-    def sample(self, hidden: Tensor, start_pos: Sequence[int], draft_len: int = 0) -> StepOutput:
-        """Sample the tokens that follow final states hidden (bsz, seqlen, dim) at positions from start_pos on."""
-        ...
-
-    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], draft_len: int = 0) -> None:
-        """Launch a step that computes a few tokens of each row from start_pos on.
-
-        Tokens that are sampled beyond the end of a shorter row mean nothing.
-        """
-        ...
-
-    def launch_next(self) -> None:
-        """Launch a step that computes the newest tokens that the previous step samples.
-
-        All rows of the previous step had the same number of tokens, a power of two.
-        """
+    def launch_next(self, chunks: Sequence[Chunk]) -> None:
+        """Launch a step of the tokens that the previous one samples, one a sequence; theirs in `chunks` are unknown."""
         ...
 
     def wait(self) -> StepOutput:
         """Wait for the oldest step in flight, and return what it sampled."""
         ...
 
-    def copy_row(self, source: int, target: int, seqlen: int) -> None:
-        """Copy row `source`, of `seqlen` tokens, over row `target`; no step may be in flight."""
+    def reset(self) -> None:
+        """Forget the steps in flight."""
         ...
 
 
@@ -74,31 +66,20 @@ class Sampler:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.params = SamplingParams()
         self._draw = backend_of(model).token_sampler()
 
-    def begin(self, params: SamplingParams) -> None:
-        self.params = params
-        self._draw.begin(params)
-
-    def __call__(self, hidden: Tensor, uniform: Tensor, draft_len: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return tokens (n,) with draft_len (1,) appended, (n + 1,), and their log-probabilities (n,), if asked for.
+    def __call__(
+        self, hidden: Tensor, uniform: Tensor, rows: SamplingTensors, announced: Tensor, logprobs: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return tokens (n,) with `announced` (1,) appended, (n + 1,), and their log-probabilities (n,), if asked for.
 
         hidden: (n, dim), final states; uniform: (n,), random numbers.
         """
         logits = self.model.logits(hidden)
-        tokens = torch.cat([self._draw(logits, uniform), draft_len])
+        tokens = torch.cat([self._draw(logits, uniform, rows), announced])
         if self.model.parallel.size > 1:
             tokens = self.model.parallel.broadcast(tokens)
-        return tokens, log_probs(logits, tokens[:-1].clamp(min=0)) if self.params.logprobs else None
-
-    def sample(self, hidden: Tensor, uniforms: Tensor, start_pos: Sequence[int], draft_len: int) -> StepOutput:
-        """See `Runner.sample`; uniforms as in `Runner.begin`."""
-        bsz, seqlen, _ = hidden.shape
-        starts = torch.tensor(start_pos, device=hidden.device)
-        uniform = uniforms_at(uniforms, starts, seqlen).flatten()
-        tokens, logprobs = self(hidden.flatten(0, 1), uniform, torch.tensor([draft_len], device=hidden.device))
-        return step_output(tokens.cpu(), None if logprobs is None else logprobs.cpu(), seqlen, bsz)
+        return tokens, log_probs(logits, tokens[:-1].clamp(min=0)) if logprobs else None
 
 
 class EagerRunner:
@@ -106,44 +87,113 @@ class EagerRunner:
 
     runs_ahead = False
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self._sampler = Sampler(context.model)
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.device = model.device
+        self._sampler = Sampler(model)
         self._outputs: deque[StepOutput] = deque()
-        self._end: list[int] = []  # of each row: the position after those of the last step
+        self._params: list[SamplingParams] = []  # of the rows of the last step, for which there are tensors already
+        self._is_dynamic = isinstance(model.args.rope_scaling, DynamicScaling)
 
-    def begin(self, params: SamplingParams, uniforms: Tensor) -> None:
-        self._outputs.clear()
-        self._sampler.begin(params)
-        self._uniforms = uniforms.to(self.context.device)
+    def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
+        hidden = self._compute(chunks)
+        sampled = [chunk for chunk in chunks if chunk.n_sampled]
+        if not sampled:
+            self._outputs.append(StepOutput([[] for _ in chunks], None, None))
+            return
+        hidden = self._sampled_states(hidden, chunks)
+        uniform = [number for chunk in sampled for number in uniforms_of(chunk)]
+        logprobs = any(chunk.sequence.params.logprobs for chunk in sampled)
+        tokens, scores = self._sampler(
+            hidden,
+            torch.tensor(uniform, dtype=torch.float32, device=self.device),
+            self._sampling_tensors(sampled),
+            torch.tensor([announced], device=self.device),
+            logprobs,
+        )
+        self._outputs.append(step_output(tokens.cpu(), None if scores is None else scores.cpu(), chunks))
 
-    def sample(self, hidden: Tensor, start_pos: Sequence[int], draft_len: int = 0) -> StepOutput:
-        return self._sampler.sample(hidden, self._uniforms, start_pos, draft_len)
-
-    def launch(self, tokens: Sequence[Sequence[int]], start_pos: Sequence[int], draft_len: int = 0) -> None:
-        hidden = self.context.decode(tokens, start_pos)
-        self._outputs.append(self._sampler.sample(hidden, self._uniforms, start_pos, draft_len))
-        self._end = [start + hidden.shape[1] for start in start_pos]
-
-    def launch_next(self) -> None:
-        self.launch([[max(row[-1], 0)] for row in self._outputs[-1].tokens], self._end)
+    def launch_next(self, chunks: Sequence[Chunk]) -> None:
+        newest = [max(tokens[-1], 0) for tokens in self._outputs[-1].tokens]
+        self.launch([Chunk(c.sequence, c.start, [token], 1) for c, token in zip(chunks, newest, strict=True)])
 
     def wait(self) -> StepOutput:
         return self._outputs.popleft()
 
-    def copy_row(self, source: int, target: int, seqlen: int) -> None:
-        self.context.copy_row(source, target, seqlen)
-        self._uniforms[target] = self._uniforms[source]
+    def reset(self) -> None:
+        self._outputs.clear()
+
+    def _compute(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Return the final states of all tokens, (n_tokens, dim), cache them, and score prompts that are scored."""
+        counts = [len(chunk.tokens) for chunk in chunks]
+        width = pages_for(max(chunk.start + n for chunk, n in zip(chunks, counts, strict=True)))
+        table = torch.stack([chunk.sequence.table[:width] for chunk in chunks])
+        batch = ForwardBatch.of(
+            self.cache,
+            table if self.device.type == "cpu" else table.to(self.device),
+            [chunk.start for chunk in chunks],
+            counts,
+            [chunk.sequence.first_page for chunk in chunks],
+            self._lengths(chunks) if self._is_dynamic else None,
+        )
+        tokens = list(itertools.chain.from_iterable(chunk.tokens for chunk in chunks))
+        hidden = self.model.hidden(torch.tensor(tokens, device=self.device), batch)
+        if any(chunk.sequence.is_scored for chunk in chunks):
+            for chunk, states in zip(chunks, hidden.split(counts), strict=True):
+                if chunk.sequence.is_scored:
+                    targets = chunk.sequence.prompt[chunk.start + 1 : chunk.start + len(states) + 1]
+                    chunk.sequence.scores += self._score(states, targets)
+        return hidden
+
+    def _lengths(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Return the length that each token's rotation is stretched by: its prompt's, or as far as it had come."""
+        return torch.tensor(
+            [
+                max(len(chunk.sequence.prompt), chunk.start + i + 1)
+                for chunk in chunks
+                for i in range(len(chunk.tokens))
+            ],
+            device=self.device,
+        )
+
+    def _sampled_states(self, hidden: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+        """Return the final states that tokens are sampled after: the last of each chunk."""
+        if all(len(chunk.tokens) == chunk.n_sampled for chunk in chunks):
+            return hidden
+        stops = itertools.accumulate(len(chunk.tokens) for chunk in chunks)
+        at = [i for chunk, stop in zip(chunks, stops, strict=True) for i in range(stop - chunk.n_sampled, stop)]
+        return hidden[torch.tensor(at, device=self.device)]
+
+    def _sampling_tensors(self, sampled: Sequence[Chunk]) -> SamplingTensors:
+        params = [chunk.sequence.params for chunk in sampled for _ in range(chunk.n_sampled)]
+        if params != self._params:
+            self._params, self._rows = params, SamplingTensors.of(params, self.device)
+        return self._rows
+
+    def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:
+        """Return the log-probability of each target, given the state before it in hidden (n_targets or more, dim)."""
+        scores: list[float] = []
+        for i in range(0, len(targets), MAX_SCORED_POSITIONS):
+            part = torch.tensor(targets[i : i + MAX_SCORED_POSITIONS], device=self.device)
+            scores += log_probs(self.model.logits(hidden[i : i + len(part)]), part).tolist()
+        return scores
 
 
-def uniforms_at(uniforms: Tensor, start_pos: Tensor, seqlen: int) -> Tensor:
-    """Return uniforms (rows, n) at the seqlen positions from start_pos (bsz,) on: (bsz, seqlen); any for padding."""
-    positions = start_pos[:, None] + torch.arange(seqlen, device=start_pos.device)
-    return uniforms[: len(start_pos)].gather(1, positions.clamp(max=uniforms.shape[1] - 1))
+def uniforms_of(chunk: Chunk) -> list[float]:
+    """Return the random numbers of the tokens that a chunk samples: any for those beyond the limit of a sequence."""
+    sequence = chunk.sequence
+    first = chunk.start + len(chunk.tokens) - chunk.n_sampled + 1 - len(sequence.prompt)
+    numbers = sequence.uniforms[first : first + chunk.n_sampled]
+    return numbers + [0.0] * (chunk.n_sampled - len(numbers))
 
 
-def step_output(tokens: Tensor, logprobs: Tensor | None, seqlen: int, bsz: int) -> StepOutput:
-    """Convert a Sampler's results on the host to lists: the first bsz rows of seqlen tokens."""
-    rows = tokens[:-1].view(-1, seqlen)[:bsz].tolist()
-    scores = None if logprobs is None else logprobs.view(-1, seqlen)[:bsz].tolist()
-    return StepOutput(rows, scores, int(tokens[-1]))
+def step_output(tokens: Tensor, logprobs: Tensor | None, chunks: Sequence[Chunk]) -> StepOutput:
+    """Convert a Sampler's results on the host to a list for each chunk."""
+    counts = [chunk.n_sampled for chunk in chunks]
+    *rows, announced = tokens.tolist()
+    return StepOutput(_split(rows, counts), None if logprobs is None else _split(logprobs.tolist(), counts), announced)
+
+
+def _split(values: list[T], counts: list[int]) -> list[list[T]]:
+    found = iter(values)
+    return [list(itertools.islice(found, n)) for n in counts]

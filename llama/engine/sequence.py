@@ -1,50 +1,100 @@
-"""One prompt while it is completed: its tokens, their limit, its random numbers and its decoder."""
+"""One request while it is completed: its tokens, their limit, its random numbers, its pages and its decoder."""
 
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from llama.engine.page_pool import ROOT
+from llama.outputs import TokenEvent
 from llama.sampling import SamplingParams, uniforms
-from llama.tokenizer import StreamDecoder, Tokenizer
+from llama.tokenizer import StreamDecoder
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A prompt and the tokens generated for it so far."""
 
-    index: int  # of the prompt in the caller's input
+    id: int  # of the request; a later one has a greater id
+    index: int  # of its events
     prompt: abc.Sequence[int]
+    params: SamplingParams
     max_new_tokens: int
-    uniforms: Tensor  # (max_new_tokens,), fp32: the random number of each new token
+    stop_tokens: frozenset[int]
+    seeds: tuple[int, int]  # the seed, and the place in the input, which together decide its random numbers
     decoder: StreamDecoder
+    events: list[TokenEvent]  # where its events go
+    interactive: bool  # whether somebody reads along
+
     tokens: list[int] = field(init=False)  # prompt and completion; the newest is cached by the next step
+    max_len: int = field(init=False)
+    n_cached: int = 0  # tokens whose keys and values are in the pages
+    pages: list[int] = field(default_factory=list)
+    n_found: int = 0  # tokens that other texts had cached already
+    n_claimed: int = 0  # pages from the first on that it was given a claim on
+    n_named: int = 0  # full pages that others can find
+    name: int = ROOT  # of the last of them
+    is_contiguous: bool = True  # whether the pages follow each other
+    table: Tensor = field(init=False)  # int32, on the CPU: the pages, and zeros
+    scores: list[float] = field(default_factory=lambda: [0.0])  # of the prompt's tokens, where they are scored
+    in_prompt: bool = True  # whether the first token is still to be sampled
+    finished: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.max_len = len(self.tokens) + self.max_new_tokens
 
+    @cached_property
+    def uniforms(self) -> list[float]:
+        """The random number of each new token."""
+        numbers: list[float] = uniforms(*self.seeds, self.max_new_tokens).tolist()
+        return numbers
 
-def make_sequences(
-    prompts: abc.Sequence[abc.Sequence[int]],
-    params: SamplingParams,
-    max_seq_len: int,
-    seed: int,
-    first: int,
-    tokenizer: Tokenizer,
-    add_prefix_space: bool,
-) -> abc.Iterator[Sequence]:
-    """Make a sequence of each prompt when it is asked for.
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of the prompt are asked for, so that all of it has to be computed."""
+        return self.params.echo and self.params.logprobs
 
-    Random numbers follow from the seed and the prompt's index plus `first`.
+    @property
+    def first_page(self) -> int | None:
+        """The first page, if the pages follow each other."""
+        return self.pages[0] if self.is_contiguous else None
 
-    add_prefix_space: the new tokens are a text of their own, whose prefix space is stripped; see `StreamDecoder`.
+    def begin(self, most_pages: int) -> None:
+        """Begin without pages, of which there will be at most `most_pages`."""
+        self.pages, self.table = [], torch.zeros(most_pages, dtype=torch.int32, device="cpu")
+        self.n_cached = self.n_named = self.n_claimed = 0
+        self.name, self.is_contiguous, self.scores = ROOT, True, [0.0]
+
+    def add_page(self, page: int) -> None:
+        self.is_contiguous = self.is_contiguous and (not self.pages or page == self.pages[-1] + 1)
+        self.table[len(self.pages)] = page
+        self.pages.append(page)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one sequence, one after another, that a step computes, and how many of the last it samples after.
+
+    A sequence that generates has a chunk of its newest token, and with speculation of draft tokens after it.
     """
-    for index, prompt in enumerate(prompts):
-        limit = max_seq_len - len(prompt)
-        if params.max_gen_len is not None:
-            limit = min(limit, params.max_gen_len)
-        decoder = tokenizer.stream_decoder(add_prefix_space)
-        yield Sequence(index, prompt, limit, uniforms(seed, first + index, limit), decoder)
+
+    sequence: Sequence
+    start: int  # position of the first
+    tokens: abc.Sequence[int]
+    n_sampled: int
+    n_drafts: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The position after the last token that is sure to stay."""
+        return self.start + len(self.tokens) - self.n_drafts
+
+    def with_drafts(self, drafts: abc.Sequence[int]) -> Chunk:
+        """Return the chunk of a sequence that generates with draft tokens after its newest."""
+        tokens = [*self.tokens, *drafts]
+        return replace(self, tokens=tokens, n_sampled=len(tokens), n_drafts=len(drafts))

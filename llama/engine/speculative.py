@@ -11,15 +11,16 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
-
-from llama.engine.context import common_prefix_len
 from llama.engine.metrics import Metrics
-from llama.engine.runner import Runner, StepOutput
+from llama.engine.page_pool import common_prefix_len
+from llama.engine.room import Room
+from llama.engine.runner import StepOutput
+from llama.engine.scheduler import Scheduler
+from llama.engine.sequence import Chunk
 from llama.engine.sequence import Sequence as SequenceState
 from llama.memory.estimate import MAX_SPECULATIVE_POSITIONS
-from llama.sampling import SamplingParams
 
 # Most draft tokens of one sequence: with its newest token they are 8, which the kernels compute in one pass.
 MAX_DRAFT_LEN = 7
@@ -29,18 +30,10 @@ FIRST_BACKOFF = 32
 
 
 class Proposer(Protocol):
-    """Proposes the next tokens of sequences; the running ones are the first rows, in the order of the batch."""
+    """Proposes the next tokens of sequences that generate."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
-        """Begin a batch; see `Runner.begin`."""
-        ...
-
-    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """Propose at most `count` tokens for each text, the same on every rank."""
-        ...
-
-    def copy_row(self, source: int, target: int, seqlen: int) -> None:
-        """Copy row `source` over row `target`; see `Runner.copy_row`."""
+    def propose(self, chunks: Sequence[Chunk], count: int) -> list[list[int]]:
+        """Propose at most `count` tokens to follow each chunk, the same on every rank; there are pages for them."""
         ...
 
 
@@ -50,14 +43,8 @@ class NgramProposer:
     longest = 3  # most tokens to find again; the least is 2
     window = 8192  # tokens to search, from the end: 0.5 ms
 
-    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
-        pass
-
-    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        return [self._continuation(text, count) for text in texts]
-
-    def copy_row(self, source: int, target: int, seqlen: int) -> None:
-        pass
+    def propose(self, chunks: Sequence[Chunk], count: int) -> list[list[int]]:
+        return [self._continuation(chunk.sequence.tokens, count) for chunk in chunks]
 
     def _continuation(self, text: Sequence[int], count: int) -> list[int]:
         """Return `count` tokens that follow the last of the longest matches of the newest tokens; none without one."""
@@ -77,34 +64,50 @@ class NgramProposer:
 
 
 class DraftModelProposer:
-    """Proposes the tokens that a smaller model of the same vocabulary samples with the same random numbers."""
+    """Proposes the tokens that a smaller model of the same vocabulary samples with the same random numbers.
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
+    Its keys are in the same pages as the model's, of a cache of its own. Where another text's pages were found, it may
+    not have computed them all: its proposals are worse then, and no text changes.
+    """
 
-    def begin(self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor) -> None:
-        self.runner.begin(params, uniforms)
-        self.runner.context.prefill(prompts)
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._cached: WeakKeyDictionary[SequenceState, list[int]] = WeakKeyDictionary()  # tokens that it has computed
 
-    def propose(self, texts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        context = self.runner.context
-        new = max(
-            len(text) - common_prefix_len(cached, text)
-            for cached, text in zip(context.cached_tokens, texts, strict=False)
-        )
-        new = 1 << max(new - 1, 0).bit_length()  # what a captured step computes without padding
-        if new > MAX_DRAFT_LEN + 1 or new > min(len(text) for text in texts):  # after backing off
-            context.prefill([text[:-1] for text in texts])
+    def propose(self, chunks: Sequence[Chunk], count: int) -> list[list[int]]:
+        runner = self._room.runners[1]
+        texts = [chunk.sequence.tokens for chunk in chunks]
+        known = [min(self._known(chunk.sequence), len(chunk.sequence.tokens) - 1) for chunk in chunks]
+        new = max(len(text) - n for text, n in zip(texts, known, strict=True))
+        new = 1 << (new - 1).bit_length()  # what a captured step computes without padding
+        if new > MAX_DRAFT_LEN + 1 or new > min(len(text) for text in texts):  # a prompt, or after backing off
+            self._compute(chunks, known)
             new = 1
         # All rows have the same number of tokens, some of which may be cached already.
-        self.runner.launch([text[-new:] for text in texts], [len(text) - new for text in texts])
-        for _ in range(count - 1):
-            self.runner.launch_next()
-        outputs = [self.runner.wait() for _ in range(count)]
-        return [[max(each.tokens[i][-1], 0) for each in outputs] for i in range(len(texts))]
+        step = [Chunk(c.sequence, len(text) - new, text[-new:], 1) for c, text in zip(chunks, texts, strict=True)]
+        runner.launch(step)
+        for i in range(count - 1):
+            runner.launch_next([Chunk(chunk.sequence, chunk.stop + i, [0], 1) for chunk in step])
+        outputs = [[max(tokens[-1], 0) for tokens in runner.wait().tokens] for _ in range(count)]
+        proposals = [list(tokens) for tokens in zip(*outputs, strict=True)]
+        for chunk, proposal in zip(chunks, proposals, strict=True):
+            self._cached[chunk.sequence] = [*chunk.sequence.tokens, *proposal[:-1]]
+        return proposals
 
-    def copy_row(self, source: int, target: int, seqlen: int) -> None:
-        self.runner.copy_row(source, target, min(seqlen, len(self.runner.context.cached_tokens[source])))
+    def _known(self, sequence: SequenceState) -> int:
+        """Return how many tokens of a sequence are in the draft model's cache."""
+        if sequence not in self._cached:  # what was found in pages
+            return sequence.n_found
+        return common_prefix_len(self._cached[sequence], sequence.tokens)
+
+    def _compute(self, chunks: Sequence[Chunk], known: Sequence[int]) -> None:
+        """Compute all tokens but the newest of each sequence, as many at once as a step may."""
+        runner, most = self._room.runners[1], self._room.max_step_tokens
+        for chunk, start in zip(chunks, known, strict=True):
+            tokens = chunk.sequence.tokens
+            for first in range(start, len(tokens) - 1, most):
+                runner.launch([Chunk(chunk.sequence, first, tokens[first : min(first + most, len(tokens) - 1)], 0)])
+                runner.wait()
 
 
 class DraftLengthController:
@@ -155,55 +158,56 @@ class DraftLengthController:
 
 
 class Speculation:
-    """Speculative steps of one batch, which verify draft tokens and accept those that the model samples, too."""
+    """Draft tokens of the sequences that generate: a step verifies them, and accepts those that it samples, too."""
 
-    def __init__(self, proposer: Proposer, runner: Runner, stop_tokens: Collection[int], metrics: Metrics) -> None:
-        self.proposer, self._runner, self._stop_tokens, self._metrics = proposer, runner, stop_tokens, metrics
+    def __init__(self, proposer: Proposer, metrics: Metrics) -> None:
+        self.proposer, self._metrics = proposer, metrics
         self.controller = DraftLengthController()
-        self._draft_len = 0  # of the next step
+        self.draft_len = 0  # of the next step
         self._began = 0.0
+        self._backs_off = False
+
+    @staticmethod
+    def of(speculate: str | None, room: Room, metrics: Metrics) -> Speculation | None:
+        """Return the speculation that was asked for: by lookup, or by the room's draft model."""
+        if room.draft is not None:
+            return Speculation(DraftModelProposer(room), metrics)
+        return Speculation(NgramProposer(), metrics) if speculate == "lookup" else None
 
     def next_draft_len(self) -> int:
         """Return the draft_len to launch the next step with: the number of draft tokens in the step after it."""
         return self.controller.next_draft_len()
 
-    def begin(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor, first: StepOutput
-    ) -> None:
-        """Begin a batch whose first tokens are sampled."""
-        self._draft_len = first.draft_len
-        self.proposer.begin(prompts, params, uniforms)
+    def with_drafts(self, chunks: Sequence[Chunk], scheduler: Scheduler) -> list[Chunk]:
+        """Return the chunks of sequences that generate, with draft tokens: none beyond the limit of a sequence."""
+        self._began, self._backs_off = time.perf_counter(), self.controller.backs_off
+        count = min(self.draft_len, MAX_SPECULATIVE_POSITIONS // len(chunks) - 1)
+        if not all(scheduler.shares_pages(chunk.sequence) for chunk in chunks):
+            count = 0  # draft tokens would change the rotation of earlier keys
+        while count > 0 and not all(scheduler.try_grow(chunk.sequence, chunk.stop + count) for chunk in chunks):
+            count -= 1
+        if count < 1:
+            return list(chunks)
+        return [
+            chunk.with_drafts(proposal[: chunk.sequence.max_len - len(chunk.sequence.tokens) - 1])
+            for chunk, proposal in zip(chunks, self.proposer.propose(chunks, count), strict=True)
+        ]
 
-    def step(self, running: Sequence[SequenceState]) -> StepOutput:
-        """Generate the next tokens of each sequence: one after its newest, and one after each accepted draft token."""
-        start, backs_off = time.perf_counter(), self.controller.backs_off
-        proposals = self._propose(running)
-        newest = [[each.tokens[-1], *proposal] for each, proposal in zip(running, proposals, strict=True)]
-        self._runner.launch(newest, [len(each.tokens) - 1 for each in running], self.next_draft_len())
-        output = self._runner.wait()
-        self._draft_len = output.draft_len
+    def accept(self, chunks: Sequence[Chunk], output: StepOutput) -> StepOutput:
+        """Return the tokens of a step up to each sequence's first draft token that was not sampled."""
+        if any(chunk.n_sampled <= chunk.n_drafts or chunk.sequence.in_prompt for chunk in chunks):
+            return output  # a step with tokens of prompts has no draft tokens
         tokens, logprobs = [], []
-        for i, proposal in enumerate(proposals):
-            n = accepted_len(proposal, output.tokens[i], self._stop_tokens) + 1
+        for i, chunk in enumerate(chunks):
+            drafts = chunk.tokens[len(chunk.tokens) - chunk.n_drafts :]
+            n = accepted_len(drafts, output.tokens[i], chunk.sequence.stop_tokens) + 1
             tokens.append(output.tokens[i][:n])
             logprobs.append(output.logprobs[i][:n] if output.logprobs else [])
-        proposed, generated = sum(map(len, proposals)), sum(map(len, tokens))
-        accepted, seconds = generated - len(tokens), time.perf_counter() - start
-        self.controller.record(seconds, len(tokens), proposed, accepted)
-        self._metrics.add_speculative_step(seconds, generated, proposed, accepted, backs_off)
-        return StepOutput(tokens, logprobs if output.logprobs else None, output.draft_len)
-
-    def _propose(self, running: Sequence[SequenceState]) -> list[list[int]]:
-        """Propose draft tokens for each sequence: none beyond its limit, nor where the cache has no room for all."""
-        longest = max(len(each.tokens) for each in running)
-        room = self._runner.context.cache.max_seq_len - longest
-        count = min(self._draft_len, room, MAX_SPECULATIVE_POSITIONS // len(running) - 1)
-        if count < 1:
-            return [[] for _ in running]
-        proposals = self.proposer.propose([each.tokens for each in running], count)
-        return [
-            proposal[: each.max_len - len(each.tokens) - 1] for each, proposal in zip(running, proposals, strict=True)
-        ]
+        proposed, accepted = sum(chunk.n_drafts for chunk in chunks), sum(map(len, tokens)) - len(chunks)
+        seconds = time.perf_counter() - self._began
+        self.controller.record(seconds, len(chunks), proposed, accepted)
+        self._metrics.add_speculation(seconds, len(chunks), proposed, accepted, self._backs_off)
+        return StepOutput(tokens, logprobs if output.logprobs else None, output.announced)
 
 
 def accepted_len(proposal: Sequence[int], sampled: Sequence[int], stop_tokens: Collection[int]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llama.backends.base import Backend
+from llama.cache import PAGE_SIZE, pages_for
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 
@@ -38,9 +39,10 @@ class BatchShape:
 
 
 def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, shape: BatchShape) -> int:
-    """Return the bytes of a batch's keys and values on this rank."""
+    """Return the bytes of the pages that a batch's keys and values fill on this rank."""
     n_local_kv_heads = len(parallel.kv_heads(args.n_heads, args.n_kv_heads))
-    return 2 * args.n_layers * shape.bsz * shape.length * n_local_kv_heads * args.head_dim * dtype.itemsize
+    slots = shape.bsz * pages_for(shape.length) * PAGE_SIZE
+    return 2 * args.n_layers * slots * n_local_kv_heads * args.head_dim * dtype.itemsize
 
 
 def activation_bytes(

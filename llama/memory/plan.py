@@ -13,12 +13,13 @@ from functools import cached_property
 import torch
 
 from llama.backends.base import Backend, backend_of
+from llama.cache import PAGE_SIZE, pages_for
 from llama.checkpoint.base import Reading, StoredCheckpoint, shard_dim
 from llama.checkpoint.load import WeightFormat, check_weights, part_length, part_span
 from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
-from llama.distributed.job import agree, local_world_size
+from llama.distributed.job import local_world_size
 from llama.memory.available import free_bytes, readable
 from llama.memory.estimate import BatchShape, activation_bytes, cache_bytes
 from llama.model import Transformer
@@ -215,25 +216,28 @@ def table(planner: Planner, shapes: dict[str, BatchShape]) -> str:
     return "\n".join(lines)
 
 
-def check_room(model: Transformer, shape: BatchShape, in_use: int = 0, draft: Transformer | None = None) -> None:
-    """Raise ValueError, on every rank if on one, where a model and its draft model have no room for a batch.
+def page_limit(model: Transformer, shape: BatchShape, in_use: int = 0, draft: Transformer | None = None) -> int:
+    """Return how many pages a model and its draft model have room for, beside what a batch needs at once.
 
-    in_use: bytes of caches that exist already and serve the batch.
+    The same on every rank. in_use: bytes of caches that exist already. Raise ValueError where not even one of the
+    batch's sequences has room.
     """
     models = [model] if draft is None else [model, draft]
+    page = sum(cache_bytes(each.args, each.parallel, each.dtype, BatchShape(1, 1, PAGE_SIZE)) for each in models)
+    free = free_bytes(model.device, local_world_size()) + in_use
 
-    def caches(shape: BatchShape) -> int:
-        return sum(cache_bytes(each.args, each.parallel, each.dtype, shape) for each in models)
+    def pages(shape: BatchShape) -> int:  # beside the larger model's activations
+        activations = activation_bytes(model.args, model.parallel, model.dtype, backend_of(model), shape)
+        return model.parallel.least((free - activations) // page)
 
-    def needed(shape: BatchShape) -> int:  # the larger model's activations
-        return caches(shape) + activation_bytes(model.args, model.parallel, model.dtype, backend_of(model), shape)
-
-    with agree():
-        free = free_bytes(model.device, local_world_size()) + in_use
-        if needed(shape) > free:
-            bsz = largest(lambda n: needed(dataclasses.replace(shape, bsz=n)) <= free, shape.bsz)
-            raise ValueError(
-                f"{shape.bsz} prompts of up to {shape.prompt_len} tokens, {shape.length} with what follows, need "
-                f"{readable(caches(shape))} of cache and {readable(needed(shape))} in all per rank, "
-                f"{readable(free)} are free: use " + (f"--max_batch_size {bsz}" if bsz else "a smaller --max_seq_len")
-            )
+    limit = pages(shape)
+    needed = pages_for(shape.length)
+    if limit < needed and shape.bsz > 1:
+        limit = pages(dataclasses.replace(shape, bsz=1))
+    if limit < needed:
+        raise ValueError(
+            f"a prompt of {shape.prompt_len} tokens, {shape.length} with what follows, needs {readable(needed * page)} "
+            f"of cache per rank, there is room for {readable(max(0, limit) * page)}: use a smaller --max_seq_len or "
+            "--max_gen_len"
+        )
+    return limit

@@ -1,0 +1,328 @@
+"""The engine: requests become tokens. Requests join and leave while others run; every way of running stands on it.
+
+All results leave as `TokenEvent`s. Knows nothing of file formats, of dialogs or of terminals.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import abc
+
+import torch
+
+from llama.engine.metrics import Metrics
+from llama.engine.options import check_speculation
+from llama.engine.room import Room
+from llama.engine.runner import StepOutput
+from llama.engine.scheduler import Scheduler
+from llama.engine.sequence import Chunk, Sequence
+from llama.engine.speculative import Speculation
+from llama.engine.step_budget import StepBudget
+from llama.model import Transformer
+from llama.outputs import FinishReason, TokenEvent
+from llama.sampling import INVALID, SamplingParams
+from llama.tokenizer import Tokenizer
+
+
+class Engine:
+    """Runs requests together, each with sampling parameters of its own, a step at a time.
+
+    Under several ranks every rank makes the same calls and gets the same results, or the first rank leads (leader.py).
+
+    >>> engine = llm.engine
+    >>> [prompt] = llm.encode_prompts(["The capital of France is"])
+    >>> request = engine.add(prompt, SamplingParams(temperature=0, max_gen_len=2))
+    >>> while engine.unfinished:
+    ...     for event in engine.step():
+    ...         print(repr(event.text), event.finish_reason)
+    ' Paris' None
+    '.' None
+    '' length
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 1,
+        speculate: str | None = None,
+        draft: Transformer | None = None,
+    ) -> None:
+        """Make an engine; seed: of requests whose sampling parameters have none."""
+        check_speculation(speculate, draft is not None)
+        self.model, self.tokenizer, self.draft, self.seed = model, tokenizer, draft, seed
+        self.metrics = Metrics()
+        self._room = Room(model, draft, self.metrics)
+        self._speculation = Speculation.of(speculate, self._room, self.metrics)
+        self._budget = StepBudget()
+        # Control tokens, and the ids of padding in an embedding, add nothing to a text.
+        self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
+        self._sequences: dict[int, Sequence] = {}  # unfinished, by id
+        self._last_id = -1
+        self._events: list[TokenEvent] = []
+        self._in_flight: list[Chunk] = []  # of a step that is launched and not yet waited for
+        self._began = 0.0  # when the step that is waited for began
+        self._is_consistent = True  # whether the scheduler's books are, should an interrupt come now
+        self.has_news = False  # whether the first rank tells the others something after the next step: see leader.py
+        self.news_follow = False  # whether it does after the last step
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._room.scheduler
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests wait or run."""
+        return len(self._sequences)
+
+    def add(
+        self,
+        prompt_tokens: abc.Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        index: int = 0,
+        add_prefix_space: bool = False,
+        interactive: bool = True,
+    ) -> int:
+        """Have a prompt completed together with the others, and return the id of the request.
+
+        Args:
+            prompt_tokens: ids of the vocabulary, at least one.
+            params: how tokens are chosen, and how many at most; None is the defaults.
+            index: the place in the caller's input, from which its random numbers follow together with the seed.
+            add_prefix_space: whether the new tokens begin a text, as in `Llama.stream`.
+            interactive: whether somebody reads along, so that steps stay short while it generates.
+
+        Raises ValueError, on every rank, where it can never have the pages that it needs.
+        """
+        self._last_id += 1
+        params = params or SamplingParams()
+        events = self._events
+        self._add(self._last_id, prompt_tokens, params, index, add_prefix_space, interactive, events)
+        return self._last_id
+
+    def cancel(self, request: int) -> None:
+        """End a request without another event; one that has ended already is left as it is."""
+        sequence = self._sequences.pop(request, None)
+        if sequence is not None:
+            self.scheduler.finish(sequence)
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step, and return the events of the requests that were added, whose index is their id.
+
+        The last event of a request has a finish_reason: "error" where logits are NaN or infinite, and its text is why.
+        """
+        device_type = self.model.device.type
+        try:
+            with torch.inference_mode(), torch.autocast(device_type, enabled=False):
+                self._step()
+        except BaseException:
+            self._recover()
+            raise
+        if not self._events:
+            return []
+        events = self._events.copy()
+        self._events.clear()
+        return events
+
+    def run(
+        self,
+        prompts: abc.Iterable[abc.Sequence[int]],
+        params: SamplingParams,
+        first: int = 0,
+        add_prefix_space: bool = False,
+        interactive: bool = True,
+    ) -> abc.Generator[TokenEvent]:
+        """Complete prompts and yield their events, with params.echo those of their prompts first.
+
+        An event's index is that of its prompt; `first` is added to it for the random numbers. Raise ValueError where
+        logits are NaN or infinite.
+        """
+        waiting = enumerate(prompts)
+        events: list[TokenEvent] = []
+        mine: dict[int, int] = {}  # ids of unfinished requests, by index
+        max_waiting = self.model.args.max_batch_size
+        try:
+            while True:
+                room = max_waiting - len(self.scheduler.waiting)
+                for index, prompt in itertools.islice(waiting, max(0, room)):
+                    self._last_id += 1
+                    mine[index] = self._last_id
+                    self._add(self._last_id, prompt, params, first + index, add_prefix_space, interactive, events, index)
+                if not mine:
+                    return
+                if not events:  # a step for others may have had some for these
+                    self._events += self.step()
+                ready, events[:] = events.copy(), ()
+                for event in ready:
+                    if event.finish_reason is not None:
+                        del mine[event.index]
+                        if event.finish_reason == "error":
+                            raise ValueError(event.text)
+                    yield event
+        finally:
+            for request in mine.values():
+                self.cancel(request)
+
+    def _add(
+        self,
+        request: int,
+        prompt: abc.Sequence[int],
+        params: SamplingParams,
+        place: int,
+        add_prefix_space: bool,
+        interactive: bool,
+        events: list[TokenEvent],
+        index: int | None = None,
+    ) -> None:
+        """Have a prompt completed, and its events, whose index is `index` or the request's id, go to `events`."""
+        limit = self.model.args.max_seq_len - len(prompt)
+        sequence = Sequence(
+            request,
+            request if index is None else index,
+            prompt,
+            params,
+            limit if params.max_gen_len is None else min(limit, params.max_gen_len),
+            self.tokenizer.stop_tokens if params.stop_token is None else frozenset({params.stop_token}),
+            (self.seed if params.seed is None else params.seed, place),
+            self.tokenizer.stream_decoder(add_prefix_space),
+            events,
+            interactive,
+        )
+        self._room.check(sequence, len(self._sequences), self._speculation is not None)
+        self._sequences[request] = sequence
+        self.scheduler.waiting.append(sequence)
+
+    def _step(self) -> None:
+        """Launch a step, unless one is in flight, and one ahead if that pays; then wait for the older one."""
+        chunks = self._in_flight or self._launch()
+        if not chunks:
+            return
+        self._in_flight = self._launch_ahead(chunks)
+        output = self._room.runner.wait()
+        self._is_consistent = False
+        self.scheduler.pool.written()
+        self._count(chunks)
+        if output.announced is not None:
+            self._heed(output.announced)
+        if self._speculation is not None:
+            output = self._speculation.accept(chunks, output)
+        for i, chunk in enumerate(chunks):
+            if not chunk.sequence.finished:
+                scores = output.logprobs[i] if output.logprobs and chunk.sequence.params.logprobs else None
+                self._advance(chunk, output.tokens[i], scores)
+        self._is_consistent = True
+
+    def _launch(self) -> list[Chunk]:
+        """Launch the next step of all that runs, and of what waits and has room; return its chunks."""
+        self._is_consistent = False
+        self._room.open()
+        self._began = time.perf_counter()
+        budget = self._room.max_step_tokens
+        if any(each.interactive and not each.in_prompt for each in self.scheduler.running):
+            budget = min(budget, self._budget.tokens)
+        chunks = self.scheduler.schedule(budget)
+        self._is_consistent = True
+        if not chunks:
+            return []
+        if self._speculation is not None and not any(map(is_of_prompt, chunks)):
+            chunks = self._speculation.with_drafts(chunks, self.scheduler)
+        self._room.runner.launch(chunks, self._announced())
+        return chunks
+
+    def _launch_ahead(self, chunks: abc.Sequence[Chunk]) -> list[Chunk]:
+        """Launch the step after these chunks, where every sequence is sure to need it and nothing else can run."""
+        runner, scheduler = self._room.runner, self.scheduler
+        if not runner.runs_ahead or self._speculation is not None or scheduler.can_admit or self.has_news:
+            return []
+        if any(is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks):
+            return []
+        # The newest token of each is not known yet, and the one after it is about to be computed.
+        lengths = [chunk.stop + 1 for chunk in chunks]
+        for chunk, length in zip(chunks, lengths, strict=True):
+            if length >= chunk.sequence.max_len or not scheduler.try_grow(chunk.sequence, length):
+                return []
+        ahead = [Chunk(chunk.sequence, chunk.stop, [0], 1) for chunk in chunks]
+        runner.launch_next(ahead)
+        return ahead
+
+    def _announced(self) -> int:
+        """Return what the first rank tells the others with the tokens of a step."""
+        draft_len = self._speculation.next_draft_len() if self._speculation is not None else 0
+        return draft_len | self.has_news << 4 | self._budget.tokens << 5
+
+    def _heed(self, announced: int) -> None:
+        """Take over what the first rank has told."""
+        if self._speculation is not None:
+            self._speculation.draft_len = announced & 15
+        self.news_follow = bool(announced >> 4 & 1)
+        self._budget.tokens = announced >> 5
+
+    def _advance(self, chunk: Chunk, tokens: abc.Sequence[int], scores: abc.Sequence[float] | None) -> None:
+        """Add what a step has sampled for a sequence, and end it where it ends."""
+        sequence = chunk.sequence
+        sequence.n_cached = chunk.stop + max(0, len(tokens) - 1)
+        if sequence.n_cached < len(sequence.prompt):
+            return
+        if sequence.in_prompt:
+            sequence.in_prompt = False
+            self._echo(sequence)
+        reason: FinishReason | None = None
+        for i, token in enumerate(tokens):
+            if token == INVALID:
+                self._end(sequence, "error", invalid_logits(sequence))
+                return
+            if token in sequence.stop_tokens:
+                reason = "stop"
+                break
+            sequence.tokens.append(token)
+            text = "" if token in self._silent_tokens else sequence.decoder.push(token)
+            sequence.events.append(TokenEvent(sequence.index, token, text, None if scores is None else scores[i]))
+        if reason is None and len(sequence.tokens) >= sequence.max_len:
+            reason = "length"
+        if reason is not None:
+            self._end(sequence, reason, sequence.decoder.flush())
+
+    def _echo(self, sequence: Sequence) -> None:
+        """Yield the events of a prompt, if they are asked for."""
+        if sequence.params.echo:
+            for i, token in enumerate(sequence.prompt):
+                text = "" if token in self._silent_tokens else sequence.decoder.push(token)
+                score = sequence.scores[i] if sequence.is_scored else None
+                sequence.events.append(TokenEvent(sequence.index, token, text, score))
+
+    def _end(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
+        self._sequences.pop(sequence.id, None)
+        self.scheduler.finish(sequence)
+        sequence.events.append(TokenEvent(sequence.index, None, text, finish_reason=reason))
+
+    def _count(self, chunks: abc.Sequence[Chunk]) -> None:
+        """Add the step that was waited for to the metrics, and to what the budget knows."""
+        now = time.perf_counter()
+        n_prompt_tokens = sum(len(chunk.tokens) for chunk in chunks if is_of_prompt(chunk))
+        n_decoded = sum(not is_of_prompt(chunk) for chunk in chunks)
+        self.metrics.add_step(now - self._began, n_prompt_tokens, n_decoded)
+        if n_decoded:
+            self._budget.record(now - self._began, n_prompt_tokens)
+        self._began = now
+
+    def _recover(self) -> None:
+        """After an error or an interrupt in a step: have what it was about computed again by the next one."""
+        self._in_flight = []
+        self._room.reset(self._is_consistent)
+        self._is_consistent = True
+
+
+def is_of_prompt(chunk: Chunk) -> bool:
+    """Tell whether a chunk is part of a prompt, or of a text that is computed again."""
+    return chunk.sequence.in_prompt or len(chunk.tokens) - chunk.n_drafts > 1
+
+
+def invalid_logits(sequence: Sequence) -> str:
+    """Say which request's logits cannot be sampled from."""
+    return (
+        f"the logits of prompt {sequence.index} are NaN or infinite after {len(sequence.tokens)} tokens: the weights are "
+        "damaged, or too large for this dtype (try --dtype float32)"
+    )

@@ -1,0 +1,125 @@
+"""The room that an engine has: caches with as many pages as memory allows, and the runners that compute in them.
+
+Knows nothing of what sequences contain.
+"""
+
+from __future__ import annotations
+
+from llama.backends.base import Backend, backend_of
+from llama.cache import PAGE_SIZE, KVCache, pages_for
+from llama.engine.cuda_graph_runner import CudaGraphRunner
+from llama.engine.metrics import Metrics
+from llama.engine.page_pool import PagePool
+from llama.engine.runner import EagerRunner, Runner
+from llama.engine.scheduler import MOST_CLAIMED, Scheduler
+from llama.engine.sequence import Sequence
+from llama.memory.estimate import BatchShape
+from llama.memory.plan import page_limit
+from llama.model import Transformer
+
+# Pages that nobody holds are kept for as many texts of max_seq_len tokens.
+KEPT_TEXTS = 2
+
+# Where memory is taken as soon as it is allocated, a cache that is too small grows by this factor.
+GROWTH = 1.5
+
+
+class Room:
+    """Makes caches and runners when there is something to run, and larger ones when they are needed."""
+
+    def __init__(self, model: Transformer, draft: Transformer | None, metrics: Metrics) -> None:
+        self.model, self.draft = model, draft
+        self._models = [model] if draft is None else [model, draft]
+        self.scheduler = Scheduler(model.args, metrics)
+        self.runners: list[Runner] = []  # of the model and of the draft model
+        self._backends: list[Backend] = []  # that the models had when the runners were made
+        self._checked = BatchShape(0, 0, 0)  # the largest batch for which there was memory
+        self._limit = 0  # pages that there is memory for
+
+    @property
+    def runner(self) -> Runner:
+        return self.runners[0]
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens of prompts that a step computes."""
+        return min(backend_of(model).max_prefill_tokens for model in self._models)
+
+    def check(self, sequence: Sequence, n_others: int, speculative: bool) -> None:
+        """Raise ValueError, on every rank, where there is no memory for a sequence, beside n_others or alone."""
+        rows = min(self.scheduler.max_rows, 1 << n_others.bit_length())
+        before = self._checked if n_others else BatchShape(0, 0, 0)
+        shape = BatchShape(
+            max(rows, before.bsz),
+            max(len(sequence.prompt), before.prompt_len),
+            max(sequence.max_len, before.length),
+            before.scored or sequence.is_scored,
+            speculative,
+        )
+        if shape != before:
+            in_use = sum(runner.cache.nbytes for runner in self.runners)
+            if self.model.device.type == "cpu":  # memory that was never written is not taken
+                in_use = in_use // max(1, self.scheduler.pool.n_pages) * self.scheduler.pool.n_touched
+            self._limit = page_limit(self.model, shape, in_use, self.draft)
+            self._checked = shape
+
+    def open(self) -> None:
+        """Make caches and runners, or larger ones, if what waits and runs needs them; no step may be in flight."""
+        backends = [backend_of(model) for model in self._models]
+        pool = self.scheduler.pool
+        if not self.runners or any(was is not now for was, now in zip(self._backends, backends, strict=True)):
+            # The model has changed or moved since, and its keys with it.
+            n_pages = self._wanted(0)
+            self.runners.clear()
+            self._make_runners([model.new_cache(1, n_pages * PAGE_SIZE) for model in self._models])
+            self._restart()
+            return
+        wanted = self._wanted(pool.n_pages)
+        if wanted > pool.n_pages:
+            caches = [runner.cache for runner in self.runners]
+            self.runners.clear()  # their graphs point at the old memory
+            for cache in caches:
+                cache.grow(wanted)
+            pool.grow(wanted)
+            self._make_runners(caches)
+
+    def reset(self, books_are_right: bool) -> None:
+        """Forget the steps in flight, after an error; all that was cached, too, unless the scheduler's books are right."""
+        for runner in self.runners:
+            runner.reset()
+        if books_are_right:
+            self.scheduler.step_failed()
+        elif self.runners:
+            self._restart()
+
+    def _restart(self) -> None:
+        caches = [runner.cache for runner in self.runners]
+        most_kept = KEPT_TEXTS * self.scheduler.most_pages
+        self.scheduler.restart(PagePool(caches[0].n_pages, most_kept), caches)
+
+    def _wanted(self, n_pages: int) -> int:
+        """Return how many pages the caches should have, where they have n_pages now."""
+        scheduler = self.scheduler
+        most = min((scheduler.max_rows + KEPT_TEXTS) * scheduler.most_pages, self._limit)
+        if self.model.device.type == "cpu":
+            return max(n_pages, most) if n_pages == 0 else n_pages
+        room = max(0, scheduler.max_rows - len(scheduler.running))
+        needed = 2 * len(scheduler.running) + sum(
+            pages_for(len(sequence.tokens)) + min(MOST_CLAIMED, pages_for(sequence.max_new_tokens)) + 1
+            for sequence, _ in zip(scheduler.waiting, range(room), strict=False)
+        )
+        if needed <= scheduler.pool.n_available and n_pages:
+            return n_pages
+        return max(n_pages, min(most, max(int(GROWTH * n_pages), n_pages + needed)))
+
+    def _make_runners(self, caches: list[KVCache]) -> None:
+        """Make a runner for each model: of CUDA graphs, if its backend captures them."""
+        self._backends = [backend_of(model) for model in self._models]
+        captures = [backend.graph_capture() for backend in self._backends if backend.captures_graphs]
+        for model, cache, backend in zip(self._models, caches, self._backends, strict=True):
+            if backend.captures_graphs:
+                # One capture for all, so that their graphs share one pool of memory.
+                rows, width = self.scheduler.max_rows, self.scheduler.most_pages
+                self.runners.append(CudaGraphRunner(model, cache, captures[0], rows, width))
+            else:
+                self.runners.append(EagerRunner(model, cache))
