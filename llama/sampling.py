@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Protocol
@@ -76,14 +77,57 @@ def uniforms(seed: int, index: int, count: int) -> Tensor:
     return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
 
 
+@dataclass(frozen=True)
+class SamplingTensors:
+    """Sampling parameters of the rows that are drawn together, on their device.
+
+    temperature, top_p: (n,), fp32; what is too small for a normal number there is 0.
+    kinds: which kinds of draws occur among the rows, so which operations run: "greedy" at temperature 0 or top_p 0,
+    else "whole" at top_p 1, where every token can come, else "nucleus".
+    """
+
+    temperature: Tensor
+    top_p: Tensor
+    kinds: frozenset[str]
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams], device: torch.device | str) -> SamplingTensors:
+        """Take the parameters of each row to a device."""
+        given = [[each.temperature for each in params], [each.top_p for each in params]]
+        values = torch.tensor(given, dtype=torch.float32, device="cpu")
+        # Devices differ in whether they take a smaller number for 0.
+        values = values.where(values >= torch.finfo(torch.float32).tiny, 0)
+        kinds = {
+            "greedy" if temperature == 0 or top_p == 0 else "whole" if top_p == 1 else "nucleus"
+            for temperature, top_p in values.T.tolist()
+        }
+        return SamplingTensors(*values.to(device), frozenset(kinds))
+
+    def choose(
+        self, greedy: Callable[[], Tensor], whole: Callable[[], Tensor], nucleus: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return each row's token, (n,), from the function of its kind; those of kinds that do not occur do not run.
+
+        Each returns a token for every row, (n,).
+        """
+        tokens: Tensor | None = None
+        # Greedy is last: it is what a row is, whatever else its parameters are.
+        for kind, draw_rows in (("nucleus", nucleus), ("whole", whole), ("greedy", greedy)):
+            if kind in self.kinds:
+                found = draw_rows()
+                tokens = found if tokens is None else torch.where(self._rows_of(kind), found, tokens)
+        assert tokens is not None, "no rows"
+        return tokens
+
+    def _rows_of(self, kind: str) -> Tensor:
+        """Tell which rows are greedy, or which are at top_p 1: (n,)."""
+        return (self.temperature == 0) | (self.top_p == 0) if kind == "greedy" else self.top_p == 1
+
+
 class TokenSampler(Protocol):
     """Draws tokens from logits; a backend may have one of its own."""
 
-    def begin(self, params: SamplingParams) -> None:
-        """Use these parameters from here on."""
-        ...
-
-    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
         """Draw one token for each row, (bsz,); see `sample`."""
         ...
 
@@ -91,39 +135,49 @@ class TokenSampler(Protocol):
 class TorchSampler:
     """Draws tokens with torch's operations, on any device."""
 
-    def begin(self, params: SamplingParams) -> None:
-        self.params = params
-
-    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        return sample(logits, self.params.temperature, self.params.top_p, uniform)
+    def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
+        return sample(logits, uniform, rows)
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
     """Return one token for each row, (bsz,): drawn from the nucleus, at temperature 0 or top_p 0 the greatest logit's.
 
-    logits: (bsz, vocab_size), fp32; uniform: (bsz,), in [0, 1). Rows without a finite maximum get INVALID.
+    logits: (bsz, vocab_size), fp32; uniform: (bsz,), in [0, 1). Rows without a finite maximum get INVALID. A row's
+    token does not depend on the other rows, nor on their parameters.
     """
     highest, greedy = logits.max(dim=-1)  # NaN wins a maximum
-    tokens = greedy if 0 in (temperature, top_p) else draw(nucleus(logits, temperature, top_p), uniform)
-    return tokens.where(highest.isfinite(), INVALID)
+
+    def from_nucleus() -> Tensor:
+        top_p = rows.top_p
+        if len(rows.kinds) > 1:  # a row of another kind is not to have all sorted
+            top_p = top_p.where((top_p < 1) & (rows.temperature > 0), -1)
+        return draw(nucleus(probabilities(logits, rows.temperature), top_p), uniform)
+
+    def from_all() -> Tensor:
+        probs = probabilities(logits, rows.temperature)
+        return draw((torch.arange(probs.shape[-1], device=probs.device).expand_as(probs), probs), uniform)
+
+    return rows.choose(lambda: greedy, from_all, from_nucleus).where(highest.isfinite(), INVALID)
 
 
-def nucleus(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Return the probabilities of logits (bsz, vocab_size) at temperature (bsz,), fp32."""
+    # Subtract the maximum before the division, which could overflow at a small temperature; at 0 the maximum would be
+    # divided as 0 / 0.
+    temperature = temperature.clamp(min=torch.finfo(logits.dtype).tiny)[:, None]
+    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
+
+
+def nucleus(probs: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tokens of the nucleus and their probabilities, both (bsz, n), not renormalised (arXiv:1904.09751).
 
-    A token stays while the mass before it is <= top_p, so one always stays; the others get probability 0. Tokens are
-    in order of falling probability, and of ids among equals (see D19); with top_p 1, in the vocabulary's order.
+    probs: (bsz, vocab_size); top_p: (bsz,). A token stays while the mass before it is <= top_p, so one stays at 0; the
+    others get probability 0. Tokens are in order of falling probability, and of ids among equals (see D19).
     """
-    # Subtract the maximum before the division, which could overflow at a small temperature; a temperature that is 0
-    # in fp32 would divide 0 by 0.
-    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-    probs = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
-    vocab_size = probs.shape[-1]
-    if top_p == 1:
-        return torch.arange(vocab_size, device=probs.device).expand_as(probs), probs
+    top_p, vocab_size = top_p[:, None], probs.shape[-1]
     top_probs, tokens = probs.topk(min(TOP_K_PREFIX, vocab_size))
     # Which of the tokens that tie with the last are among the top k is not defined: the mass above must exceed top_p.
-    above = top_probs.where(top_probs > top_probs[:, -1:], 0).sum(-1)
+    above = top_probs.where(top_probs > top_probs[:, -1:], 0).sum(-1, keepdim=True)
     if top_probs.shape[-1] < vocab_size and bool((above <= top_p).any()):
         top_probs, tokens = probs.sort(dim=-1, descending=True, stable=True)
     else:
@@ -139,7 +193,8 @@ def sample_top_p(probs: Tensor, p: float) -> Tensor:
 
     The random numbers are those of torch's global generator, as there.
     """
-    tokens, kept = nucleus(probs.float().log(), 1.0, p)
+    probs = probs.float()
+    tokens, kept = nucleus(probs, probs.new_full(probs.shape[:1], p))
     return tokens.gather(-1, torch.multinomial(kept, 1))
 
 

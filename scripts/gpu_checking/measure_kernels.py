@@ -141,7 +141,7 @@ def measure_sampling(bench: Bench, vocab_size: int) -> None:
     for n in N_TOKENS:
         logits = 4 * torch.randn(n, vocab_size, device=bench.device)
         uniform = torch.rand(n, device=bench.device)
-        temperature, top_p = (torch.tensor(value, device=bench.device) for value in (0.7, 0.9))
+        temperature, top_p = (torch.full((n,), value, device=bench.device) for value in (0.7, 0.9))
         runs: dict[str, Callable[[], object]] = {
             "greedy": partial(gpu_sampling.greedy, logits),
             "sampled": partial(gpu_sampling.sample_nucleus, logits, temperature, top_p, uniform),

@@ -21,7 +21,7 @@ from llama.backends.cuda import sampling_kernels as kernels
 from llama.backends.cuda.available import LARGEST_VOCAB
 from llama.backends.cuda.backend import CudaSampler
 from llama.backends.cuda.sampling import greedy, sample_all, sample_nucleus
-from llama.sampling import INVALID, SamplingParams
+from llama.sampling import INVALID, SamplingParams, SamplingTensors
 from tests.gpu_compile import Ahead, compiled_kernels
 
 pytestmark = pytest.mark.slow
@@ -33,16 +33,21 @@ JUST_BELOW_ONE = 1 - 2**-24
 MARGIN = 1e-5
 
 
-def on_device(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=DEVICE)
+def of_rows(value: float, n: int) -> Tensor:
+    return torch.full((n,), value, dtype=torch.float32, device=DEVICE)
 
 
 def drawn(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> list[int]:
     """With top_p 1, in the order of the vocabulary."""
-    logits, uniform = logits.to(DEVICE), uniform.to(DEVICE)
+    logits, uniform, temperatures = logits.to(DEVICE), uniform.to(DEVICE), of_rows(temperature, len(logits))
     if top_p == 1:
-        return sample_all(logits, on_device(temperature), uniform).tolist()
-    return sample_nucleus(logits, on_device(temperature), on_device(top_p), uniform).tolist()
+        return sample_all(logits, temperatures, uniform).tolist()
+    return sample_nucleus(logits, temperatures, of_rows(top_p, len(logits)), uniform).tolist()
+
+
+def reference(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> list[int]:
+    rows = SamplingTensors.of([SamplingParams(temperature, top_p)] * len(logits), "cpu")
+    return sampling.sample(logits, uniform, rows).tolist()
 
 
 def intervals(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -74,14 +79,14 @@ def some_rows(vocab_size: int, seed: int) -> Tensor:
 def test_tokens_are_those_of_llama_sampling(vocab_size: int, top_p: float, temperature: float) -> None:
     logits = some_rows(vocab_size, seed=vocab_size)
     uniform = torch.rand(4, generator=torch.Generator().manual_seed(5))
-    expected = sampling.sample(logits, temperature, top_p, uniform).tolist()
+    expected = reference(logits, temperature, top_p, uniform)
     found = drawn(logits, temperature, top_p, uniform)
-    for row, share, token, reference in zip(logits, uniform.tolist(), found, expected, strict=True):
+    for row, share, token, wanted in zip(logits, uniform.tolist(), found, expected, strict=True):
         begins, ends = intervals(row, temperature, top_p)
         assert begins[token] - MARGIN <= share <= ends[token] + MARGIN
         assert begins[token] < ends[token], "a token outside the nucleus"
-        if begins[reference] + MARGIN < share < ends[reference] - MARGIN:
-            assert token == reference
+        if begins[wanted] + MARGIN < share < ends[wanted] - MARGIN:
+            assert token == wanted
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.8, 1.0])
@@ -103,10 +108,9 @@ def test_stratified_uniforms_give_each_token_its_share(top_p: float) -> None:
 def test_top_p_zero_is_the_first_of_the_greatest(temperature: float) -> None:
     """At a high temperature all are equally likely in fp32, and the likeliest is the greatest still."""
     logits = torch.tensor([[0.0, 2.0, -math.inf, 1.0, 0.5, 2.0, -30.0], [5.0, 1.0, 7.0, 7.0, 0.0, 0.0, 0.0]]).to(DEVICE)
-    sampler = CudaSampler(DEVICE)
-    sampler.begin(SamplingParams(temperature, top_p=0))
+    rows = SamplingTensors.of([SamplingParams(temperature, top_p=0)] * 2, DEVICE)
     for uniform in (0.0, 0.5, JUST_BELOW_ONE):
-        assert sampler(logits, torch.full((2,), uniform, device=DEVICE)).tolist() == [1, 2]
+        assert CudaSampler()(logits, of_rows(uniform, 2), rows).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("top_p", [0.25, 0.3, 0.5, 0.9])
@@ -137,8 +141,8 @@ def test_the_first_and_the_last_uniform_give_the_ends_of_the_nucleus(top_p: floa
 def test_a_nucleus_of_everything_and_a_uniform_of_one_end_with_the_last_possible_token() -> None:
     logits = torch.tensor([1.0, 0.0, -math.inf, 0.0, -math.inf]).expand(3, -1).to(DEVICE)
     uniform = torch.tensor([0.0, JUST_BELOW_ONE, 1.0], device=DEVICE)
-    assert sample_nucleus(logits, on_device(1.0), on_device(1.0), uniform).tolist() == [0, 3, 3]
-    assert sample_all(logits, on_device(1.0), uniform).tolist() == [0, 3, 3]
+    assert sample_nucleus(logits, of_rows(1.0, 3), of_rows(1.0, 3), uniform).tolist() == [0, 3, 3]
+    assert sample_all(logits, of_rows(1.0, 3), uniform).tolist() == [0, 3, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-38, 0.0])
@@ -153,7 +157,7 @@ def test_a_tiny_temperature_is_greedy_and_never_nan(temperature: float, top_p: f
 def test_a_huge_temperature_is_uniform_but_for_minus_infinity(top_p: float) -> None:
     logits = torch.tensor([-math.inf, 5.0, -5.0, -math.inf, 0.0, 1.0]).expand(3, -1)
     uniform = torch.tensor([0.0, 0.5, JUST_BELOW_ONE])
-    assert drawn(logits, 1e15, top_p, uniform) == sampling.sample(logits, 1e15, top_p, uniform).tolist()
+    assert drawn(logits, 1e15, top_p, uniform) == reference(logits, 1e15, top_p, uniform)
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0, None], ids=str)
@@ -174,7 +178,7 @@ def test_rows_that_are_not_numbers_are_marked_and_spare_the_others(top_p: float 
 def test_greedy_is_the_first_of_the_greatest(vocab_size: int) -> None:
     logits = torch.cat([some_rows(vocab_size, seed=2), torch.full((2, vocab_size), -1e30)])
     logits[-1, vocab_size // 2 :] = 0.0
-    assert greedy(logits.to(DEVICE)).tolist() == sampling.sample(logits, 0, 1.0, torch.zeros(6)).tolist()
+    assert greedy(logits.to(DEVICE)).tolist() == reference(logits, 0, 1.0, torch.zeros(6))
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
@@ -186,12 +190,29 @@ def test_a_row_gives_the_same_token_alone_and_in_a_batch(top_p: float) -> None:
     assert drawn(logits, 1.1, top_p, uniform) == alone
 
 
+def test_rows_with_parameters_of_their_own_get_the_tokens_they_get_alone() -> None:
+    """All rows of a batch once had the same; whatever kinds of draws meet, none changes another's."""
+    given = [(0.0, 1.0), (0.7, 0.9), (1.3, 1.0), (1.0, 0.0), (2.0, 0.6)]
+    logits = some_rows(CHUNK + 9, seed=6)[[0, 1, 2, 0, 1]].to(DEVICE)
+    logits = torch.cat([logits, torch.full_like(logits, math.nan)])
+    params = [SamplingParams(*values) for values in given] * 2
+    uniform = torch.rand(10, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    alone = [
+        CudaSampler()(logits[i : i + 1], uniform[i : i + 1], SamplingTensors.of(params[i : i + 1], DEVICE)).item()
+        for i in range(10)
+    ]
+    rows = SamplingTensors.of(params, DEVICE)
+    assert rows.kinds == {"greedy", "nucleus", "whole"}
+    assert CudaSampler()(logits, uniform, rows).tolist() == alone
+    assert alone[5:] == [INVALID] * 5 and len(set(alone)) > 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device on this machine")
 def test_one_cuda_graph_serves_all_temperatures_and_masses() -> None:
     vocab_size = 128256
     logits = 3 * torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    temperature, top_p, uniform = on_device(1.0), on_device(0.5), torch.zeros(5, device=DEVICE)
+    temperature, top_p, uniform = of_rows(1.0, 5), of_rows(0.5, 5), of_rows(0.0, 5)
     sample_nucleus(logits, temperature, top_p, uniform)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

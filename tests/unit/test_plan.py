@@ -30,7 +30,7 @@ from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
 from llama.memory.plan import Planner, check_room
 from llama.model import Transformer
-from llama.sampling import sample
+from llama.sampling import SamplingParams, SamplingTensors, sample
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 
@@ -203,7 +203,8 @@ def test_planned_activations_are_what_a_run_allocates(
         context = Context(model, job.bsz, job.length)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             hidden, _ = context.prefill(tokens, job.scored)
-            sample(model.logits(hidden), 0.6, 0.99, torch.rand(job.bsz))
+            rows = SamplingTensors.of([SamplingParams(0.6, 0.99)] * job.bsz, CPU)
+            sample(model.logits(hidden), torch.rand(job.bsz), rows)
     allocated = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(allocated, key=lambda event: event.start_ns()):

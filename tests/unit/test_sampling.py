@@ -14,9 +14,11 @@ from llama.sampling import (
     INVALID,
     TOP_K_PREFIX,
     SamplingParams,
+    SamplingTensors,
     draw,
     log_probs,
     nucleus,
+    probabilities,
     sample,
     sample_top_p,
     uniforms,
@@ -31,8 +33,18 @@ def logits_of(probs: Tensor) -> Tensor:
     return probs.log() + 3.0  # a constant changes nothing
 
 
+def drawn(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """The tokens of rows that have the same parameters."""
+    return sample(logits, uniform, SamplingTensors.of([SamplingParams(temperature, top_p)] * len(logits), "cpu"))
+
+
+def nucleus_of(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    rows = torch.ones(len(logits))
+    return nucleus(probabilities(logits, rows), top_p * rows)
+
+
 def frequencies(logits: Tensor, temperature: float, top_p: float, draws: int = 200_000) -> list[float]:
-    tokens = sample(logits.expand(draws, -1), temperature, top_p, uniforms(7, 0, draws))
+    tokens = drawn(logits.expand(draws, -1), temperature, top_p, uniforms(7, 0, draws))
     return (torch.bincount(tokens, minlength=logits.shape[-1]) / draws).tolist()
 
 
@@ -74,7 +86,7 @@ def test_frequencies_are_those_worked_out_by_hand(temperature: float, top_p: flo
     ],
 )
 def test_a_token_stays_while_the_mass_before_it_is_at_most_top_p(top_p: float, kept: set[int]) -> None:
-    tokens, probs = nucleus(logits_of(PROBS)[None], 1.0, top_p)
+    tokens, probs = nucleus_of(logits_of(PROBS)[None], top_p)
     assert {token for token, p in zip(tokens[0].tolist(), probs[0].tolist(), strict=True) if p > 0} == kept
 
 
@@ -91,7 +103,7 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(scale: float, 
         if mass <= top_p:
             kept.add(token)
         mass += exact[token]
-    tokens, probs = nucleus(logits.float()[None], 1.0, top_p)
+    tokens, probs = nucleus_of(logits.float()[None], top_p)
     found = {token: p for token, p in zip(tokens[0].tolist(), probs[0].tolist(), strict=True) if p > 0}
     if scale == 0.0:  # all are equal, so only how many there are is defined, but for fp32's rounding
         assert abs(len(found) - len(kept)) <= 1
@@ -106,7 +118,7 @@ def test_rows_with_different_nuclei_do_not_mix() -> None:
     peaked = flat.clone()
     peaked[1234] = 30.0
     uniform = uniforms(3, 0, 1000)
-    tokens = sample(torch.stack([flat, peaked] * 500), 1.0, 0.9, uniform)
+    tokens = drawn(torch.stack([flat, peaked] * 500), 1.0, 0.9, uniform)
     assert set(tokens[1::2].tolist()) == {1234}
     assert len(set(tokens[0::2].tolist())) > 400, "512 tokens, drawn 500 times, would show some 320"
 
@@ -114,28 +126,28 @@ def test_rows_with_different_nuclei_do_not_mix() -> None:
 def test_temperature_zero_takes_the_greatest_whatever_the_rest() -> None:
     logits = logits_of(PROBS).repeat(4, 1)
     uniform = torch.tensor([0.0, 0.3, 0.9, JUST_BELOW_ONE])
-    assert sample(logits, 0, 0.1, uniform).tolist() == sample(logits, 0.0, 1.0, uniform).tolist() == [1, 1, 1, 1]
+    assert drawn(logits, 0, 0.1, uniform).tolist() == drawn(logits, 0.0, 1.0, uniform).tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1e30])
+@pytest.mark.parametrize("temperature", [0.6, 1e15])
 def test_top_p_zero_takes_the_greatest_as_metas_code_and_openais_api(temperature: float) -> None:
     """It was refused. At a high temperature all are equally likely in fp32, and the likeliest is the greatest still."""
     logits = torch.stack([logits_of(PROBS), logits_of(PROBS).flip(0), torch.zeros(len(PROBS))]).repeat(3, 1)
     uniform = torch.tensor([0.0] * 3 + [0.5] * 3 + [JUST_BELOW_ONE] * 3)
-    assert sample(logits, temperature, 0, uniform).tolist() == [1, 4, 0] * 3
+    assert drawn(logits, temperature, 0, uniform).tolist() == [1, 4, 0] * 3
 
 
 def test_metas_sample_top_p_draws_from_the_nucleus() -> None:
     """Of probabilities 1/2, 1/4, ... and 0.6 two tokens remain, in shares of 2/3 and 1/3; (bsz, 1), as in Meta's."""
     probs = torch.softmax(logits_of(PROBS), 0)
     torch.manual_seed(0)
-    drawn = sample_top_p(probs.expand(3000, -1).clone(), 0.6)
-    assert drawn.shape == (3000, 1)
-    counts = Counter(drawn[:, 0].tolist())
+    tokens = sample_top_p(probs.expand(3000, -1).clone(), 0.6)
+    assert tokens.shape == (3000, 1)
+    counts = Counter(tokens[:, 0].tolist())
     assert counts.keys() == {1, 4} and abs(counts[1] / 3000 - 2 / 3) < 0.04
     assert set(sample_top_p(probs.expand(20, -1), 0.0)[:, 0].tolist()) == {1}
     torch.manual_seed(0)
-    assert sample_top_p(probs.expand(3000, -1).clone(), 0.6).equal(drawn)
+    assert sample_top_p(probs.expand(3000, -1).clone(), 0.6).equal(tokens)
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-38, 5e-324])
@@ -143,11 +155,11 @@ def test_metas_sample_top_p_draws_from_the_nucleus() -> None:
 def test_a_tiny_temperature_is_greedy_and_never_nan(temperature: float, top_p: float) -> None:
     """Logits of 60 divided by 1e-38 overflow fp32, and 5e-324 is 0 there."""
     logits = torch.tensor([[60.0, -60.0, 61.0, 3.0], [-1e4, -2e4, -1e4 - 1, -math.inf]])
-    assert sample(logits, temperature, top_p, torch.tensor([0.0, JUST_BELOW_ONE])).tolist() == [2, 0]
+    assert drawn(logits, temperature, top_p, torch.tensor([0.0, JUST_BELOW_ONE])).tolist() == [2, 0]
 
 
 def test_a_huge_temperature_is_uniform() -> None:
-    assert_drawn_from(frequencies(torch.tensor([5.0, -5.0, 0.0]), 1e30, 1.0), [1 / 3] * 3)
+    assert_drawn_from(frequencies(torch.tensor([5.0, -5.0, 0.0]), 1e15, 1.0), [1 / 3] * 3)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
@@ -161,7 +173,7 @@ def test_rows_that_are_not_numbers_are_marked_and_spare_the_others(temperature: 
     bad[2][:] = -math.inf
     bad[3][:] = math.nan
     logits = torch.stack([good, bad[0], good, bad[1], bad[2], good, bad[3]])
-    tokens = sample(logits, temperature, top_p, torch.full((7,), 0.5))
+    tokens = drawn(logits, temperature, top_p, torch.full((7,), 0.5))
     assert tokens.tolist() == [17, INVALID, 17, INVALID, INVALID, 17, INVALID]
 
 
@@ -169,7 +181,7 @@ def test_minus_infinity_is_a_token_that_never_comes() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     for uniform in (0.0, 0.49, 0.51, JUST_BELOW_ONE):
         for top_p in (0.9999, 1.0):
-            assert sample(logits, 1.0, top_p, torch.tensor([uniform])).item() in (1, 3)
+            assert drawn(logits, 1.0, top_p, torch.tensor([uniform])).item() in (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -274,16 +286,16 @@ def test_ties_are_drawn_alike_whatever_the_other_rows_hold() -> None:
     peaked = (4 * torch.randn(40, vocab_size, generator=generator)).bfloat16().float()  # full of ties
     flat = torch.zeros(1, vocab_size)
     uniform = torch.rand(40, generator=generator)
-    alone = torch.cat([sample(peaked[i : i + 1], 1.0, 0.9, uniform[i : i + 1]) for i in range(40)])
+    alone = torch.cat([drawn(peaked[i : i + 1], 1.0, 0.9, uniform[i : i + 1]) for i in range(40)])
     together = torch.cat(
-        [sample(torch.cat([peaked[i : i + 1], flat]), 1.0, 0.9, uniform[[i, i]])[:1] for i in range(40)]
+        [drawn(torch.cat([peaked[i : i + 1], flat]), 1.0, 0.9, uniform[[i, i]])[:1] for i in range(40)]
     )
     assert alone.tolist() == together.tolist()
 
 
 def test_the_nucleus_is_ordered_by_probability_and_then_by_id() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 0.0]])
-    tokens, probs = nucleus(logits.repeat(1, 200), 1.0, 0.99)
+    tokens, probs = nucleus_of(logits.repeat(1, 200), 0.99)
     expected = sorted(range(1000), key=lambda i: (-logits[0, i % 5].item(), i))
     assert tokens[0, : int((probs > 0).sum())].tolist() == expected[: int((probs > 0).sum())]
 
@@ -295,3 +307,42 @@ def test_numbers_may_be_numpys() -> None:
     assert type(given.seed) is int and type(given.top_p) is float
     with pytest.raises(ValueError, match="max_gen_len must be an integer"):
         SamplingParams(max_gen_len=np.bool_(True))  # type: ignore[arg-type]
+
+
+def test_rows_with_parameters_of_their_own_get_the_tokens_they_get_alone() -> None:
+    """All rows of a batch once had the same; whatever kinds of draws meet, none changes another's by a bit."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 4 * TOP_K_PREFIX, generator=generator).mul(torch.tensor([[4.0], [0.5], [0.0], [4.0]]))
+    logits = torch.cat([logits.bfloat16().float(), torch.full_like(logits[:1], math.nan)])
+    given = [(0.0, 1.0), (0.7, 0.9), (1.3, 1.0), (0.0, 0.9), (1.0, 0.0), (1e-45, 0.5), (5e-324, 1.0), (2.0, 0.999)]
+    params = [SamplingParams(*values) for values in given]
+    uniform = torch.rand(5 * len(params), generator=generator)
+    rows = logits.repeat_interleave(len(params), 0)
+    alone = [
+        sample(rows[i : i + 1], uniform[i : i + 1], SamplingTensors.of([params[i % len(params)]], "cpu")).item()
+        for i in range(len(rows))
+    ]
+    together = SamplingTensors.of(params * 5, "cpu")
+    assert together.kinds == {"greedy", "nucleus", "whole"}
+    assert sample(rows, uniform, together).tolist() == alone
+    for one, other in ((0, 1), (1, 2), (0, 2)):  # two kinds at a time
+        pair = [i for i in range(len(rows)) if i % len(params) in (one, other)]
+        tensors = SamplingTensors.of([params[i % len(params)] for i in pair], "cpu")
+        assert len(tensors.kinds) == 2
+        assert sample(rows[pair], uniform[pair], tensors).tolist() == [alone[i] for i in pair]
+    assert set(alone[-len(params) :]) == {INVALID} and len(set(alone)) > 12
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "kind"),
+    [
+        *[(0.0, 1.0, "greedy"), (1.0, 0.0, "greedy"), (5e-324, 1.0, "greedy"), (1.0, 1e-45, "greedy")],
+        *[(0.6, 0.9, "nucleus"), (0.6, 1.0, "whole"), (0.6, 1 - 1e-12, "whole")],
+    ],
+)
+def test_a_rows_kind_follows_from_what_its_device_is_told(temperature: float, top_p: float, kind: str) -> None:
+    """What fp32 rounds to 0 or to 1 would be another kind beside rows of several kinds than alone."""
+    rows = SamplingTensors.of([SamplingParams(temperature, top_p)], "cpu")
+    assert rows.kinds == {kind}
+    told = rows.temperature.item(), rows.top_p.item()
+    assert SamplingTensors.of([SamplingParams(*told)], "cpu").kinds == {kind}

@@ -25,7 +25,7 @@ from llama.cache import ForwardBatch
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.distributed.threads import allowed_cpus, user_chose_threads
 from llama.model import Transformer, TransformerBlock, attend
-from llama.sampling import TokenSampler, TorchSampler
+from llama.sampling import SamplingTensors, TokenSampler, TorchSampler
 
 # A sliding window longer than any cache.
 NO_WINDOW = 1 << 40
@@ -106,9 +106,9 @@ class CpuSampler(TorchSampler):
     def __init__(self, threads: StepThreads) -> None:
         self._threads = threads
 
-    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
         with self._threads if len(logits) > 1 else ops.one_thread():
-            return super().__call__(logits, uniform)
+            return super().__call__(logits, uniform, rows)
 
 
 class CpuBackend(EagerBackend):

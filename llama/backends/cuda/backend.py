@@ -14,7 +14,7 @@ from llama.backends.eager import EagerBackend, is_nccl
 from llama.cache import ForwardBatch
 from llama.model import Transformer
 from llama.quantization.planar import MAX_DEQUANTIZED_GPU_VALUES, PlanarWeight
-from llama.sampling import SamplingParams, TokenSampler, TorchSampler
+from llama.sampling import SamplingTensors, TokenSampler, TorchSampler
 
 MAX_HEAD_DIM = 256  # the kernels hold a whole head
 
@@ -51,7 +51,7 @@ class CudaBackend(EagerBackend):
         return y.view(*hidden.shape[:-1], -1)
 
     def token_sampler(self) -> TokenSampler:
-        return CudaSampler(self.device) if self._samples else TorchSampler()
+        return CudaSampler() if self._samples else TorchSampler()
 
     @property
     def _samples(self) -> bool:
@@ -59,22 +59,12 @@ class CudaBackend(EagerBackend):
 
 
 class CudaSampler:
-    """Draws tokens by kernels that let nobody wait."""
+    """Draws tokens by kernels that let nobody wait, so that a captured step serves all parameters of its kinds."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.params = SamplingParams()
-        # On the device, so that a captured step serves all values.
-        self._temperature, self._top_p = (torch.zeros((), dtype=torch.float32, device=device) for _ in range(2))
-
-    def begin(self, params: SamplingParams) -> None:
-        self.params = params
-        self._temperature.fill_(params.temperature)
-        self._top_p.fill_(params.top_p)
-
-    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
         with torch.cuda.device_of(logits):
-            if self.params.is_greedy:
-                return sampling.greedy(logits)
-            if self.params.top_p == 1:
-                return sampling.sample_all(logits, self._temperature, uniform)
-            return sampling.sample_nucleus(logits, self._temperature, self._top_p, uniform)
+            return rows.choose(
+                lambda: sampling.greedy(logits),
+                lambda: sampling.sample_all(logits, rows.temperature, uniform),
+                lambda: sampling.sample_nucleus(logits, rows.temperature, rows.top_p, uniform),
+            )

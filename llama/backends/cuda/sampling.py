@@ -29,11 +29,11 @@ def greedy(logits: Tensor) -> Tensor:
 def sample_nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """One token a row, (bsz,), drawn from the nucleus as llama.sampling.sample does; INVALID where that says so.
 
-    logits: (bsz, vocab_size), fp32; temperature, above 0, and top_p: (), fp32, on the device; uniform: (bsz,), fp32.
+    logits: (bsz, vocab_size), fp32; temperature, top_p, uniform: (bsz,), fp32; at temperature 0 any token may come.
     At top_p 1 llama.sampling draws in the order of the vocabulary: there `sample_all` gives the same tokens.
     """
-    assert top_p.dtype == torch.float32
     bsz, chunks = _grid(logits)
+    _check_rows(bsz, top_p)
     steps = 2 * kernels.DIGITS.value - 1  # two searches, which begin with the same masses
     masses = logits.new_empty(steps, bsz, kernels.BINS.value, dtype=torch.int64)
     states = logits.new_empty(steps + 1, bsz, kernels.STATE.value, dtype=torch.int64)
@@ -74,8 +74,7 @@ def _weigh(logits: Tensor, temperature: Tensor, uniform: Tensor, masses: Tensor,
     masses: (any, bsz, kernels.BINS.value), of the first digit's values, or (1, bsz, chunks).
     """
     bsz, chunks = _grid(logits)
-    assert temperature.dtype == uniform.dtype == torch.float32
-    assert uniform.shape == (bsz,) and uniform.is_contiguous(), (uniform.shape, uniform.stride())
+    _check_rows(bsz, temperature, uniform)
     row = logits.stride(0), logits.shape[1]
     maxima = logits.new_empty(bsz, chunks)
     keys = logits.new_empty(bsz, chunks, kernels.CHUNK.value, dtype=torch.int32)
@@ -92,6 +91,15 @@ def _grid(logits: Tensor) -> tuple[int, int]:
     bsz, vocab_size = logits.shape
     assert logits.dtype == torch.float32 and logits.stride(1) == 1 and vocab_size <= LARGEST_VOCAB, logits.shape
     return bsz, triton.cdiv(vocab_size, kernels.CHUNK.value)
+
+
+def _check_rows(bsz: int, *values: Tensor) -> None:
+    """Kernels read a number of each row, fp32."""
+    for each in values:
+        assert each.dtype == torch.float32 and each.shape == (bsz,) and each.is_contiguous(), (
+            each.shape,
+            each.stride(),
+        )
 
 
 def _padded(chunks: int) -> int:

@@ -87,7 +87,8 @@ def weigh(
 ) -> None:
     """Keys of one chunk of a row, and their mass: the chunk's, or added to that of the first digit's values.
 
-    The grid is (bsz, chunks). maxima: (bsz, chunks); keys: (bsz, chunks, CHUNK); masses: (bsz, chunks) or (bsz, BINS).
+    The grid is (bsz, chunks). temperature: (bsz,); maxima: (bsz, chunks); keys: (bsz, chunks, CHUNK);
+    masses: (bsz, chunks) or (bsz, BINS).
     A row without a finite maximum has no mass, nor have the places behind the vocabulary.
     """
     row, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -95,7 +96,7 @@ def weigh(
     places = tl.arange(0, CHUNKS)
     maximum = tl.max(tl.load(maxima_ptr + row * chunks + places, mask=places < chunks, other=-INFINITY), 0)
     # As llama.sampling: subtracted before the division, which could overflow, and never 0 by 0.
-    temperature = tl.maximum(tl.load(temperature_ptr), SMALLEST_TEMPERATURE)
+    temperature = tl.maximum(tl.load(temperature_ptr + row), SMALLEST_TEMPERATURE)
     # The hardware's exponential is an approximation: it is not to pass 1.
     probs = tl.minimum(tl.exp((logits - maximum) / temperature), 1.0)
     probs = tl.where(tl.abs(maximum) < INFINITY, probs, 0.0)
@@ -123,7 +124,8 @@ def refine(
 ) -> None:
     """A row's search finds a digit by its masses; one chunk's keys that have it add theirs to those of the next digit.
 
-    The grid is (bsz, chunks). keys: (bsz, chunks, CHUNK); uniform: (bsz,); masses: (bsz, BINS); state: (bsz, STATE).
+    The grid is (bsz, chunks). keys: (bsz, chunks, CHUNK); top_p, uniform: (bsz,); masses: (bsz, BINS);
+    state: (bsz, STATE).
     NUCLEUS: the search for the last key of the nucleus begins. DRAW: it ends, and that for the token's key begins.
     """
     row, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -133,7 +135,7 @@ def refine(
     masses = tl.load(masses_ptr + bins)
     if NUCLEUS:
         key, before = 0, 0
-        target = _target(tl.sum(masses, 0), tl.load(top_p_ptr))
+        target = _target(tl.sum(masses, 0), tl.load(top_p_ptr + row))
     else:
         key, before, target = _load_state(state_ptr, row)
     key, before = _find_digit(masses, key, before, target)
