@@ -15,12 +15,10 @@ from llama.chat.infilling import infilling_prompt_tokens
 from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR
 from llama.distributed.job import mute_later_ranks
 from llama.engine.build import build_draft, build_model
+from llama.engine.engine import Engine
 from llama.engine.metrics import Metrics
 from llama.engine.options import BuildOptions
 from llama.engine.prompts import as_token_ids, check_texts, encode_dialogs, encode_texts
-from llama.engine.runner_pool import RunnerPool
-from llama.engine.scheduler import Scheduler
-from llama.engine.sequence import make_sequences
 from llama.model import Transformer
 from llama.outputs import (
     ChatPrediction,
@@ -58,20 +56,25 @@ class Llama:
         speculate: str | None = None,
         draft: Transformer | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.model, self.tokenizer = model, tokenizer
         self.chat_format: DialogFormat = choose_chat_format(tokenizer, chat_format)
-        self.scheduler = Scheduler(RunnerPool(model, draft), tokenizer, speculate)
+        self.engine = Engine(model, tokenizer, seed=seed, speculate=speculate, draft=draft)
         self._sequences_seeded = 0
+
+    @property
+    def seed(self) -> int:
+        """What the sampling of all calls without a seed begins with."""
+        return self.engine.seed
 
     @property
     def draft(self) -> Transformer | None:
         """The draft model of speculative decoding."""
-        return self.scheduler.pool.draft
+        return self.engine.draft
 
     @property
     def metrics(self) -> Metrics:
         """What the calls so far have cost."""
-        return self.scheduler.metrics
+        return self.engine.metrics
 
     @property
     def formatter(self) -> Llama3Chat:
@@ -141,7 +144,6 @@ class Llama:
         *,
         seed: int | None = None,
         add_prefix_space: bool = False,
-        keep_cache: bool = False,
     ) -> Iterator[TokenEvent]:
         """Complete prompts of any lengths, at most max_batch_size at a time, event by event as tokens come.
 
@@ -155,8 +157,6 @@ class Llama:
             seed: the same seed gives the same tokens; None goes on with the model's own sequence of seeds.
             add_prefix_space: whether the new tokens begin a text, as an answer in a chat does, so that the space which
                 SentencePiece puts before a first word is stripped; else they continue the prompt.
-            keep_cache: whether the cache stays, for a chat's one prompt: the next call to keep it reads only what is
-                new.
 
         Raises ValueError for wrong arguments at once, and while iterating where logits are NaN.
 
@@ -167,7 +167,7 @@ class Llama:
         0 None '' length
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
-        return self._stream(as_token_ids(prompt_tokens, self.model.args), params, add_prefix_space, keep_cache)
+        return self._stream(as_token_ids(prompt_tokens, self.model.args), params, add_prefix_space)
 
     def generate(
         self,
@@ -305,19 +305,11 @@ class Llama:
         return fold_events(events, len(prompts), self.tokenizer, params.logprobs)
 
     def _stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        add_prefix_space: bool = False,
-        keep_cache: bool = False,
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, add_prefix_space: bool = False
     ) -> Iterator[TokenEvent]:
-        """See `stream`. The scheduler's own events are returned, so that no token passes through here."""
-        if keep_cache and len(prompts) > 1:
-            raise ValueError(f"keep_cache is for one prompt at a time, got {len(prompts)}")
-        seed, first = params.seed, 0
-        if seed is None:
-            seed, first = self.seed, self._sequences_seeded
+        """See `stream`. The engine's own events are returned, so that no token passes through here."""
+        first = 0
+        if params.seed is None:
+            first = self._sequences_seeded
             self._sequences_seeded += len(prompts)
-        max_seq_len = self.model.args.max_seq_len
-        sequences = make_sequences(prompts, params, max_seq_len, seed, first, self.tokenizer, add_prefix_space)
-        return self.scheduler.run(sequences, params, keep_cache)
+        return self.engine.run(prompts, params, first, add_prefix_space, interactive=len(prompts) == 1)

@@ -138,7 +138,7 @@ def answer(llm: Llama, dialog: list[Message], n_opening: int, params: SamplingPa
         try:
             kept, tokens = fit(llm, dialog, n_opening, params.max_gen_len)
             events = llm.stream(
-                [tokens], params.max_gen_len, params.temperature, params.top_p, add_prefix_space=True, keep_cache=True
+                [tokens], params.max_gen_len, params.temperature, params.top_p, add_prefix_space=True
             )
             if len(kept) < len(dialog):
                 forgotten = len(dialog) - len(kept)

@@ -63,8 +63,10 @@ class CudaGraphRunner(EagerRunner):
         self._announced = zeros(1)
         self._sampled = zeros(rows * MAX_STEP_TOKENS + 1)
         self._logprobs = zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32)
-        self._sequences: list[SequenceState] = []  # of the rows, as far as their random numbers are on the device
-        self._key: tuple[object, ...] = ()  # of the last graph
+        # Of the rows, as far as their random numbers and parameters are on the device, and the kinds of these.
+        self._sequences: list[SequenceState] = []
+        self._kinds: frozenset[str] = frozenset()
+        self._key: tuple[int, int, frozenset[str], bool] = (0, 0, self._kinds, False)  # of the last graph
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         assert not self._in_flight, "a step in flight is followed by launch_next"
@@ -86,9 +88,9 @@ class CudaGraphRunner(EagerRunner):
         self._announced.copy_(self._upload([announced]))
         params = [chunk.sequence.params for chunk in chunks] + [chunks[0].sequence.params] * idle
         self._upload_sequences(chunks, params)
+        self._table[bsz:rows] = 0  # the page of nobody
         self._upload_tables(chunks)
-        kinds = SamplingTensors.kinds_of(params)
-        self._key = rows, seqlen, kinds, any(each.logprobs for each in params)
+        self._key = rows, seqlen, self._kinds, any(each.logprobs for each in params)
         self._replay(chunks, seqlen)
 
     def launch_next(self, chunks: Sequence[Chunk]) -> None:
@@ -96,7 +98,7 @@ class CudaGraphRunner(EagerRunner):
             super().launch_next(chunks)
             return
         self._upload_tables(chunks)
-        self._key = self._key[0], 1, *self._key[2:]
+        self._key = (self._key[0], 1, *self._key[2:])
         self._replay(chunks, 1)
 
     def wait(self) -> StepOutput:
@@ -133,14 +135,14 @@ class CudaGraphRunner(EagerRunner):
                 first = len(sequence.prompt) - 1
                 numbers = self._upload(sequence.uniforms, torch.float32)
                 self._uniforms[row, first : first + len(numbers)] = numbers
-        self._temperature[: len(params)] = self._upload([each.temperature for each in params], torch.float32)
-        self._top_p[: len(params)] = self._upload([each.top_p for each in params], torch.float32)
-        self._sequences = sequences
+        given = SamplingTensors.of(params, "cpu")
+        self._temperature[: len(params)] = self._pinned(given.temperature)
+        self._top_p[: len(params)] = self._pinned(given.top_p)
+        self._sequences, self._kinds = sequences, given.kinds
 
     def _upload_tables(self, chunks: Sequence[Chunk]) -> None:
-        """Have the pages of each row on the device; rows without a sequence write to the first row's last positions."""
-        table = torch.stack([chunk.sequence.table for chunk in chunks])
-        self._table[: len(chunks)] = self._pinned(table)
+        """Have the pages of each row on the device."""
+        self._table[: len(chunks)] = self._pinned(torch.stack([chunk.sequence.table for chunk in chunks]))
 
     def _replay(self, chunks: Sequence[Chunk], seqlen: int) -> None:
         """Launch the graph of a step; capture it first if there is none yet."""

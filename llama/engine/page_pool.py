@@ -41,7 +41,10 @@ class PagePool:
     """
 
     def __init__(self, n_pages: int, most_kept: int) -> None:
-        """Make a pool of free pages, which keeps at most `most_kept` pages that nobody holds."""
+        """Make a pool of free pages, which keeps at most `most_kept` pages that nobody holds.
+
+        Page 0 is nobody's: what has no page of its own, as a row that only pads a CUDA graph, writes there.
+        """
         self.n_pages, self.most_kept = 0, most_kept
         self.n_free = 0
         self.n_touched = 0  # pages up to the last one that was ever allocated
@@ -53,7 +56,10 @@ class PagePool:
         self._last_name = ROOT
         self._found: defaultdict[tuple[int, int], list[int]] = defaultdict(list)  # by the name before, the first token
         self._unwritten: set[int] = set()  # pages named by a step that has not ended yet
-        self.grow(n_pages)
+        if n_pages:
+            self.grow(n_pages)
+            self._states[0] = USED[0]
+            self.n_free -= 1
 
     def grow(self, n_pages: int) -> None:
         """Add free pages, up to n_pages."""
@@ -70,7 +76,8 @@ class PagePool:
 
     @property
     def n_held(self) -> int:
-        return self.n_pages - self.n_available
+        """Pages that sequences hold."""
+        return max(0, self.n_pages - 1) - self.n_available
 
     def find(self, tokens: Sequence[int]) -> Match:
         """Find the longest beginning of a text that is in pages; they are not held for the caller yet.

@@ -100,9 +100,9 @@ class Room:
     def _wanted(self, n_pages: int) -> int:
         """Return how many pages the caches should have, where they have n_pages now."""
         scheduler = self.scheduler
-        most = min((scheduler.max_rows + KEPT_TEXTS) * scheduler.most_pages, self._limit)
+        most = 1 + min((scheduler.max_rows + KEPT_TEXTS) * scheduler.most_pages, self._limit)  # with page 0
         if self.model.device.type == "cpu":
-            return max(n_pages, most) if n_pages == 0 else n_pages
+            return n_pages or most
         room = max(0, scheduler.max_rows - len(scheduler.running))
         needed = 2 * len(scheduler.running) + sum(
             pages_for(len(sequence.tokens)) + min(MOST_CLAIMED, pages_for(sequence.max_new_tokens)) + 1
@@ -110,7 +110,7 @@ class Room:
         )
         if needed <= scheduler.pool.n_available and n_pages:
             return n_pages
-        return max(n_pages, min(most, max(int(GROWTH * n_pages), n_pages + needed)))
+        return max(n_pages, min(most, max(int(GROWTH * n_pages), n_pages + needed + 1)))
 
     def _make_runners(self, caches: list[KVCache]) -> None:
         """Make a runner for each model: of CUDA graphs, if its backend captures them."""

@@ -167,8 +167,8 @@ class EagerRunner:
     def _sampling_tensors(self, sampled: Sequence[Chunk]) -> SamplingTensors:
         params = [chunk.sequence.params for chunk in sampled for _ in range(chunk.n_sampled)]
         if params != self._params:
-            self._params, self._rows = params, SamplingTensors.of(params, self.device)
-        return self._rows
+            self._params, self._sampling = params, SamplingTensors.of(params, self.device)
+        return self._sampling
 
     def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:
         """Return the log-probability of each target, given the state before it in hidden (n_targets or more, dim)."""

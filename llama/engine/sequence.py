@@ -65,7 +65,7 @@ class Sequence:
         return self.pages[0] if self.is_contiguous else None
 
     def begin(self, most_pages: int) -> None:
-        """Begin without pages, of which there will be at most `most_pages`."""
+        """Begin without pages, of which there will be at most `most_pages`; page 0 stands for those to come."""
         self.pages, self.table = [], torch.zeros(most_pages, dtype=torch.int32, device="cpu")
         self.n_cached = self.n_named = self.n_claimed = 0
         self.name, self.is_contiguous, self.scores = ROOT, True, [0.0]
