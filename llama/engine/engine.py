@@ -217,6 +217,8 @@ class Engine:
 
     def _launch(self) -> list[Chunk]:
         """Launch the next step of all that runs, and of what waits and has room; return its chunks."""
+        if not self._sequences:
+            return []
         self._is_consistent = False
         self._room.open()
         self._began = time.perf_counter()

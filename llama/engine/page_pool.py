@@ -148,11 +148,11 @@ class PagePool:
         while len(self._kept) > self.most_kept:
             self._free(self._give_up())
 
-    def name(self, page: int, before: int, tokens: Sequence[int]) -> int:
+    def name(self, page: int, before: int, tokens: Sequence[int], is_written: bool = False) -> int:
         """Have a held page found by its content, at most PAGE_SIZE tokens after the page with the name `before`.
 
-        Returns the name of the page with that content, which may be another one. Until `written`, nothing is copied
-        from it.
+        Returns the name of the page with that content, which may be another one. Unless it is written already, nothing
+        is copied from it until `written`.
         """
         content = before, tuple(tokens)
         for other in self._found[before, tokens[0]]:
@@ -161,7 +161,8 @@ class PagePool:
         self._last_name += 1
         self._contents[page], self._names[page] = content, self._last_name
         self._found[before, tokens[0]].append(page)
-        self._unwritten.add(page)
+        if not is_written:
+            self._unwritten.add(page)
         return self._last_name
 
     def written(self, done: bool = True) -> None:

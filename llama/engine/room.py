@@ -5,6 +5,8 @@ Knows nothing of what sequences contain.
 
 from __future__ import annotations
 
+import itertools
+
 from llama.backends.base import Backend, backend_of
 from llama.cache import PAGE_SIZE, KVCache, pages_for
 from llama.engine.cuda_graph_runner import CudaGraphRunner
@@ -98,19 +100,20 @@ class Room:
         self.scheduler.restart(PagePool(caches[0].n_pages, most_kept), caches)
 
     def _wanted(self, n_pages: int) -> int:
-        """Return how many pages the caches should have, where they have n_pages now."""
+        """Return how many pages the caches should have, page 0 included, where they have n_pages now."""
         scheduler = self.scheduler
-        most = 1 + min((scheduler.max_rows + KEPT_TEXTS) * scheduler.most_pages, self._limit)  # with page 0
+        most = min((scheduler.max_rows + KEPT_TEXTS) * scheduler.most_pages, self._limit)
+        next_ones = list(itertools.islice(scheduler.waiting, max(0, scheduler.max_rows - len(scheduler.running))))
+        least = max((pages_for(sequence.max_len) for sequence in next_ones), default=0)  # alone, it has to fit
         if self.model.device.type == "cpu":
-            return n_pages or most
-        room = max(0, scheduler.max_rows - len(scheduler.running))
+            return n_pages if n_pages > least else 1 + max(least, most)
         needed = 2 * len(scheduler.running) + sum(
             pages_for(len(sequence.tokens)) + min(MOST_CLAIMED, pages_for(sequence.max_new_tokens)) + 1
-            for sequence, _ in zip(scheduler.waiting, range(room), strict=False)
+            for sequence in next_ones
         )
-        if needed <= scheduler.pool.n_available and n_pages:
+        if n_pages > least and needed <= scheduler.pool.n_available:
             return n_pages
-        return max(n_pages, min(most, max(int(GROWTH * n_pages), n_pages + needed + 1)))
+        return max(n_pages, 1 + least, 1 + min(most, max(int(GROWTH * n_pages), n_pages + needed)))
 
     def _make_runners(self, caches: list[KVCache]) -> None:
         """Make a runner for each model: of CUDA graphs, if its backend captures them."""

@@ -70,8 +70,9 @@ class Scheduler:
         return chunks
 
     def try_grow(self, sequence: Sequence, length: int) -> bool:
-        """Give a sequence pages for `length` positions, if there are as many that nobody holds."""
-        if pages_for(length) - len(sequence.pages) > self.pool.n_available:
+        """Give a sequence pages for `length` positions, if it may have as many and nobody holds them."""
+        n_pages = pages_for(length)
+        if n_pages > self.most_pages or n_pages - len(sequence.pages) > self.pool.n_available:
             return False
         self._grow(sequence, length)
         return True
@@ -86,7 +87,7 @@ class Scheduler:
         n_full = sequence.n_cached // PAGE_SIZE
         rest = sequence.tokens[n_full * PAGE_SIZE : sequence.n_cached]
         if rest and sequence.n_named == n_full and self.shares_pages(sequence):
-            self.pool.name(sequence.pages[n_full], sequence.name, rest)
+            self.pool.name(sequence.pages[n_full], sequence.name, rest, is_written=True)
         self._release(sequence)
 
     def step_failed(self) -> None:
@@ -162,6 +163,7 @@ class Scheduler:
             sequence.add_page(self.pool.allocate(pages[-1] if pages else None, sequence.n_claimed))
 
     def _set_back(self, sequence: Sequence) -> None:
+        self.metrics.set_back += 1
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
