@@ -10,7 +10,7 @@ from llama.backends.cpu import ops as kernels
 from llama.backends.cpu.backend import CpuBackend
 from llama.backends.cpu.build import library
 from llama.backends.cpu.packed_weight import PackedWeight
-from llama.cache import KVCache
+from llama.cache import ForwardBatch, KVCache
 from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
@@ -122,9 +122,15 @@ def fused(model: Transformer) -> Transformer:
     return other
 
 
+def states_of(model: Transformer, tokens: Tensor, start_pos: Tensor, cache: KVCache) -> Tensor:
+    """Final states (bsz, seqlen, dim) of tokens (bsz, seqlen) of the cache's first rows from start_pos (bsz,) on."""
+    batch = ForwardBatch.of_rows(cache, start_pos, tokens.shape[1])
+    return model.hidden(tokens.flatten(), batch).unflatten(0, tokens.shape)
+
+
 def both(model: Transformer, tokens: Tensor, start_pos: Tensor, caches: tuple[KVCache, KVCache]) -> None:
-    plain = model.hidden(tokens, start_pos, caches[0])
-    close(fused(model).hidden(tokens, start_pos, caches[1]), plain)
+    plain = states_of(model, tokens, start_pos, caches[0])
+    close(states_of(fused(model), tokens, start_pos, caches[1]), plain)
     for plain_side, fused_side in zip(
         (caches[0].keys, caches[0].values), (caches[1].keys, caches[1].values), strict=True
     ):
@@ -154,11 +160,11 @@ def test_long_rows_are_attended_to_in_parts() -> None:
 def test_states_do_not_depend_on_the_batch_or_on_how_tokens_come() -> None:
     model = fused(transformer(ARCHITECTURES["grouped"]))
     tokens = random_tokens(2, 7, vocab_size=64)
-    together = model.hidden(tokens, torch.zeros(2, dtype=torch.long), model.new_cache(2, 16))
+    together = states_of(model, tokens, torch.zeros(2, dtype=torch.long), model.new_cache(2, 16))
     for row in range(2):
         cache = model.new_cache(1, 16)
         for place in range(7):
-            alone = model.hidden(tokens[row : row + 1, place : place + 1], torch.tensor([place]), cache)
+            alone = states_of(model, tokens[row : row + 1, place : place + 1], torch.tensor([place]), cache)
             assert torch.equal(alone[0, 0], together[row, place]), (row, place)
 
 
@@ -170,7 +176,7 @@ def test_threads_change_nothing() -> None:
     try:
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
-            states.append(model.hidden(tokens, start, model.new_cache(2, 16)))
+            states.append(states_of(model, tokens, start, model.new_cache(2, 16)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -29,6 +30,8 @@ from llama.sampling import SamplingTensors, TokenSampler, TorchSampler
 
 # A sliding window longer than any cache.
 NO_WINDOW = 1 << 40
+# Tokens of a row that the kernels attend one by one, beside other tokens; for more, torch's attention is faster.
+MAX_KERNEL_SEQLEN = 16
 
 # Seconds between looks at what other processes take: 25 of the kernel's ticks.
 SECONDS_TO_LOOK = 0.25
@@ -157,10 +160,10 @@ class CpuBackend(EagerBackend):
 
     def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
-        if tokens.numel() > ops.MAX_GEMV_TOKENS:
-            return self._run(tokens, positions, rotation, kv_len, cache)
+        if len(tokens) > ops.MAX_GEMV_TOKENS:
+            return self._run(tokens, rotation, batch)
         with self._threads:
-            return self._run(tokens, positions, rotation, kv_len, cache)
+            return self._run(tokens, rotation, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if ops.is_gemv(hidden):
@@ -171,20 +174,17 @@ class CpuBackend(EagerBackend):
     def token_sampler(self) -> TokenSampler:
         return CpuSampler(self._threads)
 
-    def _run(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        bsz, seqlen = tokens.shape
-        residual = self._embed(tokens).view(bsz * seqlen, -1)
-        positions = positions.contiguous()
-        inputs = self._inputs(residual, positions, rotation, cache)
-        if bsz * seqlen <= ops.MAX_GEMV_TOKENS:
+    def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+        residual = self._embed(tokens)
+        inputs = self._inputs(residual, rotation, batch)
+        if len(tokens) <= ops.MAX_GEMV_TOKENS:
             self._run_few(residual, inputs)
         else:
-            self._run_many(residual, inputs, positions, self.model.mask(positions, kv_len), cache)
-        hidden = F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
-        return hidden.view(bsz, seqlen, -1)
+            self._run_many(residual, inputs, batch)
+        return F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of tokens (bsz, seqlen) in new memory, fp32: layers add to them in place."""
+        """Return the embeddings of tokens (n_tokens,) in new memory, fp32: layers add to them in place."""
         table = self.tok_embeddings.weight
         if self.parallel.size > 1:
             return self.tok_embeddings(tokens).to(torch.float32, copy=True)
@@ -208,14 +208,16 @@ class CpuBackend(EagerBackend):
                 if last.bias is not None:
                     x += last.bias
 
-    def _run_many(
-        self, x: Tensor, inputs: ops.LayersInput, positions: Tensor, mask: Tensor | None, cache: KVCache
-    ) -> None:
+    def _run_many(self, x: Tensor, inputs: ops.LayersInput, batch: ForwardBatch) -> None:
         """Run the layers on the residual x (n_tokens, dim), in place, with matrix products for many tokens."""
         eps, dtype = self.args.norm_eps, self.dtype
+        masks = [
+            self.model.mask(batch.positions, group) if group.seqlen > MAX_KERNEL_SEQLEN else None
+            for group in batch.groups
+        ]
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            delta = self._attend(i, x, delta, inputs, positions, mask, cache)
+            delta = self._attend(i, x, delta, inputs, masks, batch)
             h = ops.fused_add_rms_norm(x, delta, self._norms[i][1], eps, dtype)
             feed_forward = layer.feed_forward
             delta = feed_forward.w2(ops.silu_and_mul(feed_forward.w1(h), feed_forward.w3(h)))
@@ -227,21 +229,28 @@ class CpuBackend(EagerBackend):
         x: Tensor,
         delta: Tensor | None,
         inputs: ops.LayersInput,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: KVCache,
+        masks: Sequence[Tensor | None],
+        batch: ForwardBatch,
     ) -> Tensor:
-        """Add delta to the residual x in place, and return a layer's attention of the sum: (n_tokens, dim)."""
-        bsz, seqlen = positions.shape
+        """Add delta to the residual x in place, and return a layer's attention of the sum: (n_tokens, dim).
+
+        masks: of each group of rows that torch attends.
+        """
         attention = self.layers[layer].attention
         h = ops.fused_add_rms_norm(x, delta, self._norms[layer][0], self.args.norm_eps, self.dtype)
         q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
         ops.rope_and_append_kv(inputs, layer, q, k, v)
         del h, k, v
-        k, v = cache.read(layer, bsz, seqlen if mask is None else mask.shape[-1])
-        y = attend(q.view(bsz, seqlen, attention.n_local_heads, attention.head_dim), k, v, mask)
+        y = torch.empty_like(q)
+        for group, mask in zip(batch.groups, masks, strict=True):
+            if group.seqlen <= MAX_KERNEL_SEQLEN:
+                ops.attend(inputs, layer, group.tokens, q, y)
+            else:
+                shape = group.n_rows, group.seqlen, attention.n_local_heads, attention.head_dim
+                of_group = attend(q[group.tokens].view(shape), *batch.read(layer, group), mask)
+                y[group.tokens].view(shape).copy_(of_group)
         del q
-        return attention.wo(y.reshape(bsz * seqlen, -1))
+        return attention.wo(y)
 
     def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.WeightView:
         """Return the C structure of a linear or of the embedding table."""
@@ -255,28 +264,35 @@ class CpuBackend(EagerBackend):
             described.bias = ops.vector(self._biases[-1], weight.shape[0])
         return described
 
-    def _inputs(self, x: Tensor, positions: Tensor, rotation: Tensor, cache: KVCache) -> ops.LayersInput:
+    def _inputs(self, x: Tensor, rotation: Tensor, batch: ForwardBatch) -> ops.LayersInput:
         """Return the C structure of what layers read and write; the residual x is (n_tokens, dim), fp32."""
-        keys, values = cache.keys, cache.values
-        n_tokens = len(x)
-        half, cached = self.args.head_dim // 2, keys.numel()
+        keys, values, table = batch.cache.keys, batch.cache.values, batch.page_table
+        (n_rows, pages_per_row), n_pages, cached = table.shape, keys.shape[1], keys.numel()
+        attention = self.layers[0].attention
+        shape = (len(self.layers), n_pages, ops.PAGE_SIZE, attention.n_local_kv_heads, attention.head_dim)
+        assert keys.shape == shape, (keys.shape, shape)
+        n_tokens, half = len(x), self.args.head_dim // 2
         addresses = ops.pointers(
-            (positions, torch.int64, n_tokens),
+            (batch.positions, torch.int64, n_tokens),
+            (batch.rows, torch.int32, n_tokens),
+            (table, torch.int32, n_rows * pages_per_row),
             (rotation, torch.complex64, n_tokens * half),
             (keys, keys.dtype, cached),
             (values, keys.dtype, cached),
             (x, torch.float32, n_tokens * self.args.dim),
         )
         residual = addresses.pop()
-        return ops.LayersInput(
+        inputs = ops.LayersInput(
             n_tokens=n_tokens,
-            seqlen=positions.shape[1],
+            n_rows=n_rows,
+            pages_per_row=pages_per_row,
+            n_pages=n_pages,
             cache_type=ops.FLOAT_TYPE_IDS[keys.dtype],
-            **dict(zip(("positions", "rotation", "keys", "values"), addresses, strict=True)),
-            layer_stride=keys.stride(0),
-            row_stride=keys.stride(1),
+            **dict(zip(("positions", "rows", "page_table", "rotation", "keys", "values"), addresses, strict=True)),
             x=residual,
             out=residual,
             threads=torch.get_num_threads(),
             **self._constants,
         )
+        assert ops.is_within_cache(inputs)
+        return inputs

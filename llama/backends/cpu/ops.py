@@ -15,6 +15,7 @@ from llama.backends.cpu.build import library
 
 # Most tokens that one pass over the weights serves, as in csrc/layers.h; for more, matrix products are faster: see D32.
 MAX_GEMV_TOKENS = 16
+PAGE_SIZE = 16  # positions of a page of the cache, as in csrc/attention.h and cache.py
 TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
 
 # Halves of a layer, for `run_layers`.
@@ -53,14 +54,10 @@ class LayersInput(ctypes.Structure):
     """LayersInput in layers.h: what layers read and write beside their weights."""
 
     _fields_ = [
-        *(
-            (name, c_int32)
-            for name in ("n_tokens", "seqlen", "dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "cache_type")
-        ),
+        *((name, c_int32) for name in ("n_tokens", "n_rows", "pages_per_row", "n_pages")),
+        *((name, c_int32) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "cache_type")),
         ("window", c_int64),
-        *((name, c_void_p) for name in ("positions", "rotation", "keys", "values")),
-        ("layer_stride", c_int64),
-        ("row_stride", c_int64),
+        *((name, c_void_p) for name in ("positions", "rows", "page_table", "rotation", "keys", "values")),
         ("x", c_void_p),
         ("out", c_void_p),
         ("eps", c_float),
@@ -206,6 +203,11 @@ def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, 
     kernels().run_layers(layers, first, stop, halves, ctypes.byref(inputs))
 
 
+def is_within_cache(inputs: LayersInput) -> bool:
+    """Tell whether all that layers read and write of the cache, and of the page table, is theirs."""
+    return bool(kernels().is_within_cache(ctypes.byref(inputs)))
+
+
 def fused_add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -239,3 +241,15 @@ def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v:
     n, n_kv = (inputs.n_tokens * heads * inputs.head_dim for heads in (inputs.n_heads, inputs.n_kv_heads))
     three = pointers((q, dtype, n), (k, dtype, n_kv), (v, dtype, n_kv))
     kernels().rope_and_append_kv(ctypes.byref(inputs), layer, *three)
+
+
+def attend(inputs: LayersInput, layer: int, tokens: slice, q: Tensor, y: Tensor) -> None:
+    """Compute attention of some tokens of q over the cache into the same tokens of y.
+
+    q, y: (n_tokens, n_heads * head_dim), of the cache's dtype. A token's result does not depend on the others.
+    """
+    dtype, n = q.dtype, inputs.n_tokens * inputs.n_heads * inputs.head_dim
+    assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
+    assert 0 <= tokens.start <= tokens.stop <= inputs.n_tokens, (tokens, inputs.n_tokens)
+    both = pointers((q, dtype, n), (y, dtype, n))
+    kernels().attend(ctypes.byref(inputs), layer, tokens.start, tokens.stop - tokens.start, *both)

@@ -7,6 +7,7 @@
 
 #include "weights.h"
 
+constexpr int PAGE_SIZE = 16;  // positions of a page of the cache, as in cache.py
 constexpr int PART = 256;  // keys
 
 inline float dot(const float *a, const float *b, int n) {
@@ -42,12 +43,17 @@ inline f32 sums_of(const f32 *v) {
     return __builtin_shufflevector(d, d, 0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15);
 }
 
-// Attention of the `group` query heads of one KV head over keys [start, stop). `keys` and `values` point at the row's
-// first key and value of that head; successive ones are `stride` numbers apart. out: for each head its greatest score,
-// its sum of exponentials, and the weighted sum of values, head_dim + 2 floats.
+// The slot of a position of a row: its place among the positions of all pages.
+inline size_t slot(const int32_t *pages, int64_t position) {
+    return size_t(pages[position / PAGE_SIZE]) * PAGE_SIZE + position % PAGE_SIZE;
+}
+
+// Attention of the `group` query heads of one KV head over keys [start, stop) of the row that has these pages. `keys`
+// and `values` point at that head's key and value of slot 0; those of successive slots are `stride` numbers apart. out:
+// for each head its greatest score, its sum of exponentials, and the weighted sum of values, head_dim + 2 floats.
 inline void attend_part(
     const float *q, int group, int head_dim, const uint8_t *keys, const uint8_t *values, int type, size_t stride,
-    int start, int stop, float *out
+    const int32_t *pages, int start, int stop, float *out
 ) {
     static thread_local std::vector<float> scores, sixteen, queries, sums;
     const int width = (head_dim + LANES - 1) / LANES * LANES, vectors = width / LANES;
@@ -58,9 +64,11 @@ inline void attend_part(
     queries.assign(size_t(group) * width, 0.0f);
     sums.assign(size_t(group) * width, 0.0f);
     for (int h = 0; h < group; h++) std::copy_n(q + h * head_dim, head_dim, queries.data() + h * width);
+    size_t at[PART];
+    for (int i = 0; i < n; i++) at[i] = slot(pages, start + i) * stride;
     auto read = [&](const uint8_t *from, int first) {
         for (int i = 0; i < LANES && first + i < n; i++)
-            read_floats(from, type, size_t(start + first + i) * stride, head_dim, sixteen.data() + i * width);
+            read_floats(from, type, at[first + i], head_dim, sixteen.data() + i * width);
     };
     for (int first = 0; first < n; first += LANES) {
         read(keys, first);

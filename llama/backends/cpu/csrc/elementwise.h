@@ -56,7 +56,7 @@ extern "C" void rope_and_append_kv(const LayersInput *inputs, int layer, void *q
             rotate(q, t, q_dim);
             write_floats(q, in.cache_type, size_t(t) * q_dim, q_dim, row.data());
             rotate(k, t, kv_dim);
-            size_t at = slot(in, layer, t);
+            size_t at = index_of_token(in, layer, t);
             write_floats(in.keys, in.cache_type, at, kv_dim, row.data());
             memcpy(in.values + at * size, (const uint8_t *)v + size_t(t) * kv_dim * size, size_t(kv_dim) * size);
         }

@@ -10,23 +10,59 @@ static thread_local Activations activations;
 extern "C" void run_layers(const Layer *layers, int first, int stop, int halves, const LayersInput *inputs) {
     static thread_local std::vector<float> q_storage, parts_storage, hidden_storage;
     const LayersInput &in = *inputs;
-    int max_parts = 1;
-    for (int t = 0; t < in.n_tokens; t++) {
-        int64_t start = std::max<int64_t>(0, in.positions[t] - in.window + 1);
-        max_parts = std::max(max_parts, int(in.positions[t] / PART - start / PART + 1));
-    }
+    int first_part[MAX_GEMV_TOKENS + 1] = {};
+    for (int t = 0; t < in.n_tokens; t++) first_part[t + 1] = first_part[t] + Keys(in, t).parts();
     float *q = buffer(q_storage, size_t(in.n_tokens) * in.n_heads * in.head_dim);
-    float *parts = buffer(parts_storage, size_t(in.n_tokens) * in.n_heads * max_parts * (in.head_dim + 2));
+    float *parts = buffer(parts_storage, size_t(first_part[in.n_tokens]) * in.n_heads * (in.head_dim + 2));
     float *hidden = buffer(hidden_storage, size_t(in.n_tokens) * in.hidden_dim);
     Team team(in.threads);
 #pragma omp parallel num_threads(in.threads)
     {
 #pragma omp single
         team.size = omp_get_num_threads();
-        Worker worker{in, team, omp_get_thread_num(), q, parts, hidden, max_parts, activations};
+        Worker worker{in, team, omp_get_thread_num(), q, parts, hidden, first_part, activations};
         for (int layer = first; layer < stop; layer++) {
             if (halves & ATTENTION) worker.attention(layers[layer], layer);
             if (halves & FEED_FORWARD) worker.feed_forward(layers[layer]);
+        }
+    }
+}
+
+// Tells whether all pages are in the cache, and all positions in the pages of their rows.
+extern "C" int is_within_cache(const LayersInput *inputs) {
+    const LayersInput &in = *inputs;
+    const uint64_t capacity = uint64_t(in.pages_per_row) * PAGE_SIZE;
+    bool within = true;
+    for (size_t i = 0; i < size_t(in.n_rows) * in.pages_per_row; i++)
+        within &= uint32_t(in.page_table[i]) < uint32_t(in.n_pages);
+    for (int t = 0; t < in.n_tokens; t++)
+        within &= uint32_t(in.rows[t]) < uint32_t(in.n_rows) && uint64_t(in.positions[t]) < capacity;
+    return within;
+}
+
+// Attention of tokens [first, first + n) over a layer's cache: y, like q (n_tokens, n_heads, head_dim). Both have the
+// cache's type. No thread waits for another, as tokens of many rows are enough for all.
+extern "C" void attend(const LayersInput *inputs, int layer, int first, int n, const void *q, void *y) {
+    const LayersInput &in = *inputs;
+    const int group = in.n_heads / in.n_kv_heads, values = group * in.head_dim, width = in.head_dim + 2;
+#pragma omp parallel num_threads(in.threads)
+    {
+        std::vector<float> heads(values), parts;
+#pragma omp for schedule(dynamic)
+        for (int unit = 0; unit < n * in.n_kv_heads; unit++) {
+            const int t = first + unit / in.n_kv_heads, head = unit % in.n_kv_heads;
+            const size_t at = (size_t(t) * in.n_kv_heads + head) * values;
+            const Keys keys(in, t);
+            buffer(parts, size_t(keys.parts()) * group * width);
+            read_floats(q, in.cache_type, at, values, heads.data());
+            for (int part = 0; part < keys.parts(); part++)
+                attend_token(in, layer, t, head, keys, part, heads.data(), parts.data() + part * group * width);
+            for (int h = 0; h < group; h++)
+                merge_parts(
+                    parts.data() + h * width, keys.parts(), size_t(group) * width, in.head_dim,
+                    heads.data() + h * in.head_dim
+                );
+            write_floats(y, in.cache_type, at, values, heads.data());
         }
     }
 }

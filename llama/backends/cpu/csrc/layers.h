@@ -11,23 +11,54 @@ struct Layer {
 };
 
 struct LayersInput {
-    int32_t n_tokens, seqlen;  // n_tokens / seqlen rows of the cache, seqlen tokens each
+    int32_t n_tokens, n_rows, pages_per_row, n_pages;
     int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, cache_type;
     int64_t window;  // number of keys that a query sees
     const int64_t *positions;  // (n_tokens)
+    const int32_t *rows;  // (n_tokens): the row of each token
+    const int32_t *page_table;  // (n_rows, pages_per_row): the pages of each row
     const float *rotation;  // (n_tokens, head_dim / 2) complex numbers
-    uint8_t *keys, *values;  // of layer 0, row 0
-    int64_t layer_stride, row_stride;  // in values of the cache
+    uint8_t *keys, *values;  // (layers, n_pages, PAGE_SIZE, n_kv_heads, head_dim)
     float *x;  // (n_tokens, dim): the residual
     float *out;  // x itself, which results are added to, or where this rank's part of a half's result is written
     float eps;
     int32_t threads;
 };
 
-// The index in the cache at which token t's keys and values begin, in numbers.
-inline size_t slot(const LayersInput &in, int layer, int t) {
-    return size_t(layer) * in.layer_stride + size_t(t / in.seqlen) * in.row_stride +
-           size_t(in.positions[t]) * in.n_kv_heads * in.head_dim;
+// The pages of token t's row.
+inline const int32_t *pages_of(const LayersInput &in, int t) {
+    return in.page_table + size_t(in.rows[t]) * in.pages_per_row;
+}
+
+// The index in the cache at which the keys and values of a layer's slot begin, in numbers.
+inline size_t index_of(const LayersInput &in, int layer, size_t slot) {
+    return (size_t(layer) * in.n_pages * PAGE_SIZE + slot) * in.n_kv_heads * in.head_dim;
+}
+
+// The same of token t.
+inline size_t index_of_token(const LayersInput &in, int layer, int t) {
+    return index_of(in, layer, slot(pages_of(in, t), in.positions[t]));
+}
+
+// The keys that token t sees, [first, stop), in parts: each ends at a multiple of PART, or at the last key.
+struct Keys {
+    int first, stop;
+    Keys(const LayersInput &in, int t)
+        : first(int(std::max<int64_t>(0, in.positions[t] - in.window + 1))), stop(int(in.positions[t]) + 1) {}
+    int parts() const { return (stop - 1) / PART - first / PART + 1; }
+    int part_start(int part) const { return std::max(first, (first / PART + part) * PART); }
+    int part_stop(int part) const { return std::min(stop, (first / PART + part + 1) * PART); }
+};
+
+// Attention of token t's query heads of one KV head, q (group, head_dim), over a part of its keys: see attend_part.
+inline void attend_token(
+    const LayersInput &in, int layer, int t, int head, const Keys &keys, int part, const float *q, float *out
+) {
+    const size_t at = (index_of(in, layer, 0) + size_t(head) * in.head_dim) * value_bytes(in.cache_type);
+    attend_part(
+        q, in.n_heads / in.n_kv_heads, in.head_dim, in.keys + at, in.values + at, in.cache_type,
+        size_t(in.n_kv_heads) * in.head_dim, pages_of(in, t), keys.part_start(part), keys.part_stop(part), out
+    );
 }
 
 // Multiplies an adjacent pair, as a complex number, by the complex number of its rotation.
@@ -77,10 +108,8 @@ struct Worker {
     Team &team;
     int thread;
     float *q, *parts, *hidden;  // shared by the threads
-    int max_parts;  // of the token with the most keys
+    const int *first_part;  // (n_tokens + 1): the parts of the tokens before each
     Activations &own;
-
-    int first_key(int t) const { return int(std::max<int64_t>(0, in.positions[t] - in.window + 1)); }
 
     // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
     template <class Use> void tiles(const Weight &w, const Input &x, Use use) {
@@ -108,43 +137,34 @@ struct Worker {
         tiles(w.wk, x, [&](int row, int rows, float *y) {
             for (int t = 0; t < n; t++) {
                 rotate(t, row, rows, y + t * TILE);
-                write_floats(in.keys, in.cache_type, slot(in, layer, t) + row, rows, y + t * TILE);
+                write_floats(in.keys, in.cache_type, index_of_token(in, layer, t) + row, rows, y + t * TILE);
             }
         });
         tiles(w.wv, x, [&](int row, int rows, float *y) {
             for (int t = 0; t < n; t++)
-                write_floats(in.values, in.cache_type, slot(in, layer, t) + row, rows, y + t * TILE);
+                write_floats(in.values, in.cache_type, index_of_token(in, layer, t) + row, rows, y + t * TILE);
         });
         team.wait();
 
-        const int width = in.head_dim + 2, size = value_bytes(in.cache_type);
-        Share share(n * in.n_kv_heads * max_parts, thread, team.size);
-        for (int unit = share.start; unit < share.stop; unit++) {
-            int part = unit % max_parts, head = unit / max_parts % in.n_kv_heads;
-            int t = unit / (in.n_kv_heads * max_parts);
-            int first = first_key(t), last = int(in.positions[t]) + 1;
-            int start = std::max(first, (first / PART + part) * PART);
-            int stop = std::min(last, (first / PART + part + 1) * PART);
-            if (start >= stop) continue;
-            size_t row = size_t(layer) * in.layer_stride + size_t(t / in.seqlen) * in.row_stride;
-            size_t at = (row + head * in.head_dim) * size;
-            attend_part(
-                q + size_t(t) * q_dim + size_t(head) * group * in.head_dim, group, in.head_dim, in.keys + at,
-                in.values + at, in.cache_type, size_t(in.n_kv_heads) * in.head_dim, start, stop,
-                parts + ((size_t(part) * n + t) * in.n_heads + size_t(head) * group) * width
+        const int width = in.head_dim + 2;
+        Share share(first_part[n] * in.n_kv_heads, thread, team.size);
+        for (int unit = share.start, t = 0; unit < share.stop; unit++) {
+            while (unit >= first_part[t + 1] * in.n_kv_heads) t++;
+            int head = unit % in.n_kv_heads, part = unit / in.n_kv_heads;
+            attend_token(
+                in, layer, t, head, Keys(in, t), part - first_part[t], q + size_t(t) * q_dim + head * group * in.head_dim,
+                parts + (size_t(part) * in.n_heads + head * group) * width
             );
         }
         team.wait();
 
         float *y = buffer(own.values, size_t(n) * q_dim);
-        for (int t = 0; t < n; t++) {
-            int n_parts = int(in.positions[t]) / PART - first_key(t) / PART + 1;
+        for (int t = 0; t < n; t++)
             for (int h = 0; h < in.n_heads; h++)
                 merge_parts(
-                    parts + (size_t(t) * in.n_heads + h) * width, n_parts, size_t(n) * in.n_heads * width, in.head_dim,
-                    y + size_t(t) * q_dim + h * in.head_dim
+                    parts + (size_t(first_part[t]) * in.n_heads + h) * width, first_part[t + 1] - first_part[t],
+                    size_t(in.n_heads) * width, in.head_dim, y + size_t(t) * q_dim + h * in.head_dim
                 );
-        }
         add(w.wo, own.with_sums(y, n, q_dim));
     }
 
