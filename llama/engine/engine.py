@@ -54,8 +54,8 @@ class Engine:
         check_speculation(speculate, draft is not None)
         self.model, self.tokenizer, self.draft, self.seed = model, tokenizer, draft, seed
         self.metrics = Metrics()
-        self._room = Room(model, draft, self.metrics)
-        self._speculation = Speculation.of(speculate, self._room, self.metrics)
+        self.room = Room(model, draft, self.metrics)
+        self._speculation = Speculation.of(speculate, self.room, self.metrics)
         self._budget = StepBudget()
         # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
@@ -70,7 +70,7 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        return self._room.scheduler
+        return self.room.scheduler
 
     @property
     def unfinished(self) -> int:
@@ -191,7 +191,7 @@ class Engine:
             events,
             interactive,
         )
-        self._room.check(sequence, len(self._sequences), self._speculation is not None)
+        self.room.check(sequence, len(self._sequences), self._speculation is not None)
         self._sequences[request] = sequence
         self.scheduler.waiting.append(sequence)
 
@@ -201,7 +201,7 @@ class Engine:
         if not chunks:
             return
         self._in_flight = self._launch_ahead(chunks)
-        output = self._room.runner.wait()
+        output = self.room.runner.wait()
         self._is_consistent = False
         self.scheduler.pool.written()
         self._count(chunks)
@@ -220,9 +220,9 @@ class Engine:
         if not self._sequences:
             return []
         self._is_consistent = False
-        self._room.open()
+        self.room.open()
         self._began = time.perf_counter()
-        budget = self._room.max_step_tokens
+        budget = self.room.max_step_tokens
         if any(each.interactive and not each.in_prompt for each in self.scheduler.running):
             budget = min(budget, self._budget.tokens)
         chunks = self.scheduler.schedule(budget)
@@ -231,12 +231,12 @@ class Engine:
             return []
         if self._speculation is not None and not any(map(is_of_prompt, chunks)):
             chunks = self._speculation.with_drafts(chunks, self.scheduler)
-        self._room.runner.launch(chunks, self._announced())
+        self.room.runner.launch(chunks, self._announced())
         return chunks
 
     def _launch_ahead(self, chunks: abc.Sequence[Chunk]) -> list[Chunk]:
         """Launch the step after these chunks, where every sequence is sure to need it and nothing else can run."""
-        runner, scheduler = self._room.runner, self.scheduler
+        runner, scheduler = self.room.runner, self.scheduler
         if not runner.runs_ahead or self._speculation is not None or scheduler.can_admit or self.has_news:
             return []
         if any(is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks):
@@ -304,7 +304,8 @@ class Engine:
         """Add the step that was waited for to the metrics, and to what the budget knows."""
         now = time.perf_counter()
         n_prompt_tokens = sum(len(chunk.tokens) for chunk in chunks if is_of_prompt(chunk))
-        n_decoded = sum(not is_of_prompt(chunk) for chunk in chunks)
+        # A step that was launched ahead still has the rows of sequences that have ended.
+        n_decoded = sum(not is_of_prompt(chunk) and not chunk.sequence.finished for chunk in chunks)
         self.metrics.add_step(now - self._began, n_prompt_tokens, n_decoded)
         if n_decoded:
             self._budget.record(now - self._began, n_prompt_tokens)
@@ -313,7 +314,7 @@ class Engine:
     def _recover(self) -> None:
         """After an error or an interrupt in a step: have what it was about computed again by the next one."""
         self._in_flight = []
-        self._room.reset(self._is_consistent)
+        self.room.reset(self._is_consistent)
         self._is_consistent = True
 
 

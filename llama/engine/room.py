@@ -33,6 +33,8 @@ class Room:
         self.model, self.draft = model, draft
         self._models = [model] if draft is None else [model, draft]
         self.scheduler = Scheduler(model.args, metrics)
+        # Whether memory is taken when it is allocated, and not, as on a CPU, when it is written.
+        self.grows = model.device.type != "cpu"
         self.runners: list[Runner] = []  # of the model and of the draft model
         self._backends: list[Backend] = []  # that the models had when the runners were made
         self._checked = BatchShape(0, 0, 0)  # the largest batch for which there was memory
@@ -60,7 +62,7 @@ class Room:
         )
         if shape != before:
             in_use = sum(runner.cache.nbytes for runner in self.runners)
-            if self.model.device.type == "cpu":  # memory that was never written is not taken
+            if not self.grows:
                 in_use = in_use // max(1, self.scheduler.pool.n_pages) * self.scheduler.pool.n_touched
             self._limit = page_limit(self.model, shape, in_use, self.draft)
             self._checked = shape
@@ -105,7 +107,7 @@ class Room:
         most = min((scheduler.max_rows + KEPT_TEXTS) * scheduler.most_pages, self._limit)
         next_ones = list(itertools.islice(scheduler.waiting, max(0, scheduler.max_rows - len(scheduler.running))))
         least = max((pages_for(sequence.max_len) for sequence in next_ones), default=0)  # alone, it has to fit
-        if self.model.device.type == "cpu":
+        if not self.grows:
             return n_pages if n_pages > least else 1 + max(least, most)
         needed = 2 * len(scheduler.running) + sum(
             pages_for(len(sequence.tokens)) + min(MOST_CLAIMED, pages_for(sequence.max_new_tokens)) + 1

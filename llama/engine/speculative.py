@@ -44,9 +44,9 @@ class NgramProposer:
     window = 8192  # tokens to search, from the end: 0.5 ms
 
     def propose(self, chunks: Sequence[Chunk], count: int) -> list[list[int]]:
-        return [self._continuation(chunk.sequence.tokens, count) for chunk in chunks]
+        return [self.continuation(chunk.sequence.tokens, count) for chunk in chunks]
 
-    def _continuation(self, text: Sequence[int], count: int) -> list[int]:
+    def continuation(self, text: Sequence[int], count: int) -> list[int]:
         """Return `count` tokens that follow the last of the longest matches of the newest tokens; none without one."""
         best, after = 1, 0
         for end in range(len(text) - 1, max(len(text) - self.window, best), -1):

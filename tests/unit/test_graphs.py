@@ -13,9 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from llama import Llama
 from llama.backends.eager import EagerBackend
-from llama.engine import runner_pool
-from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import CudaGraphRunner
 from llama.engine.speculative import DraftLengthController
 from llama.sampling import SamplingParams
 from tests.checkpoints import write_model_and_draft
@@ -162,21 +159,44 @@ def test_a_step_neither_waits_for_a_value_nor_brings_one(folders: dict[str, Path
     assert not {name for name in names for waits in WAITS if name.startswith(f"aten.{waits}.")}
 
 
-def test_a_conversation_that_outgrows_its_cache_goes_on(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_grows_keeps_what_it_has(folders: dict[str, Path]) -> None:
     """Graphs of the old cache would write to memory that is another's by then."""
-    monkeypatch.setattr(runner_pool, "CACHE_LEN_MULTIPLE", 8)
     turns = [[BYTE_BOS, *b"one two"], [BYTE_BOS, *b"one two three one two three, one"], [BYTE_BOS, *b"one two t" * 4]]
     plain = build_llama(folders["model"])
     expected = [[step.token for step in plain.stream([turn], 9, temperature=0)] for turn in turns]
     llm = build_llama(folders["model"], [])
-    lengths = set()
+    llm.engine.room.grows = True
+    sizes = set()
     for turn, wanted in zip(turns, expected, strict=True):
-        assert [step.token for step in llm.stream([turn], 9, temperature=0, keep_cache=True)] == wanted
-        lengths.add(llm.scheduler.pool.pooled[True].runners[0].context.cache.max_seq_len)
-    assert len(lengths) == 2
+        assert [step.token for step in llm.stream([turn], 9, temperature=0)] == wanted
+        sizes.add(llm.engine.room.runner.cache.n_pages)
+    assert len(sizes) > 1
     assert llm.metrics.reused_tokens > 0
+    assert_same(
+        llm.generate(PROMPTS, None, logprobs=True, **GREEDY), plain.generate(PROMPTS, None, logprobs=True, **GREEDY)
+    )
+
+
+def test_requests_join_and_leave_between_captured_steps(folders: dict[str, Path]) -> None:
+    """A step that is in flight when they come is not theirs, and one that went when they left was in vain."""
+    plain = build_llama(folders["model"], max_batch_size=2)
+    expected = plain.generate(PROMPTS, 12, logprobs=True, **SAMPLED)
+    llm = build_llama(folders["model"], [], max_batch_size=4)
+    engine, tokens, waiting = llm.engine, [list[int]() for _ in PROMPTS], list(enumerate(PROMPTS))
+    indices: dict[int, int] = {}
+    while waiting or engine.unfinished:
+        left = None
+        if waiting and engine.unfinished < 3:
+            index, prompt = waiting.pop(0)
+            indices[engine.add(prompt, SamplingParams(**SAMPLED, max_gen_len=12), index=index)] = index
+            left = engine.add(PROMPTS[0][:9], SamplingParams(temperature=0))
+        for _ in range(2):
+            for event in engine.step():
+                if event.index in indices and event.token is not None:
+                    tokens[indices[event.index]].append(event.token)
+        if left is not None:
+            engine.cancel(left)
+    assert tokens == expected[0]
 
 
 def test_a_stream_that_is_left_leaves_nothing_behind(folders: dict[str, Path]) -> None:
@@ -184,14 +204,13 @@ def test_a_stream_that_is_left_leaves_nothing_behind(folders: dict[str, Path]) -
     llm = build_llama(folders["model"], [])
     llm.tokenizer.stop_tokens = frozenset()
     expected = llm.generate(PROMPTS[1:2], 6, **GREEDY)
-    for keep in (False, True):
-        left = llm.stream(PROMPTS[2:3], 12, keep_cache=keep, **GREEDY)
-        for _ in range(4):
-            next(left)
-        left.close()  # type: ignore[attr-defined]  # a generator
-        assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == expected
-        again = [step.token for step in llm.stream(PROMPTS[2:3], 12, keep_cache=True, **GREEDY)]
-        assert again[:-1] == llm.generate(PROMPTS[2:3], 12, **GREEDY)[0][0]
+    left = llm.stream(PROMPTS[2:3], 12, **GREEDY)
+    for _ in range(4):
+        next(left)
+    left.close()  # type: ignore[attr-defined]  # a generator
+    assert llm.generate(PROMPTS[1:2], 6, **GREEDY) == expected
+    again = [step.token for step in llm.stream(PROMPTS[2:3], 12, **GREEDY)]
+    assert again[:-1] == llm.generate(PROMPTS[2:3], 12, **GREEDY)[0][0]
 
 
 class Interrupted(BaseException):
@@ -219,35 +238,26 @@ def test_an_interrupt_while_a_step_is_captured_leaves_a_conversation_true(folder
     tapes = InterruptedTapes()
     TapeBackend(tapes).bind(llm.model)
     with pytest.raises(Interrupted):
-        list(llm.stream(PROMPTS[2:3], 8, keep_cache=True, **GREEDY))
-    runner = llm.scheduler.pool.pooled[True].runners[0]
-    assert runner.context.cached_tokens == [PROMPTS[2]]
+        list(llm.stream(PROMPTS[2:3], 8, **GREEDY))
     tapes.interrupts = False
-    assert [step.token for step in llm.stream(turn, 7, keep_cache=True, **GREEDY)] == plain
-
-
-def test_a_batch_between_two_turns_takes_nothing_from_the_conversation(folders: dict[str, Path]) -> None:
-    """Its rows were once the conversation's, all of which grew with it."""
-    llm = build_llama(folders["model"], [])
-    turn = PROMPTS[2]
-    llm.generate(PROMPTS, 4, **GREEDY)
-    list(llm.stream([turn], 4, keep_cache=True, **GREEDY))
-    llm.generate(PROMPTS, 6, **GREEDY)
     reused = llm.metrics.reused_tokens
-    list(llm.stream([[*turn, 5, 6]], 4, keep_cache=True, **GREEDY))
-    assert llm.metrics.reused_tokens == reused + len(turn)
-    assert len(llm.scheduler.pool.pooled[True].runners[0].context.cached_tokens) == 1
+    assert [step.token for step in llm.stream(turn, 7, **GREEDY)] == plain
+    assert llm.metrics.reused_tokens == reused + len(PROMPTS[2])
 
 
-def test_rows_that_only_fill_up_a_graph_hold_nothing(folders: dict[str, Path]) -> None:
-    """Their first positions are written over."""
-    context = Context(build_llama(folders["model"]).model, 4, 32)
-    with torch.inference_mode():
-        runner = CudaGraphRunner(context, Tape)
-        runner.begin(SamplingParams(temperature=0), torch.zeros(4, 32))
-        context.prefill([[5, 6, 7], [5, 6], [8], [9, 9]])
-        runner.launch([[1], [2], [3]], [3, 2, 1])
-    assert [len(row) for row in context.cached_tokens] == [4, 3, 2, 0]
+def test_rows_that_only_fill_up_a_graph_write_to_nobodys_page(folders: dict[str, Path]) -> None:
+    """Their first positions would else be another text's."""
+    llm = build_llama(folders["model"], [])
+    llm.tokenizer.stop_tokens = frozenset()
+    llm.generate(PROMPTS[:3], 9, **GREEDY)
+    cache, pool = llm.engine.room.runner.cache, llm.engine.scheduler.pool
+    written = [page for page in range(cache.n_pages) if cache.keys[:, page].any()]
+    assert 0 in written and max(written) == pool.n_touched - 1
+    llm.generate(PROMPTS[:3], 9, **GREEDY)  # its pages are found, and they hold what they held
+    assert llm.metrics.reused_tokens > 0
+    plain = build_llama(folders["model"])
+    plain.tokenizer.stop_tokens = frozenset()
+    assert llm.generate(PROMPTS[:3], 20, **GREEDY) == plain.generate(PROMPTS[:3], 20, **GREEDY)
 
 
 def test_steps_of_a_model_that_was_changed_are_not_run_again(folders: dict[str, Path]) -> None:
