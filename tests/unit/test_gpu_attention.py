@@ -14,6 +14,7 @@ from tests.gpu_compile import CAPABILITIES, Ahead, compiled_kernels
 pytest.importorskip("triton", reason="GPU kernels are written in Triton")
 from llama.backends.cuda import attention
 from llama.backends.cuda.attention import attention_tile, flash_attention, n_splits
+from llama.cache import PAGE_SIZE, pages_for
 from llama.quantization.planar import MAX_GEMV_TOKENS
 
 pytestmark = pytest.mark.slow
@@ -21,30 +22,52 @@ pytestmark = pytest.mark.slow
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 N_KV_HEADS = 2
-LAYERS = 2
+NO_PAGE = 1 << 30  # reading it would end the process
 
 
 def random_step(
     bsz: int, seqlen: int, group: int, head_dim: int, max_seq_len: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, and the last layer's keys and values of a cache with a row more than they have."""
+    """Queries, and the keys and values of each row in the order of positions."""
     generator = torch.Generator().manual_seed(11)
     q = torch.randn(bsz, seqlen, N_KV_HEADS * group, head_dim, generator=generator)
     # Sharp enough that a wrong maximum or a wrong scale shows.
-    cache = torch.randn(2, LAYERS, bsz + 1, max_seq_len, N_KV_HEADS, head_dim, generator=generator)
-    keys, values = cache.to(DEVICE, dtype)
-    return (2 * q).to(DEVICE, dtype), keys[-1], values[-1]
+    keys, values = torch.randn(2, bsz, max_seq_len, N_KV_HEADS, head_dim, generator=generator).to(DEVICE, dtype)
+    return (2 * q).to(DEVICE, dtype), keys, values
+
+
+def attention_over_pages(
+    q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None, seed: int | None = 0
+) -> Tensor:
+    """flash_attention over pages in a random order; what lies beyond a row's length is no number, or no page at all."""
+    bsz, max_seq_len, width = len(keys), keys.shape[1], pages_for(keys.shape[1])
+    n_pages = bsz * width + 2
+    order = (
+        torch.arange(n_pages)
+        if seed is None
+        else torch.randperm(n_pages, generator=torch.Generator().manual_seed(seed))
+    )
+    table = order[: bsz * width].view(bsz, width).to(DEVICE, torch.int32)
+    pages = keys.new_full((2, n_pages, PAGE_SIZE, *keys.shape[2:]), torch.nan)
+    for row, start in enumerate(start_pos.tolist()):
+        length = min(start + q.shape[1], max_seq_len)
+        for page, first in enumerate(range(0, length, PAGE_SIZE)):
+            stop = min(first + PAGE_SIZE, length)
+            pages[0, table[row, page], : stop - first] = keys[row, first:stop]
+            pages[1, table[row, page], : stop - first] = values[row, first:stop]
+        table[row, pages_for(length) :] = NO_PAGE
+    return flash_attention(q, *pages, table, start_pos, window)
 
 
 def expected(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None) -> Tensor:
     """By torch in fp64, from the same inputs."""
-    bsz, seqlen, _, _ = q.shape
+    seqlen = q.shape[1]
     queries = (start_pos[:, None] + torch.arange(seqlen, device=DEVICE))[:, None, :, None]
     places = torch.arange(keys.shape[1], device=DEVICE)
     mask = places <= queries
     if window is not None:
         mask &= places > queries - window
-    return model.attend(q.double(), keys[:bsz].double(), values[:bsz].double(), mask)
+    return model.attend(q.double(), keys.double(), values.double(), mask)
 
 
 def close(actual: Tensor, wanted: Tensor) -> None:
@@ -82,20 +105,19 @@ def test_a_query_sees_the_keys_up_to_its_own(
         monkeypatch.setattr(attention, "PROGRAMS", 1)
     q, keys, values = random_step(3, seqlen, group, head_dim, max_seq_len, dtype)
     start_pos = torch.tensor([max_seq_len - seqlen, 0, (max_seq_len - seqlen) // 2], device=DEVICE)
-    for row, start in enumerate(start_pos.tolist()):  # what was not written may be anything
-        keys[row, start + seqlen :] *= 100
-        values[row, start + seqlen :] = 1000
-    y = flash_attention(q, keys, values, start_pos, window)
+    y = attention_over_pages(q, keys, values, start_pos, window)
     assert y.dtype == dtype
     close(y, expected(q, keys, values, start_pos, window))
 
 
-def test_caches_of_any_strides_are_read() -> None:
-    """Layers of a cache that holds heads before positions."""
-    q, keys, values = random_step(2, 3, 3, 64, 90, torch.float32)
-    keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (keys, values))
-    start_pos = torch.tensor([17, 80], device=DEVICE)
-    close(flash_attention(q, keys, values, start_pos, None), expected(q, keys, values, start_pos, None))
+@pytest.mark.parametrize(("seqlen", "group", "window"), [(1, 3, None), (3, 1, 40), (19, 3, None)])
+def test_the_same_bits_whatever_the_pages(seqlen: int, group: int, window: int | None) -> None:
+    """A text would otherwise depend on what was in the cache before it, or beside it."""
+    q, keys, values = random_step(2, seqlen, group, 64, 100, torch.bfloat16)
+    start_pos = torch.tensor([80, 30], device=DEVICE)
+    in_order = attention_over_pages(q, keys, values, start_pos, window, seed=None)
+    for seed in (1, 2):
+        assert torch.equal(attention_over_pages(q, keys, values, start_pos, window, seed), in_order)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -108,18 +130,18 @@ def test_a_token_gets_the_same_bits_whatever_goes_with_it(
     """Speculation would otherwise change texts: a guess is checked among others, and generated alone."""
     q, keys, values = random_step(2, MAX_GEMV_TOKENS, group, 64, max_seq_len, dtype)
     start_pos = torch.tensor([max_seq_len - MAX_GEMV_TOKENS, 5], device=DEVICE)
-    together = flash_attention(q, keys, values, start_pos, window)
-    three = flash_attention(q[:, :3], keys, values, start_pos, window)
+    together = attention_over_pages(q, keys, values, start_pos, window)
+    three = attention_over_pages(q[:, :3], keys, values, start_pos, window)
     assert torch.equal(together[:, :3], three)
     for token in (0, 4, MAX_GEMV_TOKENS - 1):
-        alone = flash_attention(q[:, token : token + 1], keys, values, start_pos + token, window)
+        alone = attention_over_pages(q[:, token : token + 1], keys, values, start_pos + token, window)
         assert torch.equal(together[:, token : token + 1], alone), token
 
 
 def test_a_dead_row_yields_something_finite() -> None:
     q, keys, values = random_step(2, 1, 3, 64, 150, torch.bfloat16)
     keys[1], values[1] = 0, 0
-    y = flash_attention(q, keys, values, torch.tensor([140, 0], device=DEVICE), None)
+    y = attention_over_pages(q, keys, values, torch.tensor([140, 0], device=DEVICE), None)
     assert y.isfinite().all() and not y[1].any()
 
 
@@ -136,31 +158,31 @@ def test_splits_follow_from_what_a_step_cannot_change() -> None:
         )
 
 
-def test_rows_beyond_two_to_the_31_values_are_read() -> None:
-    """64 rows of 32k positions are more than an int32 counts; two rows as far apart stand for them."""
+def test_pages_beyond_two_to_the_31_values_are_read() -> None:
+    """2,048 rows of 1k positions are more than an int32 counts; two pages as far apart stand for them."""
     start_pos, head_dim = torch.tensor([0, 1], device=DEVICE), 16
-    apart = (1 << 31) // head_dim * head_dim
-    room = torch.empty(apart + 2 * head_dim, dtype=torch.float16, device=DEVICE)  # on a CPU, committed where written
-    keys = room.as_strided((2, 2, 1, head_dim), (apart, head_dim, head_dim, 1))
+    last = (1 << 31) // (PAGE_SIZE * head_dim)
+    # On a CPU, committed where it is written.
+    pages = torch.empty(last + 1, PAGE_SIZE, 1, head_dim, dtype=torch.float16, device=DEVICE)
+    table = torch.tensor([[0], [last]], dtype=torch.int32, device=DEVICE)
     generator = torch.Generator().manual_seed(5)
-    keys.copy_(torch.randn(keys.shape, generator=generator))
+    keys = torch.randn(2, 2, 1, head_dim, generator=generator).to(DEVICE, torch.float16)
+    pages[[0, last], :2] = keys
     q = torch.randn(2, 1, 3, head_dim, generator=generator).to(DEVICE, torch.float16)
-    close(flash_attention(q, keys, keys, start_pos, None), expected(q, keys, keys, start_pos, None))
+    close(flash_attention(q, pages, pages, table, start_pos, None), expected(q, keys, keys, start_pos, None))
 
 
 def ahead_of_time() -> Iterator[Ahead]:
     """At the shape of Llama 3 8B: a step with splits and a prompt without."""
     pointers = ("q_ptr", "keys_ptr", "values_ptr", "out_ptr")
     numbers = {"seqlen": "i32", "max_seq_len": "i32", "window": "i32"}
-    strides = {"stride_row": "i64:16"}
-    parts = {"start_pos_ptr": "*i64", "partial_ptr": "*fp32", "weights_ptr": "*fp32"}
+    parts = {"table_ptr": "*i32", "start_pos_ptr": "*i64", "partial_ptr": "*fp32", "weights_ptr": "*fp32"}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        signature = {pointer: f"*{name}" for pointer in pointers} | parts | numbers | strides
+        signature = {pointer: f"*{name}" for pointer in pointers} | parts | numbers
         for seqlen in (1, 4096):
             for capability in CAPABILITIES:
                 tile = attention_tile(dtype, 128, 4, seqlen, capability)
                 constants = {
-                    **{"STRIDE_POSITION": 1024, "STRIDE_HEAD": 128},
                     **{"N_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128},
                     **{"BLOCK_M": tile.rows, "BLOCK_N": tile.keys},
                     **{"WINDOW": False, "SPLIT": seqlen == 1, "WHOLE": seqlen > MAX_GEMV_TOKENS},

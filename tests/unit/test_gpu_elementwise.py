@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llama.cache import PAGE_SIZE
 from llama.rope import Rotary, rotate
 from tests.gpu_compile import Ahead, compiled_kernels
 
@@ -66,38 +67,28 @@ def test_a_row_of_zeros_has_a_norm_of_zeros() -> None:
 def test_queries_and_keys_are_rotated_and_keys_and_values_kept(
     seqlen: int, n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """Nothing but the rows' own places changes in the cache of a layer, which has a row more."""
-    bsz, max_seq_len = 3, 20
-    qkv = randn(bsz * seqlen, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
-    start_pos = torch.tensor([7, 0, max_seq_len - seqlen], device=DEVICE)
-    positions = start_pos[:, None] + torch.arange(seqlen, device=DEVICE)
-    rotation = Rotary(head_dim, 10000.0, None).to(DEVICE)(positions, None)
-    cache = randn(2, 2, bsz + 1, max_seq_len, n_kv_heads, head_dim).to(dtype)
+    """Nothing but the tokens' own slots changes in the cache, which has a layer more."""
+    n_tokens = 3 * seqlen
+    qkv = randn(n_tokens, (n_heads + 2 * n_kv_heads) * head_dim).to(dtype)
+    positions = torch.tensor([[7], [0], [20 - seqlen]], device=DEVICE) + torch.arange(seqlen, device=DEVICE)
+    rotation = Rotary(head_dim, 10000.0, None).to(DEVICE)(positions.flatten(), None)
+    cache = randn(2, 2, 4, PAGE_SIZE, n_kv_heads, head_dim).to(dtype)
+    slots = torch.randperm(4 * PAGE_SIZE, generator=torch.Generator().manual_seed(3))[:n_tokens].to(DEVICE)
 
-    by_head = qkv.view(bsz, seqlen, -1, head_dim).double()
-    q, k, v = by_head.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
-    pairs = torch.view_as_complex(torch.cat([q, k], dim=2).unflatten(-1, (-1, 2)))
+    by_head = qkv.view(n_tokens, -1, head_dim).double()
+    q, k, v = by_head.split([n_heads, n_kv_heads, n_kv_heads], dim=1)
+    pairs = torch.view_as_complex(torch.cat([q, k], dim=1).unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * rotation.to(torch.complex128)).flatten(-2)
     wanted = cache.double()
-    for row, start in enumerate(start_pos.tolist()):
-        wanted[0, 1, row, start : start + seqlen] = turned[row, :, n_heads:]
-        wanted[1, 1, row, start : start + seqlen] = v[row]
+    wanted[0, 1].flatten(0, 1)[slots] = turned[:, n_heads:]
+    wanted[1, 1].flatten(0, 1)[slots] = v
 
-    rotated = rope_and_append_kv(qkv, rotation, start_pos, cache[0, 1], cache[1, 1], n_heads, n_kv_heads)
+    rotated = rope_and_append_kv(qkv, rotation, slots, cache[0, 1], cache[1, 1], n_heads, n_kv_heads)
     assert rotated.dtype == dtype
-    close(rotated, turned[:, :, :n_heads])
+    close(rotated, turned[:, :n_heads])
     close(rotated, rotate(q.to(dtype), rotation).double())
     close(cache[0], wanted[0])
     assert torch.equal(cache[1].double(), wanted[1])
-
-
-def test_nothing_is_kept_past_the_end_of_a_row() -> None:
-    """It would be the next row's first place."""
-    qkv, cache = randn(2 * 4, 3 * 16), torch.zeros(2, 2, 10, 1, 16, device=DEVICE)
-    rotation = torch.ones(2, 4, 1, 8, dtype=torch.complex64, device=DEVICE)
-    rope_and_append_kv(qkv, rotation, torch.tensor([8, 2], device=DEVICE), cache[0], cache[1], 1, 1)
-    written = cache.abs().sum(dim=(0, 3, 4)).bool()
-    assert written.nonzero().tolist() == [[0, 8], [0, 9], [1, 2], [1, 3], [1, 4], [1, 5]]
 
 
 @dtypes
@@ -120,12 +111,10 @@ def ahead_of_time() -> Iterator[Ahead]:
         yield Ahead(f"norm {dim}", elementwise._add_and_norm, norm | {"eps": "fp32"}, constants, num_warps)
     rotation = {
         **{name: "*bf16" for name in ("qkv_ptr", "q_ptr", "keys_ptr", "values_ptr")},
-        **{"rotation_ptr": "*fp32", "start_pos_ptr": "*i64", "seqlen": "i32", "max_seq_len": "i32"},
-        **{"stride_row": "i64:16"},
+        **{"rotation_ptr": "*fp32", "slots_ptr": "*i64"},
     }
     for n_heads, n_kv_heads, head_dim in ((32, 8, 128), (9, 3, 64)):
         constants = {"N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": head_dim}
-        constants |= {"STRIDE_POSITION": n_kv_heads * head_dim, "STRIDE_HEAD": head_dim}
         constants["BLOCK_HEADS"] = elementwise.VECTOR // head_dim
         yield Ahead(f"rotation {head_dim}", elementwise._rotate_and_keep, rotation, constants)
     gate_types = {"both_ptr": "*bf16", "y_ptr": "*bf16", "hidden": "i32:16"}

@@ -1,4 +1,4 @@
-"""Attention over the cache on a GPU: one kernel for a step of few tokens and for a prompt, which reads what is used.
+"""Attention over the cache's pages on a GPU: one kernel for few tokens and for a prompt, which reads what is used.
 
 Rows of a tile are (token, head) pairs of the query heads that share a KV head: a key that is read serves all of them.
 Lengths are read on the device: nothing here waits for it, and a CUDA graph of a step holds at every length.
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from llama.backends.cuda.available import OLDEST
 from llama.backends.cuda.dequantize import INTERPRETED
+from llama.cache import PAGE_SIZE
 from llama.quantization.planar import MAX_GEMV_TOKENS
 
 # Programs that a launch aims at: two for each of the 108 to 132 multiprocessors of an A100 or H100.
 PROGRAMS = 256
 MOST_SPLITS = 64  # what a program of `_combine` holds at once
+PAGE = tl.constexpr(PAGE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,34 @@ def n_splits(programs: int, max_seq_len: int, keys: int) -> int:
 
 
 def flash_attention(
-    q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None, out: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    start_pos: Tensor,
+    window: int | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention over a layer's cache, in which the queries' own keys are written already.
 
-    q: (bsz, seqlen, n_heads, head_dim), and so is the result, which is written to `out` where there is one, contiguous;
-    head_dim is at most 256.
-    keys, values: (at least bsz, max_seq_len, n_kv_heads, head_dim), of any strides but the last.
-    start_pos: (bsz,), int64, position of each row's first query. A query sees the `window` positions up to its own.
+    q: (rows, seqlen, n_heads, head_dim), and so is the result, which is written to `out` where there is one,
+    contiguous; head_dim is at most 256.
+    keys, values: (n_pages, PAGE_SIZE, n_kv_heads, head_dim), contiguous.
+    page_table: (rows, pages), int32, contiguous: each row's pages in order; what lies beyond its length is not read.
+    start_pos: (rows,), int64, position of each row's first query. A query sees the `window` positions up to its own.
 
-    Which blocks a program sums follows from bsz and the cache's shape: of up to MAX_GEMV_TOKENS tokens each gets the
-    same bits as alone. A row without a token, at start_pos 0, gets something finite.
+    Which blocks a program sums follows from the shape of the page table, not from lengths nor from which pages it
+    names: of up to MAX_GEMV_TOKENS tokens each gets the same bits as alone. A row without a token, at start_pos 0, gets
+    something finite.
     """
     bsz, seqlen, n_heads, head_dim = q.shape
-    _, max_seq_len, n_kv_heads, _ = keys.shape
+    n_kv_heads = keys.shape[2]
+    max_seq_len = page_table.shape[1] * PAGE_SIZE
     group, padded_dim = n_heads // n_kv_heads, _padded(head_dim)
-    assert keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(3) == 1
-    assert keys.shape[0] >= bsz and group * n_kv_heads == n_heads and padded_dim <= 256, (q.shape, keys.shape)
+    assert keys.shape == values.shape and keys.shape[1] == PAGE_SIZE and keys.is_contiguous() and values.is_contiguous()
+    assert page_table.dtype == torch.int32 and page_table.is_contiguous() and len(page_table) == len(start_pos) == bsz
+    assert start_pos.dtype == torch.int64 and start_pos.is_contiguous(), start_pos.stride()
+    assert group * n_kv_heads == n_heads and padded_dim <= 256, (q.shape, keys.shape)
     q = q.contiguous()
     tile = attention_tile(keys.dtype, head_dim, group, seqlen, _capability(q.device))
     n_tiles = -(-seqlen * group // tile.rows)
@@ -93,6 +106,7 @@ def flash_attention(
         q,
         keys,
         values,
+        page_table,
         start_pos,
         out,
         partial,
@@ -100,10 +114,7 @@ def flash_attention(
         seqlen,
         max_seq_len,
         window or 0,
-        keys.stride(0),
         # Constants, so that Triton sees how far places are aligned: of head_dim 100, to 4 values.
-        STRIDE_POSITION=keys.stride(1),
-        STRIDE_HEAD=keys.stride(2),
         N_KV_HEADS=n_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -142,12 +153,16 @@ def _padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-# Not specialized: for another number of tokens the same code runs, and rounds the same.
-@triton.jit(do_not_specialize=["seqlen", "max_seq_len", "window"])
+# Not specialized: for another number of tokens, or another first row, the same code runs, and rounds the same.
+@triton.jit(
+    do_not_specialize=["seqlen", "max_seq_len", "window"],
+    do_not_specialize_on_alignment=["table_ptr", "start_pos_ptr"],
+)
 def _attend(
     q_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
+    table_ptr: tl.tensor,
     start_pos_ptr: tl.tensor,
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
@@ -155,9 +170,6 @@ def _attend(
     seqlen: tl.tensor,
     max_seq_len: tl.tensor,
     window: tl.tensor,
-    stride_row: tl.tensor,
-    STRIDE_POSITION: tl.constexpr,
-    STRIDE_HEAD: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -171,6 +183,7 @@ def _attend(
     """BLOCK_M (token, head) pairs of a row and KV head meet every n_splits-th block of BLOCK_N keys that they see.
 
     The grid is (tiles of pairs, n_splits, bsz * N_KV_HEADS). q, out: (bsz, seqlen, N_KV_HEADS * GROUP, HEAD_DIM).
+    keys, values: (n_pages, PAGE, N_KV_HEADS, HEAD_DIM); table: (bsz, max_seq_len / PAGE).
     SPLIT: to partial (bsz * seqlen * n_heads, n_splits, HEAD_DIM) and weights (..., 2) instead of out.
     WHOLE: blocks that all pairs see whole are not masked. Blocks begin at multiples of BLOCK_N whatever is asked.
     """
@@ -201,20 +214,27 @@ def _attend(
         at = (seen + (split + splits - seen % splits) % splits) * BLOCK_N
     step = splits * BLOCK_N
 
-    offset = row.to(tl.int64) * stride_row + kv_head * STRIDE_HEAD
-    keys_ptr += offset
-    values_ptr += offset
+    table_ptr += row.to(tl.int64) * (max_seq_len // PAGE)
+    keys_ptr += kv_head * HEAD_DIM
+    values_ptr += kv_head * HEAD_DIM
+    STRIDE: tl.constexpr = N_KV_HEADS * HEAD_DIM
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # A block's pages are looked up while the block before it is read: else keys would wait for them.
+    slots = _slots(table_ptr, at, stop, BLOCK_N)
     if WHOLE:
         whole = tl.minimum(first_pos + 1, max_seq_len) // BLOCK_N * BLOCK_N
         for key in range(at, whole, step):
-            scores, v = _meet(q, keys_ptr, values_ptr, key, stop, STRIDE_POSITION, HEAD_DIM, BLOCK_N, BLOCK_D, False)
+            next_slots = _slots(table_ptr, key + step, stop, BLOCK_N)
+            scores, v = _meet(q, keys_ptr, values_ptr, slots, key, stop, STRIDE, HEAD_DIM, BLOCK_N, BLOCK_D, False)
             acc, highest, total = _add(acc, highest, total, scores, v)
+            slots = next_slots
         at += tl.cdiv(tl.maximum(whole - at, 0), step) * step
     for key in range(at, stop, step):
-        scores, v = _meet(q, keys_ptr, values_ptr, key, stop, STRIDE_POSITION, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        next_slots = _slots(table_ptr, key + step, stop, BLOCK_N)
+        scores, v = _meet(q, keys_ptr, values_ptr, slots, key, stop, STRIDE, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        slots = next_slots
         key_positions = key + tl.arange(0, BLOCK_N)[None, :]
         sees = key_positions <= positions[:, None]
         if WINDOW:
@@ -234,28 +254,40 @@ def _attend(
 
 
 @triton.jit
+def _slots(table_ptr: tl.tensor, first: tl.tensor, stop: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """The slots of BLOCK_N positions from `first` on, (BLOCK_N,), by a row's page table; any from `stop` on."""
+    # One load of each page, without a mask: of other forms ptxas spills registers in fp32 on sm_90.
+    at = tl.minimum(first // PAGE + tl.arange(0, BLOCK_N // PAGE), (stop - 1) // PAGE)
+    pages = tl.broadcast_to(tl.load(table_ptr + at)[:, None], (BLOCK_N // PAGE, PAGE))
+    return tl.reshape(pages, (BLOCK_N,)).to(tl.int64) * PAGE + tl.arange(0, BLOCK_N) % PAGE
+
+
+@triton.jit
 def _meet(
     q: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
+    slots: tl.tensor,
     first: tl.tensor,
     stop: tl.tensor,
-    STRIDE_POSITION: tl.constexpr,
+    STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LAST: tl.constexpr,
 ) -> tl.tensor:
-    """Scores of BLOCK_N keys from `first` on, as powers of two, and the values; LAST: keys from `stop` on are zeros."""
+    """Scores of the keys in slots, as powers of two, and the values: BLOCK_N positions from `first` on.
+
+    STRIDE: values of a slot. LAST: keys from `stop` on are zeros.
+    """
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    offset = tl.cast(first, tl.int64) * STRIDE_POSITION
-    offsets = n[:, None] * STRIDE_POSITION + d[None, :]
     # A head_dim that is a power of two needs no mask of its own.
     exists = (d < HEAD_DIM)[None, :]
     if LAST:
         exists = exists & (n < stop - first)[:, None]
-    k = tl.load(keys_ptr + offset + offsets, mask=exists, other=0.0)
-    v = tl.load(values_ptr + offset + offsets, mask=exists, other=0.0)
+    offsets = slots[:, None] * STRIDE + d[None, :]
+    k = tl.load(keys_ptr + offsets, mask=exists, other=0.0)
+    v = tl.load(values_ptr + offsets, mask=exists, other=0.0)
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e): exp2 is what the hardware has
     if INTERPRETED:
         q, k = q.to(tl.float32), k.to(tl.float32)

@@ -43,7 +43,7 @@ class CudaBackend(EagerBackend):
         return CudaGraphs(self.device)
 
     def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
-        return self._layers(tokens, positions, rotation, kv_len, cache)
+        return self._layers(tokens, rotation, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.cuda.device_of(hidden):

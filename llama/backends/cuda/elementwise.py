@@ -35,41 +35,34 @@ def fused_add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: flo
 def rope_and_append_kv(
     qkv: Tensor,
     rotation: Tensor,
-    start_pos: Tensor,
+    slots: Tensor,
     keys: Tensor,
     values: Tensor,
     n_heads: int,
     n_kv_heads: int,
 ) -> Tensor:
-    """Rotated queries (bsz, seqlen, n_heads, head_dim), in the cache's dtype.
+    """Rotated queries (n_tokens, n_heads, head_dim), in the cache's dtype.
 
-    Rotated keys, and values, go to the cache from start_pos on.
+    Rotated keys, and values, go to the slots of a layer's cache.
 
-    qkv: (bsz * seqlen, (n_heads + 2 * n_kv_heads) * head_dim), contiguous, as one product made it.
-    rotation: complex64 (bsz, seqlen, 1, head_dim / 2), as `llama.rope.rotate` takes it.
-    start_pos: (bsz,), int64. keys, values: (at least bsz, max_seq_len, n_kv_heads, head_dim), of any strides but the
-    last. Nothing is written past a row's end.
+    qkv: (n_tokens, (n_heads + 2 * n_kv_heads) * head_dim), contiguous, as one product made it.
+    rotation: complex64 (n_tokens, 1, head_dim / 2), as `llama.rope.rotate` takes it.
+    slots: (n_tokens,), int64. keys, values: (n_pages, PAGE_SIZE, n_kv_heads, head_dim), contiguous.
     """
-    bsz, seqlen = rotation.shape[:2]
-    _, max_seq_len, _, head_dim = keys.shape
-    heads = n_heads + 2 * n_kv_heads
-    assert qkv.is_contiguous() and qkv.shape == (bsz * seqlen, heads * head_dim), (qkv.shape, rotation.shape)
-    assert keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(3) == 1
-    q = keys.new_empty(bsz, seqlen, n_heads, head_dim)
+    n_tokens, heads, head_dim = len(qkv), n_heads + 2 * n_kv_heads, keys.shape[3]
+    assert qkv.is_contiguous() and qkv.shape[1] == heads * head_dim and len(rotation) == n_tokens, qkv.shape
+    assert slots.shape == (n_tokens,) and slots.dtype == torch.int64 and slots.is_contiguous(), slots.shape
+    assert keys.shape == values.shape and keys.is_contiguous() and values.is_contiguous()
+    q = keys.new_empty(n_tokens, n_heads, head_dim)
     block_d = triton.next_power_of_2(head_dim)
     block_heads = max(1, VECTOR // block_d)
-    _rotate_and_keep[(bsz * seqlen, triton.cdiv(heads, block_heads))](
+    _rotate_and_keep[(n_tokens, triton.cdiv(heads, block_heads))](
         qkv,
         torch.view_as_real(rotation.contiguous()),
-        start_pos,
+        slots,
         q,
         keys,
         values,
-        seqlen,
-        max_seq_len,
-        keys.stride(0),
-        STRIDE_POSITION=keys.stride(1),
-        STRIDE_HEAD=keys.stride(2),
         N_HEADS=n_heads,
         N_KV_HEADS=n_kv_heads,
         HEAD_DIM=head_dim,
@@ -116,19 +109,14 @@ def _add_and_norm(
     tl.store(y_ptr + row + at, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["seqlen", "max_seq_len"])
+@triton.jit
 def _rotate_and_keep(
     qkv_ptr: tl.tensor,
     rotation_ptr: tl.tensor,
-    start_pos_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
     q_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
-    seqlen: tl.tensor,
-    max_seq_len: tl.tensor,
-    stride_row: tl.tensor,
-    STRIDE_POSITION: tl.constexpr,
-    STRIDE_HEAD: tl.constexpr,
     N_HEADS: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -137,10 +125,10 @@ def _rotate_and_keep(
 ) -> None:
     """BLOCK_HEADS heads of one token of qkv (n_tokens, heads, HEAD_DIM): queries, then keys, then values.
 
-    rotation: (n_tokens, HEAD_DIM / 2, 2), cosines and sines; q: (n_tokens, N_HEADS, HEAD_DIM).
+    rotation: (n_tokens, HEAD_DIM / 2, 2), cosines and sines; q: (n_tokens, N_HEADS, HEAD_DIM); slots: (n_tokens,);
+    keys, values: (slots of the cache, N_KV_HEADS, HEAD_DIM).
     """
     token = tl.program_id(0)
-    row = token // seqlen
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     d = tl.arange(0, BLOCK_D)
     inside = (d < HEAD_DIM)[None, :]
@@ -158,15 +146,13 @@ def _rotate_and_keep(
     is_query = (heads < N_HEADS)[:, None] & inside
     tl.store(q_ptr + q_place, turned.to(q_ptr.dtype.element_ty), mask=is_query)
 
-    position = tl.load(start_pos_ptr + row) + token % seqlen
-    place = row.to(tl.int64) * stride_row + position * STRIDE_POSITION + d[None, :]
-    kept = inside & (position < max_seq_len)
+    place = tl.load(slots_ptr + token) * (N_KV_HEADS * HEAD_DIM) + d[None, :]
     head = (heads - N_HEADS)[:, None]
-    is_key = kept & (head >= 0) & (head < N_KV_HEADS)
-    tl.store(keys_ptr + place + head * STRIDE_HEAD, turned.to(keys_ptr.dtype.element_ty), mask=is_key)
+    is_key = inside & (head >= 0) & (head < N_KV_HEADS)
+    tl.store(keys_ptr + place + head * HEAD_DIM, turned.to(keys_ptr.dtype.element_ty), mask=is_key)
     head -= N_KV_HEADS
-    is_value = kept & (head >= 0) & (head < N_KV_HEADS)
-    tl.store(values_ptr + place + head * STRIDE_HEAD, x.to(values_ptr.dtype.element_ty), mask=is_value)
+    is_value = inside & (head >= 0) & (head < N_KV_HEADS)
+    tl.store(values_ptr + place + head * HEAD_DIM, x.to(values_ptr.dtype.element_ty), mask=is_value)
 
 
 @triton.jit

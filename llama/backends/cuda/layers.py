@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda.matmul import GpuWeight, is_few, matmul
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
-from llama.cache import ForwardBatch
+from llama.cache import ForwardBatch, RowGroup
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import Transformer, TransformerBlock, attend
@@ -68,50 +68,55 @@ class GpuLayers:
         numel = MAX_GEMV_TOKENS * self.args.dim
         return open_one_shot(self.parallel.group, numel, self.norm.weight.device, local_world_size())
 
-    def __call__(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
+    def __call__(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """See `Transformer.run_layers`."""
         with torch.cuda.device_of(tokens):
-            return self._run(tokens, positions, rotation, kv_len, cache)
+            return self._run(tokens, rotation, batch)
 
-    def _run(self, tokens: Tensor, positions: Tensor, rotation: Tensor, kv_len: int, cache: KVCache) -> Tensor:
-        bsz, seqlen = tokens.shape
+    def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         sums = self._one_shot  # before anything is captured
-        x = self.tok_embeddings(tokens).to(torch.float32, copy=True).view(bsz * seqlen, -1)
+        x = self.tok_embeddings(tokens).to(torch.float32, copy=True)
         n_tokens = len(x)
         if self._has_floats and n_tokens < MAX_GEMV_TOKENS:
             # See padded_matmul: here once for all products. Quantized weights beside floats then take gemm, not gemv.
             x = F.pad(x, (0, 0, 0, MAX_GEMV_TOKENS - n_tokens))
         heads = x.new_zeros(len(x), self.n_local_heads * self.args.head_dim, dtype=self.dtype)
-        start_pos = positions[:, 0].contiguous()
+        starts = [batch.positions[group.tokens][:: group.seqlen].contiguous() for group in batch.groups]
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
             h = self._norm(x, delta, layer.attention_norm.weight)
             q = elementwise.rope_and_append_kv(
                 self._qkv[i](h)[:n_tokens],
                 rotation,
-                start_pos,
-                cache.keys[i],
-                cache.values[i],
+                batch.slots,
+                batch.cache.keys[i],
+                batch.cache.values[i],
                 layer.attention.n_local_heads,
                 layer.attention.n_local_kv_heads,
             )
-            self._attend(q, start_pos, kv_len, cache, i, heads[:n_tokens].view(q.shape))
+            for group, start_pos in zip(batch.groups, starts, strict=True):
+                shape = group.n_rows, group.seqlen, *q.shape[1:]
+                self._attend(q[group.tokens].view(shape), start_pos, batch, group, i, heads[group.tokens].view(shape))
             delta = self._sum(heads, layer.attention.wo, sums)
             h = self._norm(x, delta, layer.ffn_norm.weight)
             delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2, sums)
-        return self._norm(x, delta, self.norm.weight)[:n_tokens].view(bsz, seqlen, -1)
+        return self._norm(x, delta, self.norm.weight)[:n_tokens]
 
     def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
         return elementwise.fused_add_rms_norm(x, delta, weight, self.args.norm_eps, self.dtype)
 
-    def _attend(self, q: Tensor, start_pos: Tensor, kv_len: int, cache: KVCache, layer: int, out: Tensor) -> None:
-        bsz, seqlen = q.shape[:2]
+    def _attend(
+        self, q: Tensor, start_pos: Tensor, batch: ForwardBatch, group: RowGroup, layer: int, out: Tensor
+    ) -> None:
+        """Attention of a group's queries (n_rows, seqlen, n_heads, head_dim) to out, of the same shape."""
         window = self.args.sliding_window
-        if seqlen == kv_len > MAX_GEMV_TOKENS and q.dtype != torch.float32 and (window is None or window >= kv_len):
+        whole = group.from_start and group.seqlen > MAX_GEMV_TOKENS and (window is None or window >= group.kv_len)
+        if whole and q.dtype != torch.float32:
             # A whole prompt: torch has flash attention for it, but in fp32 a matrix of all scores.
-            out.copy_(attend(q, *cache.read(layer, bsz, kv_len), None))
+            out.copy_(attend(q, *batch.read(layer, group), None))
         else:
-            attention.flash_attention(q, cache.keys[layer], cache.values[layer], start_pos, window, out)
+            keys, values, table = batch.cache.keys[layer], batch.cache.values[layer], batch.page_table[group.rows]
+            attention.flash_attention(q, keys, values, table, start_pos, window, out)
 
     def _gated(self, h: Tensor, gates: Joined) -> Tensor:
         """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
