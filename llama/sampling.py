@@ -101,7 +101,8 @@ class SamplingTensors:
             "greedy" if temperature == 0 or top_p == 0 else "whole" if top_p == 1 else "nucleus"
             for temperature, top_p in values.T.tolist()
         }
-        return SamplingTensors(*values.to(device), frozenset(kinds))
+        temperature, top_p = values.to(device)
+        return SamplingTensors(temperature, top_p, frozenset(kinds))
 
     def choose(
         self, greedy: Callable[[], Tensor], whole: Callable[[], Tensor], nucleus: Callable[[], Tensor]

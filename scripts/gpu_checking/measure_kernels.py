@@ -16,6 +16,7 @@ from gpu_checking.sizes import FLOATS
 from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda import sampling as gpu_sampling
 from llama.backends.cuda.matmul import GpuWeight, matmul
+from llama.cache import PAGE_SIZE, pages_for
 from llama.config import ModelArgs
 from llama.quantization.planar import MAX_GEMV_TOKENS
 from llama.rope import Rotary
@@ -97,13 +98,17 @@ def measure_kernels(bench: Bench) -> None:
 
 @torch.inference_mode()
 def measure_attention(bench: Bench, context: int) -> None:
-    """One token against the keys of layers in turn."""
+    """One token against the keys of layers in turn, whose pages lie in a random order."""
     args = bench.size.args
-    shape = args.n_layers, 1, context, args.n_kv_heads, args.head_dim
+    n_pages = pages_for(context)
+    shape = args.n_layers, n_pages, PAGE_SIZE, args.n_kv_heads, args.head_dim
     keys, values = torch.randn(2, *shape, device=bench.device, dtype=bench.dtype)
     start_pos = torch.tensor([context - 1], device=bench.device)
     q = torch.randn(1, 1, args.n_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
-    runs = [partial(attention.flash_attention, q, k, v, start_pos, None) for k, v in zip(keys, values, strict=True)]
+    table = torch.randperm(n_pages, device=bench.device).to(torch.int32)[None]
+    runs = [
+        partial(attention.flash_attention, q, k, v, table, start_pos, None) for k, v in zip(keys, values, strict=True)
+    ]
     took = seconds_each(runs, bench)
     gb_s = 2 * keys[0].nbytes / took / 1e9
     percent = 100 * gb_s / copy_gb_s(bench)
@@ -126,13 +131,13 @@ def measure_between(bench: Bench) -> None:
         time_kernel(bench, f"sum and norm, tokens: {n}", run)
         both = torch.randn(n, 2 * args.hidden_dim, device=bench.device, dtype=bench.dtype)
         time_kernel(bench, f"gate, tokens: {n}", partial(elementwise.silu_and_mul, both))
-        start_pos = torch.zeros(n, device=bench.device, dtype=torch.long)
-        rotation = Rotary(args.head_dim, args.rope_theta, None).to(bench.device)(start_pos[:, None])
+        slots = torch.arange(n, device=bench.device) * PAGE_SIZE
+        rotation = Rotary(args.head_dim, args.rope_theta, None).to(bench.device)(torch.zeros_like(slots), None)
         columns = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
         qkv = torch.randn(n, columns, device=bench.device, dtype=bench.dtype)
-        cache = torch.zeros(2, n, 8, args.n_kv_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
+        cache = torch.zeros(2, n, PAGE_SIZE, args.n_kv_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
         heads = args.n_heads, args.n_kv_heads
-        run = partial(elementwise.rope_and_append_kv, qkv, rotation, start_pos, cache[0], cache[1], *heads)
+        run = partial(elementwise.rope_and_append_kv, qkv, rotation, slots, cache[0], cache[1], *heads)
         time_kernel(bench, f"rotation, tokens: {n}", run)
 
 

@@ -56,7 +56,7 @@ def attention_over_pages(
             pages[0, table[row, page], : stop - first] = keys[row, first:stop]
             pages[1, table[row, page], : stop - first] = values[row, first:stop]
         table[row, pages_for(length) :] = NO_PAGE
-    return flash_attention(q, *pages, table, start_pos, window)
+    return flash_attention(q, pages[0], pages[1], table, start_pos, window)
 
 
 def expected(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda.backend import CudaBackend
+from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
 from llama.checkpoint.load import global_shapes
 from llama.config import ModelArgs
 from llama.distributed.layers import set_quantized_weight
@@ -174,6 +176,67 @@ def test_a_token_is_the_same_alone_and_among_guesses() -> None:
     for i in range(5):
         alone = model(tokens[:, 7 + i : 8 + i], start + 7 + i, one)
         assert torch.equal(alone[:, 0], together[:, i])
+
+
+PAGES = torch.tensor([[7, 2, 5], [1, 9, 4], [8, 3, 6]], dtype=torch.int32, device=DEVICE)
+
+
+def run_ragged(model: Transformer, starts: list[int], counts: list[int], cache: KVCache) -> Tensor:
+    """Logits (n_tokens, vocab_size) of some tokens of each row; their pages lie anywhere."""
+    tokens = random_tokens(3, 40, vocab_size=64).to(DEVICE)
+    new = [tokens[row, start : start + n] for row, (start, n) in enumerate(zip(starts, counts, strict=True))]
+    batch = ForwardBatch.of(cache, PAGES[: len(new)], starts, counts, [None] * len(new))
+    return model.logits(model.hidden(torch.cat(new), batch))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_steps_parts_of_prompts_and_prompts_are_one_pass(dtype: torch.dtype, bound: float) -> None:
+    """Prompts were read before anything else; a step waits for no prompt now."""
+    passes = [
+        ([0], [19]),
+        ([19, 0], [1, 10]),  # a step, beside the first part of a prompt
+        ([20, 10, 0], [1, 12, 11]),  # beside the second, and a whole prompt
+        ([21, 22, 11], [1, 1, 3]),
+        ([22, 23, 14], [1, 1, 1]),
+    ]
+    models = pair(ARGS, dtype)
+    caches = [model.new_cache(1, 10 * PAGE_SIZE) for model in models]
+    for starts, counts in passes:
+        expected, found = (
+            run_ragged(model, starts, counts, cache) for model, cache in zip(models, caches, strict=True)
+        )
+        assert (found - expected).norm() <= bound * expected.norm(), (starts, counts)
+    unused = [page for page in range(10) if page not in PAGES]
+    assert not caches[1].keys[:, unused].any() and not caches[1].values[:, unused].any()
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: a value that the host asks the device for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")), func
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seqlen", [1, 3])
+def test_a_step_whose_lengths_the_host_does_not_know_is_the_same(seqlen: int) -> None:
+    """As a CUDA graph captures it, which holds at every length."""
+    _, model = pair(ARGS, torch.bfloat16)
+    starts = [19, 2, 9]
+    tokens = random_tokens(3, seqlen, vocab_size=64).flatten().to(DEVICE)
+    caches = [model.new_cache(1, 10 * PAGE_SIZE) for _ in range(2)]
+    for cache in caches:
+        run_ragged(model, [0, 0, 0], starts, cache)
+    expected = model.hidden(tokens, ForwardBatch.of(caches[0], PAGES, starts, [seqlen] * 3, [None] * 3))
+    start_pos = torch.tensor(starts, device=DEVICE)
+    with NoWait():
+        found = model.hidden(tokens, ForwardBatch.of_steps(caches[1], start_pos, seqlen, PAGES))
+    if seqlen == 1:  # else each row is a group, and may be split otherwise
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(caches[1].keys, caches[0].keys, rtol=0.02, atol=0.02)
 
 
 class RepeatingBackend(CudaBackend):
