@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -167,6 +167,14 @@ class ForwardBatch:
         kv_len = page_table.shape[1] * PAGE_SIZE
         group = RowGroup(slice(0, rows), slice(0, n_tokens), rows, seqlen, kv_len, None, False)
         return ForwardBatch(cache, positions, page_table, (group,))
+
+    def next_positions(self) -> ForwardBatch:
+        """Return the batch of the step after this one, of one group, whose rows have a token each."""
+        (group,) = self.groups
+        later = replace(group, kv_len=group.kv_len + 1, from_start=False)
+        batch = ForwardBatch(self.cache, self.positions + 1, self.page_table, (later,))
+        batch.__dict__["rows"] = self.rows  # which a cached_property has found already
+        return batch
 
     @cached_property
     def rows(self) -> Tensor:

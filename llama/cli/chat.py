@@ -137,9 +137,7 @@ def answer(llm: Llama, dialog: list[Message], n_opening: int, params: SamplingPa
     with contextlib.nullcontext() if launched() else signals_raise():
         try:
             kept, tokens = fit(llm, dialog, n_opening, params.max_gen_len)
-            events = llm.stream(
-                [tokens], params.max_gen_len, params.temperature, params.top_p, add_prefix_space=True
-            )
+            events = llm.stream([tokens], params.max_gen_len, params.temperature, params.top_p, add_prefix_space=True)
             if len(kept) < len(dialog):
                 forgotten = len(dialog) - len(kept)
                 log.warning(

@@ -60,18 +60,20 @@ class CudaGraphRunner(EagerRunner):
         self._table = zeros(rows, width, dtype=torch.int32)
         self._uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)  # of the token after each position
         self._temperature, self._top_p = (zeros(rows, dtype=torch.float32) for _ in range(2))
-        self._announced = zeros(1)
+        self._announcing = zeros(1)
         self._sampled = zeros(rows * MAX_STEP_TOKENS + 1)
         self._logprobs = zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32)
         # Of the rows, as far as their random numbers and parameters are on the device, and the kinds of these.
         self._sequences: list[SequenceState] = []
+        self._is_replayed = False  # whether the last step was captured, and has left the next one's tokens here
         self._kinds: frozenset[str] = frozenset()
         self._key: tuple[int, int, frozenset[str], bool] = (0, 0, self._kinds, False)  # of the last graph
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         assert not self._in_flight, "a step in flight is followed by launch_next"
         longest = max(len(chunk.tokens) for chunk in chunks)
-        if longest > MAX_STEP_TOKENS or any(is_computed_at_once(chunk) for chunk in chunks):
+        self._is_replayed = longest <= MAX_STEP_TOKENS and not any(map(is_computed_at_once, chunks))
+        if not self._is_replayed:
             super().launch(chunks, announced)
             return
         bsz, width = len(chunks), self._table.shape[1]
@@ -85,7 +87,7 @@ class CudaGraphRunner(EagerRunner):
         self._tokens[:rows, :seqlen] = self._upload(padded)
         self._start_pos[:rows] = self._upload([*(chunk.start for chunk in chunks), *[0] * idle])
         self._running[:rows] = self._upload([1] * bsz + [0] * idle)
-        self._announced.copy_(self._upload([announced]))
+        self._announcing.copy_(self._upload([announced]))
         params = [chunk.sequence.params for chunk in chunks] + [chunks[0].sequence.params] * idle
         self._upload_sequences(chunks, params)
         self._table[bsz:rows] = 0  # the page of nobody
@@ -94,7 +96,7 @@ class CudaGraphRunner(EagerRunner):
         self._replay(chunks, seqlen)
 
     def launch_next(self, chunks: Sequence[Chunk]) -> None:
-        if not self._in_flight:
+        if not self._is_replayed:
             super().launch_next(chunks)
             return
         self._upload_tables(chunks)
@@ -118,7 +120,7 @@ class CudaGraphRunner(EagerRunner):
     def reset(self) -> None:
         super().reset()
         self._in_flight.clear()
-        self._sequences = []
+        self._sequences, self._is_replayed = [], False
 
     def _rows(self, bsz: int) -> int:
         """Return the number of rows of the graph for bsz rows; those beyond bsz have no sequence."""
@@ -159,7 +161,7 @@ class CudaGraphRunner(EagerRunner):
         outputs = [self._sampled[: rows * seqlen + 1]]
         if logprobs:
             outputs.append(self._logprobs[: rows * seqlen])
-        with torch.cuda.device_of(self._announced):
+        with torch.cuda.device_of(self._announcing):
             self._graphs[self._key]()
             self._in_flight.append((*_download(outputs), chunks, seqlen))
 
@@ -168,10 +170,11 @@ class CudaGraphRunner(EagerRunner):
         tokens, start_pos = self._tokens[:rows, :seqlen], self._start_pos[:rows]
         batch = ForwardBatch.of_steps(self.cache, start_pos, seqlen, self._table[:rows])
         hidden = self.model.hidden(tokens.flatten(), batch)
-        uniform = self._uniforms[:rows].gather(1, batch.positions.view(rows, seqlen).clamp(max=self._uniforms.shape[1] - 1))
+        positions = batch.positions.view(rows, seqlen).clamp(max=self._uniforms.shape[1] - 1)
+        uniform = self._uniforms[:rows].gather(1, positions)
         temperature, top_p = (each[:rows].repeat_interleave(seqlen) for each in (self._temperature, self._top_p))
         params = SamplingTensors(temperature, top_p, kinds)
-        sampled, scores = self._sampler(hidden, uniform.flatten(), params, self._announced, logprobs)
+        sampled, scores = self._sampler(hidden, uniform.flatten(), params, self._announcing, logprobs)
         self._sampled[: len(sampled)] = sampled
         if scores is not None:
             self._logprobs[: rows * seqlen] = scores
@@ -184,7 +187,7 @@ class CudaGraphRunner(EagerRunner):
 
     def _pinned(self, values: Tensor) -> Tensor:
         """Copy a tensor of the host to the device, without waiting for it."""
-        device = self._announced.device
+        device = self._announcing.device
         return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 

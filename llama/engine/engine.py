@@ -11,11 +11,11 @@ from collections import abc
 
 import torch
 
+from llama.cache import PAGE_SIZE
 from llama.engine.metrics import Metrics
 from llama.engine.options import check_speculation
 from llama.engine.room import Room
 from llama.engine.runner import StepOutput
-from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Chunk, Sequence
 from llama.engine.speculative import Speculation
 from llama.engine.step_budget import StepBudget
@@ -23,6 +23,9 @@ from llama.model import Transformer
 from llama.outputs import FinishReason, TokenEvent
 from llama.sampling import INVALID, SamplingParams
 from llama.tokenizer import Tokenizer
+
+# In what the first rank announces: the bits below are the draft_len, those above the budget of prompt tokens.
+NEWS = 4
 
 
 class Engine:
@@ -55,22 +58,23 @@ class Engine:
         self.model, self.tokenizer, self.draft, self.seed = model, tokenizer, draft, seed
         self.metrics = Metrics()
         self.room = Room(model, draft, self.metrics)
+        self.scheduler = self.room.scheduler
         self._speculation = Speculation.of(speculate, self.room, self.metrics)
         self._budget = StepBudget()
+        self._prompt_tokens = self._budget.tokens  # the first rank's, which all keep to
         # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
         self._sequences: dict[int, Sequence] = {}  # unfinished, by id
         self._last_id = -1
         self._events: list[TokenEvent] = []
         self._in_flight: list[Chunk] = []  # of a step that is launched and not yet waited for
+        # Whether the next step is the last one's again, each of its sequences a token further; and these.
+        self._is_steady = False
+        self._steady: list[Sequence] = []
         self._began = 0.0  # when the step that is waited for began
         self._is_consistent = True  # whether the scheduler's books are, should an interrupt come now
         self.has_news = False  # whether the first rank tells the others something after the next step: see leader.py
         self.news_follow = False  # whether it does after the last step
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return self.room.scheduler
 
     @property
     def unfinished(self) -> int:
@@ -97,17 +101,32 @@ class Engine:
 
         Raises ValueError, on every rank, where it can never have the pages that it needs.
         """
-        self._last_id += 1
         params = params or SamplingParams()
-        events = self._events
-        self._add(self._last_id, prompt_tokens, params, index, add_prefix_space, interactive, events)
-        return self._last_id
+        limit = self.model.args.max_seq_len - len(prompt_tokens)
+        sequence = Sequence(
+            self._last_id + 1,
+            prompt_tokens,
+            params,
+            limit if params.max_gen_len is None else min(limit, params.max_gen_len),
+            self.tokenizer.stop_tokens if params.stop_token is None else frozenset({params.stop_token}),
+            (self.seed if params.seed is None else params.seed, index),
+            self.tokenizer.stream_decoder(add_prefix_space),
+            self._events,
+            interactive,
+        )
+        self.room.check(sequence, len(self._sequences), self._speculation is not None)
+        self._last_id = sequence.id
+        self._sequences[sequence.id] = sequence
+        self.scheduler.waiting.append(sequence)
+        self._is_steady = False
+        return sequence.id
 
     def cancel(self, request: int) -> None:
         """End a request without another event; one that has ended already is left as it is."""
         sequence = self._sequences.pop(request, None)
         if sequence is not None:
             self.scheduler.finish(sequence)
+            self._is_steady = False
 
     def step(self) -> list[TokenEvent]:
         """Compute one step, and return the events of the requests that were added, whose index is their id.
@@ -148,9 +167,13 @@ class Engine:
             while True:
                 room = max_waiting - len(self.scheduler.waiting)
                 for index, prompt in itertools.islice(waiting, max(0, room)):
-                    self._last_id += 1
-                    mine[index] = self._last_id
-                    self._add(self._last_id, prompt, params, first + index, add_prefix_space, interactive, events, index)
+                    place = first + index
+                    request = self.add(
+                        prompt, params, index=place, add_prefix_space=add_prefix_space, interactive=interactive
+                    )
+                    sequence = self._sequences[request]
+                    sequence.index, sequence.events = index, events
+                    mine[index] = request
                 if not mine:
                     return
                 if not events:  # a step for others may have had some for these
@@ -166,47 +189,20 @@ class Engine:
             for request in mine.values():
                 self.cancel(request)
 
-    def _add(
-        self,
-        request: int,
-        prompt: abc.Sequence[int],
-        params: SamplingParams,
-        place: int,
-        add_prefix_space: bool,
-        interactive: bool,
-        events: list[TokenEvent],
-        index: int | None = None,
-    ) -> None:
-        """Have a prompt completed, and its events, whose index is `index` or the request's id, go to `events`."""
-        limit = self.model.args.max_seq_len - len(prompt)
-        sequence = Sequence(
-            request,
-            request if index is None else index,
-            prompt,
-            params,
-            limit if params.max_gen_len is None else min(limit, params.max_gen_len),
-            self.tokenizer.stop_tokens if params.stop_token is None else frozenset({params.stop_token}),
-            (self.seed if params.seed is None else params.seed, place),
-            self.tokenizer.stream_decoder(add_prefix_space),
-            events,
-            interactive,
-        )
-        self.room.check(sequence, len(self._sequences), self._speculation is not None)
-        self._sequences[request] = sequence
-        self.scheduler.waiting.append(sequence)
-
     def _step(self) -> None:
         """Launch a step, unless one is in flight, and one ahead if that pays; then wait for the older one."""
-        chunks = self._in_flight or self._launch()
+        chunks = self._in_flight or self._continue() or self._launch()
         if not chunks:
             return
-        self._in_flight = self._launch_ahead(chunks)
-        output = self.room.runner.wait()
+        runner = self.room.runners[0]
+        self._in_flight = self._launch_ahead(chunks) if runner.runs_ahead else []
+        output = runner.wait()
         self._is_consistent = False
-        self.scheduler.pool.written()
+        if not self._is_steady:
+            self._settle(chunks, output)
+        elif output.announced is not None:
+            self.news_follow = bool(output.announced >> NEWS & 1)
         self._count(chunks)
-        if output.announced is not None:
-            self._heed(output.announced)
         if self._speculation is not None:
             output = self._speculation.accept(chunks, output)
         for i, chunk in enumerate(chunks):
@@ -215,60 +211,77 @@ class Engine:
                 self._advance(chunk, output.tokens[i], scores)
         self._is_consistent = True
 
+    def _continue(self) -> list[Chunk]:
+        """Launch the last step again, each sequence a token further, if nothing has changed; return its chunks."""
+        if not self._is_steady or self.has_news:
+            return []
+        for sequence in self._steady:
+            if len(sequence.tokens) > len(sequence.pages) * PAGE_SIZE:  # it needs a page
+                return []
+        self._began = time.perf_counter()
+        chunks = [Chunk(sequence, sequence.n_cached, sequence.tokens[-1:], 1) for sequence in self._steady]
+        self.room.runners[0].launch_next(chunks)
+        return chunks
+
     def _launch(self) -> list[Chunk]:
         """Launch the next step of all that runs, and of what waits and has room; return its chunks."""
         if not self._sequences:
             return []
-        self._is_consistent = False
+        self._is_consistent = self._is_steady = False
         self.room.open()
         self._began = time.perf_counter()
         budget = self.room.max_step_tokens
         if any(each.interactive and not each.in_prompt for each in self.scheduler.running):
-            budget = min(budget, self._budget.tokens)
+            budget = min(budget, self._prompt_tokens)
         chunks = self.scheduler.schedule(budget)
         self._is_consistent = True
         if not chunks:
             return []
         if self._speculation is not None and not any(map(is_of_prompt, chunks)):
             chunks = self._speculation.with_drafts(chunks, self.scheduler)
-        self.room.runner.launch(chunks, self._announced())
+        self.room.runners[0].launch(chunks, self._announced())
         return chunks
 
     def _launch_ahead(self, chunks: abc.Sequence[Chunk]) -> list[Chunk]:
         """Launch the step after these chunks, where every sequence is sure to need it and nothing else can run."""
-        runner, scheduler = self.room.runner, self.scheduler
-        if not runner.runs_ahead or self._speculation is not None or scheduler.can_admit or self.has_news:
+        if self._speculation is not None or self.scheduler.can_admit or self.has_news:
             return []
         if any(is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks):
             return []
         # The newest token of each is not known yet, and the one after it is about to be computed.
         lengths = [chunk.stop + 1 for chunk in chunks]
         for chunk, length in zip(chunks, lengths, strict=True):
-            if length >= chunk.sequence.max_len or not scheduler.try_grow(chunk.sequence, length):
+            if length >= chunk.sequence.max_len or not self.scheduler.try_grow(chunk.sequence, length):
                 return []
         ahead = [Chunk(chunk.sequence, chunk.stop, [0], 1) for chunk in chunks]
-        runner.launch_next(ahead)
+        self.room.runners[0].launch_next(ahead)
         return ahead
+
+    def _settle(self, chunks: abc.Sequence[Chunk], output: StepOutput) -> None:
+        """Take over what a step has written, and what the first rank has announced with its tokens."""
+        self.scheduler.pool.written()
+        if output.announced is not None:
+            if self._speculation is not None:
+                self._speculation.draft_len = output.announced & (1 << NEWS) - 1
+            self.news_follow = bool(output.announced >> NEWS & 1)
+            self._prompt_tokens = output.announced >> NEWS + 1
+        self._is_steady = self._speculation is None and not any(
+            is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks
+        )
+        self._steady = [chunk.sequence for chunk in chunks]
 
     def _announced(self) -> int:
         """Return what the first rank tells the others with the tokens of a step."""
         draft_len = self._speculation.next_draft_len() if self._speculation is not None else 0
-        return draft_len | self.has_news << 4 | self._budget.tokens << 5
-
-    def _heed(self, announced: int) -> None:
-        """Take over what the first rank has told."""
-        if self._speculation is not None:
-            self._speculation.draft_len = announced & 15
-        self.news_follow = bool(announced >> 4 & 1)
-        self._budget.tokens = announced >> 5
+        return draft_len | self.has_news << NEWS | self._budget.tokens << NEWS + 1
 
     def _advance(self, chunk: Chunk, tokens: abc.Sequence[int], scores: abc.Sequence[float] | None) -> None:
         """Add what a step has sampled for a sequence, and end it where it ends."""
         sequence = chunk.sequence
-        sequence.n_cached = chunk.stop + max(0, len(tokens) - 1)
-        if sequence.n_cached < len(sequence.prompt):
-            return
+        sequence.n_cached = chunk.start + len(chunk.tokens) - chunk.n_drafts + max(0, len(tokens) - 1)
         if sequence.in_prompt:
+            if sequence.n_cached < len(sequence.prompt):
+                return
             sequence.in_prompt = False
             self._echo(sequence)
         reason: FinishReason | None = None
@@ -298,22 +311,28 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
         self._sequences.pop(sequence.id, None)
         self.scheduler.finish(sequence)
+        self._is_steady = False
         sequence.events.append(TokenEvent(sequence.index, None, text, finish_reason=reason))
 
     def _count(self, chunks: abc.Sequence[Chunk]) -> None:
         """Add the step that was waited for to the metrics, and to what the budget knows."""
-        now = time.perf_counter()
+        now, metrics = time.perf_counter(), self.metrics
+        seconds, self._began = now - self._began, now
+        if self._is_steady:
+            metrics.decode_seconds += seconds
+            metrics.decode_steps += 1
+            metrics.decoded_tokens += len(chunks)
+            return
         n_prompt_tokens = sum(len(chunk.tokens) for chunk in chunks if is_of_prompt(chunk))
         # A step that was launched ahead still has the rows of sequences that have ended.
         n_decoded = sum(not is_of_prompt(chunk) and not chunk.sequence.finished for chunk in chunks)
-        self.metrics.add_step(now - self._began, n_prompt_tokens, n_decoded)
+        metrics.add_step(seconds, n_prompt_tokens, n_decoded)
         if n_decoded:
-            self._budget.record(now - self._began, n_prompt_tokens)
-        self._began = now
+            self._budget.record(seconds, n_prompt_tokens)
 
     def _recover(self) -> None:
         """After an error or an interrupt in a step: have what it was about computed again by the next one."""
-        self._in_flight = []
+        self._in_flight, self._is_steady = [], False
         self.room.reset(self._is_consistent)
         self._is_consistent = True
 
@@ -326,6 +345,6 @@ def is_of_prompt(chunk: Chunk) -> bool:
 def invalid_logits(sequence: Sequence) -> str:
     """Say which request's logits cannot be sampled from."""
     return (
-        f"the logits of prompt {sequence.index} are NaN or infinite after {len(sequence.tokens)} tokens: the weights are "
-        "damaged, or too large for this dtype (try --dtype float32)"
+        f"the logits of prompt {sequence.index} are NaN or infinite after {len(sequence.tokens)} tokens: the weights "
+        "are damaged, or too large for this dtype (try --dtype float32)"
     )

@@ -88,7 +88,7 @@ class Room:
             self._make_runners(caches)
 
     def reset(self, books_are_right: bool) -> None:
-        """Forget the steps in flight, after an error; all that was cached, too, unless the scheduler's books are right."""
+        """Forget the steps in flight, after an error; and all that was cached, if the scheduler's books are wrong."""
         for runner in self.runners:
             runner.reset()
         if books_are_right:

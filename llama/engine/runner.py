@@ -9,20 +9,18 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llama.backends.base import backend_of
-from llama.cache import ForwardBatch, KVCache, pages_for
+from llama.cache import ForwardBatch, KVCache
 from llama.config import DynamicScaling
 from llama.engine.sequence import Chunk
 from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
 from llama.sampling import SamplingParams, SamplingTensors, log_probs
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,11 @@ class EagerRunner:
         self.device = model.device
         self._sampler = Sampler(model)
         self._outputs: deque[StepOutput] = deque()
-        self._params: list[SamplingParams] = []  # of the rows of the last step, for which there are tensors already
+        # Of the last step: its batch, if a next one can follow it, its tokens, and its rows' sampling parameters.
+        self._batch: ForwardBatch | None = None
+        self._newest: list[list[int]] = []
+        self._params: list[SamplingParams] = []
+        self._announced = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._is_dynamic = isinstance(model.args.rope_scaling, DynamicScaling)
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
@@ -101,21 +103,23 @@ class EagerRunner:
         if not sampled:
             self._outputs.append(StepOutput([[] for _ in chunks], None, None))
             return
-        hidden = self._sampled_states(hidden, chunks)
-        uniform = [number for chunk in sampled for number in uniforms_of(chunk)]
-        logprobs = any(chunk.sequence.params.logprobs for chunk in sampled)
-        tokens, scores = self._sampler(
-            hidden,
-            torch.tensor(uniform, dtype=torch.float32, device=self.device),
-            self._sampling_tensors(sampled),
-            torch.tensor([announced], device=self.device),
-            logprobs,
-        )
-        self._outputs.append(step_output(tokens.cpu(), None if scores is None else scores.cpu(), chunks))
+        params = [chunk.sequence.params for chunk in sampled for _ in range(chunk.n_sampled)]
+        if params != self._params:
+            self._params, self._sampling = params, SamplingTensors.of(params, self.device)
+        self._wants_logprobs = any(each.logprobs for each in params)
+        self._announced = torch.tensor([announced], device="cpu")
+        self._sample(self._sampled_states(hidden, chunks), chunks)
 
     def launch_next(self, chunks: Sequence[Chunk]) -> None:
-        newest = [max(tokens[-1], 0) for tokens in self._outputs[-1].tokens]
-        self.launch([Chunk(c.sequence, c.start, [token], 1) for c, token in zip(chunks, newest, strict=True)])
+        """See `Runner`. What the step before has looked up of the rows is used again: their pages are the same."""
+        newest = [max(tokens[-1], 0) for tokens in self._newest]
+        if self._batch is None or len(newest) != len(self._batch.positions):
+            known = [Chunk(c.sequence, c.start, [token], 1) for c, token in zip(chunks, newest, strict=True)]
+            self.launch(known, int(self._announced))
+            return
+        self._batch = self._batch.next_positions()
+        hidden = self.model.hidden(torch.tensor(newest, device=self.device), self._batch)
+        self._sample(hidden, chunks)
 
     def wait(self) -> StepOutput:
         return self._outputs.popleft()
@@ -126,7 +130,7 @@ class EagerRunner:
     def _compute(self, chunks: Sequence[Chunk]) -> Tensor:
         """Return the final states of all tokens, (n_tokens, dim), cache them, and score prompts that are scored."""
         counts = [len(chunk.tokens) for chunk in chunks]
-        width = pages_for(max(chunk.start + n for chunk, n in zip(chunks, counts, strict=True)))
+        width = max(len(chunk.sequence.pages) for chunk in chunks)
         table = torch.stack([chunk.sequence.table[:width] for chunk in chunks])
         batch = ForwardBatch.of(
             self.cache,
@@ -136,6 +140,7 @@ class EagerRunner:
             [chunk.sequence.first_page for chunk in chunks],
             self._lengths(chunks) if self._is_dynamic else None,
         )
+        self._batch = None if self._is_dynamic or len(batch.groups) > 1 or max(counts) > 1 else batch
         tokens = list(itertools.chain.from_iterable(chunk.tokens for chunk in chunks))
         hidden = self.model.hidden(torch.tensor(tokens, device=self.device), batch)
         if any(chunk.sequence.is_scored for chunk in chunks):
@@ -164,11 +169,17 @@ class EagerRunner:
         at = [i for chunk, stop in zip(chunks, stops, strict=True) for i in range(stop - chunk.n_sampled, stop)]
         return hidden[torch.tensor(at, device=self.device)]
 
-    def _sampling_tensors(self, sampled: Sequence[Chunk]) -> SamplingTensors:
-        params = [chunk.sequence.params for chunk in sampled for _ in range(chunk.n_sampled)]
-        if params != self._params:
-            self._params, self._sampling = params, SamplingTensors.of(params, self.device)
-        return self._sampling
+    def _sample(self, hidden: Tensor, chunks: Sequence[Chunk]) -> None:
+        """Sample the tokens that follow final states hidden (n_sampled of all chunks, dim)."""
+        uniform = []
+        for chunk in chunks:
+            uniform += uniforms_of(chunk)
+        numbers = torch.tensor(uniform, dtype=torch.float32, device=self.device)
+        announced = self._announced.to(self.device)
+        tokens, scores = self._sampler(hidden, numbers, self._sampling, announced, self._wants_logprobs)
+        output = step_output(tokens.cpu(), None if scores is None else scores.cpu(), chunks)
+        self._newest = output.tokens
+        self._outputs.append(output)
 
     def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:
         """Return the log-probability of each target, given the state before it in hidden (n_targets or more, dim)."""
@@ -189,11 +200,11 @@ def uniforms_of(chunk: Chunk) -> list[float]:
 
 def step_output(tokens: Tensor, logprobs: Tensor | None, chunks: Sequence[Chunk]) -> StepOutput:
     """Convert a Sampler's results on the host to a list for each chunk."""
-    counts = [chunk.n_sampled for chunk in chunks]
-    *rows, announced = tokens.tolist()
-    return StepOutput(_split(rows, counts), None if logprobs is None else _split(logprobs.tolist(), counts), announced)
-
-
-def _split(values: list[T], counts: list[int]) -> list[list[T]]:
-    found = iter(values)
-    return [list(itertools.islice(found, n)) for n in counts]
+    rows, scores = tokens.tolist(), None if logprobs is None else logprobs.tolist()
+    tokens_of, scores_of, at = [], [], 0
+    for chunk in chunks:
+        stop = at + chunk.n_sampled
+        tokens_of.append(rows[at:stop])
+        scores_of.append([] if scores is None else scores[at:stop])
+        at = stop
+    return StepOutput(tokens_of, None if scores is None else scores_of, rows[-1])

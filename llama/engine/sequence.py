@@ -20,7 +20,6 @@ class Sequence:
     """A prompt and the tokens generated for it so far."""
 
     id: int  # of the request; a later one has a greater id
-    index: int  # of its events
     prompt: abc.Sequence[int]
     params: SamplingParams
     max_new_tokens: int
@@ -30,6 +29,7 @@ class Sequence:
     events: list[TokenEvent]  # where its events go
     interactive: bool  # whether somebody reads along
 
+    index: int = field(init=False)  # of its events
     tokens: list[int] = field(init=False)  # prompt and completion; the newest is cached by the next step
     max_len: int = field(init=False)
     n_cached: int = 0  # tokens whose keys and values are in the pages
@@ -45,6 +45,7 @@ class Sequence:
     finished: bool = False
 
     def __post_init__(self) -> None:
+        self.index = self.id
         self.tokens = list(self.prompt)
         self.max_len = len(self.tokens) + self.max_new_tokens
 

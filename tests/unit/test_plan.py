@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from llama.engine.context import Context
 from torch.profiler import ProfilerActivity, profile
 
 from llama import Llama
@@ -24,7 +25,6 @@ from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.engine.build import open_source
-from llama.engine.context import Context
 from llama.engine.options import BuildOptions
 from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, free_bytes
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
