@@ -64,8 +64,8 @@ class Engine:
         self._prompt_tokens = self._budget.tokens  # the first rank's, which all keep to
         # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
-        self._sequences: dict[int, Sequence] = {}  # unfinished, by id
-        self._last_id = -1
+        self.requests: dict[int, Sequence] = {}  # those that wait or run, by id
+        self.last_id = -1  # of the newest request
         self._events: list[TokenEvent] = []
         self._in_flight: list[Chunk] = []  # of a step that is launched and not yet waited for
         # Whether the next step is the last one's again, each of its sequences a token further; and these.
@@ -79,7 +79,7 @@ class Engine:
     @property
     def unfinished(self) -> int:
         """How many requests wait or run."""
-        return len(self._sequences)
+        return len(self.requests)
 
     def add(
         self,
@@ -101,10 +101,11 @@ class Engine:
 
         Raises ValueError, on every rank, where it can never have the pages that it needs.
         """
+        self.last_id += 1
         params = params or SamplingParams()
         limit = self.model.args.max_seq_len - len(prompt_tokens)
         sequence = Sequence(
-            self._last_id + 1,
+            self.last_id,
             prompt_tokens,
             params,
             limit if params.max_gen_len is None else min(limit, params.max_gen_len),
@@ -114,16 +115,15 @@ class Engine:
             self._events,
             interactive,
         )
-        self.room.check(sequence, len(self._sequences), self._speculation is not None)
-        self._last_id = sequence.id
-        self._sequences[sequence.id] = sequence
+        self.room.check(sequence, len(self.requests), self._speculation is not None)
+        self.requests[sequence.id] = sequence
         self.scheduler.waiting.append(sequence)
         self._is_steady = False
         return sequence.id
 
     def cancel(self, request: int) -> None:
         """End a request without another event; one that has ended already is left as it is."""
-        sequence = self._sequences.pop(request, None)
+        sequence = self.requests.pop(request, None)
         if sequence is not None:
             self.scheduler.finish(sequence)
             self._is_steady = False
@@ -171,7 +171,7 @@ class Engine:
                     request = self.add(
                         prompt, params, index=place, add_prefix_space=add_prefix_space, interactive=interactive
                     )
-                    sequence = self._sequences[request]
+                    sequence = self.requests[request]
                     sequence.index, sequence.events = index, events
                     mine[index] = request
                 if not mine:
@@ -225,7 +225,7 @@ class Engine:
 
     def _launch(self) -> list[Chunk]:
         """Launch the next step of all that runs, and of what waits and has room; return its chunks."""
-        if not self._sequences:
+        if not self.requests:
             return []
         self._is_consistent = self._is_steady = False
         self.room.open()
@@ -309,7 +309,7 @@ class Engine:
                 sequence.events.append(TokenEvent(sequence.index, token, text, score))
 
     def _end(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
-        self._sequences.pop(sequence.id, None)
+        self.requests.pop(sequence.id, None)
         self.scheduler.finish(sequence)
         self._is_steady = False
         sequence.events.append(TokenEvent(sequence.index, None, text, finish_reason=reason))
