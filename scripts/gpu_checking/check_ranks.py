@@ -6,16 +6,13 @@ import torch
 import torch.distributed as dist
 
 from gpu_checking.bench import Bench
-from gpu_checking.clock import Recorder
-from gpu_checking.measure import generate
 from gpu_checking.random_models import random_model
 from gpu_checking.report import relative_error
+from gpu_checking.rows import Rows
 from gpu_checking.sizes import FLOATS
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.distributed.groups import ModelParallel, join_model_parallel
 from llama.distributed.job import from_all_ranks, join_job, local_world_size
-from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import CudaGraphRunner
 from llama.quantization.planar import MAX_GEMV_TOKENS
 from llama.sampling import SamplingParams
 
@@ -52,7 +49,7 @@ def differing_ranks(bench: Bench, ranks: ModelParallel) -> float:
     model = random_model(bench.size.checked, FLOATS, bench.device, bench.dtype, ranks)
     generator = torch.Generator().manual_seed(5)
     prompts = torch.randint(model.args.vocab_size, (2, 5), generator=generator).tolist()
-    runner = CudaGraphRunner(Context(model, 2, 5 + N_TOKENS), Recorder(bench.device))
-    tokens = list(generate(runner, prompts, N_TOKENS, SamplingParams(temperature=0)))
+    with torch.inference_mode():
+        tokens = list(Rows.of(model, prompts, N_TOKENS, SamplingParams(temperature=0)).generate(N_TOKENS))
     everywhere = from_all_ranks(tokens)
     return float(sum(each != everywhere[0] for each in everywhere))

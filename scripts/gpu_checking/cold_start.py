@@ -10,13 +10,11 @@ import time
 import torch
 
 from gpu_checking.bench import Bench, open_bench
-from gpu_checking.clock import Recorder, now
-from gpu_checking.measure import generate
+from gpu_checking.clock import now
 from gpu_checking.processes import reply, started
 from gpu_checking.random_models import random_model
+from gpu_checking.rows import Rows
 from gpu_checking.sizes import FLOATS
-from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import CudaGraphRunner
 from llama.sampling import SamplingParams
 
 PROMPT_LEN, N_TOKENS = 30, 3
@@ -45,10 +43,9 @@ def first_tokens(bench: Bench, form: str) -> dict[str, float]:
     start = now(bench.device)
     model = random_model(bench.size.args, form, bench.device, bench.dtype)
     ready = now(bench.device)
-    context = Context(model, 1, PROMPT_LEN + N_TOKENS)
     prompt = torch.randint(model.args.vocab_size, (PROMPT_LEN,)).tolist()
-    runner = CudaGraphRunner(context, Recorder(bench.device))
-    times = [time.perf_counter() - ready for _ in generate(runner, [prompt], N_TOKENS, SamplingParams())]
+    rows = Rows.of(model, [prompt], N_TOKENS, SamplingParams())
+    times = [time.perf_counter() - ready for _ in rows.generate(N_TOKENS)]
     return {"model_s": ready - start, "first_token_s": times[0], "third_token_s": times[-1]}
 
 

@@ -6,18 +6,16 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
 
 import torch
 
 from gpu_checking.bench import Bench
-from gpu_checking.clock import Recorder, copy_gb_s, now, seconds
+from gpu_checking.clock import copy_gb_s, now, seconds
 from gpu_checking.random_models import random_model
+from gpu_checking.rows import Rows
 from gpu_checking.sizes import FLOATS
-from llama.engine.context import Context
-from llama.engine.cuda_graph_runner import CudaGraphRunner
+from llama.cache import PAGE_SIZE, ForwardBatch
 from llama.engine.metrics import peak_memory_mib
-from llama.engine.runner_pool import CACHE_LEN_MULTIPLE
 from llama.memory.available import free_bytes
 from llama.memory.estimate import BatchShape, cache_bytes
 from llama.model import Transformer
@@ -55,21 +53,20 @@ def measure_form(bench: Bench, form: str) -> None:
 def measure_decoding(bench: Bench, model: Transformer, shown: str, bsz: int, context: int) -> None:
     """Greedy steps of rows that hold `context` random keys; bytes are those of weights and of keys and values read."""
     n_steps = bench.size.steps
-    length = -(-(context + n_steps + 2) // CACHE_LEN_MULTIPLE) * CACHE_LEN_MULTIPLE
-    needed = cache_bytes(model.args, model.parallel, model.dtype, BatchShape(bsz, context, length))
+    needed = cache_bytes(model.args, model.parallel, model.dtype, BatchShape(bsz, context, context + n_steps + 2))
     if bench.device.type == "cuda" and needed + SPARE > free_bytes(bench.device, 1):
         what = f"decoding {shown}, batch {bsz} at {context}"
         bench.report.left_out.append(f"{what}: {needed / 1e9:.0f} GB of cache do not fit")
         return
-    steps, recorder = steps_at(bench, model, bsz, length)
+    rows = rows_at(model, bsz, context, n_steps)
     start = now(bench.device)
-    steps.launch([[1]] * bsz, [context] * bsz)
-    steps.wait()
+    rows.runner.launch(rows.chunks([[1]] * bsz))
+    rows.runner.wait()
     first = now(bench.device) - start
-    times, host = decode(steps, bsz, context, n_steps)
+    times, host = decode(rows, n_steps)
     step = statistics.median(times)
-    kept = cache_bytes(model.args, model.parallel, model.dtype, BatchShape(bsz, 1, 1))
-    n_bytes = model.weight_bytes + kept * (context + 1 + n_steps // 2)
+    page = cache_bytes(model.args, model.parallel, model.dtype, BatchShape(bsz, 1, PAGE_SIZE))
+    n_bytes = model.weight_bytes + page * (context + 1 + n_steps // 2) // PAGE_SIZE
     gb_s = n_bytes / step / 1e9
     bench.report.add(
         "decode",
@@ -83,61 +80,43 @@ def measure_decoding(bench: Bench, model: Transformer, shown: str, bsz: int, con
         cache_bytes=n_bytes - model.weight_bytes,
         host_us=1e6 * statistics.median(host),
         first_step_s=first,
-        recording_s=recorder.seconds,
+        recording_s=rows.recorder.seconds,
     )
 
 
-def steps_at(bench: Bench, model: Transformer, bsz: int, length: int) -> tuple[CudaGraphRunner, Recorder]:
-    """Greedy steps over a cache of random keys and values."""
+def rows_at(model: Transformer, bsz: int, context: int, n_steps: int) -> Rows:
+    """Greedy rows over a cache of random keys and values."""
     gc.collect()  # another cache may be as large
-    context = Context(model, bsz, length)
-    context.cache.keys.normal_()
-    context.cache.values.normal_()
-    recorder = Recorder(bench.device)
-    steps = CudaGraphRunner(context, recorder)
-    steps.begin(SamplingParams(temperature=0), torch.zeros(bsz, length))
-    return steps, recorder
+    rows = Rows.of(model, [[1] * context] * bsz, n_steps + 2, SamplingParams(temperature=0))
+    rows.runner.cache.keys.normal_()
+    rows.runner.cache.values.normal_()
+    return rows
 
 
-def decode(steps: CudaGraphRunner, bsz: int, context: int, n_steps: int) -> tuple[list[float], list[float]]:
+def decode(rows: Rows, n_steps: int) -> tuple[list[float], list[float]]:
     """Seconds of each step, one launched ahead, and those of them that the host took to launch it."""
-    steps.launch([[1]] * bsz, [context] * bsz)
+    tokens = [[1]] * len(rows.sequences)
+    rows.runner.launch(rows.chunks(tokens))
     times, host = [], []
-    for _ in range(n_steps):
+    for i in range(1, n_steps + 1):
         start = time.perf_counter()
-        steps.launch_next()
+        rows.runner.launch_next(rows.chunks(tokens, i))
         host.append(time.perf_counter() - start)
-        steps.wait()
+        rows.runner.wait()
         times.append(time.perf_counter() - start)
-    steps.wait()
+    rows.runner.wait()
     return times, host
 
 
 @torch.inference_mode()
-def generate(
-    runner: CudaGraphRunner, prompts: list[list[int]], n_tokens: int, params: SamplingParams
-) -> Iterator[list[int]]:
-    """The next token of each prompt, n_tokens times: the first from the prefill, the others by steps."""
-    context = runner.context
-    runner.begin(params, torch.full((len(prompts), context.cache.max_seq_len), 0.5))
-    hidden, _ = context.prefill(prompts)
-    output = runner.sample(hidden[:, None], [len(prompt) - 1 for prompt in prompts])
-    yield [row[0] for row in output.tokens]
-    for i in range(n_tokens - 1):
-        runner.launch([row[-1:] for row in output.tokens], [len(prompt) + i for prompt in prompts])
-        output = runner.wait()
-        yield [row[0] for row in output.tokens]
-
-
-@torch.inference_mode()
 def measure_prefill(bench: Bench, model: Transformer, shown: str, n_tokens: int) -> None:
-    context = Context(model, 1, n_tokens)
-    prompt = torch.randint(model.args.vocab_size, (n_tokens,)).tolist()
+    cache = model.new_cache(1, n_tokens)
+    prompt = torch.randint(model.args.vocab_size, (n_tokens,)).to(bench.device)
+    start_pos = torch.zeros(1, dtype=torch.long, device=bench.device)
 
     def prefill() -> None:
-        context.truncate([0])
-        hidden, _ = context.prefill([prompt])
-        model.logits(hidden).argmax()
+        hidden = model.hidden(prompt, ForwardBatch.of_rows(cache, start_pos, n_tokens))
+        model.logits(hidden[-1:]).argmax()
 
     took = seconds(prefill, bench.device, bench.size.repeats)
     bench.report.add("prefill", form=shown, n_tokens=n_tokens, ms=1e3 * took, tok_s=n_tokens / took)

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 
 from gpu_checking.bench import Bench
-from gpu_checking.measure import decode, steps_at
+from gpu_checking.measure import decode, rows_at
 from gpu_checking.processes import reply, started
 from gpu_checking.random_models import random_model
+from gpu_checking.rows import Rows
 from gpu_checking.sizes import FLOATS
-from llama.engine.cuda_graph_runner import CudaGraphRunner
 
 PEERS = ("transformers", "gpt_fast")
 SECONDS = 150  # to run a peer; to build and compile them, all at once, they have the section's time
@@ -25,7 +25,7 @@ def measure_peers(bench: Bench, peers: dict[str, str | None]) -> None:
     """One row, by peers of these names; their values say where those are that are not installed."""
     context, n_steps = bench.size.contexts[0], bench.size.peer_steps
     model = random_model(bench.size.args, FLOATS, bench.device, bench.dtype)
-    steps, _ = steps_at(bench, model, 1, context + n_steps + 2)
+    rows = rows_at(model, 1, context, n_steps)
     options = {
         "device": str(bench.device),
         "dtype": bench.shown(FLOATS),
@@ -47,7 +47,7 @@ def measure_peers(bench: Bench, peers: dict[str, str | None]) -> None:
             workers[name].kill()
         for name in ready:
             with told(bench, name):
-                alternate(bench, name, workers[name], steps, context, n_steps)
+                alternate(bench, name, workers[name], rows, context, n_steps)
 
 
 @contextlib.contextmanager
@@ -60,13 +60,11 @@ def told(bench: Bench, name: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def alternate(
-    bench: Bench, name: str, process: subprocess.Popen[str], steps: CudaGraphRunner, context: int, n_steps: int
-) -> None:
+def alternate(bench: Bench, name: str, process: subprocess.Popen[str], rows: Rows, context: int, n_steps: int) -> None:
     """Runs of both in turn, so that a machine that slows down slows both; a first run does not count."""
     ours, theirs = [], []
     for _ in range(1 + bench.size.repeats):
-        times, _ = decode(steps, 1, context, n_steps)
+        times, _ = decode(rows, n_steps)
         ours.append(1e3 * statistics.mean(times))
         assert process.stdin is not None
         process.stdin.write("\n")
