@@ -61,11 +61,6 @@ class SamplingParams:
             if value is not None and type(value) is not int:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
 
-    @property
-    def is_greedy(self) -> bool:
-        """Tell whether each token is the likeliest, whatever the random numbers."""
-        return self.temperature == 0 or self.top_p == 0
-
 
 def uniforms(seed: int, index: int, count: int) -> Tensor:
     """Return `count` random numbers in [0, 1) for the prompt with this index: (count,), fp32, on the CPU.

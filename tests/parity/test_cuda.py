@@ -97,7 +97,7 @@ def test_graphs_give_the_tokens_of_steps_that_are_not_recorded(
     """Rows end apart; the second batch runs on the graphs of the first."""
     llm = Llama.build(folder, dtype="float32", **options)  # type: ignore[arg-type]
     graphed = [llm.generate(prompts, 24, temperature, logprobs=True, seed=3) for prompts in (PROMPTS, PROMPTS[1:])]
-    assert llm.scheduler.pool.pooled[False].runners[0].runs_ahead
+    assert llm.engine.room.runner.runs_ahead
     monkeypatch.setattr(CudaBackend, "captures_graphs", False)
     plain = Llama(llm.model, llm.tokenizer)
     for (tokens, scores), prompts in zip(graphed, (PROMPTS, PROMPTS[1:]), strict=True):
@@ -146,9 +146,10 @@ def test_heads_of_any_size_complete_prompts_of_any_length(tmp_path: Path, dtype:
 
 
 def test_a_conversation_goes_on_when_its_cache_grows(folder: Path) -> None:
-    llm, fresh = (Llama.build(folder, dtype="float32", max_seq_len=600) for _ in range(2))
+    llm = Llama.build(folder, dtype="float32", max_seq_len=600)
     turns = [[7, 8, 9] * 20, [7, 8, 9] * 90, [7, 8, 9] * 180]
     for turn in turns:
-        said = [step.token for step in llm.stream([turn], 9, temperature=0, keep_cache=True)]
+        said = [step.token for step in llm.stream([turn], 9, temperature=0)]
+        fresh = Llama(llm.model, llm.tokenizer)
         assert said == [step.token for step in fresh.stream([turn], 9, temperature=0)]
     assert llm.metrics.reused_tokens > 0
