@@ -17,6 +17,7 @@ from llama.cli.runner import call, is_first_rank, supervise
 COMMANDS = {
     "run a model": {
         "complete": "complete prompts, or fill the gaps in them (Code Llama)",
+        "batch": "complete the lines of a file, millions of them, and go on after any end",
         "chat": "talk with a model on the terminal, or answer lines from a pipe",
     },
     "measure": {

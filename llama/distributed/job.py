@@ -166,6 +166,13 @@ def from_all_ranks(value: Any) -> list[Any]:
     return values
 
 
+def add_up(name: str, amount: int) -> int:
+    """Add to a number that all ranks share, from 0 on, and return the sum: at once, whatever the other ranks do."""
+    store = dist.distributed_c10d._get_default_store()
+    total: int = collective(store.add, f"sum of {name}", amount)
+    return total
+
+
 def _meet(launch: Launch, timeout: float) -> Any:
     """Return the store of a job's ranks, once all have come to it; ConnectionError where they do not in time."""
     host, port = meeting_point()

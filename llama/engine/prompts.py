@@ -19,25 +19,28 @@ def as_token_ids(prompts: Iterable[Iterable[SupportsIndex]], args: ModelArgs) ->
     Raise ValueError unless there is at least one prompt, and each has tokens and fits into max_seq_len.
     """
     _check_list("prompts", prompts, "lists of token ids")
-    found = []
-    for index, prompt in enumerate(prompts):
-        tokens = prompt if type(prompt) is list else prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
-            raise ValueError(f"prompt {index} must be a list of token ids, got {prompt!r:.40}: put it in a list")
-        found.append([_token_id(token, index, args.vocab_size) for token in tokens])
-        if not found[-1]:
-            raise ValueError(f"prompt {index} has no tokens: begin it with the tokenizer's bos_id")
-        if len(found[-1]) > args.max_seq_len:
-            raise ValueError(
-                f"prompt {index} has {len(found[-1])} tokens, max_seq_len is {args.max_seq_len}: raise it or shorten "
-                "the prompt"
-            )
+    found = [token_ids(prompt, f"prompt {index}", args) for index, prompt in enumerate(prompts)]
     if not found:
         raise ValueError("the list of prompts is empty: give at least one")
     return found
 
 
-def _token_id(token: SupportsIndex, index: int, vocab_size: int) -> int:
+def token_ids(prompt: Iterable[SupportsIndex], name: str, args: ModelArgs) -> list[int]:
+    """Return one prompt as `as_token_ids` does; name: what messages call it."""
+    tokens = prompt if type(prompt) is list else prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+        raise ValueError(f"{name} must be a list of token ids, got {prompt!r:.40}: put it in a list")
+    found = [_token_id(token, name, args.vocab_size) for token in tokens]
+    if not found:
+        raise ValueError(f"{name} has no tokens: begin it with the tokenizer's bos_id")
+    if len(found) > args.max_seq_len:
+        raise ValueError(
+            f"{name} has {len(found)} tokens, max_seq_len is {args.max_seq_len}: raise it or shorten the prompt"
+        )
+    return found
+
+
+def _token_id(token: SupportsIndex, name: str, vocab_size: int) -> int:
     """Return an id of the vocabulary as an int: one of numpy or torch is an integer, too, while True is none."""
     if type(token) is int and 0 <= token < vocab_size:
         return token
@@ -46,7 +49,7 @@ def _token_id(token: SupportsIndex, index: int, vocab_size: int) -> int:
     except (TypeError, ValueError):  # of torch, for a float and for a tensor with several elements
         number = -1
     if not 0 <= number < vocab_size:
-        raise ValueError(f"prompt {index} has token {token!r:.40}: ids are integers, 0 to {vocab_size - 1}")
+        raise ValueError(f"{name} has token {token!r:.40}: ids are integers, 0 to {vocab_size - 1}")
     return number
 
 

@@ -1,0 +1,133 @@
+"""What a line of an input asks for, and how its results are worded: a text, or an object with fields of our own.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+from llama.outputs import CompletionPrediction
+from llama.sampling import SamplingParams
+
+SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
+# One of them is what a line is about.
+PROMPT_FIELDS = ("prompt", "messages", "tokens")
+FIELDS = [*PROMPT_FIELDS, "id", *SAMPLING_FIELDS]
+
+
+@dataclass(frozen=True)
+class LineRequest:
+    """What is to be completed: the one that is given of a text, a dialog and token ids; and how."""
+
+    params: SamplingParams
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    tokens: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class LineResult:
+    """The completion of a line; prompt_tokens and completion_tokens are counts."""
+
+    prediction: CompletionPrediction
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class LineForm(Protocol):
+    """One way of asking and of answering."""
+
+    def request(self, defaults: SamplingParams) -> LineRequest:
+        """Return what the line asks for, the defaults where it says nothing; ValueError where it is wrong."""
+        ...
+
+    def result(self, result: LineResult) -> dict[str, Any]:
+        """Return the fields of the line's result."""
+        ...
+
+    def error(self, message: str) -> dict[str, Any]:
+        """Return the fields of the result of a line that cannot be completed."""
+        ...
+
+
+class PlainForm:
+    """A line of a text file, a string, or an object with one of PROMPT_FIELDS, an id and sampling options."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+
+    def request(self, defaults: SamplingParams) -> LineRequest:
+        for name in self._fields:
+            if name not in FIELDS:
+                close = difflib.get_close_matches(name, FIELDS, 1)
+                fix = f"did you mean {close[0]}?" if close else f"a line has {', '.join(FIELDS)}"
+                raise ValueError(f"unknown field {name!r:.80}: {fix}")
+        options = {name: value for name, value in self._fields.items() if name in SAMPLING_FIELDS}
+        return request_of(self._fields, dataclasses.replace(defaults, **options))
+
+    def result(self, result: LineResult) -> dict[str, Any]:
+        found = result.prediction
+        fields = {
+            "id": self._fields.get("id"),
+            "generation": found["generation"],
+            "finish_reason": found["finish_reason"],
+            "prompt_tokens": result.prompt_tokens,
+            "completion_tokens": result.completion_tokens,
+        }
+        if "logprobs" in found:
+            fields |= {"tokens": found["tokens"], "logprobs": found["logprobs"]}
+        return fields
+
+    def error(self, message: str) -> dict[str, Any]:
+        return {"id": self._fields.get("id"), "error": message}
+
+
+def request_of(fields: Mapping[str, Any], params: SamplingParams) -> LineRequest:
+    """Return the request of a line with one of PROMPT_FIELDS; ValueError where it has none, several or a wrong one."""
+    given = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"a line has one of {', '.join(PROMPT_FIELDS)}, this one has {' and '.join(given) or 'none of them'}"
+        )
+    (name,) = given
+    value = fields[name]
+    if not isinstance(value, str if name == "prompt" else list):
+        raise ValueError(f"{name} must be a {'text' if name == 'prompt' else 'list'}, got {value!r:.80}")
+    return LineRequest(params, **{name: value})  # type: ignore[arg-type]  # which is looked at above
+
+
+def load_json(content: bytes) -> Any:
+    """Return the value of a line of JSON; ValueError for anything else."""
+    try:
+        return json.loads(_decoded(content), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+
+
+def text_of(content: bytes) -> str:
+    """Return a line of a text file; ValueError where it is not UTF-8."""
+    return _decoded(content)
+
+
+def names_of(fields: Iterable[str]) -> str:
+    """Return names of fields for a message."""
+    return ", ".join(f"{name!r:.80}" for name in fields)
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 from byte {error.start} on") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")

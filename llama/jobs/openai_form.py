@@ -1,0 +1,161 @@
+"""Lines of OpenAI's batch files, by the field names of its chat and completions endpoints, and answers in its shape.
+
+What cannot be done here is refused, as long as its value asks for anything. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from llama.jobs.line_forms import LineForm, LineRequest, LineResult, PlainForm, load_json, names_of, request_of, text_of
+from llama.outputs import CompletionPrediction
+from llama.sampling import SamplingParams
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+# Fields of a body, and what they are called here.
+OPTIONS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "seed": "seed",
+    "max_tokens": "max_gen_len",
+    "max_completion_tokens": "max_gen_len",
+}
+# Fields that change no text.
+IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
+# Fields that ask for nothing with these values, or with null.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "stop": ([],),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+}
+
+
+class OpenAIForm:
+    """A line with a custom_id, a url and a body."""
+
+    def __init__(self, fields: Mapping[str, Any], number: int, model: str) -> None:
+        """Take the fields of a line; number: the line's; model: what to call the model where the body does not."""
+        self._fields, self._number = fields, number
+        body = fields.get("body")
+        self._body: Mapping[str, Any] = body if isinstance(body, Mapping) else {}
+        self._model = self._body.get("model") or model
+        url = fields.get("url")
+        self._is_chat = url == CHAT if url is not None else "messages" in self._body
+
+    def request(self, defaults: SamplingParams) -> LineRequest:
+        fields, body = self._fields, self._body
+        if unknown := fields.keys() - {"custom_id", "method", "url", "body"}:
+            raise ValueError(f"unknown fields {names_of(sorted(unknown))} beside custom_id, method, url and body")
+        if not isinstance(fields.get("body"), Mapping):
+            raise ValueError(f"body must be an object, got {fields.get('body')!r:.80}")
+        if fields.get("url") not in (None, CHAT, COMPLETIONS):
+            raise ValueError(f"url must be {CHAT} or {COMPLETIONS}, got {fields['url']!r:.80}")
+        if fields.get("method") not in (None, "POST"):
+            raise ValueError(f"method must be POST, got {fields['method']!r:.80}")
+        own = ("messages", "logprobs") if self._is_chat else ("prompt", "logprobs", "echo")
+        options: dict[str, Any] = {}
+        for name, value in body.items():
+            if name in OPTIONS:
+                if value is not None:
+                    options[OPTIONS[name]] = value
+            elif name in NEUTRAL:
+                if value is not None and value not in NEUTRAL[name]:
+                    raise ValueError(f"{name} is not supported, got {value!r:.80}: leave it out")
+            elif name not in own and name not in IGNORED:
+                raise ValueError(f"unknown field {name!r:.80} in body")
+        if body.get("logprobs") is not None:
+            options["logprobs"] = self._wants_logprobs(body["logprobs"])
+        if body.get("echo") is not None:
+            options["echo"] = body["echo"]
+        params = dataclasses.replace(defaults, **options)
+        if self._is_chat:
+            return request_of({"messages": body.get("messages")}, params)
+        prompt = body.get("prompt")
+        return request_of({"prompt": prompt} if isinstance(prompt, str) else {"tokens": prompt}, params)
+
+    def result(self, result: LineResult) -> dict[str, Any]:
+        found = result.prediction
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": found["finish_reason"]}
+        if self._is_chat:
+            choice |= {"message": {"role": "assistant", "content": found["generation"], "refusal": None}}
+        else:
+            choice |= {"text": found["generation"]}
+        if "logprobs" in found:
+            choice["logprobs"] = _chat_logprobs(found) if self._is_chat else _completion_logprobs(found)
+        body = {
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{self._number}",
+            "object": "chat.completion" if self._is_chat else "text_completion",
+            "created": 0,  # so that the same job gives the same file
+            "model": self._model,
+            "choices": [choice],
+            "usage": {
+                "prompt_tokens": result.prompt_tokens,
+                "completion_tokens": result.completion_tokens,
+                "total_tokens": result.prompt_tokens + result.completion_tokens,
+            },
+        }
+        return self._answer({"status_code": 200, "request_id": f"req_{self._number}", "body": body}, None)
+
+    def error(self, message: str) -> dict[str, Any]:
+        return self._answer(None, {"code": "invalid_request", "message": message})
+
+    def _answer(self, response: dict[str, Any] | None, error: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "id": f"batch_req_{self._number}",
+            "custom_id": self._fields.get("custom_id"),
+            "response": response,
+            "error": error,
+        }
+
+    def _wants_logprobs(self, value: Any) -> bool:
+        """Return whether the tokens are to be scored; a completion's number is of likelier tokens beside each."""
+        if isinstance(value, bool) and self._is_chat:
+            return value
+        if type(value) is int and value == 0 and not self._is_chat:
+            return True
+        raise ValueError(
+            f"logprobs must be {'true or false' if self._is_chat else '0, the scores of the tokens alone'}, got "
+            f"{value!r:.80}"
+        )
+
+
+def line_form(content: bytes, is_json: bool, number: int, model: str) -> LineForm:
+    """Return what a line is, by its fields; ValueError where it is neither a text nor an object."""
+    value = load_json(content) if is_json else text_of(content)
+    if isinstance(value, str):
+        return PlainForm({"prompt": value})
+    if not isinstance(value, dict):
+        raise ValueError(f"a line is a text or an object, got {value!r:.80}")
+    return OpenAIForm(value, number, model) if "body" in value or "custom_id" in value else PlainForm(value)
+
+
+def _chat_logprobs(found: CompletionPrediction) -> dict[str, Any]:
+    scored = zip(found["tokens"], found["logprobs"], strict=True)
+    content = [
+        {"token": token, "logprob": score, "bytes": list(token.encode()), "top_logprobs": []} for token, score in scored
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _completion_logprobs(found: CompletionPrediction) -> dict[str, Any]:
+    starts = [0]
+    for token in found["tokens"]:
+        starts.append(starts[-1] + len(token))
+    return {
+        "tokens": found["tokens"],
+        "token_logprobs": found["logprobs"],
+        "top_logprobs": None,
+        "text_offset": starts[:-1],
+    }

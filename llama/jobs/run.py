@@ -1,0 +1,193 @@
+"""One replica's part of a job: lines become requests of its engine, as many as it can run, and results are written.
+
+Knows nothing of files or of other replicas.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llama.chat.llama2_tags import UNSAFE_ERROR
+from llama.engine.prompts import token_ids
+from llama.errors import one_line
+from llama.generation import Llama
+from llama.jobs.finished import Digest
+from llama.jobs.line_forms import LineForm, LineRequest, LineResult, PlainForm
+from llama.jobs.lines import CHUNK_LINES, InputLine
+from llama.jobs.openai_form import line_form
+from llama.jobs.result_file import result_line
+from llama.outputs import CompletionPrediction, TokenEvent, fold_prompt
+from llama.sampling import SamplingParams
+
+# In the order of the input a result waits for those before it: no more lines are begun when so many wait.
+MOST_HELD = 10_000
+
+
+class JobEngine(Protocol):
+    """What a job asks of an engine: of `Engine`, or of what leads it on several ranks."""
+
+    @property
+    def unfinished(self) -> int: ...
+
+    def add(
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams,
+        *,
+        index: int,
+        add_prefix_space: bool,
+        interactive: bool,
+    ) -> int: ...
+
+    def step(self) -> list[TokenEvent]: ...
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How lines are completed.
+
+    Args:
+        params: sampling parameters of lines that say nothing else.
+        digest: what tells lines apart.
+        model_name: what answers call the model, where their lines do not.
+        ordered: whether results come in the order of the lines.
+        strict: whether a line that cannot be completed is an error of the job.
+    """
+
+    params: SamplingParams
+    digest: Digest
+    model_name: str
+    ordered: bool = False
+    strict: bool = False
+
+
+@dataclass
+class _Running:
+    """A line whose completion is under way."""
+
+    line: InputLine
+    form: LineForm
+    n_prompt: int
+    params: SamplingParams
+    events: list[TokenEvent] = field(default_factory=list)
+    n_new: int = 0
+
+
+class LineRunner:
+    """Completes lines, and hands out each result when it, or with `ordered` also those before it, are complete.
+
+    Args:
+        llm: the model.
+        engine: its engine, or what leads it on several ranks.
+        options: how.
+        write: takes a line's number, and its line of results.
+        done: is told of each result: how many new tokens it has, and whether it is an error.
+    """
+
+    def __init__(
+        self,
+        llm: Llama,
+        engine: JobEngine,
+        options: JobOptions,
+        write: Callable[[int, bytes], None],
+        done: Callable[[int, bool], None],
+    ) -> None:
+        self._llm, self._engine, self._options, self._write, self._done = llm, engine, options, write, done
+        self._running: dict[int, _Running] = {}  # by the id of the request
+        self._begun: deque[int] = deque()  # numbers of lines in order, from the first that is not written
+        self._held: dict[int, bytes] = {}  # results that wait for those before them
+
+    def run(self, next_line: Callable[[bool], InputLine | None], is_json: Callable[[], bool]) -> None:
+        """Complete all lines.
+
+        next_line: see `read_ahead`; is_json: whether lines are JSON, asked when there is one. ValueError for a line
+        that cannot be completed, with `strict`.
+        """
+        # So many more than run that a place is taken at once, and so few that other replicas have theirs.
+        most = self._llm.model.args.max_batch_size + CHUNK_LINES
+        ended = False
+        while not ended or self._engine.unfinished:
+            while not ended and self._engine.unfinished < most and len(self._begun) < MOST_HELD:
+                try:
+                    line = next_line(not self._engine.unfinished)
+                except EOFError:
+                    ended = True
+                    break
+                if line is None:
+                    break
+                self._begin(line, is_json())
+            if self._engine.unfinished:
+                for event in self._engine.step():
+                    self._add(event)
+
+    def _begin(self, line: InputLine, is_json: bool) -> None:
+        if self._options.ordered:
+            self._begun.append(line.number)
+        form: LineForm = PlainForm({})
+        try:
+            form = line_form(line.content, is_json, line.number, self._options.model_name)
+            request = form.request(self._options.params)
+            if request.messages is not None and self._llm.chat_format.is_unsafe(request.messages):
+                refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
+                if request.params.logprobs:
+                    refusal["logprobs"] = []
+                self._finish(line, form.result(LineResult(refusal, 0, 0)), 0)
+                return
+            prompt = self._prompt_tokens(request)
+            params = request.params
+            is_text = request.tokens is None  # of its own, as in Llama.text_completion
+            request_id = self._engine.add(
+                prompt, params, index=line.number, add_prefix_space=is_text, interactive=False
+            )
+        except ValueError as error:
+            self._fail(line, form, error)
+            return
+        self._running[request_id] = _Running(line, form, len(prompt), params)
+
+    def _prompt_tokens(self, request: LineRequest) -> list[int]:
+        """Return the tokens of a request; ValueError where there are none, or more than fit.
+
+        Only the rank that leads comes here, so a dialog is encoded without asking the others.
+        """
+        if request.messages is not None:
+            tokens = self._llm.chat_format.encode(request.messages)
+        elif request.prompt is not None:
+            [tokens] = self._llm.encode_prompts([request.prompt])
+        else:
+            tokens = request.tokens or []
+        return token_ids(tokens, "the prompt", self._llm.model.args)
+
+    def _add(self, event: TokenEvent) -> None:
+        running = self._running[event.index]
+        running.events.append(event)
+        if event.token is not None:
+            running.n_new += 1
+            return
+        del self._running[event.index]
+        if event.finish_reason == "error":
+            self._fail(running.line, running.form, ValueError(event.text))
+            return
+        params = running.params
+        prediction = fold_prompt(running.events, self._llm.tokenizer, params.logprobs)
+        n_new = running.n_new - (running.n_prompt if params.echo else 0)
+        self._finish(running.line, running.form.result(LineResult(prediction, running.n_prompt, n_new)), n_new)
+
+    def _fail(self, line: InputLine, form: LineForm, error: ValueError) -> None:
+        message = one_line(str(error))
+        if self._options.strict:
+            raise ValueError(f"line {line.number + 1} of the input (index {line.number}): {message}")
+        self._finish(line, form.error(message), 0, is_error=True)
+
+    def _finish(self, line: InputLine, result: dict[str, object], n_new: int, is_error: bool = False) -> None:
+        written = result_line(line.number, self._options.digest(line.content), result)
+        if self._options.ordered:
+            self._held[line.number] = written
+            while self._begun and self._begun[0] in self._held:
+                number = self._begun.popleft()
+                self._write(number, self._held.pop(number))
+        else:
+            self._write(line.number, written)
+        self._done(n_new, is_error)
