@@ -12,7 +12,6 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from llama.engine.context import Context
 from torch.profiler import ProfilerActivity, profile
 
 from llama import Llama
@@ -25,12 +24,17 @@ from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.engine.build import open_source
+from llama.engine.metrics import Metrics
 from llama.engine.options import BuildOptions
+from llama.engine.page_pool import PagePool
+from llama.engine.runner import EagerRunner
+from llama.engine.scheduler import Scheduler
+from llama.engine.sequence import Sequence
 from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, free_bytes
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
-from llama.memory.plan import Planner, check_room
+from llama.memory.plan import Planner, page_limit
 from llama.model import Transformer
-from llama.sampling import SamplingParams, SamplingTensors, sample
+from llama.sampling import SamplingParams
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 
@@ -199,12 +203,20 @@ def test_planned_activations_are_what_a_run_allocates(
             pytest.skip("no C++ compiler with OpenMP here")
         CpuBackend(CPU).bind(model)
     tokens = torch.randint(0, args.vocab_size, (job.bsz, job.prompt_len)).tolist()
-    with torch.inference_mode():
-        context = Context(model, job.bsz, job.length)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            hidden, _ = context.prefill(tokens, job.scored)
-            rows = SamplingTensors.of([SamplingParams(0.6, 0.99)] * job.bsz, CPU)
-            sample(model.logits(hidden), torch.rand(job.bsz), rows)
+    model.args = dataclasses.replace(args, max_seq_len=job.length, max_batch_size=job.bsz)
+    params = SamplingParams(0.6, 0.99, logprobs=job.scored, echo=job.scored)
+    scheduler, runner = Scheduler(model.args, Metrics()), EagerRunner(model, model.new_cache(job.bsz, job.length + 16))
+    scheduler.restart(PagePool(runner.cache.n_pages, 0), [runner.cache])
+    scheduler.waiting += [
+        Sequence(i, prompt, params, 8, frozenset(), (1, i), StreamDecoder(lambda token: b""), [], False)
+        for i, prompt in enumerate(tokens)
+    ]
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        while any(sequence.n_cached < job.prompt_len for sequence in (*scheduler.waiting, *scheduler.running)):
+            chunks = scheduler.schedule(backend_of(model).max_prefill_tokens)
+            runner.launch(chunks)
+            for chunk in chunks:
+                chunk.sequence.n_cached = chunk.stop
     allocated = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(allocated, key=lambda event: event.start_ns()):
@@ -243,10 +255,16 @@ def test_mapped_weights_larger_than_memory_are_told_and_run(folders: dict[str, P
     assert not planner.plan(BatchShape(1, 1, 1)).fits
 
 
-def test_a_batch_without_room_is_refused_before_it_is_allocated(tiny_model: Llama) -> None:
-    check_room(tiny_model.model, BatchShape(4, 50, 60))
-    with pytest.raises(ValueError, match=r"need \d.* GB of cache and .* are free: use --max_batch_size \d+$"):
-        check_room(tiny_model.model, BatchShape(1 << 24, 1000, 1000))
+def test_pages_are_what_memory_has_room_for(tiny_model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the activations of a batch; one row that does not fit alone is refused."""
+    monkeypatch.setattr("llama.memory.plan.free_bytes", lambda *args: 300_000_000)
+    model, shape = tiny_model.model, BatchShape(4, 50, 60)
+    page = model.new_cache(1, 1).nbytes
+    beside = activation_bytes(model.args, model.parallel, model.dtype, backend_of(model), shape)
+    assert page_limit(model, shape) == (300_000_000 - beside) // page
+    assert page_limit(model, shape, in_use=10 * page) == (300_000_000 - beside) // page + 10
+    with pytest.raises(ValueError, match=r"999999999 with what follows, needs \d.* GB of cache per rank, there"):
+        page_limit(model, BatchShape(4, 50, 999_999_999))
 
 
 @pytest.fixture(scope="module")
