@@ -19,7 +19,7 @@ from llama.cli.report import report
 from llama.cli.runner import is_first_rank
 from llama.cli.signals import signals_raise
 from llama.distributed.job import agree, from_first_rank
-from llama.distributed.launch import read_launch
+from llama.distributed.torchrun_env import read_torchrun_env
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
 
@@ -87,7 +87,7 @@ def messages(interactive: bool) -> Iterator[str]:
     if interactive and is_first_rank():
         import readline  # noqa: F401  # gives input() a history and an editable line
 
-        ctrl_c = "ends, too" if launched() else "stops an answer"
+        ctrl_c = "ends, too" if has_other_ranks() else "stops an answer"
         print(f"Type a message; /reset forgets, /exit ends, Ctrl-C {ctrl_c}.", file=sys.stderr)
     while True:
         with agree():
@@ -118,7 +118,7 @@ def read_line(interactive: bool) -> str | None:
         print()
         return None
     except KeyboardInterrupt:
-        if launched():
+        if has_other_ranks():
             raise
         print()
         return ""
@@ -134,7 +134,7 @@ def answer(llm: Llama, dialog: list[Message], n_opening: int, params: SamplingPa
         return ""
     max_seq_len = llm.model.args.max_seq_len
     text, n_tokens, last = "", 0, None
-    with contextlib.nullcontext() if launched() else signals_raise():
+    with contextlib.nullcontext() if has_other_ranks() else signals_raise():
         try:
             kept, tokens = fit(llm, dialog, n_opening, params.max_gen_len)
             events = llm.stream(
@@ -173,7 +173,7 @@ def fit(llm: Llama, dialog: list[Message], n_opening: int, max_gen_len: int | No
     return kept, tokens
 
 
-def launched() -> bool:
+def has_other_ranks() -> bool:
     """Whether other ranks may be there: they would not stop at the same token, and torchrun ends them all anyway."""
-    launch = read_launch()
-    return launch.torchrun or launch.world_size > 1
+    env = read_torchrun_env()
+    return env.torchrun or env.world_size > 1

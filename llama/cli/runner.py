@@ -18,7 +18,7 @@ from pathlib import Path
 from llama.cli.flags import parse
 from llama.cli.help import page
 from llama.cli.progress import TerminalHandler
-from llama.distributed.launch import read_launch
+from llama.distributed.torchrun_env import read_torchrun_env
 from llama.errors import error_line, is_caused_by_user
 
 if typing.TYPE_CHECKING:
@@ -30,7 +30,7 @@ SECONDS_TO_SPEAK = 30
 
 def is_first_rank() -> bool:
     """Whether this is the one process of the job that prints results; before any process group exists, too."""
-    return read_launch().rank == 0
+    return read_torchrun_env().rank == 0
 
 
 def run(command: Callable[..., None]) -> None:
@@ -104,7 +104,7 @@ def _leave_together() -> None:
 
     A rank that ends while another still talks to it can abort there: see D18.
     """
-    if read_launch().world_size > 1:
+    if read_torchrun_env().world_size > 1:
         from llama.distributed.job import agree
 
         with agree():
@@ -123,7 +123,7 @@ def _fail(message: str) -> typing.NoReturn:
     if (watch := _watch()) is not None:
         watch.end(message)
     with contextlib.suppress(ValueError):  # which is the error
-        if read_launch().local_rank > 0:
+        if read_torchrun_env().local_rank > 0:
             time.sleep(SECONDS_TO_SPEAK)  # whoever lives on is the only one that failed
     sys.stderr.write(f"error: {message}\n")
     sys.exit(1)

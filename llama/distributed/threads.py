@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from llama.distributed.cgroups import cgroup_folders
-from llama.distributed.launch import read_launch
+from llama.distributed.torchrun_env import read_torchrun_env
 
 log = logging.getLogger("llama")
 
@@ -50,7 +50,7 @@ def user_chose_threads() -> bool:
     if torch.get_num_threads() != _default_threads:
         return True
     value = os.environ.get("OMP_NUM_THREADS", "")
-    if value != "1" or not read_launch().torchrun:
+    if value != "1" or not read_torchrun_env().torchrun:
         return value != ""
     try:
         return b"OMP_NUM_THREADS=" in Path(f"/proc/{os.getppid()}/environ").read_bytes()
