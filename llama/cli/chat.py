@@ -85,7 +85,8 @@ def main(
 def messages(interactive: bool) -> Iterator[str]:
     """What the user types or pipes in, without blank lines: the first rank reads it and tells the others."""
     if interactive and is_first_rank():
-        import readline  # noqa: F401  # gives input() a history and an editable line
+        with contextlib.suppress(ImportError):  # Windows, whose input() has both
+            import readline  # noqa: F401  # gives input() a history and an editable line
 
         ctrl_c = "ends, too" if has_other_ranks() else "stops an answer"
         print(f"Type a message; /reset forgets, /exit ends, Ctrl-C {ctrl_c}.", file=sys.stderr)
