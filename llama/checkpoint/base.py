@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from llama.checkpoint.names import DERIVED, UNNEEDED, module_name
+from llama.checkpoint.names import DERIVED, UNNEEDED, NamingScheme, module_name
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, QUANTIZE, BlockType
 from llama.tokenizer import Tokenizer
@@ -118,6 +118,11 @@ class Checkpoint(Protocol):
 
     @property
     def path(self) -> Path: ...
+
+    @property
+    def naming(self) -> NamingScheme:
+        """Return how the files name tensors, for messages: inside this package they have Meta's names."""
+        ...
 
     @property
     def args(self) -> ModelArgs:

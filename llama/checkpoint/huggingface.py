@@ -13,7 +13,7 @@ from torch import Tensor
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
 from llama.checkpoint.mapped_file import Layouts, map_folder
-from llama.checkpoint.names import ROTATED, meta_name, module_name
+from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, stored_name
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
 from llama.tokenizer import Tokenizer
@@ -33,6 +33,7 @@ class HuggingFaceCheckpoint:
     Weights may be blocks, of types that config.json gives: `read` decodes them.
     """
 
+    naming: NamingScheme = "hf"
     pads_vocab = True  # see D16
     tokenizer_metadata = None
 
@@ -53,7 +54,10 @@ class HuggingFaceCheckpoint:
             self._tie()
         for name, tensor in self._tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
-                raise ValueError(f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(WEIGHT_DTYPES)} work")
+                raise ValueError(
+                    f"{folder}: {stored_name(name, 'hf')} has dtype {tensor.dtype}, only "
+                    f"{', '.join(WEIGHT_DTYPES)} work"
+                )
         no_dtype = self.is_quantized or not self._tensors
         self.dtype = torch.bfloat16 if no_dtype else next(iter(self._tensors.values())).dtype
 
