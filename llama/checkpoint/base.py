@@ -45,6 +45,8 @@ WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 # Pages of a mapped file that were read count as the process's memory until the file is closed.
 READ_BEFORE_REOPENING = 1 << 28  # bytes
 
+COMPARED_AT_ONCE = 1 << 20  # values of each of two matrices
+
 # What `read` returns: contiguous memory of a mapped file, columns of one, or memory of its own.
 Reading = Literal["zero_copy", "strided", "copy"]
 
@@ -111,6 +113,14 @@ def read_in_turn(names: Iterable[str], reopen: Callable[[], Callable[[str], Tens
         n_bytes += tensor.nbytes
         yield name, tensor
         del tensor
+
+
+def same_matrix(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    """Return whether two matrices of the same shape are equal; read no further than the first rows that differ."""
+    n_rows, n_columns = checkpoint.shape(a)
+    step = max(1, COMPARED_AT_ONCE // n_columns)
+    parts = ((first, min(first + step, n_rows)) for first in range(0, n_rows, step))
+    return all(torch.equal(checkpoint.read(a, 0, *part), checkpoint.read(b, 0, *part)) for part in parts)
 
 
 class Checkpoint(Protocol):
