@@ -34,7 +34,7 @@ NOT_TOKENIZERS = (  # the first bytes of other files, and what those are
     (b"PK\x03\x04", "a zip archive, perhaps weights"),
     (b"\x80", "a pickle, perhaps weights"),
     (b"<", "HTML or XML, perhaps a web page saved in place of the file"),
-    (b"[", "JSON"),
+    (b"[", "a JSON list, and no object"),
 )
 
 
