@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -36,10 +38,20 @@ def share_cores(ranks: int) -> None:
             sure,
             threads,
         )
+    elif chosen and threads == _default_threads:
+        _tell_if_cut(os.environ.get("OMP_NUM_THREADS", ""), threads)
     threads = min(sure, threads)
     if not chosen:
         _default_threads = threads
     torch.set_num_threads(threads)
+
+
+@functools.cache  # a job is joined several times
+def _tell_if_cut(value: str, threads: int) -> None:
+    """Log where OMP_NUM_THREADS asks for more threads than torch gives, which is one for each physical core."""
+    asked = re.match(r"\s*\d+", value)  # of a list, the outermost level counts
+    if asked and int(asked[0]) > threads:
+        log.info("threads: %d, and not the %d of OMP_NUM_THREADS, as there are no more cores", threads, int(asked[0]))
 
 
 def user_chose_threads() -> bool:
