@@ -12,6 +12,7 @@ from llama import Llama
 from llama.chat.dialog import Message
 from llama.chat.formats import check_system
 from llama.chat.llama2_tags import UNSAFE_ERROR
+from llama.cli.flags import decode_text
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.plan import end_with_plan
 from llama.cli.printing import say
@@ -104,7 +105,7 @@ def read_line(interactive: bool) -> str | None:
     """One line, None at the end of the input; Ctrl-C gives an empty one, as does a line that nobody can read."""
     try:
         if not interactive:
-            return sys.stdin.buffer.readline().decode(sys.stdin.encoding) or None
+            return decode_text(sys.stdin.buffer.readline(), sys.stdin.encoding) or None
         with signals_raise():  # so that readline leaves the terminal in order
             return input("> ")
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ Imports torch only where ranks have to leave together, so that help and small co
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import logging
@@ -62,7 +63,9 @@ def supervise(job: Callable[[], None]) -> None:
     handler = TerminalHandler(shows_progress=first)
     logging.basicConfig(handlers=[handler], level=logging.INFO if first else logging.ERROR, format="%(message)s")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # in the C locale Python makes characters of bytes that are none
+        # In the C locale Python takes ASCII alone, which is UTF-8 as well, and makes characters of all other bytes.
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else sys.stdin.encoding, errors="strict")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks shall not lose the rest
     try:

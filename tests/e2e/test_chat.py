@@ -172,6 +172,14 @@ def test_a_closed_pipe_ends_a_chat_quietly(ranks: int, endless: list[object]) ->
     assert len(lines) == 1 or (ranks and len(lines) == 2 and lines[1].startswith("prefill ")), stderr
 
 
+def test_utf_8_is_read_in_the_c_locale(endless: list[object]) -> None:
+    """A valid message was called "not ascii", and ended the chat; a valid system prompt was called "not UTF-8"."""
+    flags = [*endless, "--max_gen_len", "6", "--system", "très bref"]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = python(CHAT, *flags, stdin="café\n", env=locale)
+    assert (done.returncode, done.stdout) == (0, "ababab\n"), done.stderr
+
+
 def test_an_unreadable_message_ends_all_ranks_with_one_line(endless: list[object]) -> None:
     done = torchrun(2, CHAT, *endless, stdin="caf\udce9\n", env={"PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 1
