@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -28,6 +29,12 @@ log = logging.getLogger("llama")
 
 # The part of the context that is kept free for an answer, unless --max_gen_len asks for less.
 ANSWER_SHARE = 1 / 4
+CHAT_COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it"
+WORD_ALONE = re.compile(r"/[A-Za-z?]\w*")
+
+
+class TooLongError(ValueError):
+    """A message that the context has no room for, even alone; those after it may have."""
 
 
 def main(
@@ -40,7 +47,8 @@ def main(
     """Talk with a LLaMA model: /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.
 
     When stdin or stdout is no terminal, every line of stdin is a message of one conversation. Where the context is
-    full, the oldest messages are forgotten. torchrun ends all ranks at a Ctrl-C.
+    full, the oldest messages are forgotten; a line that is too long by itself is left out, and the exit code is 1.
+    torchrun ends all ranks at a Ctrl-C.
 
     Args:
         system: how the model is to behave, said before the conversation; default: what the template says by itself.
@@ -56,24 +64,33 @@ def main(
     llm = Llama.from_options(options)
     opening = [Message(role="system", content=system)] if system is not None else []
     with agree():
-        if system is not None:
-            check_system(llm.chat_format, system)
+        if is_first_rank():
+            check_opening(llm, system)
     dialog = list(opening)
     interactive = from_first_rank(sys.stdin.isatty() and sys.stdout.isatty())
+    number, left_out = 0, False
     for line in messages(interactive):
         if line == "/exit":
             break
         if line == "/reset":
-            dialog = list(opening)
+            dialog, number = list(opening), 0
+            continue
+        if interactive and WORD_ALONE.fullmatch(line):
+            tell(f"{line} is no command, and was not sent: {CHAT_COMMANDS}")
             continue
         dialog.append(Message(role="user", content=line))
+        number += 1
         try:
             text = answer(llm, dialog, len(opening), params)
+        except TooLongError as error:
+            tell(f"error: message {number} {error}")
+            if not interactive:
+                say("\n")
+            text, left_out = "", True
         except ValueError as error:
             if not interactive:
                 raise
-            if is_first_rank():
-                print(f"error: {error}", file=sys.stderr)
+            tell(f"error: {error}")
             text = ""
         if text:
             dialog.append(Message(role="assistant", content=text))
@@ -81,6 +98,29 @@ def main(
             dialog.pop()
     if is_first_rank():
         report(llm)
+    if left_out and not interactive:
+        sys.exit(1)
+
+
+def tell(line: str) -> None:
+    """Say something that is no answer, once for all ranks."""
+    if is_first_rank():
+        print(line, file=sys.stderr)
+
+
+def check_opening(llm: Llama, system: str | None) -> None:
+    """ValueError where the format has no place for the system prompt, or the context no room for a message after it."""
+    what, fixes, dialog = "the chat format", "give a larger one", [Message(role="user", content="Hello")]
+    if system is not None:
+        check_system(llm.chat_format, system)
+        what, fixes = "--system", "shorten it, or give a larger --max_seq_len"
+        dialog.insert(0, Message(role="system", content=system))
+    used, max_seq_len = len(llm.chat_format.encode(dialog)), llm.model.args.max_seq_len
+    if used >= max_seq_len:
+        raise ValueError(
+            f"{what} leaves no room for a message: with 'Hello' it has {used} tokens, --max_seq_len is {max_seq_len}: "
+            f"{fixes}"
+        )
 
 
 def messages(interactive: bool) -> Iterator[str]:
@@ -102,7 +142,10 @@ def messages(interactive: bool) -> Iterator[str]:
 
 
 def read_line(interactive: bool) -> str | None:
-    """One line, None at the end of the input; Ctrl-C gives an empty one, as does a line that nobody can read."""
+    """One line, None at the end of the input; Ctrl-C gives an empty one, as does a line that nobody can read.
+
+    Ctrl-C where nothing was typed is told how to leave.
+    """
     try:
         if not interactive:
             return decode_text(sys.stdin.buffer.readline(), sys.stdin.encoding) or None
@@ -123,6 +166,9 @@ def read_line(interactive: bool) -> str | None:
         if has_other_ranks():
             raise
         print()
+        readline = sys.modules.get("readline")
+        if readline is None or not readline.get_line_buffer():
+            print(CHAT_COMMANDS, file=sys.stderr)
         return ""
 
 
@@ -162,7 +208,10 @@ def answer(llm: Llama, dialog: list[Message], n_opening: int, params: SamplingPa
 
 
 def fit(llm: Llama, dialog: list[Message], n_opening: int, max_gen_len: int | None) -> tuple[list[Message], list[int]]:
-    """A dialog without the oldest of its turns that leave no room for an answer, and its tokens."""
+    """A dialog without the oldest of its turns that leave no room for an answer, and its tokens.
+
+    TooLongError, which goes on from the message's number, where the newest message alone leaves none at all.
+    """
     max_seq_len = llm.model.args.max_seq_len
     room = int(max_seq_len * ANSWER_SHARE)
     if max_gen_len is not None:
@@ -172,6 +221,12 @@ def fit(llm: Llama, dialog: list[Message], n_opening: int, max_gen_len: int | No
     while len(tokens) + room > max_seq_len and len(kept) > n_opening + 1:
         del kept[n_opening : n_opening + 2]
         [tokens] = llm.encode_dialogs([kept])
+    if len(tokens) >= max_seq_len:
+        system = " and the system prompt" if n_opening else ""
+        raise TooLongError(
+            f"is too long for the context: with what the chat format writes{system} it has {len(tokens)} tokens, "
+            f"--max_seq_len is {max_seq_len}: shorten it, or give a larger --max_seq_len"
+        )
     return kept, tokens
 
 
