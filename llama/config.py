@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def with_keys_of_file(error: ValueError, keys: Mapping[str, str]) -> str:
+    """Return what an error of ModelArgs says, with the keys of a file in place of the fields that they set."""
+    return re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), str(error))
 
 
 def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:

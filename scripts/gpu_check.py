@@ -33,7 +33,7 @@ from gpu_checking.sizes import FLOATS
 from gpu_checking.tests import run_tests
 from gpu_checking.warming import warm
 from llama.cli import runner as cli
-from llama.distributed.launch import read_launch
+from llama.distributed.torchrun_env import read_torchrun_env
 
 ONLY = ("tests", "speed", "peers")
 
@@ -88,7 +88,7 @@ def main(
 
 
 def is_many() -> bool:
-    return read_launch().world_size > 1
+    return read_torchrun_env().world_size > 1
 
 
 def tests(bench: Bench) -> list[Section]:

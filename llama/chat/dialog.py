@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
+
+log = logging.getLogger("llama")
 
 # "ipython" is Llama 3's name of what a tool answers.
 Role = Literal["system", "user", "assistant", "tool", "ipython"]
@@ -50,21 +54,48 @@ def check_messages(dialog: object) -> None:
             raise ValueError(f"message {i} needs a content, or tool_calls, got {content!r:.80}")
 
 
-def check_contents(dialog: object) -> None:
-    """Raise ValueError unless each message of a dialog is a role and a text, which is all that Meta's formats write."""
+def check_contents(dialog: object, chat_format: str) -> None:
+    """Raise ValueError unless each message of a dialog is a role and a text, which is all that Meta's formats write.
+
+    chat_format: what to call the format, which has no place for other keys; those are logged, once.
+    """
     check_messages(dialog)
     assert isinstance(dialog, list | tuple)
     for i, message in enumerate(dialog):
-        if message.get("tool_calls") or not isinstance(message["content"], str):
-            raise ValueError(
-                f"message {i} has {'tool_calls' if message.get('tool_calls') else 'a content that is no text'}, which "
-                "this chat format cannot write: put it into the content as text, or use a model with a chat template"
-            )
+        if message.get("tool_calls"):
+            raise no_place_for_calls(i, chat_format)
+        if not isinstance(message["content"], str):
+            raise ValueError(f"message {i} has a content that is no text, which is all that {chat_format} writes")
+    tell_left_out(chat_format, keys_beside_text(dialog))
 
 
-def check_roles(dialog: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError unless roles are an optional system, then user and assistant in turn, ending with user."""
-    check_contents(dialog)
+def keys_beside_text(dialog: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the keys of messages that hold something, but for role and content; all of reasoning under one name."""
+    keys = {str(key) for message in dialog for key, value in message.items() if value} - {"role", "content"}
+    return tuple(sorted({REASONING_KEYS[0] if key in REASONING_KEYS else key for key in keys}))
+
+
+@functools.lru_cache(maxsize=256)  # once for the same keys
+def tell_left_out(chat_format: str, keys: tuple[str, ...]) -> None:
+    """Log keys of messages of which a prompt has nothing."""
+    if keys:
+        log.warning("%s has no place for %s: nothing of it is in the prompt", chat_format, " and ".join(keys))
+
+
+def no_place_for_calls(index: int, chat_format: str) -> ValueError:
+    """Return the error of a message that says nothing but what its tool_calls do."""
+    return ValueError(
+        f"message {index} has tool_calls, for which {chat_format} has no place: write them into its content as text, "
+        "or use a model whose chat template has one"
+    )
+
+
+def check_roles(dialog: Sequence[Mapping[str, Any]], chat_format: str) -> None:
+    """Raise ValueError unless roles are an optional system, then user and assistant in turn, ending with user.
+
+    chat_format: as for `check_contents`.
+    """
+    check_contents(dialog, chat_format)
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:

@@ -1,6 +1,7 @@
-"""Formats of fine-tunes that were released without a chat template, as data, and the names by which they are known.
+"""Formats of models that were released without a chat template, as data, and the names by which they are known.
 
-The prompts are those of FastChat's conversation templates. Knows no tokenizer: `TemplateChat` renders `template`.
+The prompts are those of FastChat's conversation templates, and of mistral-common for Mistral's own models. Knows no
+tokenizer: `TemplateChat` renders `template`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Turns:
     """A format of turns, as texts around {text}, a message's; {eos} is the end token, by its id.
 
-    default_system stands for a system message that is not there; None writes nothing. `opening` begins the answer.
+    {stripped} is a text without the spaces at its end. default_system stands for a system message that is not there;
+    None writes nothing. system_in is the user's message that begins with the system's. `opening` begins the answer.
     """
 
     system: str
@@ -23,27 +26,36 @@ class Turns:
     answer: str
     opening: str
     default_system: str | None = None
+    system_in: Literal["first", "last"] | None = None
 
     @property
     def template(self) -> str:
         """The format as a chat template, which refuses roles in another order."""
         default = "none" if self.default_system is None else json.dumps(self.default_system)
+        system = _written(self.system).replace(" text ", " system ")
+        begins = "false" if self.system_in is None else f"loop.{self.system_in} and system is not none"
         return (
-            "{{ bos_token }}{% set text = " + default + " %}{% set turns = messages %}"
-            "{% if messages[0].role == 'system' %}{% set text = messages[0].content %}{% set turns = messages[1:] %}"
-            "{% endif %}{% if text is not none %}" + _written(self.system) + "{% endif %}"
-            "{% for message in turns %}{% set text = message.content %}"
+            "{{ bos_token }}{% set system = " + default + " %}{% set turns = messages %}"
+            "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+            "{% endif %}"
+            + ("{% if system is not none %}{{ " + system + " }}{% endif %}" if self.system_in is None else "")
+            + "{% for message in turns %}{% set text = message.content %}"
             "{% if message.role != ('user', 'assistant')[loop.index0 % 2] or loop.last and loop.index0 % 2 %}"
             "{{ raise_exception('roles are an optional system, then user and assistant in turn, ending with user') }}"
-            "{% endif %}{% if message.role == 'user' %}" + _written(self.user) + "{% else %}" + _written(self.answer)
-            + "{% endif %}{% endfor %}" + _written(self.opening)
+            "{% endif %}{% if message.role == 'user' %}"
+            "{% if " + begins + " %}{% set text = " + system + " ~ text %}{% endif %}"
+            "{{ " + _written(self.user) + " }}{% else %}{{ " + _written(self.answer) + " }}{% endif %}{% endfor %}"
+            "{{ " + _written(self.opening) + " }}"
         )  # fmt: skip
 
 
 def _written(form: str) -> str:
-    """Return jinja that writes a form: its text as a literal, so that no newline of it is trimmed."""
+    """Return a jinja expression of a form: its text as a literal, so that no newline of it is trimmed."""
+    values = {"{text}": "text", "{stripped}": "text.rstrip(' ')", "{eos}": "eos_token"}
     literal = json.dumps(form)
-    return "{{ " + literal.replace("{text}", '" ~ text ~ "').replace("{eos}", '" ~ eos_token ~ "') + " }}"
+    for name, value in values.items():
+        literal = literal.replace(name, f'" ~ {value} ~ "')
+    return literal
 
 
 _CURIOUS_USER = (
@@ -70,6 +82,9 @@ FINETUNES = {
     "tulu": Turns("{text}\n", "<|user|>\n{text}\n", "<|assistant|>\n{text}\n", "<|assistant|>\n"),
     "solar": Turns("{text}\n\n", "### User\n{text}\n\n", "### Assistant\n{text}\n\n", "### Assistant\n"),
     "koala": Turns("{text} ", "USER: {text} ", "GPT: {text}{eos}", "GPT:", "BEGINNING OF CONVERSATION:"),
+    "mistral-v1": Turns("{text}\n\n", "[INST] {text} [/INST]", " {text}{eos}", "", system_in="first"),
+    "mistral-v3": Turns("{text}\n\n", "[INST]{text}[/INST]", "{stripped}{eos}", "", system_in="last"),
+    "mistral-v7": Turns("[SYSTEM_PROMPT]{text}[/SYSTEM_PROMPT]", "[INST]{text}[/INST]", "{stripped}{eos}", ""),
 }
 # Patterns of the models' names in lower case, and the format of each; the first that is found counts.
 _NAMES = {
@@ -80,6 +95,7 @@ _NAMES = {
     r"tulu": "tulu",
     r"solar.*instruct": "solar",
     r"koala": "koala",
+    r"mi[sx]tral.*instruct": "mistral-v1",  # those of later versions have tokens that tell it
     r"llama-?2.*chat|codellama.*instruct": "llama2",
 }
 

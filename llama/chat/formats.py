@@ -38,7 +38,7 @@ class Llama2Chat:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_roles(dialog)
+        check_roles(dialog, "chat format llama2")
         system, turns = "", list(dialog)
         if turns[0]["role"] == "system":
             system = B_SYS + turns.pop(0)["content"] + E_SYS
@@ -53,7 +53,7 @@ class Llama2Chat:
         return ids
 
     def is_unsafe(self, dialog: Dialog) -> bool:
-        check_roles(dialog)
+        check_roles(dialog, "chat format llama2")
         return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
@@ -82,7 +82,7 @@ class Llama3Chat:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_contents(dialog)
+        check_contents(dialog, "chat format llama3")
         return self.encode_dialog_prompt(dialog)
 
     def is_unsafe(self, dialog: Dialog) -> bool:
@@ -114,7 +114,7 @@ class ChatML:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_contents(dialog)
+        check_contents(dialog, "chat format chatml")
         start, end = (self.tokenizer.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
         newline = self._text("\n")
         ids: list[int] = []
@@ -136,7 +136,7 @@ class CodeLlama70BChat:
         self.tokenizer = tokenizer
 
     def encode(self, dialog: Dialog) -> list[int]:
-        check_roles(dialog)
+        check_roles(dialog, "chat format codellama70b")
         if dialog[0]["role"] != "system":
             dialog = [Message(role="system", content=""), *dialog]
         ids = [self.tokenizer.bos_id]
@@ -163,15 +163,19 @@ CHAT_FORMATS: dict[str, Callable[[Tokenizer], DialogFormat]] = {
     "llama3": Llama3Chat,
     "chatml": ChatML,
     "codellama70b": CodeLlama70BChat,
-    **{name: functools.partial(TemplateChat, source=turns.template) for name, turns in FINETUNES.items()},
+    **{name: functools.partial(TemplateChat, source=turns.template, name=name) for name, turns in FINETUNES.items()},
 }
-# The control tokens that a built-in format needs; those of other models than fine-tunes tell it, too.
+# The control tokens that a built-in format needs.
 FORMAT_TOKENS = {
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "codellama70b": ("<step>",),
     "openchat": ("<|end_of_turn|>",),
+    "mistral-v7": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"),
+    "mistral-v3": ("[INST]", "[/INST]"),
 }
+# Formats that their control tokens tell: the first that a tokenizer has.
+TOLD_BY_TOKENS = ("llama3", "chatml", "codellama70b", "mistral-v7", "mistral-v3")
 
 
 def find_chat_format(tokenizer: Tokenizer, model_names: Iterable[str] = ()) -> str | None:
@@ -181,11 +185,22 @@ def find_chat_format(tokenizer: Tokenizer, model_names: Iterable[str] = ()) -> s
     """
     if tokenizer.chat_template:
         return "template"
-    for name in FORMAT_TOKENS:
-        if name not in FINETUNES and not _missing_tokens(tokenizer, name):
-            return name
+    told = [name for name in TOLD_BY_TOKENS if not _missing_tokens(tokenizer, name)]
+    if told == ["mistral-v7", "mistral-v3"] and 0 < tokenizer.mistral_version < 7:
+        return "mistral-v3"  # files of that version have tokens of the next ones, but other models
+    if told:
+        return told[0]
     known = known_finetune(model_names)
-    if known is None or _missing_tokens(tokenizer, known[0]):
+    if known is None:
+        return None
+    if missing := _missing_tokens(tokenizer, known[0]):
+        log.warning(
+            "this model is called %s, but its tokenizer lacks %s, which chat format %s needs: give the one that it was "
+            "tuned with by --tokenizer_path, or choose another chat_format",
+            known[1],
+            " and ".join(missing),
+            known[0],
+        )
         return None
     log.info("chat format %s, as this model is called %s; chat_format chooses another", *known)
     return known[0]

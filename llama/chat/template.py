@@ -14,7 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.chat.dialog import REASONING_KEYS, map_texts, plain_messages, texts_of
+from llama.chat.dialog import (
+    REASONING_KEYS,
+    keys_beside_text,
+    map_texts,
+    no_place_for_calls,
+    plain_messages,
+    tell_left_out,
+    texts_of,
+)
 from llama.chat.llama2_tags import SPECIAL_TAGS
 from llama.errors import one_line
 from llama.tokenizer import Tokenizer
@@ -58,12 +66,17 @@ class TemplateChat:
     ignored.
     """
 
-    def __init__(self, tokenizer: Tokenizer, source: str | None = None) -> None:
-        """source: the jinja text; None is the tokenizer's own `chat_template`, without which ValueError is raised."""
+    def __init__(self, tokenizer: Tokenizer, source: str | None = None, name: str = "template") -> None:
+        """source: the jinja text; None is the tokenizer's own `chat_template`, without which ValueError is raised.
+
+        name: that of the format, for messages.
+        """
         source = source or tokenizer.chat_template
         if not source:
             raise ValueError("chat_format template: this model brings no chat template")
         self.tokenizer, self._source = tokenizer, source
+        self._name = "this model's chat template" if name == "template" else f"chat format {name}"
+        self._placed: set[str] = set()  # keys of messages, beside role and content, that have changed a prompt
         spelling_of = {token: text for text, token in tokenizer.special_tokens.items()}
         named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         self._variables = {name: spelling_of[token] for name, token in named.items() if token in spelling_of}
@@ -73,7 +86,9 @@ class TemplateChat:
 
     def encode(self, dialog: Sequence[Mapping[str, Any]]) -> list[int]:
         """Encode the prompt of a dialog; BOS is where the template writes it, and nowhere else."""
-        prompt, originals = self._render(plain_messages(dialog))
+        messages = plain_messages(dialog)
+        self._check_keys(messages)
+        prompt, originals = self._render(messages)
         ids: list[int] = []
         for i, part in enumerate(self._control.split(prompt)):
             if i % 2 == 1:
@@ -87,6 +102,26 @@ class TemplateChat:
         """Tell whether a message spells out tags of Llama 2 that this template writes as plain text."""
         tags = [tag for tag in SPECIAL_TAGS if tag in self._source and tag not in self.tokenizer.special_tokens]
         return any(tag in text for text in texts_of(dialog) for tag in tags)
+
+    def _check_keys(self, dialog: list[dict[str, Any]]) -> None:
+        """Log keys of messages that the template leaves out: the prompt is the same without them.
+
+        Raise ValueError where a message says nothing without its tool_calls, and those are left out.
+        """
+        new = [key for key in keys_beside_text(dialog) if key not in self._placed]
+        calls = (i for i, each in enumerate(dialog) if each.get("tool_calls") and each.get("content") is None)
+        call = next(calls, None)
+        try:
+            plain, *others = self._ask([dialog, *(_without(dialog, key) for key in new)])["prompts"] if new else [""]
+        except ValueError:
+            if call is not None and "tool_calls" not in self._source:
+                raise no_place_for_calls(call, self._name) from None
+            raise
+        left_out = tuple(key for key, prompt in zip(new, others, strict=True) if prompt == plain)
+        self._placed |= {*new} - {*left_out}
+        if call is not None and "tool_calls" in left_out:
+            raise no_place_for_calls(call, self._name)
+        tell_left_out(self._name, left_out)
 
     def _render(self, dialog: list[dict[str, Any]]) -> tuple[str, dict[int, str]]:
         """Return the prompt with placeholders for characters of messages, and the original of each placeholder."""
@@ -129,6 +164,12 @@ class TemplateChat:
     def _ask(self, dialogs: list[list[dict[str, Any]]]) -> dict[str, Any]:
         """Return the prompts of dialogs, and the template's constants."""
         return self._renderer.ask({"source": self._source, "variables": self._variables, "dialogs": dialogs})
+
+
+def _without(dialog: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Return a dialog without a key of its messages, or without any of those that reasoning has."""
+    keys = REASONING_KEYS if key in REASONING_KEYS else (key,)
+    return [{name: value for name, value in message.items() if name not in keys} for message in dialog]
 
 
 class _Renderer:

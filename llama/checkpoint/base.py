@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from llama.checkpoint.names import DERIVED, UNNEEDED, module_name
+from llama.checkpoint.names import DERIVED, UNNEEDED, NamingScheme, module_name
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, QUANTIZE, BlockType
 from llama.tokenizer import Tokenizer
@@ -44,6 +44,8 @@ WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 
 # Pages of a mapped file that were read count as the process's memory until the file is closed.
 READ_BEFORE_REOPENING = 1 << 28  # bytes
+
+COMPARED_AT_ONCE = 1 << 20  # values of each of two matrices
 
 # What `read` returns: contiguous memory of a mapped file, columns of one, or memory of its own.
 Reading = Literal["zero_copy", "strided", "copy"]
@@ -113,11 +115,24 @@ def read_in_turn(names: Iterable[str], reopen: Callable[[], Callable[[str], Tens
         del tensor
 
 
+def same_matrix(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    """Return whether two matrices of the same shape are equal; read no further than the first rows that differ."""
+    n_rows, n_columns = checkpoint.shape(a)
+    step = max(1, COMPARED_AT_ONCE // n_columns)
+    parts = ((first, min(first + step, n_rows)) for first in range(0, n_rows, step))
+    return all(torch.equal(checkpoint.read(a, 0, *part), checkpoint.read(b, 0, *part)) for part in parts)
+
+
 class Checkpoint(Protocol):
     """Offer an opened checkpoint. Opening one reads headers only; it raises ValueError for wrong or broken files."""
 
     @property
     def path(self) -> Path: ...
+
+    @property
+    def naming(self) -> NamingScheme:
+        """Return how the files name tensors, for messages: inside this package they have Meta's names."""
+        ...
 
     @property
     def args(self) -> ModelArgs:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
-from llama.checkpoint.gguf_config import ignored_keys, read_metadata
+from llama.checkpoint.gguf_config import FIELD_KEYS, ignored_keys, read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import meta_name, module_name
+from llama.checkpoint.names import NamingScheme, meta_name, module_name
+from llama.config import with_keys_of_file
 from llama.files import cannot_map
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, requantize_exactly
 from llama.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ class _StoredTensor:
 class GGUFCheckpoint:
     """Read GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
 
+    naming: NamingScheme = "gguf"
     pads_vocab = False
     stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
 
@@ -81,7 +83,8 @@ class GGUFCheckpoint:
                 rope_factors=None if factors is None else tuple(_decode_rows(factors, 0, factors.shape[0]).tolist()),
             )
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            keys = {field: key for field, key in FIELD_KEYS.items() if key in self._metadata}
+            raise ValueError(f"{path}: {with_keys_of_file(error, keys)}") from None
         self._find_biases()
         dtypes = {tensor.dtype for tensor in self._tensors.values() if len(tensor.shape) > 1}
         self.is_quantized = None in dtypes

@@ -16,10 +16,15 @@ REQUIRED_GGUF_KEYS = {
     "hidden_dim": "llama.feed_forward_length",
 }
 OPTIONAL_GGUF_KEYS = {"n_kv_heads": "llama.attention.head_count_kv", "head_dim": "llama.attention.key_length"}
+OTHER_FIELD_KEYS = {
+    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+    "sliding_window": "llama.attention.sliding_window",
+}
+FIELD_KEYS = REQUIRED_GGUF_KEYS | OPTIONAL_GGUF_KEYS | OTHER_FIELD_KEYS
 # What else is read under the model's own keys, and what says nothing about the computation.
 OTHER_GGUF_KEYS = {
-    "llama.attention.layer_norm_rms_epsilon", "llama.attention.sliding_window", "llama.attention.value_length",
-    "llama.expert_count", "llama.rope.dimension_count", "llama.rope.freq_base", "llama.rope.scale_linear",
+    "llama.attention.value_length", "llama.expert_count", "llama.rope.dimension_count", "llama.rope.scale_linear",
     "llama.rope.scaling.attn_factor", "llama.rope.scaling.factor", "llama.rope.scaling.finetuned",
     "llama.rope.scaling.original_context_length", "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast",
     "llama.rope.scaling.yarn_beta_slow", "llama.rope.scaling.yarn_log_multiplier", "llama.context_length",
@@ -29,7 +34,7 @@ OTHER_GGUF_KEYS = {
 
 def ignored_keys(metadata: Mapping[str, Any]) -> list[str]:
     """Return the keys of the model and of its tokenizer that nothing here reads, though they might mean something."""
-    known = {*REQUIRED_GGUF_KEYS.values(), *OPTIONAL_GGUF_KEYS.values(), *OTHER_GGUF_KEYS, *KNOWN_TOKENIZER_KEYS}
+    known = {*FIELD_KEYS.values(), *OTHER_GGUF_KEYS, *KNOWN_TOKENIZER_KEYS}
     own = (key for key in metadata if key.startswith(("llama.", TOKENIZER_KEY)))
     return sorted(key for key in own if key not in known)
 
@@ -50,11 +55,11 @@ def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tupl
         **{field: _get(metadata, key, int) for field, key in REQUIRED_GGUF_KEYS.items()},
         **{field: metadata.get(key) for field, key in OPTIONAL_GGUF_KEYS.items()},  # type: ignore[arg-type]
         vocab_size=len(tokens) if isinstance(tokens, list) and tokens else -1,
-        norm_eps=_get(metadata, "llama.attention.layer_norm_rms_epsilon", float),
-        rope_theta=metadata.get("llama.rope.freq_base", 10000.0),
+        norm_eps=_get(metadata, FIELD_KEYS["norm_eps"], float),
+        rope_theta=metadata.get(FIELD_KEYS["rope_theta"], 10000.0),
         rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
         tied_embeddings=tied,
-        sliding_window=metadata.get("llama.attention.sliding_window") or None,
+        sliding_window=metadata.get(FIELD_KEYS["sliding_window"]) or None,
     )
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if metadata.get(key, args.head_dim) != args.head_dim:

@@ -18,6 +18,7 @@ from llama.config import (
     check_int,
     check_number,
     read_json_object,
+    with_keys_of_file,
 )
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 
@@ -93,7 +94,8 @@ def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
         )
         return args, token_ids(config.get("eos_token_id"))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        keys = {**REQUIRED_CONFIG_KEYS, **OPTIONAL_CONFIG_KEYS, "norm_eps": "rms_norm_eps"}
+        raise ValueError(f"{path}: {with_keys_of_file(error, keys)}") from None
 
 
 def read_block_types(path: Path) -> dict[str, BlockType]:
@@ -185,8 +187,8 @@ def _read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Ro
     old_context_len = rope["original_max_position_embeddings"] or context_len
     if kind == "default":
         return None
-    for name, value in (("max_position_embeddings", context_len), ("original context", old_context_len)):
-        check_int(name, value)
+    check_int("max_position_embeddings", context_len)
+    check_int("original_max_position_embeddings", old_context_len)
     if kind == "linear":
         return LinearScaling(_required(rope, "factor"))
     if kind == "dynamic":

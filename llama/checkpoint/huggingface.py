@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
+from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
+from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import Layouts, map_folder
-from llama.checkpoint.names import ROTATED, meta_name, module_name
+from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, stored_name
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
 from llama.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ class HuggingFaceCheckpoint:
     Weights may be blocks, of types that config.json gives: `read` decodes them.
     """
 
+    naming: NamingScheme = "hf"
     pads_vocab = True  # see D16
     tokenizer_metadata = None
 
@@ -49,11 +51,14 @@ class HuggingFaceCheckpoint:
         self.is_quantized = bool(block_types)
         self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
         self._tensors = {meta_name(name, "hf"): tensor for name, tensor in tensors.items()}
-        if self.args.tied_embeddings:
-            self._tie()
         for name, tensor in self._tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
-                raise ValueError(f"{folder}: {name} has dtype {tensor.dtype}, only {', '.join(WEIGHT_DTYPES)} work")
+                raise ValueError(
+                    f"{folder}: {stored_name(name, 'hf')} has dtype {tensor.dtype}, only "
+                    f"{', '.join(WEIGHT_DTYPES)} work"
+                )
+        if self.args.tied_embeddings:
+            self._tie()
         no_dtype = self.is_quantized or not self._tensors
         self.dtype = torch.bfloat16 if no_dtype else next(iter(self._tensors.values())).dtype
 
@@ -108,16 +113,28 @@ class HuggingFaceCheckpoint:
         return Tokenizer(self.path)
 
     def _tie(self) -> None:
-        """Keep one of the embedding and the output projection, or both where they differ, as transformers does."""
-        table, output = self._tensors.get("tok_embeddings.weight"), self._tensors.pop("output.weight", None)
-        if output is None:
+        """Keep one of the embedding and the output projection, or both where they differ, as transformers does.
+
+        Nothing is read where they are one tensor of the file, nor where headers alone tell that the folder cannot run.
+        """
+        table, output = "tok_embeddings.weight", "output.weight"
+        if table not in self._tensors and output in self._tensors:
+            self._tensors[table] = self._tensors.pop(output)
+        if output not in self._tensors:
             return
-        if table is None:
-            self._tensors["tok_embeddings.weight"] = output
-        elif table.data_ptr() != output.data_ptr() and not (table.dtype == output.dtype and torch.equal(table, output)):
-            self._tensors["output.weight"] = output
+        expected = global_shapes(self.args).items()
+        fits = all(name in self._tensors and self.shape(name) == shape for name, shape in expected)
+        if fits and not self._is_same(table, output):
             self.args = dataclasses.replace(self.args, tied_embeddings=False)
             log.warning("%s: lm_head is used, despite tie_word_embeddings, as it differs from the table", self.path)
+        else:
+            del self._tensors[output]
+
+    def _is_same(self, a: str, b: str) -> bool:
+        first, second = self._tensors[a], self._tensors[b]
+        if first.dtype != second.dtype or self.shape(a) != self.shape(b):
+            return False
+        return first.data_ptr() == second.data_ptr() or same_matrix(self, a, b)
 
     def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Return rows or columns of a tensor as it is stored, but with rows in Meta's order."""

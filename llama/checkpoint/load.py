@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, quantized_type, shard_dim, some_of
-from llama.checkpoint.names import module_name
+from llama.checkpoint.names import module_name, stored_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import set_quantized_weight, tie_output
@@ -152,8 +152,9 @@ def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[in
     for name, shape in expected.items():
         if checkpoint.shape(name) != shape:
             raise ValueError(
-                f"{checkpoint.path}: {name} has shape {checkpoint.shape(name)}, its configuration asks for {shape}: "
-                "weights and configuration do not belong together, or some files are missing"
+                f"{checkpoint.path}: {stored_name(name, checkpoint.naming)} has shape {checkpoint.shape(name)}, its "
+                f"configuration asks for {shape}: weights and configuration do not belong together, or some files are "
+                "missing"
             )
     return expected
 
@@ -161,8 +162,8 @@ def check_weights(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, tuple[in
 def _check_names(checkpoint: Checkpoint, expected: Collection[str]) -> None:
     """Raise ValueError when the checkpoint lacks a tensor, or has one that the model would silently ignore."""
     found = checkpoint.names()
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
+    missing = [stored_name(name, checkpoint.naming) for name in expected if name not in found]
+    unexpected = [stored_name(name, checkpoint.naming) for name in found if name not in expected]
     for part, (whose, fix) in WRAPPERS.items():
         wrapped = [name for name in unexpected if re.search(rf"(?<!\w){re.escape(part)}", name)]
         if wrapped:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed
 from llama.checkpoint.mapped_file import Layouts, map_folder
-from llama.checkpoint.names import module_name
+from llama.checkpoint.names import NamingScheme, module_name
 from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_params
 from llama.quantization.gguf_blocks import BlockType
@@ -27,6 +27,7 @@ MISTRAL_LAYOUTS: Layouts = (("consolidated.safetensors", "consolidated.safetenso
 class MetaCheckpoint:
     """Read a folder of Meta shards, or Mistral's. Files are mapped; pickles that would run code are refused."""
 
+    naming: NamingScheme = "meta"
     pads_vocab = False
     is_quantized = False
     model_name = ""

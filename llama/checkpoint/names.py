@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-NamingScheme = Literal["hf", "gguf"]
+NamingScheme = Literal["meta", "hf", "gguf"]
 
 # Modules by Meta's name, Hugging Face's and GGUF's; those of a layer follow its prefix and number.
 MODULE_NAMES = (
@@ -36,9 +36,10 @@ UNNEEDED = re.compile(
 ROTATED = {"wq", "wk"}
 
 META_LAYERS = "layers."
-LAYER_PREFIXES: dict[NamingScheme, str] = {"hf": "model.layers.", "gguf": "blk."}
+LAYER_PREFIXES: dict[NamingScheme, str] = {"meta": META_LAYERS, "hf": "model.layers.", "gguf": "blk."}
 
 _FROM_META: dict[NamingScheme, dict[str, str]] = {
+    "meta": {meta: meta for meta, _, _ in MODULE_NAMES},
     "hf": {meta: hf for meta, hf, _ in MODULE_NAMES},
     "gguf": {meta: gguf for meta, _, gguf in MODULE_NAMES},
 }
@@ -55,10 +56,11 @@ def meta_name(name: str, scheme: NamingScheme) -> str:
 
 
 def stored_name(name: str, scheme: NamingScheme) -> str:
-    """Translate a name of the model: "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight"."""
-    stored = _translate(name, META_LAYERS, LAYER_PREFIXES[scheme], _FROM_META[scheme])
-    assert stored is not None, name
-    return stored
+    """Translate a name of the model: "layers.3.attention.wq.weight" -> "model.layers.3.self_attn.q_proj.weight".
+
+    A name that the table lacks, or that `meta_name` has quoted, stays.
+    """
+    return _translate(name, META_LAYERS, LAYER_PREFIXES[scheme], _FROM_META[scheme]) or name
 
 
 def module_name(name: str) -> str:

@@ -15,7 +15,7 @@ from llama.cli.report import report
 from llama.cli.runner import is_first_rank
 from llama.cli.signals import before_end
 from llama.distributed.job import add_up, agree, from_all_ranks
-from llama.distributed.launch import read_launch
+from llama.distributed.torchrun_env import read_torchrun_env
 from llama.engine.leader import follow, lead
 from llama.engine.options import BuildOptions
 from llama.jobs.finished import Digest, FinishedLines, line_digest
@@ -55,7 +55,7 @@ def main(
         llama batch questions.jsonl answers.jsonl --ckpt_dir Meta-Llama-3-8B-Instruct --max_gen_len 512
         torchrun --nproc_per_node 8 --max_restarts 3 -m llama batch in.jsonl out.jsonl --model_parallel_size 2
     """
-    ranks = read_launch().world_size
+    ranks = read_torchrun_env().world_size
     n_replicas = ranks // (options.model_parallel_size or ranks)
     if n_replicas > 1 and STANDARD_STREAM in (input, output):
         raise ValueError(
@@ -72,7 +72,7 @@ def main(
     leads = llm.model.parallel.rank == 0
     with agree():
         if leads:
-            job.open(read_launch().rank)
+            job.open(read_torchrun_env().rank)
     if len({nbytes for nbytes in from_all_ranks(job.source.nbytes if leads else None) if nbytes is not None}) > 1:
         raise ValueError(f"{input} has another size on another host: put it on a file system that all hosts share")
     with agree():

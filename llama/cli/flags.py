@@ -5,12 +5,14 @@ A parameter whose type is a dataclass becomes one flag for each field. Knows not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import json
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -197,12 +199,27 @@ def _read(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any] | No
 
 def _verbatim(name: str, text: str) -> list[str]:
     """One text as it is, unless it is a JSON list of texts."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"--{name} is not valid UTF-8: {text!a}") from None
+    text = _typed_text(name, text)
     texts = json_texts(text)
     return [text] if texts is None else texts
+
+
+def _typed_text(name: str, word: str) -> str:
+    """A word of the command line as the text that was typed, whatever Python's locale made of it."""
+    try:
+        return decode_text(os.fsencode(word), sys.getfilesystemencoding())
+    except UnicodeError:
+        raise ValueError(f"--{name} is not valid UTF-8: {word!a}") from None
+
+
+def decode_text(data: bytes, encoding: str) -> str:
+    """Bytes as UTF-8 or, where they are none, in the locale's encoding, which may be ASCII: UnicodeDecodeError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+        raise error from None
 
 
 def json_texts(text: str) -> list[str] | None:
@@ -223,6 +240,8 @@ def _value(flag: Flag, text: Any) -> Any:
         if not text:  # an unset variable; as a path it would be the current folder
             raise ValueError(f"{flag.shown} must be a path, got ''")
         text = os.path.expanduser(text)  # a shell does not look behind the = of --name=~/x
+    elif str in flag.types:
+        return _typed_text(flag.name, text)
     if list[str] in flag.types or str in flag.types:
         return text
     if type(None) in flag.types and text == "None":

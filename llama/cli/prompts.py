@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import sys
-import termios
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +98,10 @@ def _name(path: Path) -> str:
 def _stdin_waits() -> bool:
     """Whether somebody has piped or redirected text to stdin; what a slow program will write later is not known."""
     try:
+        import fcntl
+        import termios
+
         waiting = fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))
         return not sys.stdin.isatty() and any(waiting)
-    except OSError:  # a device such as /dev/null, which holds nothing, or no file at all
+    except (ImportError, OSError):  # Windows; a device such as /dev/null, which holds nothing, or no file at all
         return False

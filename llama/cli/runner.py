@@ -5,6 +5,7 @@ Imports torch only where ranks have to leave together, so that help and small co
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 from llama.cli.flags import parse
 from llama.cli.help import page
 from llama.cli.progress import TerminalHandler
-from llama.distributed.launch import read_launch
+from llama.distributed.torchrun_env import read_torchrun_env
 from llama.errors import error_line, is_caused_by_user
 
 if typing.TYPE_CHECKING:
@@ -30,7 +31,7 @@ SECONDS_TO_SPEAK = 30
 
 def is_first_rank() -> bool:
     """Whether this is the one process of the job that prints results; before any process group exists, too."""
-    return read_launch().rank == 0
+    return read_torchrun_env().rank == 0
 
 
 def run(command: Callable[..., None]) -> None:
@@ -62,7 +63,9 @@ def supervise(job: Callable[[], None]) -> None:
     handler = TerminalHandler(shows_progress=first)
     logging.basicConfig(handlers=[handler], level=logging.INFO if first else logging.ERROR, format="%(message)s")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="strict")  # in the C locale Python makes characters of bytes that are none
+        # In the C locale Python takes ASCII alone, which is UTF-8 as well, and makes characters of all other bytes.
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else sys.stdin.encoding, errors="strict")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks shall not lose the rest
     try:
@@ -104,7 +107,7 @@ def _leave_together() -> None:
 
     A rank that ends while another still talks to it can abort there: see D18.
     """
-    if read_launch().world_size > 1:
+    if read_torchrun_env().world_size > 1:
         from llama.distributed.job import agree
 
         with agree():
@@ -123,7 +126,7 @@ def _fail(message: str) -> typing.NoReturn:
     if (watch := _watch()) is not None:
         watch.end(message)
     with contextlib.suppress(ValueError):  # which is the error
-        if read_launch().local_rank > 0:
+        if read_torchrun_env().local_rank > 0:
             time.sleep(SECONDS_TO_SPEAK)  # whoever lives on is the only one that failed
     sys.stderr.write(f"error: {message}\n")
     sys.exit(1)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-# Ctrl-C, `kill` and torchrun, and a terminal that is closed. What a parent ignores, as nohup does, stays ignored.
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Ctrl-C, `kill` and torchrun, and a terminal that is closed, which is no signal on Windows. What a parent ignores, as
+# nohup does, stays ignored.
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # Whoever reads stdout may have stopped reading.
 SECONDS_TO_PRINT = 5
 
@@ -36,11 +38,11 @@ def before_end(finish: Callable[[], None]) -> Iterator[None]:
 
     It is called in a thread of its own: the main thread may be in a kernel or in a collective, and cannot be asked.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)  # as set_wakeup_fd asks
+    reader, writer = socket.socketpair()  # Windows has no pipes that do not block
+    writer.setblocking(False)  # as set_wakeup_fd asks
 
     def wait() -> None:
-        if signalled := os.read(reader, 1):
+        if signalled := reader.recv(1):
             code = 128 + signalled[0]
             timer = threading.Timer(SECONDS_TO_PRINT, os._exit, (code,))
             timer.daemon = True
@@ -52,14 +54,14 @@ def before_end(finish: Callable[[], None]) -> Iterator[None]:
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     with _handled(lambda number, frame: None):
-        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            os.close(writer)
+            writer.close()
             thread.join()
-            os.close(reader)
+            reader.close()
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from llama.distributed.launch import VARIABLES, Launch, meeting_point, read_launch
 from llama.distributed.threads import share_cores
+from llama.distributed.torchrun_env import VARIABLES, TorchrunEnv, meeting_point, read_torchrun_env
 from llama.distributed.watch import Watch
 from llama.errors import in_one_line, is_caused_by_user
 
@@ -43,12 +43,12 @@ _watched: Any = None  # its default group, which a user may destroy and make ane
 
 def local_rank() -> int:
     """Return this process's number on its host; 0 if it is alone."""
-    return read_launch().local_rank
+    return read_torchrun_env().local_rank
 
 
 def local_world_size() -> int:
     """Return how many processes of the job run on this host; 1 if this one is alone."""
-    return read_launch().local_world_size
+    return read_torchrun_env().local_world_size
 
 
 def watch_of_job() -> Watch | None:
@@ -63,20 +63,20 @@ def join_job(timeout: float = TIMEOUT) -> None:
     other ranks do not come.
     """
     global _watch, _watched
-    launch = read_launch()
-    share_cores(launch.local_world_size)
+    env = read_torchrun_env()
+    share_cores(env.local_world_size)
     if not dist.is_initialized():
         if _watch is not None:  # of a job that has ended
             _watch.stop()
-        if launch.ignored:
-            log.warning("%s, as no launcher of ranks does: this process runs alone", launch.ignored)
+        if env.ignored:
+            log.warning("%s, as no launcher of ranks does: this process runs alone", env.ignored)
         _check_network_interface()
-        if launch.world_size > 1:
-            store = _meet(launch, timeout)
-            _watch = Watch(store, launch.rank, launch.world_size, timeout, first_holds_store=not launch.torchrun)
+        if env.world_size > 1:
+            store = _meet(env, timeout)
+            _watch = Watch(store, env.rank, env.world_size, timeout, first_holds_store=not env.torchrun)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it among its exports
-        rank, world_size = launch.rank, launch.world_size
+        rank, world_size = env.rank, env.world_size
         hook = sys.excepthook
         collective(dist.init_process_group, "gloo", timeout=NO_TIMEOUT, store=store, rank=rank, world_size=world_size)
         if world_size == 1:
@@ -173,17 +173,17 @@ def add_up(name: str, amount: int) -> int:
     return total
 
 
-def _meet(launch: Launch, timeout: float) -> Any:
+def _meet(env: TorchrunEnv, timeout: float) -> Any:
     """Return the store of a job's ranks, once all have come to it; ConnectionError where they do not in time."""
     host, port = meeting_point()
-    seconds = timeout if launch.torchrun else min(timeout, SECONDS_TO_MEET)
-    place = f"rank {launch.rank} of {launch.world_size} at {host}:{port}"
-    fix = f"start all {launch.world_size} ranks, or unset {', '.join(VARIABLES)} to run one process alone"
+    seconds = timeout if env.torchrun else min(timeout, SECONDS_TO_MEET)
+    place = f"rank {env.rank} of {env.world_size} at {host}:{port}"
+    fix = f"start all {env.world_size} ranks, or unset {', '.join(VARIABLES)} to run one process alone"
     timer = threading.Timer(SECONDS_TO_SAY, log.warning, ["%s waits for the others: %s", place, fix])
     timer.daemon = True
     timer.start()
     try:
-        _wait_for_first_rank(launch.rank, host, port, seconds)
+        _wait_for_first_rank(env.rank, host, port, seconds)
         return next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
     except (RuntimeError, OSError) as error:
         cause = str(error).splitlines()[0].rstrip(".")

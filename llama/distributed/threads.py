@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 from llama.distributed.cgroups import cgroup_folders
-from llama.distributed.launch import read_launch
+from llama.distributed.torchrun_env import read_torchrun_env
 
 log = logging.getLogger("llama")
 
@@ -36,10 +38,20 @@ def share_cores(ranks: int) -> None:
             sure,
             threads,
         )
+    elif chosen and threads == _default_threads:
+        _tell_if_cut(os.environ.get("OMP_NUM_THREADS", ""), threads)
     threads = min(sure, threads)
     if not chosen:
         _default_threads = threads
     torch.set_num_threads(threads)
+
+
+@functools.cache  # a job is joined several times
+def _tell_if_cut(value: str, threads: int) -> None:
+    """Log where OMP_NUM_THREADS asks for more threads than torch gives, which is one for each physical core."""
+    asked = re.match(r"\s*\d+", value)  # of a list, the outermost level counts
+    if asked and int(asked[0]) > threads:
+        log.info("threads: %d, and not the %d of OMP_NUM_THREADS, as there are no more cores", threads, int(asked[0]))
 
 
 def user_chose_threads() -> bool:
@@ -50,7 +62,7 @@ def user_chose_threads() -> bool:
     if torch.get_num_threads() != _default_threads:
         return True
     value = os.environ.get("OMP_NUM_THREADS", "")
-    if value != "1" or not read_launch().torchrun:
+    if value != "1" or not read_torchrun_env().torchrun:
         return value != ""
     try:
         return b"OMP_NUM_THREADS=" in Path(f"/proc/{os.getppid()}/environ").read_bytes()

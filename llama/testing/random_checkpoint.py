@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama.checkpoint.export.tokenizer_model import merges_of
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import module_name
+from llama.checkpoint.names import NamingScheme, module_name
 from llama.testing.model_presets import Preset, TokenizerKind
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, TokenType
@@ -42,6 +42,7 @@ class RandomCheckpoint:
     dtype = torch.bfloat16
     stop_tokens: frozenset[int] = frozenset()
     pads_vocab = False
+    naming: NamingScheme = "meta"
 
     def __init__(self, name: str, preset: Preset, seed: int) -> None:
         """Name the checkpoint, for errors, and draw what `seed` gives for that architecture."""

@@ -26,7 +26,8 @@ T = TypeVar("T")
 def expect(kind: type[T], value: Any, where: str) -> T:
     """Return a value of a JSON file unchanged; ValueError says where it stands if it is of another type."""
     if not isinstance(value, kind):
-        raise ValueError(f"{where} is {value!r:.60}: expected {TYPE_NAMES[kind]}")
+        found = "missing" if value is None else f"{value!r:.60}"
+        raise ValueError(f"{where} is {found}: expected {TYPE_NAMES[kind]}")
     return value
 
 
@@ -39,7 +40,7 @@ def given(content: Mapping[str, Any], key: str, default: Any) -> Any:
 def parse_id(value: Any, where: str) -> int:
     """Return a token id unchanged; ValueError says where it stands if it is none."""
     if type(value) is not int or not 0 <= value < MAX_ID:
-        raise ValueError(f"{where} is {value!r:.60}: expected a token id below {MAX_ID}")
+        raise ValueError(f"{where} is {value!r:.60}: ids are integers, 0 to {MAX_ID - 1}")
     return value
 
 
@@ -135,7 +136,7 @@ def _read_added(folder: Path, config: dict[str, Any]) -> dict[int, Any]:
         return parse_added(((number, text) for text, number in _read(path).items()), str(path))
     where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
     entries = expect(dict, config["added_tokens_decoder"], where).items()
-    return parse_added(((int(key) if re.fullmatch(r"\d{1,9}", key) else key, token) for key, token in entries), where)
+    return parse_added(((int(key) if re.fullmatch(r"-?\d{1,9}", key) else key, token) for key, token in entries), where)
 
 
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:

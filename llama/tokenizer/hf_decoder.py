@@ -39,7 +39,8 @@ def parse_pipeline(content: dict[str, Any]) -> Pipeline:
             pipeline[name] = list(_steps(json.loads(written)[name], PARTS[name]))
             check_steps(pipeline[name])
         except Exception as error:
-            raise ValueError(f"its {name} is {part!r:.80}: {error}") from None
+            said = f"the tokenizers library knows no such {name}" if "untagged enum" in str(error) else error
+            raise ValueError(f"its {name} is {part!r:.80}: {said}") from None
     check_growth([*pipeline["normalizer"], *pipeline["pre_tokenizer"]])
     return pipeline
 

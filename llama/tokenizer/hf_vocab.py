@@ -127,7 +127,7 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
     if kind not in ("BPE", "Unigram"):
         raise ValueError(f"its model has the type {kind!r:.60}: supported are BPE and Unigram")
     vocab: Any = expect(dict if kind == "BPE" else list, model.get("vocab"), "its vocab")
-    pairs = vocab.items() if kind == "BPE" else ((text, number) for number, (text, _) in enumerate(vocab))
+    pairs = vocab.items() if kind == "BPE" else ((text, number) for number, text in enumerate(map(_scored_text, vocab)))
     trained = {expect(str, text, "a piece"): parse_id(i, f"the id of {text!r:.60} in its vocab") for text, i in pairs}
     if len(trained) < len(vocab) or not vocab:
         raise ValueError("its vocab is empty or has a text twice")
@@ -139,6 +139,13 @@ def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
     if unknown is not None and unknown not in trained:
         raise ValueError(f"its unknown piece {unknown!r:.60} is not in its vocab")
     return trained, unknown
+
+
+def _scored_text(entry: Any) -> str:
+    """Return the text of an entry of a Unigram vocabulary; ValueError unless it is a list of a text and its score."""
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+        raise ValueError(f"its vocab has {entry!r:.60}: expected a list of a text and its score")
+    return entry[0]
 
 
 def _added(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, Any]:

@@ -34,7 +34,7 @@ NOT_TOKENIZERS = (  # the first bytes of other files, and what those are
     (b"PK\x03\x04", "a zip archive, perhaps weights"),
     (b"\x80", "a pickle, perhaps weights"),
     (b"<", "HTML or XML, perhaps a web page saved in place of the file"),
-    (b"[", "JSON"),
+    (b"[", "a JSON list, and no object"),
 )
 
 
@@ -50,6 +50,7 @@ class Tokenizer(MetaNames):
     prefix_space_after_special: whether the text after a control token begins with a prefix space, as a text of its own
         does (`legacy` in transformers). Where it is False, encode that text with add_prefix_space=False.
     chat_template: the jinja source stored with the tokenizer, None when there is none.
+    mistral_version: what the name or the content of Mistral's own files says, such as 3; 0 for all others.
     """
 
     n_words: int
@@ -62,6 +63,7 @@ class Tokenizer(MetaNames):
     special_tokens: dict[str, int]
     stop_tokens: frozenset[int]
     chat_template: str | None
+    mistral_version: int = 0
 
     def __init__(self, model_path: str | os.PathLike[str]) -> None:
         """Open a SentencePiece model, a tiktoken file, a `tokenizer.json` or `tekken.json`, or a folder's one of those.
@@ -72,7 +74,7 @@ class Tokenizer(MetaNames):
         path = Path(os.path.expanduser(model_path))
         if path.is_dir():
             path = find_tokenizer(path)
-        vocab, chat_template = _open(path)
+        vocab, chat_template, self.mistral_version = _open(path)
         self._adopt(vocab, stops=(), chat_template=chat_template)
 
     @classmethod
@@ -208,8 +210,8 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
-def _open(path: Path) -> tuple[Vocab, str | None]:
-    """Open the vocabulary in a file, and find the chat template beside it."""
+def _open(path: Path) -> tuple[Vocab, str | None, int]:
+    """Open the vocabulary in a file; return it with the chat template beside it, and Mistral's version."""
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer file {path}: {_listing(path.parent)}")
     if not path.is_file():  # opening a pipe would wait for somebody to write to it
@@ -223,13 +225,16 @@ def _open(path: Path) -> tuple[Vocab, str | None]:
         raise ValueError(f"{path} is {_describe(data)}: {EXPECTED}")
     config = TokenizerConfig.read(path.parent)
     if is_tiktoken:
-        return read_tiktoken(data, path), config.chat_template
+        return read_tiktoken(data, path), config.chat_template, 0
     if is_sentencepiece:
-        return AddedTokensVocab(data, str(path), config), config.chat_template
+        version = re.search(r"\.model\.v(\d{1,3})", path.name)
+        return AddedTokensVocab(data, str(path), config), config.chat_template, int(version[1]) if version else 0
     content = read_object(data, str(path))
     if is_tekken(content):
-        return read_tekken(content, str(path)), config.chat_template
-    return HuggingFaceVocab(content, str(path), config), config.chat_template
+        vocab = read_tekken(content, str(path))
+        version = re.fullmatch(r"v(\d{1,3})", str(content["config"].get("version")))
+        return vocab, config.chat_template, int(version[1]) if version else 0
+    return HuggingFaceVocab(content, str(path), config), config.chat_template, 0
 
 
 def _describe(data: bytes) -> str:

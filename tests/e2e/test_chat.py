@@ -77,7 +77,13 @@ def test_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(endless: list[ob
         chat.type("never sent")
         chat.wait_for("never sent")
         chat.press(CTRL_C)
-        chat.wait_for("\n> ")
+        assert "/exit" not in chat.wait_for("\n> ")
+        chat.press(CTRL_C)  # where nothing was typed
+        assert "/reset forgets the conversation, /exit or Ctrl-D ends it\n" in chat.wait_for("\n> ")
+        chat.type("/quit\n")
+        assert chat.wait_for("\n> ") == (
+            "/quit\n/quit is no command, and was not sent: /reset forgets the conversation, /exit or Ctrl-D ends it\n> "
+        )
         chat.type("/reset\n")
         chat.wait_for("\n> ")
         chat.press(CTRL_D)
@@ -101,6 +107,29 @@ def test_a_full_context_is_told_and_the_oldest_messages_make_room(endless: list[
     assert done.stderr.splitlines()[1:-1] == [cut, forgotten, cut, forgotten, cut, cut]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_message_that_is_too_long_is_told_and_those_after_it_are_answered(ranks: int, endless: list[object]) -> None:
+    """It ended the chat, with a line about "prompt 0"."""
+    flags = [*endless, "--max_seq_len", "80", "--max_gen_len", "6"]
+    conversation = f"one\n{'long ' * 20}\n/quit\n"
+    done = torchrun(2, CHAT, *flags, stdin=conversation) if ranks == 2 else python(CHAT, *flags, stdin=conversation)
+    assert (done.returncode, done.stdout) == (1, "ababab\n\nababab\n")  # what is piped is a message, whatever it is
+    (error,) = done.errors
+    assert error.startswith("error: message 2 is too long for the context: with what the chat format writes it has 1")
+    assert error.endswith(" tokens, --max_seq_len is 80: shorten it, or give a larger --max_seq_len")
+
+
+def test_a_context_without_room_for_any_message_is_told_at_the_start(endless: list[object]) -> None:
+    """Every message was refused, one after the other."""
+    done = python(CHAT, *endless, "--max_seq_len", "80", "--system", "be brief " * 9, stdin="one\ntwo\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    (error,) = done.errors
+    assert error.startswith("error: --system leaves no room for a message: with 'Hello' it has 1")
+    assert error.endswith(" tokens, --max_seq_len is 80: shorten it, or give a larger --max_seq_len")
+    (error,) = python(CHAT, *endless, "--max_seq_len", "9", stdin="one\n").errors
+    assert error.startswith("error: the chat format leaves no room for a message: with 'Hello' it has ")
+
+
 def test_an_answer_of_the_length_that_was_asked_for_is_not_called_cut(endless: list[object]) -> None:
     done = python(CHAT, *endless, "--max_seq_len", "200", "--max_gen_len", "8", stdin="one\ntwo\n")
     assert [len(answer) for answer in done.stdout.splitlines()] == [8, 8]
@@ -115,7 +144,9 @@ def test_a_terminal_shows_one_conversation_and_exit_ends_it(demo_model: Path) ->
         chat.type("And of Spain?\n")
         assert "Madrid" in chat.wait_for("\n> ")
         chat.type("And of Italy? " * 20 + "\n")
-        assert "max_seq_len is 80: raise it or shorten the prompt\n" in chat.wait_for("\n> ")
+        said = chat.wait_for("\n> ")
+        assert "error: message 3 is too long for the context: with what the chat format writes it has " in said
+        assert "tokens, --max_seq_len is 80: shorten it, or give a larger --max_seq_len\n" in said
         chat.type("And of Italy?\n")
         assert "the context of 80 tokens is full: the oldest 2 messages are forgotten\n" in chat.wait_for("\n> ")
         chat.type("/reset\n")
@@ -170,6 +201,14 @@ def test_a_closed_pipe_ends_a_chat_quietly(ranks: int, endless: list[object]) ->
     lines = [line for line in stderr.splitlines() if not line.startswith("W")]
     assert code == 0 and lines[0].startswith("loaded "), stderr
     assert len(lines) == 1 or (ranks and len(lines) == 2 and lines[1].startswith("prefill ")), stderr
+
+
+def test_utf_8_is_read_in_the_c_locale(endless: list[object]) -> None:
+    """A valid message was called "not ascii", and ended the chat; a valid system prompt was called "not UTF-8"."""
+    flags = [*endless, "--max_gen_len", "6", "--system", "très bref"]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = python(CHAT, *flags, stdin="café\n", env=locale)
+    assert (done.returncode, done.stdout) == (0, "ababab\n"), done.stderr
 
 
 def test_an_unreadable_message_ends_all_ranks_with_one_line(endless: list[object]) -> None:

@@ -41,6 +41,42 @@ def test_the_version_is_that_of_the_package() -> None:
     assert done.stdout == f"llama {package.__version__}\n" and re.fullmatch(r"\d+\.\d+\.\d+", package.__version__)
 
 
+NO_POSIX = """
+import builtins, importlib, os, pkgutil, signal, socket, sys
+import torch
+
+ABSENT = ("fcntl", "termios", "resource", "readline", "pwd", "grp", "tty", "pty")
+builtin_import = builtins.__import__
+
+def windows_import(name, globals=None, *args, **kwargs):
+    if name in ABSENT and (globals or {}).get("__name__", "").startswith("llama."):
+        raise ImportError(f"no module {name} here")
+    return builtin_import(name, globals, *args, **kwargs)
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "llama"]:
+    del sys.modules[name]
+builtins.__import__ = windows_import
+os.environ["LLAMA_KERNELS"] = "0"  # as kernels are built on Linux alone
+del signal.SIGHUP, socket.if_nameindex
+for name in ("geteuid", "statvfs", "getpriority", "sched_getaffinity", "set_blocking"):
+    delattr(os, name)
+import llama
+for found in pkgutil.walk_packages(llama.__path__, "llama."):
+    if "__main__" not in found.name and ".cuda" not in found.name:
+        importlib.import_module(found.name)
+sys.argv[1:] = ["complete", *sys.argv[1:]]
+importlib.import_module("llama.cli.main").main()
+"""
+
+
+def test_the_package_imports_and_completes_without_what_windows_lacks(tiny_folder: Path, tmp_path: Path) -> None:
+    """`import fcntl` and `signal.SIGHUP` at the head of two modules ended every command there."""
+    flags = ["--ckpt_dir", tiny_folder, "--prompt", "hello", "--max_gen_len", "5", "--temperature", "0", "--json"]
+    (tmp_path / "windows.py").write_text(NO_POSIX)
+    done = python(tmp_path / "windows.py", *flags)
+    assert done.json_lines == llama("complete", *flags).json_lines
+
+
 def test_the_example_and_the_command_are_one(tiny_folder: Path) -> None:
     flags = ["--ckpt_dir", tiny_folder, "--prompt", "hello", "--max_gen_len", "5", "--seed", "3", "--json"]
     assert llama("complete", *flags).json_lines == python(COMPLETION, *flags).json_lines

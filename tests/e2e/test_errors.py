@@ -239,7 +239,7 @@ def tokenizer_of_another_size(folder: Path) -> Flags:
     return good(folder, "--tokenizer_path", folder / "tokenizer.model")
 
 
-@case("{folder}/good/params.json is JSON, but no tokenizer that works here", "its model is None")
+@case("{folder}/good/params.json is JSON, but no tokenizer that works here", "its model is missing: expected an object")
 def file_that_is_no_tokenizer(folder: Path) -> Flags:
     return good(folder, "--tokenizer_path", folder / "good" / "params.json")
 
@@ -437,7 +437,7 @@ def test_a_chat_says_what_is_wrong_too(tiny_folder: Path) -> None:
     flags = ["--ckpt_dir", tiny_folder]
     formats = (
         "chat_format must be one of template, llama2, llama3, chatml, codellama70b, vicuna, alpaca, zephyr, openchat, "
-        "tulu, solar, koala, got 'mine'"
+        "tulu, solar, koala, mistral-v1, mistral-v3, mistral-v7, got 'mine'"
     )
     check(python(CHAT, *flags, "--chat_format", "mine"), [formats])
     too_long = python(CHAT, *flags, "--max_seq_len", 20, stdin="hello hello hello\n")

@@ -43,7 +43,7 @@ def free_port() -> int:
         return port
 
 
-def launched(rank: int, port: int) -> dict[str, str]:
+def rank_env(rank: int, port: int) -> dict[str, str]:
     """What a launcher other than torchrun, which ends no rank when another one ends, tells one of two ranks."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
@@ -53,7 +53,10 @@ def two_ranks(fault: str, ckpt_dir: Path) -> list[Finished]:
     """Two ranks of which the second has the fault, and is killed where it has not ended when the first has."""
     port = free_port()
     command: Sequence[object] = [forked_python(), FAULTY_RANK, ckpt_dir, fault]
-    with started(command, env=launched(0, port)) as first, started(command, env=launched(1, port)) as second:
+    with (
+        started(command, env=rank_env(0, port)) as first,
+        started(command, env=rank_env(1, port)) as second,
+    ):
         outputs = [first.communicate(timeout=TIMEOUT)]
         if fault == "stopped" and (pid := re.search(r"process (\d+)", outputs[0][1])):
             os.kill(int(pid[1]), signal.SIGKILL)
@@ -98,7 +101,7 @@ def test_two_ranks_whose_output_goes_nowhere_say_so_in_one_line_or_none(
 
 
 def test_a_rank_that_nobody_joins_says_what_to_unset(tiny_folder: Path) -> None:
-    """It waited for seven days. What a scheduler left cannot be told from a launch whose other ranks come late."""
+    """It waited for seven days. What a scheduler left cannot be told from a job whose other ranks come late."""
     env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [forked_python(), COMPLETION, "--ckpt_dir", tiny_folder, "--timeout", 1, *FLAGS]
     with started(command, env=env) as first:
@@ -126,7 +129,10 @@ def test_a_rank_of_a_users_own_script_leaves_when_the_others_are_done(tiny_folde
     script.write_text(OWN_SCRIPT)
     command = [sys.executable, script, tiny_folder, done]
     env = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with started(command, env=env | launched(0, port)) as first, started(command, env=env | launched(1, port)) as other:
+    with (
+        started(command, env=env | rank_env(0, port)) as first,
+        started(command, env=env | rank_env(1, port)) as other,
+    ):
         assert other.stdout is not None and other.stdout.readline() == "done\n"
         stdout, _ = first.communicate("\n", TIMEOUT)
         rest, _ = other.communicate(timeout=TIMEOUT)

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.base import COMPARED_AT_ONCE
+from llama.checkpoint.load import check_weights
 from tests.models import one_pass, random_tokens
 from tests.parity.test_families import VOCAB_SIZE, made, opened, write_bins
 
@@ -88,6 +91,52 @@ def test_a_repeated_table_stays_tied(tmp_path: Path, file: str, caplog: pytest.L
     write_untied(tmp_path, file, None)
     assert_as_transformers(tmp_path)
     assert opened(tmp_path).args.tied_embeddings and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("head", "config", "most"),
+    [
+        ("other", {}, COMPARED_AT_ONCE),
+        ("shared", {}, 0),
+        ("same", {"num_hidden_layers": 3}, 0),
+        ("longer", {}, 0),
+        ("same", {}, None),
+    ],
+    ids=str,
+)
+def test_the_table_and_the_output_are_compared_no_further_than_needed(
+    tmp_path: Path, head: str, config: dict[str, Any], most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a folder read both whole, gigabytes of a large vocabulary, even if it was then refused for its shapes."""
+    vocab_size = 3 * COMPARED_AT_ONCE // 96
+    theirs = made("smollm2", vocab_size=vocab_size)
+    theirs.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    table = state["model.embed_tokens.weight"]
+    other = table.clone()
+    other[5] += 1
+    longer = torch.cat([table, table[:1]])
+    state["lm_head.weight"] = {"other": other, "same": table.clone(), "longer": longer}.get(head, table)
+    if head == "shared":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    change(tmp_path, **config)
+    compared: list[int] = []
+    true = torch.equal
+
+    def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+        compared.append(a.numel())
+        return true(a, b)
+
+    monkeypatch.setattr(torch, "equal", equal)
+    checkpoint = open_checkpoint(tmp_path)
+    assert sum(compared) <= (table.numel() if most is None else most) and bool(compared) == (most != 0)
+    assert checkpoint.args.tied_embeddings == (head in ("same", "shared"))
+    if head == "longer":
+        with pytest.raises(ValueError, match=r"lm_head\.weight has shape"):
+            check_weights(checkpoint, checkpoint.args)
 
 
 def test_an_output_projection_alone_is_the_table_too(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_layer_without_the_biases_of_the_others_is_told(tmp_path: Path) -> Non
     state = random_state(BIASED)
     del state["layers.1.attention.wv.bias"]
     write_gguf_model(tmp_path / "m.gguf", BIASED, state)
-    with pytest.raises(ValueError, match=r"lacks tensors layers\.1\.attention\.wv\.bias"):
+    with pytest.raises(ValueError, match=r"lacks tensors blk\.1\.attn_v\.bias"):
         opened(tmp_path)
 
 

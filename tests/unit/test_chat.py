@@ -79,11 +79,24 @@ def test_llama3_takes_roles_in_any_order_and_a_tools_answers_as_ipython(llama3: 
 def test_a_format_that_cannot_write_tool_calls_says_so(llama2: Tokenizer, llama3: Tokenizer) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     parts = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
-    for chat in (Llama2Chat(llama2), Llama3Chat(llama3)):
-        with pytest.raises(ValueError, match="message 1 has tool_calls, which this chat format cannot write"):
-            chat.encode([USER, call])  # type: ignore[list-item]
-        with pytest.raises(ValueError, match="message 0 has a content that is no text"):
+    for name, chat in (("llama2", Llama2Chat(llama2)), ("llama3", Llama3Chat(llama3))):
+        said = f"message 1 has tool_calls, for which chat format {name} has no place: write them into its content as"
+        for content in ({}, {"content": None}, {"content": "Let me look."}):
+            with pytest.raises(ValueError, match=said):
+                chat.encode([USER, call | content])  # type: ignore[list-item]
+        with pytest.raises(ValueError, match=f"message 0 has a content that is no text, .* chat format {name} writes"):
             chat.encode([parts])  # type: ignore[list-item]
+
+
+def test_other_keys_of_messages_that_a_format_leaves_out_are_told_once(
+    llama3: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = Llama3Chat(llama3)
+    named = [USER | {"name": "Ada", "thinking": None}, ANSWER | {"reasoning": "Hm.", "weight": 0}, AGAIN]
+    with caplog.at_level("WARNING", "llama"):
+        assert chat.encode(named) == chat.encode(named) == chat.encode([USER, ANSWER, AGAIN])
+    said = "chat format llama3 has no place for name and reasoning_content: nothing of it is in the prompt"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_llama3_specials_typed_by_a_user_stay_text(llama3: Tokenizer) -> None:
@@ -205,7 +218,7 @@ def test_an_unknown_format_is_told_with_those_there_are(llama3: Tokenizer, name:
 )
 def test_good_roles_are_accepted(roles: str) -> None:
     names = {"s": "system", "u": "user", "a": "assistant"}
-    check_roles([message(names[role], "x") for role in roles])
+    check_roles([message(names[role], "x") for role in roles], "chat format llama2")
 
 
 @pytest.mark.parametrize("roles", ["", "s", "a", "ua", "sua", "uu", "us", "au", "ssu", "usu", "uaau", "x", "ux"])

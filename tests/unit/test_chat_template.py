@@ -381,6 +381,51 @@ def test_dialogs_with_tools_are_those_of_transformers(
         assert control_ids(ours, ids) == wanted, text
 
 
+# Templates that know no tools, as most of models for chats alone do: by attribute, and by key.
+NO_TOOLS = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}: {{ message.content }}<|im_end|>{% endfor %}",
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + message['content'] }}<|im_end|>{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("answer", [{}, {"content": None}], ids=str)
+@pytest.mark.parametrize("template", NO_TOOLS, ids=["attribute", "key"])
+def test_calls_that_a_template_has_no_place_for_are_told_where_they_are_all_that_a_message_says(
+    pair: Callable[..., Pair], template: str, answer: dict[str, Any]
+) -> None:
+    """The model read an empty answer, or "None"; or the line was about NoneType and str."""
+    chat = TemplateChat(pair(template, SPECIAL["yi"][1])[0])
+    said = "message 1 has tool_calls, for which this model's chat template has no place: write them into its content"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said):
+            chat.encode(tool_dialog("hello", **answer))
+    named = choose_chat_format(chat.tokenizer, "vicuna")
+    with pytest.raises(ValueError, match="message 1 has tool_calls, for which chat format vicuna has no place"):
+        named.encode([*tool_dialog("hello", **answer)[:2], {"role": "user", "content": "x"}])
+
+
+def test_keys_that_a_template_leaves_out_of_a_prompt_are_told_once(
+    pair: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The prompt is the one of transformers, which leaves them out without a word."""
+    ours, theirs = pair(NO_TOOLS[0], SPECIAL["yi"][1])
+    chat = TemplateChat(ours)
+    messages = tool_dialog("hello", content="Let me look.")
+    with caplog.at_level("WARNING", "llama"):
+        for _ in range(2):
+            prompt = ours.decode(chat.encode(messages))
+    assert prompt == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    keys = "name and reasoning_content and tool_call_id and tool_calls"
+    said = f"this model's chat template has no place for {keys}: nothing of it is in the prompt"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_an_error_of_a_template_that_knows_tools_stays_its_own(pair: Callable[..., Pair]) -> None:
+    template = "{{ raise_exception('ids have nine letters') if messages[1].tool_calls }}"
+    with pytest.raises(ValueError, match="the chat template says: ids have nine letters"):
+        TemplateChat(pair(template, SPECIAL["yi"][1])[0]).encode(tool_dialog("hello"))
+
+
 def test_a_message_that_is_no_json_is_told(pair: Callable[..., Pair]) -> None:
     chat = TemplateChat(pair(YI, SPECIAL["yi"][1])[0])
     for value in (object(), {1, 2}, b"x"):
@@ -704,7 +749,7 @@ def test_the_models_own_template_comes_first_and_a_name_overrides_it(pair: Calla
     for name, kind in CHAT_FORMATS.items():
         if name in ("template", "llama2", "chatml"):
             assert type(choose_chat_format(ours, name)) is kind
-        elif name in ("llama3", "codellama70b", "openchat"):
+        elif name in ("llama3", "codellama70b", "openchat", "mistral-v3", "mistral-v7"):
             with pytest.raises(ValueError, match=f"chat_format {name} needs the tokens"):
                 choose_chat_format(ours, name)
     with pytest.raises(ValueError, match=r"must be one of template, llama2, .*, got 'x'"):

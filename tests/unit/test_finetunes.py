@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from llama.chat.finetunes import known_finetune
-from llama.chat.formats import GuessedChat, choose_chat_format
+from llama.chat.formats import GuessedChat, choose_chat_format, find_chat_format
 from llama.checkpoint import open_checkpoint
 from llama.config import ModelArgs
 from llama.tokenizer import Tokenizer
@@ -20,13 +21,14 @@ from tests.checkpoints import random_state, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.models import build
 
-SPECIALS = ("<s>", "</s>", "<|end_of_turn|>")
+SPECIALS = ("<s>", "</s>", "<|end_of_turn|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 CURIOUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-# What FastChat's Conversation.get_prompt() gives for Hi, Hello, Bye; then with the system message "Be brief.".
+# What FastChat's Conversation.get_prompt() gives for Hi, Hello, Bye, and mistral-common for Mistral's; then with the
+# system message "Be brief.".
 PROMPTS = {
     "vicuna": (
         CURIOUS + " USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT:",
@@ -57,6 +59,18 @@ PROMPTS = {
     "koala": (
         "BEGINNING OF CONVERSATION: USER: Hi GPT: Hello</s>USER: Bye GPT:",
         "Be brief. USER: Hi GPT: Hello</s>USER: Bye GPT:",
+    ),
+    "mistral-v1": (
+        "[INST] Hi [/INST] Hello</s>[INST] Bye [/INST]",
+        "[INST] Be brief.\n\nHi [/INST] Hello</s>[INST] Bye [/INST]",
+    ),
+    "mistral-v3": (
+        "[INST]Hi[/INST]Hello</s>[INST]Bye[/INST]",
+        "[INST]Hi[/INST]Hello</s>[INST]Be brief.\n\nBye[/INST]",
+    ),
+    "mistral-v7": (
+        "[INST]Hi[/INST]Hello</s>[INST]Bye[/INST]",
+        "[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Hi[/INST]Hello</s>[INST]Bye[/INST]",
     ),
 }
 
@@ -97,6 +111,34 @@ def test_prompts_are_those_of_fastchat(tokenizer: Tokenizer, name: str) -> None:
         chat.encode(dialog("Hi", "Hello"))
 
 
+def test_mistrals_first_format_is_spaced_as_mistral_common_spaces_it(
+    sentencepiece_model: bytes, tmp_path: Path
+) -> None:
+    """Message by message, each with SentencePiece's space. It was Llama 2's: stripped, and with a BOS before each turn.
+
+    The ids of all three formats were compared with mistral-common's on its own tokenizer files: 36 of 36 are equal.
+    """
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
+    chat = choose_chat_format(Tokenizer(tmp_path / "tokenizer.model"), "mistral-v1")
+    parts = ["[INST] Be brief.\n\n Hi\n [/INST]", " Hello! ", "[INST] Bye [/INST]"]
+    first, answer, last = (library.encode(part) for part in parts)
+    ids = chat.encode(dialog(" Hi\n", " Hello! ", "Bye", system="Be brief."))
+    assert ids == [library.bos_id(), *first, *answer, library.eos_id(), *last]
+
+
+def test_a_known_format_whose_tokens_are_lacking_is_told(
+    sentencepiece_model: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Llama 2's format was taken without a word why."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    assert find_chat_format(Tokenizer(tmp_path), ["openchat_3.5"]) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "this model is called openchat_3.5, but its tokenizer lacks <|end_of_turn|>, which chat format openchat needs: "
+        "give the one that it was tuned with by --tokenizer_path, or choose another chat_format"
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [
@@ -116,6 +158,8 @@ def test_prompts_are_those_of_fastchat(tokenizer: Tokenizer, name: str) -> None:
         ("llama-2-70b", None),
         ("CodeLlama-7b-Instruct", "llama2"),
         ("CodeLlama-7b", None),
+        ("Mistral-7B-Instruct-v0.1", "mistral-v1"),
+        ("mistral-7B-v0.1", None),
         ("", None),
     ],
 )

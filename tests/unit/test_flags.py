@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import pytest
 
 from llama.cli.complete import main as complete
-from llama.cli.flags import Fields, Late, flags_of, parse
+from llama.cli.flags import Fields, Late, decode_text, flags_of, parse
 from llama.cli.help import page
 from llama.cli.main import NAMES
 from llama.engine.options import BuildOptions
@@ -117,6 +117,23 @@ def test_a_wrong_flag_is_named_before_anything_is_looked_for(words: list[str], e
     """A default that has to be found is not: its own error would hide the typing mistake."""
     with pytest.raises(ValueError, match=error.replace("?", r"\?")):
         parse(drive, words)
+
+
+def test_a_text_that_was_typed_as_utf_8_is_read_as_it_in_any_locale() -> None:
+    """In the C locale Python takes no byte beyond ASCII for a character, and valid prompts were called invalid."""
+    typed = "caf\udcc3\udca9"
+    arguments = parse(drive, ["--fuel", typed, "--to", typed, "--to", f'["{typed}", "x"]'])
+    assert arguments is not None
+    assert (arguments["engine"], arguments["to"]) == (Engine("café"), ["café", "café", "x"])
+    for words in (["--fuel=gas", "--to", "caf\udce9"], ["--fuel", "caf\udce9"]):
+        with pytest.raises(ValueError, match=rf"{words[-2]} is not valid UTF-8: 'caf\\udce9'"):
+            parse(drive, words)
+
+
+def test_bytes_that_are_no_utf_8_are_in_the_locales_encoding() -> None:
+    assert [decode_text(data, "latin-1") for data in (b"caf\xc3\xa9", b"caf\xe9")] == ["café", "café"]
+    with pytest.raises(UnicodeDecodeError, match="utf-8"):
+        decode_text(b"caf\xe9", "ascii")
 
 
 @pytest.mark.parametrize("words", [["--map=~/x"], ["--map", "~/x"]], ids=str)

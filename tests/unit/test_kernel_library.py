@@ -80,6 +80,21 @@ def test_a_damaged_library_is_compiled_again(machine: Machine, damage: str) -> N
     assert len(path.read_bytes()) == len(whole)
 
 
+def test_a_library_that_is_there_is_read_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each start read and hashed it twice."""
+    assert machine.start()
+    read: list[Path] = []
+    true = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        read.append(path)
+        return true(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert machine.start() and machine.compiled == 1
+    assert [path.suffix for path in read].count(".so") == 1
+
+
 @pytest.mark.parametrize(("compiler", "why"), [('echo x > "$2"', "file too short"), ("exit 3", "exit code 3")])
 def test_a_failure_is_remembered_for_a_day(
     machine: Machine, compiler: str, why: str, caplog: pytest.LogCaptureFixture

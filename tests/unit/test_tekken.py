@@ -9,6 +9,7 @@ import pytest
 import tiktoken
 from transformers import AutoTokenizer
 
+from llama.chat.formats import find_chat_format
 from llama.checkpoint.export.tokenizer import tokenizer_source, write_tokenizer
 from llama.tokenizer import Tokenizer, find_tokenizer
 from tests.unit.test_tokenizer import SAMPLES, bpe, spm_path, token_ids, train_spm
@@ -106,6 +107,20 @@ def test_mistrals_files_are_found(tmp_path: Path, tekken: dict[str, Any], spm_pa
         (tmp_path / name).write_bytes(spm_path.read_bytes())
         assert find_tokenizer(tmp_path).name == name
         assert Tokenizer(tmp_path).encode("a b", True, False) == Tokenizer(spm_path).encode("a b", True, False)
+
+
+def test_the_version_of_mistrals_files_tells_where_a_system_prompt_goes(
+    tmp_path: Path, tekken: dict[str, Any], spm_path: Path
+) -> None:
+    """Files of version 3 have [SYSTEM_PROMPT] as well, which their models were never shown."""
+    for version, name in (("v1", "mistral-v3"), ("v3", "mistral-v3"), ("v7", "mistral-v7"), ("v13", "mistral-v7")):
+        path = write(tmp_path, tekken | {"config": tekken["config"] | {"version": version}})
+        assert find_chat_format(Tokenizer(path)) == name
+    (tmp_path / "tokenizer.model.v3").write_bytes(spm_path.read_bytes())
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.mistral_version == 3 and Tokenizer(spm_path).mistral_version == 0
+    assert find_chat_format(tokenizer) is None  # it has no [INST] of its own
+    assert find_chat_format(tokenizer, ["Mistral-7B-Instruct-v0.1"]) == "mistral-v1"
 
 
 def test_a_tekken_vocabulary_is_written_as_tokenizer_json_and_gguf(tmp_path: Path, tekken: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import subprocess
 import sys
@@ -78,6 +79,26 @@ def test_omp_num_threads_is_the_users_unless_torchrun_set_it(monkeypatch: pytest
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert user_chose_threads()
+
+
+@pytest.mark.parametrize("value", ["9999", " 9999,4"])
+def test_more_threads_than_cores_are_not_given_and_that_is_told_once(
+    value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch cut the number that the user asked for without a word."""
+    caplog.set_level(logging.INFO, logger="llama")
+    before = torch.get_num_threads()
+    share_cores(1)
+    threads = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        for _ in range(3):
+            share_cores(1)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    said = f"threads: {threads}, and not the 9999 of OMP_NUM_THREADS, as there are no more cores"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_a_number_that_the_caller_gave_torch_stays(two_threads: None) -> None:

@@ -102,7 +102,7 @@ def test_texts_do_not_depend_on_torchs_settings(folder: Path, expected: Said, na
 def test_rotations_do_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
     """Quotients of integers, which dynamic scaling takes of lengths, have torch's default dtype."""
     rotary = Rotary(16, 10000.0, DynamicScaling(factor=3.0, old_context_len=7))
-    positions = torch.arange(20)[None]
+    positions = torch.arange(20)
     expected = rotary(positions)
     with restored(torch.set_default_dtype, dtype, torch.float32):
         assert torch.equal(rotary(positions), expected)

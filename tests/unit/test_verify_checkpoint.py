@@ -111,6 +111,18 @@ def test_every_tensor_that_does_not_fit_is_named(meta: Path) -> None:
         assert words in found
 
 
+def test_findings_are_under_the_files_own_names(hf: Path) -> None:
+    """Files of a folder began with "/", binary tokenizers were "text", and tensors had Meta's names."""
+    config = json.loads((hf / "config.json").read_text())
+    names = {finding.file: finding.what for finding in findings(hf)}
+    assert (names["tokenizer.model"], names["config.json"]) == ("tokenizer", "JSON")
+    (hf / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    assert "hf: model.layers.2.self_attn.q_proj.weight is missing" in problems(hf)
+    (hf / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
+    (found,) = problems(hf)
+    assert found.startswith("hf: config.json: num_hidden_layers must be an integer from 1")
+
+
 def test_shards_of_two_models_are_named(meta: Path, tmp_path: Path) -> None:
     shard = torch.load(meta / "consolidated.02.pth")
     shard["norm.weight"] = torch.ones(32)

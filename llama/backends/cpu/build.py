@@ -76,7 +76,8 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     paths = [folder / f"kernels-{key}.so" for folder in _folders()]
     writable = (path for path in paths if _can_write(path.parent))
-    path = next(filter(_is_whole, paths), None) or next(writable, None)
+    whole = next(filter(_is_whole, paths), None)
+    path = whole or next(writable, None)
     if path is None:
         raise ValueError("no folder to keep them in can be written and run from: name one in XDG_CACHE_HOME")
     failure = path.with_suffix(".failed")
@@ -84,7 +85,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
         if failure.is_file() and time.time() - failure.stat().st_mtime < SECONDS_TO_REMEMBER:
             raise KnownFailure(failure.read_text(errors="replace"))
         try:
-            if not _is_whole(path):
+            if whole is None and not _is_whole(path):  # another rank may have compiled it by now
                 _compile(compiler, path)
             return ctypes.CDLL(str(path))
         except (OSError, subprocess.SubprocessError, ValueError) as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Progress
-from llama.checkpoint.export.plan import ExportPlan, check_finite
+from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.gguf import ROPE_FACTORS, convert_rows
 from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS
 from llama.checkpoint.load import global_shapes
@@ -50,7 +50,9 @@ class GGUFFileWriter:
         elements, _ = gguf.GGML_QUANT_SIZES[self.qtype]
         for name, shape in self.shapes.items():
             if len(shape) > 1 and shape[-1] % elements:
-                raise ValueError(f"{name} has rows of {shape[-1]}, {type_name} needs a multiple of {elements}")
+                raise ValueError(
+                    f"{plan.own_name(name)} has rows of {shape[-1]}, {type_name} needs a multiple of {elements}"
+                )
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +83,7 @@ class GGUFFileWriter:
         for name, tensor in self.plan.read_all(self.shapes):
             shape = self.shapes[name]
             if self.qtype.name == "F16":
-                check_finite(name, tensor, torch.float16)
+                self.plan.as_dtype(name, tensor, torch.float16)
             writer.write_tensor_data(_encode(tensor, self._type(shape)))
             progress(self._nbytes(shape))
         writer.flush()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import Progress, dtype_name, quantized_type
-from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
+from llama.checkpoint.export.plan import ExportPlan, recognised
 from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.hf_config import BLOCKS_METHOD, CONFIG_FLAGS, OPTIONAL_CONFIG_KEYS, REQUIRED_CONFIG_KEYS
@@ -89,12 +89,12 @@ class HuggingFaceWriter:
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
         """Return a whole tensor as it is written: in the plan's dtype or in blocks, rows in Hugging Face's order."""
         if name not in self.block_types:
-            stored = check_finite(name, tensor, self.plan.dtype)
+            stored = self.plan.as_dtype(name, tensor, self.plan.dtype)
         else:
             try:
                 stored = quantize(tensor, self.block_types[name])
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+                raise ValueError(f"{self.plan.own_name(name)}: {error}") from None
         return pair_halves(stored, self.plan.args.head_dim) if module_name(name) in ROTATED else stored
 
     def _write_generation_config(self, path: Path) -> None:

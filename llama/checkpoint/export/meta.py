@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llama.checkpoint.base import Progress, shard_dim
-from llama.checkpoint.export.plan import ExportPlan, check_finite, recognised
+from llama.checkpoint.export.plan import ExportPlan, recognised
 from llama.checkpoint.export.streaming_writers import PickleFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.load import global_shapes
@@ -61,7 +61,7 @@ class MetaWriter:
         names = [tied.get(name, name) for name in shapes]
         for name, (_, tensor) in zip(shapes, self.plan.read_all(names), strict=True):
             # Rows that only pad an embedding are left out.
-            tensor = check_finite(name, tensor.narrow(0, 0, shapes[name][0]), self.plan.dtype)
+            tensor = self.plan.as_dtype(name, tensor.narrow(0, 0, shapes[name][0]), self.plan.dtype)
             for i, file in enumerate(files):
                 file.add(self._shard(name, tensor, i))
                 progress(entries[name].nbytes)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, read_in_turn
 from llama.checkpoint.export.tokenizer import TokenizerSource
+from llama.checkpoint.names import stored_name
 from llama.config import FactorScaling, Llama3Scaling, ModelArgs, RopeScaling
 from llama.rope import scaled_frequencies
 
@@ -33,15 +34,20 @@ class ExportPlan:
         """Yield names in their order with whole tensors, as stored."""
         return read_in_turn(names, lambda: self.reopen().read)
 
+    def own_name(self, name: str) -> str:
+        """Return what the checkpoint's files call a tensor, for messages."""
+        return stored_name(name, self.checkpoint.naming)
 
-def check_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in that dtype; raise ValueError when float16 cannot hold a value."""
-    if dtype == torch.float16 and tensor.dtype != dtype:
-        low, high = (float(value) for value in torch.aminmax(tensor))
-        largest = max(-low, high)
-        if torch.finfo(dtype).max < largest < float("inf"):
-            raise ValueError(f"float16 cannot hold {name}, whose largest value is {largest:g}: use bfloat16")
-    return tensor.to(dtype)
+    def as_dtype(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor in that dtype; raise ValueError when float16 cannot hold a value."""
+        if dtype == torch.float16 and tensor.dtype != dtype:
+            low, high = (float(value) for value in torch.aminmax(tensor))
+            largest = max(-low, high)
+            if torch.finfo(dtype).max < largest < float("inf"):
+                raise ValueError(
+                    f"float16 cannot hold {self.own_name(name)}, whose largest value is {largest:g}: use bfloat16"
+                )
+        return tensor.to(dtype)
 
 
 def recognised(args: ModelArgs) -> RopeScaling | None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from llama.checkpoint.base import Checkpoint, Progress, dtype_name
+from llama.checkpoint.base import Checkpoint, Progress, dtype_name, same_matrix
 from llama.checkpoint.export.gguf import GGUF_FILE_TYPES, GGUFFileWriter
 from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.meta import MetaWriter
@@ -103,12 +103,6 @@ def _args(checkpoint: Checkpoint, tokenizer: Tokenizer, pads_vocab: bool) -> Mod
     if args.vocab_size > n_words and not pads_vocab:
         log.info("the last %d rows of the embedding are for no token: left out", args.vocab_size - n_words)
         args = dataclasses.replace(args, vocab_size=n_words)
-    if not args.tied_embeddings and _equal(checkpoint, "tok_embeddings.weight", "output.weight"):
+    if not args.tied_embeddings and same_matrix(checkpoint, "tok_embeddings.weight", "output.weight"):
         args = dataclasses.replace(args, tied_embeddings=True)
     return args
-
-
-def _equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    if not torch.equal(checkpoint.read(a, 0, 0, 1), checkpoint.read(b, 0, 0, 1)):
-        return False  # without reading them whole
-    return torch.equal(checkpoint.read(a), checkpoint.read(b))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llama.checkpoint.huggingface import LAYOUTS
 from llama.checkpoint.load import check_vocab_size, global_shapes
 from llama.checkpoint.mapped_file import map_weights
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, shard_problems
+from llama.checkpoint.names import stored_name
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.verify.checksums import Finding, bytes_listed, verify_lists
 from llama.config import read_json_object
@@ -25,7 +27,7 @@ from llama.quantization.gguf_blocks import dequantize
 
 # What is checked of a folder: weights, configuration and tokenizer.
 WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
-TEXT_FILES = ("*.json", "*.model", "*.model.v*", "*.jinja")
+OTHER_FILES = {"*.json": "JSON", "*.model": "tokenizer", "*.model.v*": "tokenizer", "*.jinja": "chat template"}
 
 CHECKED_AT_ONCE = 1 << 22  # values of a tensor
 
@@ -33,7 +35,8 @@ CHECKED_AT_ONCE = 1 << 22  # values of a tensor
 def checked_files(path: Path) -> list[Path]:
     """Return the files of a checkpoint: those of a folder, or a GGUF file and the rest of its split."""
     if path.is_dir():
-        return sorted({file for pattern in WEIGHT_FILES + TEXT_FILES for file in path.glob(pattern) if file.is_file()})
+        patterns = (*WEIGHT_FILES, *OTHER_FILES)
+        return sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
     try:
         return split_files(path)
     except FileNotFoundError:
@@ -71,14 +74,13 @@ def _verify_files(path: Path) -> Iterator[Finding]:
     """Check each file by itself."""
     weights = set(_weights(path))
     for file in checked_files(path):
-        what = "weights" if file in weights else "text"
+        what = next((what for pattern, what in OTHER_FILES.items() if file.match(pattern)), "weights")
         try:
             check_content(file, is_binary=file in weights)
             problem = None
             if file in weights or is_gguf(file):
                 what = f"{len(_names(file))} tensors, header and lengths"
             elif file.suffix == ".json":
-                what = "JSON"
                 read_json_object(file)
         except (ValueError, OSError) as error:
             problem = _text(error, file)
@@ -169,12 +171,13 @@ def _verify_shapes(checkpoint: Checkpoint, vocab_size: int) -> Iterator[Finding]
     """Check all tensors against the configuration; a vocab_size of -1 is not known and fits any number of rows."""
     args = dataclasses.replace(checkpoint.args, vocab_size=vocab_size)
     expected, found = global_shapes(args), set(checkpoint.names())
-    problems: list[str | None] = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not described by it" for name in sorted(found - expected.keys())]
+    own_names = {name: stored_name(name, checkpoint.naming) for name in found | expected.keys()}
+    problems: list[str | None] = [f"{own_names[name]} is missing" for name in expected if name not in found]
+    problems += [f"{own_names[name]} is not described by it" for name in sorted(found - expected.keys())]
     for name, shape in expected.items():
         stored = checkpoint.shape(name) if name in found else shape
         if len(stored) != len(shape) or any(a not in (b, -1) for a, b in zip(shape, stored, strict=True)):
-            problems.append(f"{name} has shape {stored}, it asks for {shape}")
+            problems.append(f"{own_names[name]} has shape {stored}, it asks for {shape}")
     what = f"{len(found)} tensors as the configuration asks"
     yield from (Finding(checkpoint.path.name, None, what, problem) for problem in problems or [None])
 
@@ -231,6 +234,6 @@ def _wrong_values(tensor: Tensor) -> str | None:
 
 
 def _text(error: Exception, file: Path) -> str:
-    """Return the error in one line without the path, which the table has."""
-    text = " ".join(str(error).split())
+    """Return the error in one line without the path, which the table has; what lies in a folder is named by itself."""
+    text = " ".join(str(error).split()).replace(f"{file}{os.sep}", "")
     return text.removeprefix(str(file)).lstrip(": ") or type(error).__name__

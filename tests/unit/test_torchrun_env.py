@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llama.distributed.launch import Launch, read_launch
+from llama.distributed.torchrun_env import TorchrunEnv, read_torchrun_env
 from llama.engine.options import BuildOptions
 from llama.errors import error_line, is_caused_by_user
 
@@ -25,22 +25,22 @@ def variables(words: str) -> dict[str, str]:
         "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 MASTER_ADDR=node1 MASTER_PORT=29500",
     ],
 )
-def test_a_process_that_nobody_launched_with_others_is_alone(words: str) -> None:
-    assert read_launch(variables(words)) == Launch()
+def test_a_process_that_nobody_started_with_others_is_alone(words: str) -> None:
+    assert read_torchrun_env(variables(words)) == TorchrunEnv()
 
 
 @pytest.mark.parametrize("words", ["RANK=1", "WORLD_SIZE=2 MASTER_ADDR=node1 MASTER_PORT=1", "LOCAL_WORLD_SIZE=0"])
 def test_what_is_left_over_is_ignored_and_told(words: str) -> None:
-    launch = read_launch(variables(words))
-    assert (launch.rank, launch.world_size, launch.local_world_size) == (0, 1, 1)
-    assert launch.ignored.startswith(words.split()[0])
+    env = read_torchrun_env(variables(words))
+    assert (env.rank, env.world_size, env.local_world_size) == (0, 1, 1)
+    assert env.ignored.startswith(words.split()[0])
 
 
 def test_a_launchers_ranks_are_as_it_says() -> None:
-    found = read_launch(TORCHRUN | variables("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4"))
-    assert found == Launch(rank=5, world_size=8, local_rank=1, local_world_size=4, torchrun=True)
+    found = read_torchrun_env(TORCHRUN | variables("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4"))
+    assert found == TorchrunEnv(rank=5, world_size=8, local_rank=1, local_world_size=4, torchrun=True)
     by_hand = variables("RANK=1 WORLD_SIZE=2 MASTER_ADDR=node1 MASTER_PORT=29500")
-    assert read_launch(by_hand) == Launch(rank=1, world_size=2)
+    assert read_torchrun_env(by_hand) == TorchrunEnv(rank=1, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def test_a_launchers_ranks_are_as_it_says() -> None:
 )
 def test_variables_that_contradict_each_other_are_named(words: str, error: str) -> None:
     with pytest.raises(ValueError, match="start all ranks with torchrun, or unset RANK, WORLD_SIZE") as raised:
-        read_launch(TORCHRUN | variables(words))
+        read_torchrun_env(TORCHRUN | variables(words))
     assert error in str(raised.value)
 
 
 def test_ranks_without_a_place_to_meet_are_told_what_is_missing() -> None:
     with pytest.raises(ValueError, match="are set, but not MASTER_ADDR and MASTER_PORT"):
-        read_launch(variables("RANK=0 WORLD_SIZE=2"))
+        read_torchrun_env(variables("RANK=0 WORLD_SIZE=2"))
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "600"])

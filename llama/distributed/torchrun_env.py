@@ -1,4 +1,4 @@
-"""What the launcher says of this process: the one place that reads the variables which torchrun and its like set.
+"""What torchrun's environment says of this process, whoever set it: the one place that reads its variables.
 
 Imports no torch, as the command line asks before anything is computed.
 """
@@ -21,7 +21,7 @@ FIX = "start all ranks with torchrun, or unset {} to run one process alone"
 
 
 @dataclass(frozen=True)
-class Launch:
+class TorchrunEnv:
     """This process among those of its job and of its host; by default it is alone."""
 
     rank: int = 0
@@ -32,16 +32,16 @@ class Launch:
     ignored: str = ""  # what is set, but without what a launcher sets beside it
 
 
-def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+def read_torchrun_env(environ: Mapping[str, str] = os.environ) -> TorchrunEnv:
     """Return what the environment says; raise ValueError where variables contradict each other.
 
-    A job is launched where both RANK and WORLD_SIZE are set, as torchrun, accelerate and DeepSpeed do, and scripts for
+    There are ranks where both RANK and WORLD_SIZE are set, as torchrun, accelerate and DeepSpeed do, and scripts for
     Slurm. One of them alone is left over from something else, and says nothing; so is WORLD_SIZE=1, whoever set it.
     """
     found = {name: environ[name] for name in VARIABLES if environ.get(name)}
     if not {"RANK", "WORLD_SIZE"} <= found.keys():
         missing = [name for name in ("RANK", "WORLD_SIZE") if name not in found]
-        return Launch(ignored=f"{_words(found)} set without {' and '.join(missing)}" if found else "")
+        return TorchrunEnv(ignored=f"{_words(found)} set without {' and '.join(missing)}" if found else "")
     unset = FIX.format(", ".join(found))
     numbers: dict[str, int] = {}
     for name, value in found.items():
@@ -58,7 +58,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         raise ValueError(
             f"{_words(found)} are set, but not {' and '.join(MEETING_POINT)}, where the ranks meet: {unset}"
         )
-    return Launch(
+    return TorchrunEnv(
         rank=numbers["RANK"],
         world_size=numbers["WORLD_SIZE"],
         local_rank=numbers.get("LOCAL_RANK", 0),
@@ -68,7 +68,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
 
 def meeting_point() -> tuple[str, int]:
-    """Return the host and port where the ranks of a launched job meet; raise ValueError for what is no port."""
+    """Return the host and port where the ranks of a job meet; raise ValueError for what is no port."""
     host, port = (os.environ[name] for name in MEETING_POINT)
     if not port.isdigit() or not 0 < int(port) < 1 << 16:
         raise ValueError(f"MASTER_PORT must be a port from 1 to 65535, got {port!r}")
