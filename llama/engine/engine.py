@@ -184,7 +184,7 @@ class Engine:
                         del mine[event.index]
                         if event.finish_reason == "error":
                             raise ValueError(event.text)
-                    yield event
+                yield from ready
         finally:
             for request in mine.values():
                 self.cancel(request)

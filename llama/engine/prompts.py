@@ -19,13 +19,13 @@ def as_token_ids(prompts: Iterable[Iterable[SupportsIndex]], args: ModelArgs) ->
     Raise ValueError unless there is at least one prompt, and each has tokens and fits into max_seq_len.
     """
     _check_list("prompts", prompts, "lists of token ids")
-    found = [token_ids(prompt, f"prompt {index}", args) for index, prompt in enumerate(prompts)]
+    found = [prompt_ids(prompt, f"prompt {index}", args) for index, prompt in enumerate(prompts)]
     if not found:
         raise ValueError("the list of prompts is empty: give at least one")
     return found
 
 
-def token_ids(prompt: Iterable[SupportsIndex], name: str, args: ModelArgs) -> list[int]:
+def prompt_ids(prompt: Iterable[SupportsIndex], name: str, args: ModelArgs) -> list[int]:
     """Return one prompt as `as_token_ids` does; name: what messages call it."""
     tokens = prompt if type(prompt) is list else prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):

@@ -23,7 +23,7 @@ from llama.model import Transformer
 KEPT_TEXTS = 2
 
 # Where memory is taken as soon as it is allocated, a cache that is too small grows by this factor.
-GROWTH = 1.5
+CACHE_GROWTH = 1.5
 
 
 class Room:
@@ -115,7 +115,7 @@ class Room:
         )
         if n_pages > least and needed <= scheduler.pool.n_available:
             return n_pages
-        return max(n_pages, 1 + least, 1 + min(most, max(int(GROWTH * n_pages), n_pages + needed)))
+        return max(n_pages, 1 + least, 1 + min(most, max(int(CACHE_GROWTH * n_pages), n_pages + needed)))
 
     def _make_runners(self, caches: list[KVCache]) -> None:
         """Make a runner for each model: of CUDA graphs, if its backend captures them."""

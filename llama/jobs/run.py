@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llama.chat.llama2_tags import UNSAFE_ERROR
-from llama.engine.prompts import token_ids
+from llama.engine.prompts import prompt_ids
 from llama.errors import one_line
 from llama.generation import Llama
 from llama.jobs.finished import Digest
@@ -158,7 +158,7 @@ class LineRunner:
             [tokens] = self._llm.encode_prompts([request.prompt])
         else:
             tokens = request.tokens or []
-        return token_ids(tokens, "the prompt", self._llm.model.args)
+        return prompt_ids(tokens, "the prompt", self._llm.model.args)
 
     def _add(self, event: TokenEvent) -> None:
         running = self._running[event.index]

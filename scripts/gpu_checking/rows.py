@@ -33,7 +33,7 @@ class Rows:
         runner = CudaGraphRunner(model, cache, recorder, len(prompts), width)
         sequences = []
         for row, prompt in enumerate(prompts):
-            sequence = Sequence(row, row, prompt, params, n_tokens, frozenset(), (0, row), NO_DECODER, [], False)
+            sequence = Sequence(row, prompt, params, n_tokens, frozenset(), (0, row), NO_DECODER, [], False)
             sequence.begin(width)
             for page in range(width):
                 sequence.add_page(1 + row * width + page)
