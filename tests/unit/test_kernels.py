@@ -10,8 +10,9 @@ from llama.backends.cpu import ops as kernels
 from llama.backends.cpu.backend import CpuBackend
 from llama.backends.cpu.build import library
 from llama.backends.cpu.packed_weight import PackedWeight
-from llama.cache import ForwardBatch, KVCache
+from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
 from llama.config import ModelArgs
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, set_quantized_weight
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
 from llama.quantization.weights import BlockWeight
@@ -58,7 +59,7 @@ def test_packed_blocks_keep_every_value(block_type: BlockType) -> None:
     assert weight.nbytes >= blocks.nbytes
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 3, 7, 8, 16, 17, 40])
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 7, 8, 16, 17, 40, 70])
 @pytest.mark.parametrize("block_type", TYPES, ids=lambda kind: kind.name)
 def test_products_with_blocks_are_those_of_their_values(block_type: BlockType, n_tokens: int) -> None:
     blocks = random_blocks(block_type)
@@ -88,9 +89,9 @@ def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockTy
     floats = torch.randn(ROWS, COLUMNS).bfloat16()
     packed = PackedWeight(random_blocks(block_type), block_type) if block_type else None
     weight = packed.describe() if packed else kernels.float_weight(floats)
-    x = torch.randn(16, COLUMNS)
+    x = torch.randn(kernels.MAX_GEMV_TOKENS, COLUMNS)
     together = kernels.gemv(weight, x)
-    for n_tokens in (1, 2, 3, 5, 8, 11):
+    for n_tokens in (1, 2, 3, 5, 8, 11, 16, 17, 47):
         assert torch.equal(kernels.gemv(weight, x[:n_tokens]), together[:n_tokens])
 
 
@@ -168,15 +169,115 @@ def test_states_do_not_depend_on_the_batch_or_on_how_tokens_come() -> None:
             assert torch.equal(alone[0, 0], together[row, place]), (row, place)
 
 
+def filled(model: Transformer, n_pages: int) -> KVCache:
+    """A cache of random keys and values, as long rows would leave it."""
+    cache, generator = model.new_cache(1, n_pages * PAGE_SIZE), torch.Generator().manual_seed(5)
+    cache.keys.normal_(generator=generator)
+    cache.values.normal_(generator=generator)
+    return cache
+
+
+def ragged(cache: KVCache, table: Tensor, starts: list[int], counts: list[int]) -> ForwardBatch:
+    return ForwardBatch.of(cache, table, starts, counts, [None] * len(starts))
+
+
+STARTS, COUNTS = [300, 16, 530, 5], [1, 3, 1, 4]
+TABLE = torch.randperm(4 * 34, generator=torch.Generator().manual_seed(2)).int().view(4, 34)
+
+
+@pytest.mark.parametrize("name", ["grouped", "window"])
+@torch.inference_mode()
+def test_pages_may_lie_anywhere(name: str) -> None:
+    """Parts of attention are counted from a row's first key, and not from where a page happens to begin."""
+    model = fused(transformer(ARCHITECTURES[name]))
+    in_order = torch.arange(TABLE.numel(), dtype=torch.int32).view(TABLE.shape)
+    caches = filled(model, TABLE.numel()), filled(model, TABLE.numel())
+    for one, other in zip((caches[0].keys, caches[0].values), (caches[1].keys, caches[1].values), strict=True):
+        other[:, TABLE.flatten()] = one
+    tokens = random_tokens(sum(COUNTS), vocab_size=64)
+    states = [
+        model.hidden(tokens, ragged(cache, table, STARTS, COUNTS))
+        for cache, table in zip(caches, (in_order, TABLE), strict=True)
+    ]
+    assert torch.equal(*states)
+    assert torch.equal(caches[0].keys, caches[1].keys[:, TABLE.flatten()])
+    assert torch.equal(caches[0].values, caches[1].values[:, TABLE.flatten()])
+
+
+@pytest.mark.parametrize("name", ["grouped", "window"])
+@torch.inference_mode()
+def test_rows_of_any_lengths_in_one_pass_are_each_row_alone(name: str) -> None:
+    model = fused(transformer(ARCHITECTURES[name]))
+    tokens = random_tokens(sum(COUNTS), vocab_size=64)
+    together = model.hidden(tokens, ragged(filled(model, TABLE.numel()), TABLE, STARTS, COUNTS)).split(COUNTS)
+    cache = filled(model, TABLE.numel())
+    for row, part in enumerate(tokens.split(COUNTS)):
+        alone = model.hidden(part, ragged(cache, TABLE[row : row + 1], STARTS[row : row + 1], COUNTS[row : row + 1]))
+        assert torch.equal(alone, together[row]), row
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.inference_mode()
+def test_rows_that_decode_beside_a_prompt_are_attended_at_their_own_lengths(name: str) -> None:
+    """Some tokens of many rows, and two parts of prompts, more than one call of the kernels takes."""
+    model = transformer(ARCHITECTURES[name])
+    starts = [200, 7, 33, 0, 90, 16, 500, *range(40, 56)]
+    counts = [1, 1, 4, 30, 2, 20, 1, *[1] * 16]
+    table = torch.randperm(len(starts) * 34, generator=torch.Generator().manual_seed(4)).int().view(-1, 34)
+    tokens = random_tokens(sum(counts), vocab_size=64)
+    caches = filled(model, table.numel()), filled(model, table.numel())
+    plain = model.hidden(tokens, ragged(caches[0], table, starts, counts))
+    close(fused(model).hidden(tokens, ragged(caches[1], table, starts, counts)), plain)
+    close(caches[1].keys, caches[0].keys)
+    close(caches[1].values, caches[0].values)
+
+
+def packed(args: ModelArgs) -> Transformer:
+    """A model whose linears have random blocks of 8 bits, run by the kernels."""
+    model = transformer(args)
+    for module in list(model.modules()):
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            blocks = random_blocks(BLOCK_TYPES["Q8_0"], *module.weight.shape)
+            set_quantized_weight(module, PackedWeight(blocks, BLOCK_TYPES["Q8_0"]))
+    CpuBackend(model.device).bind(model)
+    return model
+
+
+@torch.inference_mode()
+def test_forty_rows_of_blocks_are_each_row_alone() -> None:
+    """To the bit where there is no matrix unit: there the kernels take up to 64 tokens through all layers."""
+    model = packed(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=96))
+    starts, table = list(range(40)), torch.arange(120, dtype=torch.int32).view(40, 3)
+    tokens = random_tokens(40, vocab_size=64)
+    hidden = model.hidden(tokens, ragged(filled(model, 120), table, starts, [1] * 40))
+    logits = model.logits(hidden)
+    cache = filled(model, 120)
+    for row in range(40):
+        alone = model.hidden(tokens[row : row + 1], ragged(cache, table[row : row + 1], starts[row : row + 1], [1]))
+        close(alone[0], hidden[row], bound=1e-3)
+        close(model.logits(alone)[0], logits[row], bound=1e-3)
+        if not kernels.has_matrix_unit():
+            assert torch.equal(alone[0], hidden[row]) and torch.equal(model.logits(alone)[0], logits[row]), row
+
+
+@pytest.mark.parametrize(("page", "start"), [(120, 0), (-1, 0), (1, 48)], ids=["beyond", "negative", "position"])
+@torch.inference_mode()
+def test_what_is_beyond_the_cache_is_not_touched(page: int, start: int) -> None:
+    model = fused(transformer(ARCHITECTURES["grouped"]))
+    table = torch.tensor([[0, page, 2]], dtype=torch.int32)
+    with pytest.raises(AssertionError):
+        model.hidden(torch.tensor([1]), ragged(filled(model, 120), table, [start], [1]))
+
+
 @torch.inference_mode()
 def test_threads_change_nothing() -> None:
     model = fused(transformer(ARCHITECTURES["grouped"]))
-    tokens, start = random_tokens(2, 7, vocab_size=64), torch.zeros(2, dtype=torch.long)
+    tokens = random_tokens(sum(COUNTS), vocab_size=64)
     threads, states = torch.get_num_threads(), []
     try:
         for n_threads in (1, 2, 3):
             torch.set_num_threads(n_threads)
-            states.append(states_of(model, tokens, start, model.new_cache(2, 16)))
+            states.append(model.hidden(tokens, ragged(filled(model, TABLE.numel()), TABLE, STARTS, COUNTS)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])

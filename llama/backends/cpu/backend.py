@@ -1,8 +1,8 @@
 """The layers of a model on a CPU, computed by the C++ kernels.
 
-A few tokens pass through all layers in one call, with activations in fp32; a token's result does not depend on the
-tokens beside it (see D30). For many tokens, the kernels compute what lies between matrix products: norms, rotations and
-the gates of feed-forwards.
+A few tokens, of any rows, pass through all layers in one call, with activations in fp32; a token's result does not
+depend on the tokens beside it (see D30). For many tokens, the kernels compute what lies between matrix products: norms,
+rotations, the gates of feed-forwards, and the attention of rows that have few tokens each.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llama.sampling import SamplingTensors, TokenSampler, TorchSampler
 
 # A sliding window longer than any cache.
 NO_WINDOW = 1 << 40
-# Tokens of a row that the kernels attend one by one, beside other tokens; for more, torch's attention is faster.
-MAX_KERNEL_SEQLEN = 16
+# Tokens of a row that the kernels attend one by one where there are many tokens; for more, torch's attention is faster.
+MAX_KERNEL_SEQLEN = 8
 
 # Seconds between looks at what other processes take: 25 of the kernel's ticks.
 SECONDS_TO_LOOK = 0.25
@@ -142,6 +142,8 @@ class CpuBackend(EagerBackend):
             norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
             described.attention_norm, described.ffn_norm = (ops.vector(weight, self.args.dim) for weight in norms)
             self._norms.append(norms)
+        matrices = [weight for layer in self.layers for weight in layer.modules() if isinstance(weight, PackedWeight)]
+        self._max_few = ops.max_gemv_tokens(is_packed=len(matrices) == 7 * len(self.layers))
         self._c_output = self._describe(self.output)
         self._c_table = self._describe(self.tok_embeddings)
         self._norm_weight = self.norm.weight.float()
@@ -160,13 +162,13 @@ class CpuBackend(EagerBackend):
 
     def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
-        if len(tokens) > ops.MAX_GEMV_TOKENS:
+        if not self._has_few(batch):
             return self._run(tokens, rotation, batch)
         with self._threads:
             return self._run(tokens, rotation, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if ops.is_gemv(hidden):
+        if hidden.numel() <= ops.max_gemv_tokens(isinstance(self.output.weight, PackedWeight)) * self.args.dim:
             with self._threads:
                 return ops.gemv(self._c_output, hidden)
         return self.output(hidden, torch.float32)
@@ -174,10 +176,17 @@ class CpuBackend(EagerBackend):
     def token_sampler(self) -> TokenSampler:
         return CpuSampler(self._threads)
 
+    def _has_few(self, batch: ForwardBatch) -> bool:
+        """Tell whether one call of the kernels computes all layers; of many tokens, where each row has few."""
+        n_tokens = len(batch.positions)
+        return n_tokens <= ops.FEW_TOKENS or (
+            n_tokens <= self._max_few and all(group.seqlen <= MAX_KERNEL_SEQLEN for group in batch.groups)
+        )
+
     def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         residual = self._embed(tokens)
         inputs = self._inputs(residual, rotation, batch)
-        if len(tokens) <= ops.MAX_GEMV_TOKENS:
+        if self._has_few(batch):
             self._run_few(residual, inputs)
         else:
             self._run_many(residual, inputs, batch)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from llama.backends.cpu.build import library
 
-# Most tokens that one pass over the weights serves, as in csrc/layers.h; for more, matrix products are faster: see D32.
-MAX_GEMV_TOKENS = 16
+# Most tokens that the kernels take at once, as in csrc/layers.h, and most for which they beat matrix products that make
+# no dense copy of a weight: see D32.
+MAX_GEMV_TOKENS = 64
+FEW_TOKENS = 16
 PAGE_SIZE = 16  # positions of a page of the cache, as in csrc/attention.h and cache.py
 TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
 
@@ -162,11 +164,6 @@ def embedding(weight: WeightView, rows: Tensor) -> Tensor:
     return to
 
 
-def is_gemv(x: Tensor) -> bool:
-    """Tell whether x (..., in) has so few tokens that one pass over the weights serves them all."""
-    return x.numel() <= MAX_GEMV_TOKENS * x.shape[-1]
-
-
 def gemv(weight: WeightView, x: Tensor) -> Tensor:
     """Multiply x (..., in), at most MAX_GEMV_TOKENS tokens, by the weight and add its bias: fp32 (..., out)."""
     x = x.float().contiguous()
@@ -182,6 +179,11 @@ def gemv(weight: WeightView, x: Tensor) -> Tensor:
 def has_matrix_unit() -> bool:
     """Tell whether `gemm` works here: the processor has a matrix unit for bf16, and lets this process use it."""
     return bool(kernels().has_matrix_unit())
+
+
+def max_gemv_tokens(is_packed: bool) -> int:
+    """Return the number of tokens up to which `gemv` is faster than a matrix product, for packed weights or floats."""
+    return MAX_GEMV_TOKENS if is_packed and not has_matrix_unit() else FEW_TOKENS
 
 
 def gemm(weight: WeightView, x: Tensor) -> Tensor:

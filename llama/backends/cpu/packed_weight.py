@@ -32,7 +32,7 @@ class PackedWeight(QuantizedWeight):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weight = self.describe()
-        if ops.is_gemv(x):
+        if x.numel() <= ops.max_gemv_tokens(is_packed=True) * x.shape[-1]:
             return ops.gemv(weight, x).to(dtype or x.dtype)
         if x.dtype != torch.float16 and ops.has_matrix_unit():
             return ops.gemm(weight, x).to(dtype or x.dtype)

@@ -66,9 +66,13 @@ inline void attend_part(
     for (int h = 0; h < group; h++) std::copy_n(q + h * head_dim, head_dim, queries.data() + h * width);
     size_t at[PART];
     for (int i = 0; i < n; i++) at[i] = slot(pages, start + i) * stride;
+    const int bytes = value_bytes(type), head_bytes = head_dim * bytes;
     auto read = [&](const uint8_t *from, int first) {
-        for (int i = 0; i < LANES && first + i < n; i++)
-            read_floats(from, type, at[first + i], head_dim, sixteen.data() + i * width);
+        for (int i = first; i < std::min(first + LANES, n); i++) {
+            if (i + LANES < n)
+                for (int b = 0; b < head_bytes; b += 64) __builtin_prefetch(from + at[i + LANES] * bytes + b);
+            read_floats(from, type, at[i], head_dim, sixteen.data() + (i - first) * width);
+        }
     };
     for (int first = 0; first < n; first += LANES) {
         read(keys, first);

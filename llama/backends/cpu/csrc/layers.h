@@ -3,7 +3,7 @@
 #include "attention.h"
 #include "team.h"
 
-constexpr int MAX_GEMV_TOKENS = 16;  // as in ops.py
+constexpr int MAX_GEMV_TOKENS = 64;  // as in ops.py
 
 struct Layer {
     Weight wq, wk, wv, wo, w1, w2, w3;
@@ -152,7 +152,8 @@ struct Worker {
             while (unit >= first_part[t + 1] * in.n_kv_heads) t++;
             int head = unit % in.n_kv_heads, part = unit / in.n_kv_heads;
             attend_token(
-                in, layer, t, head, Keys(in, t), part - first_part[t], q + size_t(t) * q_dim + head * group * in.head_dim,
+                in, layer, t, head, Keys(in, t), part - first_part[t],
+                q + size_t(t) * q_dim + size_t(head) * group * in.head_dim,
                 parts + (size_t(part) * in.n_heads + head * group) * width
             );
         }
