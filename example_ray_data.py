@@ -20,7 +20,7 @@ def main(
     rows: str,
     out: str,
     actors: int = 1,
-    rows_a_block: int = 1000,
+    rows_at_once: int = 1000,
 ) -> None:
     """Complete the rows of Parquet files; started again, go on where it was. Paths, or URIs, are what all nodes see.
 
@@ -28,7 +28,7 @@ def main(
         rows: folder with Parquet files that have columns index and prompt, messages or tokens.
         out: folder for Parquet files with what was generated; out.done beside it says which rows are there.
         actors: most copies of the model, each on --model_parallel_size GPUs (1), or CPUs where there are no GPUs.
-        rows_a_block: rows that an actor takes at once, and does again if it ends before they are done.
+        rows_at_once: rows that an actor takes at once, and does again if it ends before they are done.
     """
     import ray
     from ray.data.checkpoint import CheckpointConfig
@@ -39,11 +39,11 @@ def main(
     dataset = ray.data.read_parquet(rows)
     check_columns(dataset.columns())
     unit = "num_gpus" if "GPU" in ray.cluster_resources() else "num_cpus"
-    dataset.repartition(target_num_rows_per_block=rows_a_block).map_batches(
+    dataset.repartition(target_num_rows_per_block=rows_at_once).map_batches(
         Completer,
         fn_constructor_args=(options, params),
         batch_format="pyarrow",
-        batch_size=rows_a_block,
+        batch_size=rows_at_once,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),  # as many as there is room for
         **{unit: options.model_parallel_size or 1},
     ).write_parquet(out)

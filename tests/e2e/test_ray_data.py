@@ -20,23 +20,23 @@ from llama.sampling import SamplingParams
 from tests.e2e.processes import ROOT, TIMEOUT, started
 from tests.models import build
 
-ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]' has 600 MB with it")
+ray: Any = pytest.importorskip("ray", reason="Ray is not installed, as it takes 600 MB: pip install -e '.[ray]'")
 pa: Any = pytest.importorskip("pyarrow")
 parquet: Any = pytest.importorskip("pyarrow.parquet")
 
 pytestmark = pytest.mark.slow
 
-FILES, ROWS_A_FILE, ROWS_A_BLOCK, ROWS_A_BATCH = 4, 80, 20, 10
+FILES, ROWS_A_FILE, ROWS_AT_ONCE, ROWS_A_BATCH = 4, 80, 20, 10
 PROMPTS = [f"row {i} says {'so ' * (i % 7)}" for i in range(FILES * ROWS_A_FILE)]
 HOT = 1.5  # every third row's own temperature
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a cluster: two nodes on this machine, each with room for one actor with a model."""
+    """The address of a cluster: two nodes, each with room for one model, and two GPUs that only Ray believes in."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "resources": {"model": 1}, "object_store_memory": 100 << 20}
+    node = {"num_cpus": 2, "num_gpus": 2, "resources": {"model": 1}, "object_store_memory": 100 << 20}
     nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     nodes.add_node(**node)
     ray.init(address=nodes.address, log_to_driver=False)
@@ -103,15 +103,15 @@ def test_no_row_is_lost_doubled_or_changed_where_a_process_is_killed(
     cluster: str, prompts: Path, expected: Any, tiny_folder: Path, tmp_path: Path, ranks: int
 ) -> None:
     params = SamplingParams(temperature=0.7, max_gen_len=12, logprobs=True, seed=5)
-    options = BuildOptions(tiny_folder, None, 64, 4, ranks, dtype="float32")
-    blocks = ray.data.read_parquet(str(prompts)).repartition(target_num_rows_per_block=ROWS_A_BLOCK)
-    blocks.map_batches(
+    options = BuildOptions(tiny_folder, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
+    pieces = ray.data.read_parquet(str(prompts)).repartition(target_num_rows_per_block=ROWS_AT_ONCE)
+    pieces.map_batches(
         MortalCompleter,
         fn_constructor_args=(tmp_path / "killed", options, params),
         batch_format="pyarrow",
         batch_size=ROWS_A_BATCH,
         compute=ray.data.ActorPoolStrategy(size=2),
-        num_cpus=1,
+        num_gpus=ranks,
         resources={"model": 1},
     ).write_parquet(str(tmp_path / "out"))
 
@@ -121,14 +121,21 @@ def test_no_row_is_lost_doubled_or_changed_where_a_process_is_killed(
     assert len(set(nodes)) == 2 and len({killed, *processes}) == 3
 
 
+def test_an_actor_with_another_number_of_gpus_than_ranks_is_refused(cluster: str, tiny_folder: Path) -> None:
+    """Its model would be on one GPU, and the others idle, for as long as the job lasts."""
+    options = BuildOptions(tiny_folder, model_parallel_size=1, device="cpu")
+    with pytest.raises(ray.exceptions.RayError, match=r"is 1, the actor has 2 GPUs: give num_gpus=1"):
+        ray.data.range(1).map_batches(Completer, fn_constructor_args=(options,), num_gpus=2, batch_size=1).take_all()
+
+
 def test_a_job_that_is_killed_goes_on_where_it_was(
     cluster: str, prompts: Path, expected: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """It is Ray's checkpoint that knows which rows are written; the example has to give it the rows' numbers."""
     out = tmp_path / "out"
-    model = ["--ckpt_dir", tiny_folder, "--dtype", "float32", "--max_seq_len", 64, "--seed", 5]
+    model = ["--ckpt_dir", tiny_folder, "--device", "cpu", "--dtype", "float32", "--max_seq_len", 64, "--seed", 5]
     sampling = ["--temperature", 0.7, "--max_gen_len", 12, "--logprobs"]
-    files = ["--rows", prompts, "--out", out, "--rows_a_block", 4]
+    files = ["--rows", prompts, "--out", out, "--rows_at_once", 4]
     command = [sys.executable, ROOT / "example_ray_data.py", *model, *sampling, *files]
     env = {"RAY_ADDRESS": cluster, "PYTHONPATH": str(ROOT)}
     with started(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
