@@ -30,7 +30,8 @@ LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]+)")
 LISTED = re.compile(r"^\| (D\d+) \|.*\((\d+-[a-z-]+\.md)\) \|$", re.MULTILINE)
 
-COMMANDS = [importlib.import_module(f"llama.cli.{name}").main for name in NAMES] + [script("benchmark").main]
+MODULES = [*(f"llama.cli.{name}" for name in NAMES), "example_ray_data"]
+COMMANDS = [importlib.import_module(name).main for name in MODULES] + [script("benchmark").main]
 # torchrun's, pip's and pytest's, and gpu_check's, which needs a GPU to say.
 OF_OTHER_PROGRAMS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "editable", "help", "version"}
 

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "llama").rglob("*.py"))
 ROOMS: tuple[str, ...] = (
     *("errors", "files", "config", "sampling", "cache", "rope", "tokenizer", "chat", "outputs", "quantization"),
     *("distributed", "model", "backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
-    *("jobs", "cli", "__main__"),
+    *("jobs", "integrations", "cli", "__main__"),
 )
 # Only where they are used, as each costs up to seconds.
 LAZY: tuple[str, ...] = (
@@ -26,7 +26,7 @@ LAZY: tuple[str, ...] = (
     "sentencepiece",
     "tiktoken",
 )
-LAZY += ("tokenizers", "transformers")
+LAZY += ("pyarrow", "ray", "tokenizers", "transformers")
 
 
 def room_of(path: Path) -> str:
