@@ -28,7 +28,7 @@ class Counted:
 
     def __init__(self, llm: Llama) -> None:
         self.inner, self.passes = llm.model.hidden, list[int]()
-        llm.model.hidden = self  # type: ignore[assignment, method-assign]
+        llm.model.hidden = self  # type: ignore[method-assign]
 
     def __call__(self, tokens: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         self.passes.append(tokens.numel())
@@ -80,7 +80,7 @@ def random_request(choose: random.Random) -> tuple[list[int], SamplingParams]:
 
 def alone(llm: Llama, prompt: list[int], params: SamplingParams, index: int) -> Story:
     """The story of a request that nothing runs beside, with an empty cache."""
-    engine, stories = Engine(llm.model, llm.tokenizer), defaultdict(Story)
+    engine, stories = Engine(llm.model, llm.tokenizer), defaultdict[int, Story](Story)
     request = engine.add(prompt, params, index=index)
     while engine.unfinished:
         run(engine, stories)
@@ -297,7 +297,7 @@ def test_logits_that_are_not_numbers_end_one_request(tiny_folder: Path) -> None:
     llm = build(tiny_folder, max_seq_len=64)
     expected = alone(llm, ENDS[0], SamplingParams(0, max_gen_len=4), 0)
     with torch.inference_mode():
-        llm.model.tok_embeddings.weight[200] = torch.nan
+        llm.model.get_parameter("tok_embeddings.weight")[200] = torch.nan
     engine, stories = llm.engine, defaultdict[int, Story](Story)
     good = engine.add([token if token != 200 else 1 for token in ENDS[0]], SamplingParams(0, max_gen_len=4))
     bad = engine.add([BYTE_BOS, 200, 5], SamplingParams(0, max_gen_len=4))
