@@ -5,6 +5,7 @@ Ranks are forked after the imports, which take longer than all that they do; not
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,11 @@ from llama import Llama, sampling
 from llama.backends.cuda.one_shot import open_one_shot
 from llama.backends.eager import EagerBackend
 from llama.checkpoint.names import module_name
+from llama.engine import room
+from llama.engine.engine import Engine
+from llama.engine.leader import follow, lead
 from llama.quantization.weights import QuantizedWeight
+from llama.sampling import SamplingParams
 
 DRAFT = {"draft": True}
 
@@ -65,6 +71,8 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
             result["plain"] = llm.generate(job["prompts"], 24, temperature=0.1, seed=1)
             result["guessed"] = guess(job, rank)
             result["perturbed"] = perturbed(job, rank)
+            result["joined"] = joined(llm, lambda engine: engine)
+            result["led"] = led(llm, rank)
     except ValueError as error:
         result = {"error": str(error)}
     torch.save(result, f"{job['out']}.{rank}")
@@ -115,6 +123,33 @@ def perturbed(job: dict[str, Any], rank: int) -> list[Any]:
         found.append(llm.generate(job["prompts"], 24, temperature=0.4, seed=1))
         sampling.sample = choose
     return found
+
+
+def joined(llm: Llama, choose_engine: Callable[[Engine], Any]) -> dict[int, list[int | None]]:
+    """Tokens of requests that join and leave at random moments, which need more pages than there are."""
+    room.page_limit = lambda *args: 5
+    engine, choose = choose_engine(Engine(llm.model, llm.tokenizer)), random.Random(7)
+    stays, tokens = list[int](), defaultdict[int, list[int | None]](list)
+    while len(stays) < 12 or engine.unfinished:
+        if len(stays) < 12 and choose.random() < 0.5:
+            prompt = [choose.randrange(256) for _ in range(choose.randint(1, 20))]
+            params = SamplingParams(choose.choice([0, 0.7]), max_gen_len=choose.randint(1, 12), seed=len(stays))
+            stays.append(engine.add(prompt, params, interactive=choose.random() < 0.5))
+            if choose.random() < 0.3:
+                engine.cancel(engine.add(prompt[:1], params))
+        for event in engine.step():
+            tokens[event.index].append(event.token)
+    return {index: tokens[request] for index, request in enumerate(stays)}
+
+
+def led(llm: Llama, rank: int) -> dict[int, list[int | None]]:
+    """The same where only the first rank has the requests."""
+    if rank > 0:
+        engine = Engine(llm.model, llm.tokenizer)
+        follow(engine)
+        return {}
+    with contextlib.ExitStack() as stack:
+        return joined(llm, lambda engine: stack.enter_context(lead(engine)))
 
 
 def run_job(job: dict[str, Any]) -> None:

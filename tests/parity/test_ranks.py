@@ -64,6 +64,7 @@ SIZES |= {"superblocks": (1, 2, 3), "two_superblocks": (1, 3), "blocks": (1, 2)}
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
 
 GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
+ONE_RANK = [(name, 1) for name, _ in GUESSES]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
             out = str(folder / f"{name}.{size}")
             job = {"folder": str(folder / name), "size": size, "out": out, "tokens": TOKENS, "prompts": PROMPTS}
             job["tokenizer"] = tokenizer if name in GGUF_MODELS else None
-            jobs.append({**job, "guess": (name, size) in GUESSES})
+            jobs.append({**job, "guess": (name, size) in GUESSES or (name, size) in ONE_RANK})
     differ = {**jobs[-1], "size": 2, "out": str(folder / "differ"), "without_kernels": [1]}
     (folder / "jobs.json").write_text(json.dumps([*jobs, differ]))
     worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
@@ -146,6 +147,19 @@ def test_ranks_guess_alike_whatever_their_clocks_say(
         assert [tokens for tokens, _, _ in rank["guessed"]] == [rank["plain"]] * 2
         assert rank["guessed"] == results[name, size][0]["guessed"]
         assert rank["guessed"][1][2] > 0
+
+
+@pytest.mark.parametrize(("name", "size"), GUESSES)
+def test_requests_that_join_on_several_ranks_are_those_of_one(
+    results: dict[tuple[str, int], list[Any]], name: str, size: int
+) -> None:
+    """Whoever is set back for want of pages, whatever clocks say, and also where the others follow the first rank."""
+    alone = results[name, 1][0]["joined"]
+    assert len(alone) == 12 and all(tokens[-1] is None for tokens in alone.values())
+    assert results[name, 1][0]["led"] == alone
+    for rank in results[name, size]:
+        assert rank["joined"] == alone
+        assert rank["led"] == (alone if rank is results[name, size][0] else {})
 
 
 @pytest.mark.parametrize(("name", "size"), GUESSES)
