@@ -18,7 +18,7 @@ from llama.engine.room import Room
 from llama.engine.runner import StepOutput
 from llama.engine.sequence import Chunk, Sequence
 from llama.engine.speculative import Speculation
-from llama.engine.step_budget import StepBudget
+from llama.engine.step_budget import NEWEST, StepBudget
 from llama.model import Transformer
 from llama.outputs import FinishReason, TokenEvent
 from llama.sampling import INVALID, SamplingParams
@@ -322,6 +322,8 @@ class Engine:
             metrics.decode_seconds += seconds
             metrics.decode_steps += 1
             metrics.decoded_tokens += len(chunks)
+            budget = self._budget
+            budget.plain_seconds += (seconds - budget.plain_seconds) * NEWEST
             return
         n_prompt_tokens = sum(len(chunk.tokens) for chunk in chunks if is_of_prompt(chunk))
         # A step that was launched ahead still has the rows of sequences that have ended.

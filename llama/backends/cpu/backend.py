@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -37,6 +37,10 @@ MAX_KERNEL_SEQLEN = 8
 SECONDS_TO_LOOK = 0.25
 # Cores that others may keep busy before a thread gives way; one that shares its core with another process counts half.
 TOLERATED = 0.3
+
+
+# Runs all layers on the residual (n_tokens, dim), in place.
+Layers = Callable[[Tensor, ops.LayersInput, ForwardBatch], None]
 
 
 class CpuTimes(NamedTuple):
@@ -163,9 +167,9 @@ class CpuBackend(EagerBackend):
     def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
         if not self._has_few(batch):
-            return self._run(tokens, rotation, batch)
+            return self._run(tokens, rotation, batch, self._run_many)
         with self._threads:
-            return self._run(tokens, rotation, batch)
+            return self._run(tokens, rotation, batch, self._run_few)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if hidden.numel() <= ops.max_gemv_tokens(isinstance(self.output.weight, PackedWeight)) * self.args.dim:
@@ -183,13 +187,9 @@ class CpuBackend(EagerBackend):
             n_tokens <= self._max_few and all(group.seqlen <= MAX_KERNEL_SEQLEN for group in batch.groups)
         )
 
-    def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch, layers: Layers) -> Tensor:
         residual = self._embed(tokens)
-        inputs = self._inputs(residual, rotation, batch)
-        if self._has_few(batch):
-            self._run_few(residual, inputs)
-        else:
-            self._run_many(residual, inputs, batch)
+        layers(residual, self._inputs(residual, rotation, batch), batch)
         return F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class CpuBackend(EagerBackend):
             return F.embedding(tokens, table).float()
         return ops.embedding(self._c_table, tokens)
 
-    def _run_few(self, x: Tensor, inputs: ops.LayersInput) -> None:
+    def _run_few(self, x: Tensor, inputs: ops.LayersInput, batch: ForwardBatch) -> None:
         """Run the layers in C++ on the residual x (n_tokens, dim), in place; ranks add up results after each half."""
         if self.parallel.size == 1:
             both = ops.ATTENTION | ops.FEED_FORWARD
