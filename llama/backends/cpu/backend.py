@@ -114,8 +114,15 @@ class CpuSampler(TorchSampler):
         self._threads = threads
 
     def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
-        with self._threads if len(logits) > 1 else ops.one_thread():
+        if len(logits) > 1:
+            with self._threads:
+                return super().__call__(logits, uniform, rows)
+        threads = torch.get_num_threads()
+        ops.set_openmp_threads(1)
+        try:
             return super().__call__(logits, uniform, rows)
+        finally:
+            ops.set_openmp_threads(threads)
 
 
 class CpuBackend(EagerBackend):

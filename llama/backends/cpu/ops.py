@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -78,17 +76,6 @@ def kernels() -> ctypes.CDLL:
 def set_openmp_threads(threads: int) -> None:
     """Set the number of threads of the kernels and of torch's operations, for the calling thread alone."""
     kernels().omp_set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch's operations done by the calling thread alone: for so little work that others come too late."""
-    threads = torch.get_num_threads()
-    set_openmp_threads(1)
-    try:
-        yield
-    finally:
-        set_openmp_threads(threads)
 
 
 def pointers(*buffers: tuple[Tensor, torch.dtype, int]) -> list[c_void_p]:
