@@ -6,6 +6,8 @@ Knows nothing of the model, nor of which sequence holds which page: that is the 
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +29,7 @@ class KVCache:
 
     keys, values: (n_layers, n_pages, PAGE_SIZE, n_kv_heads, head_dim). A position that was not written yet has any
     finite value, and attention masks it. A slot is a position of a page, counted over all pages. On a CPU, memory is
-    committed only when it is written.
+    committed only when it is written, and can be given back.
 
     pages_per_row: of a cache that is used without an engine, the pages of each row, one row below another.
     """
@@ -44,10 +46,30 @@ class KVCache:
         pages_per_row: int | None = None,
     ) -> None:
         shape = (n_layers, n_pages, PAGE_SIZE, n_kv_heads, head_dim)
+        self._mapped: list[mmap.mmap] = []  # what keys and values are in, on a CPU
         # Zeros, because a masked position still meets a zero weight, and 0 * NaN is NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = (self._zeros(shape, device, dtype) for _ in range(2))
         self.pages_per_row = pages_per_row or n_pages
+
+    def _zeros(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return zeros on a device: on a CPU, pages of the system that do not exist before they are written."""
+        if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+            return torch.zeros(shape, device=device, dtype=dtype)
+        n_bytes = max(1, math.prod(shape) * dtype.itemsize)
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._mapped.append(memory)
+        return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+    def discard(self, start: int, stop: int) -> None:
+        """Give the memory of pages [start, stop) back to the system, where it is committed when it is written."""
+        n_layers, n_pages = self.keys.shape[:2]
+        size = self.keys.nbytes // (n_layers * n_pages)
+        for memory in self._mapped:
+            for layer in range(n_layers):
+                first, last = ((layer * n_pages + page) * size for page in (start, stop))
+                first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < last:
+                    memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values (n_tokens, n_kv_heads, head_dim) in a layer's slots (n_tokens,)."""
@@ -61,9 +83,10 @@ class KVCache:
 
     def grow(self, n_pages: int) -> None:
         """Enlarge the cache to n_pages pages; those that it has keep their content."""
+        self._mapped = []
         for name in ("keys", "values"):  # one after the other, so that the old keys are freed before values are copied
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(old.shape[0], n_pages, *old.shape[2:])
+            new = self._zeros((old.shape[0], n_pages, *old.shape[2:]), old.device, old.dtype)
             new[:, : old.shape[1]] = old
             setattr(self, name, new)
             del old

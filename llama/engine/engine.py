@@ -125,8 +125,7 @@ class Engine:
         """End a request without another event; one that has ended already is left as it is."""
         sequence = self.requests.pop(request, None)
         if sequence is not None:
-            self.scheduler.finish(sequence)
-            self._is_steady = False
+            self._leave(sequence)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step, and return the events of the requests that were added, whose index is their id.
@@ -310,9 +309,14 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
         self.requests.pop(sequence.id, None)
+        self._leave(sequence)
+        sequence.events.append(TokenEvent(sequence.index, None, text, finish_reason=reason))
+
+    def _leave(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         self._is_steady = False
-        sequence.events.append(TokenEvent(sequence.index, None, text, finish_reason=reason))
+        if not self.requests:
+            self.room.rest()
 
     def _count(self, chunks: abc.Sequence[Chunk]) -> None:
         """Add the step that was waited for to the metrics, and to what the budget knows."""

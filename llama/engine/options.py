@@ -27,7 +27,8 @@ class BuildOptions:
         device: cuda, mps or cpu; default: the first of these that is there.
         dtype: float32, bfloat16 or float16; default: what the device computes well.
         chat_format: template (the model's own), llama2, llama3, chatml, codellama70b, or vicuna, alpaca, zephyr,
-            openchat, tulu, solar, koala, mistral-v1, mistral-v3 or mistral-v7; default: what the files tell, or else the model's name.
+            openchat, tulu, solar, koala, mistral-v1, mistral-v3 or mistral-v7; default: what the files tell, or else
+            the model's name.
         quantize: int8, int4 or, on GPUs, fp8: 8.5, 5 or 8 bits a value; blocks that are no larger stay as they are.
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup proposes tokens from what the text said before; texts stay the same, some come faster.

@@ -5,6 +5,7 @@ Knows pages by number and texts by token ids; nothing of tensors, of sequences o
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class PagePool:
         """
         self.n_pages, self.most_kept = 0, most_kept
         self.n_free = 0
-        self.n_touched = 0  # pages up to the last one that was ever allocated
+        self.n_touched = 0  # pages up to the last one that may have been written
         self._states = bytearray()
         self._references: list[int] = []
         self._kept: OrderedDict[int, None] = OrderedDict()  # the least recently used first
@@ -147,6 +148,13 @@ class PagePool:
                 self._free(page)
         while len(self._kept) > self.most_kept:
             self._free(self._give_up())
+
+    def take_free_runs(self) -> list[tuple[int, int]]:
+        """Return the runs of free pages, [start, stop), that may have been written since they were returned last."""
+        runs = [match.span() for match in re.finditer(rb"[\0\1]+", self._states[: self.n_touched])]
+        if runs and runs[-1][1] == self.n_touched:
+            self.n_touched = runs[-1][0]
+        return runs
 
     def name(self, page: int, before: int, tokens: Sequence[int], is_written: bool = False) -> int:
         """Have a held page found by its content, at most PAGE_SIZE tokens after the page with the name `before`.

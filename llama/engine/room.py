@@ -87,6 +87,13 @@ class Room:
             pool.grow(wanted)
             self._make_runners(caches)
 
+    def rest(self) -> None:
+        """Give back memory of pages that nobody needs, where nothing runs."""
+        if not self.grows:
+            for start, stop in self.scheduler.pool.take_free_runs():
+                for cache in self.scheduler.caches:
+                    cache.discard(start, stop)
+
     def reset(self, books_are_right: bool) -> None:
         """Forget the steps in flight, after an error; and all that was cached, if the scheduler's books are wrong."""
         for runner in self.runners:

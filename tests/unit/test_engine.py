@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections import defaultdict
@@ -14,11 +15,13 @@ import torch
 
 from llama import Llama
 from llama.cache import PAGE_SIZE, ForwardBatch
+from llama.config import ModelArgs
 from llama.engine import room
 from llama.engine.engine import Engine
 from llama.engine.step_budget import StepBudget
 from llama.sampling import SamplingParams
-from tests.models import BYTE_BOS, build, random_tokens
+from tests.checkpoints import random_state
+from tests.models import BYTE_BOS, build, random_tokens, transformer
 
 SHARED = random_tokens(40, vocab_size=256, seed=1).tolist()
 ENDS = [row.tolist() for row in random_tokens(4, 9, vocab_size=256, seed=2)]
@@ -322,3 +325,32 @@ def test_memory_follows_the_tokens_that_are_held(tiny_folder: Path) -> None:
     prompts = random_tokens(32, 60, vocab_size=256).tolist()
     llm.generate(prompts, 40)
     assert llm.engine.scheduler.pool.n_touched <= 1.1 * (1 + 32 * 7)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells what memory is resident")
+def test_memory_is_given_back_when_nothing_runs(tiny_folder: Path) -> None:
+    """But for pages that are kept; and what was never written was never taken."""
+    model_args = ModelArgs(dim=512, n_layers=8, n_heads=8, n_kv_heads=8, vocab_size=512, hidden_dim=64)
+    args = dataclasses.replace(model_args, max_seq_len=1024, max_batch_size=16)
+    llm = Llama(transformer(args, random_state(model_args)), build(tiny_folder).tokenizer)
+    llm.tokenizer.stop_tokens = frozenset()
+    llm.generate([[5]], 1)
+    page = llm.engine.room.runner.cache.nbytes // llm.engine.room.runner.cache.n_pages
+    before = resident()
+    for _ in range(2):
+        prompts = random_tokens(16, 250, vocab_size=256, seed=4).tolist()
+        streams = llm.stream(prompts, 100)
+        for _ in range(50):
+            next(streams)
+        at_work = resident()
+        streams.close()  # type: ignore[attr-defined]
+        pages = 16 * 16
+        assert pages * page <= at_work - before + 20_000_000
+        assert at_work - before <= 1.1 * pages * page + 60_000_000
+        assert resident() - before <= 2 * 64 * page + 60_000_000
+
+
+def resident() -> int:
+    """Bytes of memory that are resident and this process's own."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))

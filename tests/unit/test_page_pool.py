@@ -116,6 +116,19 @@ def test_a_text_lies_in_one_run_where_there_is_room() -> None:
     assert third not in rows[0] + rows[1]
 
 
+def test_free_pages_are_told_once_so_that_their_memory_can_go() -> None:
+    pool = PagePool(1 + 12, 12)
+    kept, gone = held(pool, text("ab")), [pool.allocate(None, 1) for _ in range(4)]
+    pool.written()
+    pool.release(kept)
+    pool.release(gone)
+    assert pool.take_free_runs() == [(gone[0], gone[-1] + 1)]
+    assert pool.take_free_runs() == []
+    again = pool.allocate(None, 1)
+    pool.release([again])
+    assert pool.take_free_runs() == [(again, again + 1)]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_pages_are_never_lost_nor_given_twice(seed: int) -> None:
     """Texts of a few letters begin alike, end, fail and are given up at random."""

@@ -34,6 +34,7 @@ from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
 from llama.memory.plan import Planner, page_limit
 from llama.model import Transformer
+from llama.tokenizer import StreamDecoder
 from llama.sampling import SamplingParams
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
@@ -208,7 +209,7 @@ def test_planned_activations_are_what_a_run_allocates(
     scheduler, runner = Scheduler(model.args, Metrics()), EagerRunner(model, model.new_cache(job.bsz, job.length + 16))
     scheduler.restart(PagePool(runner.cache.n_pages, 0), [runner.cache])
     scheduler.waiting += [
-        Sequence(i, prompt, params, 8, frozenset(), (1, i), StreamDecoder(lambda token: b""), [], False)
+        Sequence(i, prompt, params, 8, frozenset(), (1, i), StreamDecoder(NO_TOKENS), [], False)
         for i, prompt in enumerate(tokens)
     ]
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
