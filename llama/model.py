@@ -98,6 +98,7 @@ class Attention(nn.Module):
         k = self.wk(x).view(-1, self.n_local_kv_heads, self.head_dim)
         v = self.wv(x).view(-1, self.n_local_kv_heads, self.head_dim)
         batch.cache.write(self.layer, batch.slots, rotate(k, rotation), v)
+        del k, v  # they are in the cache
         return self.wo(attend_in_groups(rotate(q, rotation), self.layer, masks, batch).flatten(1))
 
 

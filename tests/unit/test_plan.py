@@ -7,7 +7,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import pytest
@@ -34,11 +34,11 @@ from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
 from llama.memory.plan import Planner, page_limit
 from llama.model import Transformer
-from llama.tokenizer import StreamDecoder
 from llama.sampling import SamplingParams
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 
+NO_DECODER = cast(Any, None)  # tokens stay tokens here
 CPU = torch.device("cpu")
 ODD = dataclasses.replace(TINY, vocab_size=515)  # padded on 2 ranks and more
 BLOCKS = dataclasses.replace(TINY, hidden_dim=192)  # rows of whole Q8_0 blocks
@@ -209,8 +209,7 @@ def test_planned_activations_are_what_a_run_allocates(
     scheduler, runner = Scheduler(model.args, Metrics()), EagerRunner(model, model.new_cache(job.bsz, job.length + 16))
     scheduler.restart(PagePool(runner.cache.n_pages, 0), [runner.cache])
     scheduler.waiting += [
-        Sequence(i, prompt, params, 8, frozenset(), (1, i), StreamDecoder(NO_TOKENS), [], False)
-        for i, prompt in enumerate(tokens)
+        Sequence(i, prompt, params, 8, frozenset(), (1, i), NO_DECODER, [], False) for i, prompt in enumerate(tokens)
     ]
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         while any(sequence.n_cached < job.prompt_len for sequence in (*scheduler.waiting, *scheduler.running)):

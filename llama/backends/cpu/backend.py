@@ -257,16 +257,14 @@ class CpuBackend(EagerBackend):
         q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
         ops.rope_and_append_kv(inputs, layer, q, k, v)
         del h, k, v
-        y = torch.empty_like(q)
-        for group, mask in zip(batch.groups, masks, strict=True):
+        for group, mask in zip(batch.groups, masks, strict=True):  # in place: a group's queries are its own
             if group.seqlen <= MAX_KERNEL_SEQLEN:
-                ops.attend(inputs, layer, group.tokens, q, y)
+                ops.attend(inputs, layer, group.tokens, q)
             else:
                 shape = group.n_rows, group.seqlen, attention.n_local_heads, attention.head_dim
-                of_group = attend(q[group.tokens].view(shape), *batch.read(layer, group), mask)
-                y[group.tokens].view(shape).copy_(of_group)
-        del q
-        return attention.wo(y)
+                queries = q[group.tokens].view(shape)
+                queries.copy_(attend(queries, *batch.read(layer, group), mask))
+        return attention.wo(q)
 
     def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.WeightView:
         """Return the C structure of a linear or of the embedding table."""

@@ -232,13 +232,13 @@ def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v:
     kernels().rope_and_append_kv(ctypes.byref(inputs), layer, *three)
 
 
-def attend(inputs: LayersInput, layer: int, tokens: slice, q: Tensor, y: Tensor) -> None:
-    """Compute attention of some tokens of q over the cache into the same tokens of y.
+def attend(inputs: LayersInput, layer: int, tokens: slice, q: Tensor) -> None:
+    """Compute attention of some tokens of q over the cache, in place.
 
-    q, y: (n_tokens, n_heads * head_dim), of the cache's dtype. A token's result does not depend on the others.
+    q: (n_tokens, n_heads * head_dim), of the cache's dtype. A token's result does not depend on the others.
     """
     dtype, n = q.dtype, inputs.n_tokens * inputs.n_heads * inputs.head_dim
     assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
     assert 0 <= tokens.start <= tokens.stop <= inputs.n_tokens, (tokens, inputs.n_tokens)
-    both = pointers((q, dtype, n), (y, dtype, n))
-    kernels().attend(ctypes.byref(inputs), layer, tokens.start, tokens.stop - tokens.start, *both)
+    (queries,) = pointers((q, dtype, n))
+    kernels().attend(ctypes.byref(inputs), layer, tokens.start, tokens.stop - tokens.start, queries)

@@ -42,7 +42,7 @@ extern "C" int is_within_cache(const LayersInput *inputs) {
 
 // Attention of tokens [first, first + n) over a layer's cache: y, like q (n_tokens, n_heads, head_dim). Both have the
 // cache's type. No thread waits for another, as tokens of many rows are enough for all.
-extern "C" void attend(const LayersInput *inputs, int layer, int first, int n, const void *q, void *y) {
+extern "C" void attend(const LayersInput *inputs, int layer, int first, int n, void *q) {
     const LayersInput &in = *inputs;
     const int group = in.n_heads / in.n_kv_heads, values = group * in.head_dim, width = in.head_dim + 2;
 #pragma omp parallel num_threads(in.threads)
@@ -62,7 +62,7 @@ extern "C" void attend(const LayersInput *inputs, int layer, int first, int n, c
                     parts.data() + h * width, keys.parts(), size_t(group) * width, in.head_dim,
                     heads.data() + h * in.head_dim
                 );
-            write_floats(y, in.cache_type, at, values, heads.data());
+            write_floats(q, in.cache_type, at, values, heads.data());
         }
     }
 }
