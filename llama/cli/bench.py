@@ -74,7 +74,7 @@ def main(
 
 
 def random_prompts(n: int, prompt_len: int, vocab_size: int) -> list[list[int]]:
-    """Return n prompts of their own, the same at each call, so that no run finds its prompt cached by an earlier one."""
+    """Return n prompts, the same at each call: one for each run, so that no run finds its prompt cached already."""
     numbers = random.Random(0)
     return [[numbers.randrange(vocab_size) for _ in range(prompt_len)] for _ in range(n)]
 
