@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Positions of a page: see D48. The CPU kernels' parts of 256 keys are whole pages.
+# Positions of a page: see D54. The CPU kernels' parts of 256 keys are whole pages.
 PAGE_SIZE = 16
 
 

@@ -26,7 +26,7 @@ def main(
     runs: int = 5,
     json: bool = False,
 ) -> None:
-    """Measure the speed of prefill and of decode for one prompt of random tokens; alone or under torchrun.
+    """Measure the speed of prefill and of decode for a prompt of random tokens; alone or under torchrun.
 
     Figures are medians over the runs, after one that does not count. Prefill is the time to the first token, decode
     the time from there to the last; end tokens do not end a run.
@@ -46,9 +46,8 @@ def main(
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     llm = Llama.from_options(dataclasses.replace(options, max_seq_len=prompt_len + gen_len, max_batch_size=1))
     llm.tokenizer.stop_tokens = frozenset()
-    numbers = random.Random(0)
-    prompt = [numbers.randrange(min(llm.tokenizer.n_words, llm.model.args.vocab_size)) for _ in range(prompt_len)]
-    seconds = [measure(llm, prompt, gen_len) for _ in range(1 + runs)][1:]
+    prompts = random_prompts(1 + runs, prompt_len, min(llm.tokenizer.n_words, llm.model.args.vocab_size))
+    seconds = [measure(llm, prompt, gen_len) for prompt in prompts][1:]
     to_first, to_last = (statistics.median(each) for each in zip(*seconds, strict=True))
     decode_tok_s = (gen_len - 1) / to_last
     model = llm.model
@@ -72,6 +71,12 @@ def main(
             "tok/s, {bandwidth_gb_s:.2f} GB/s of weights; median of {runs}"
         )
         print(json_line(result) if json else said.format(**result))
+
+
+def random_prompts(n: int, prompt_len: int, vocab_size: int) -> list[list[int]]:
+    """Return n prompts, the same at each call: one for each run, so that no run finds its prompt cached already."""
+    numbers = random.Random(0)
+    return [[numbers.randrange(vocab_size) for _ in range(prompt_len)] for _ in range(n)]
 
 
 def measure(llm: Llama, prompt: list[int], gen_len: int) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Decode steps captured once as CUDA graphs and replayed: the host launches a whole step at once, and one ahead.
 
-A graph runs on fixed memory: the context's cache, and buffers here with each row's newest tokens, its position and its
+A graph runs on fixed memory: the cache, and buffers here with each row's newest tokens, its position and its
 random numbers. A step updates them for the next one, so that steps can follow each other without the host.
 """
 

@@ -49,7 +49,7 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            # `from llama.engine import context` imports a module; from a module, names.
+            # `from llama.engine import runner` imports a module; from a module, names.
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {name if name in MODULES else str(node.module) for name in whole}
     return names
