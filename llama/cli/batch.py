@@ -19,7 +19,7 @@ from llama.distributed.torchrun_env import read_torchrun_env
 from llama.engine.leader import follow, lead
 from llama.engine.options import BuildOptions
 from llama.jobs.finished import Digest, FinishedLines, line_digest
-from llama.jobs.lines import NO_CHUNK, STANDARD_STREAM, JobInput, deal, read_ahead, read_now
+from llama.jobs.lines import NO_BUNDLE, STANDARD_STREAM, JobInput, deal, read_ahead, read_now
 from llama.jobs.result_file import ResultFile, join_parts, part_path, parts_of, sort_results
 from llama.jobs.run import JobOptions, LineRunner
 from llama.sampling import SamplingParams
@@ -85,7 +85,7 @@ def main(
         progress = BatchProgress(source.nbytes, finished.count, is_shared=n_replicas > 1, is_shown=is_first_rank())
         lines = finished.unfinished(source, digest)
         if n_replicas > 1:
-            lines = deal(lines, lambda: add_up("chunks", 1) - 1)
+            lines = deal(lines, lambda: add_up("bundles", 1) - 1)
         next_line = progress.of((read_now if source.is_file else read_ahead)(lines))
 
         def finish() -> None:
@@ -103,7 +103,7 @@ def main(
             except Exception as caught:
                 error = caught
                 if n_replicas > 1:
-                    add_up("chunks", NO_CHUNK)  # the others end soon, too
+                    add_up("bundles", NO_BUNDLE)  # the others end soon, too
         progress.flush()
         if not is_first_rank():
             results.close()  # the first rank joins it to the output
