@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -96,7 +97,7 @@ def main(
         job_options = JobOptions(params, digest, Path(options.ckpt_dir).name, ordered and n_replicas == 1, strict)
         with before_end(finish):
             try:
-                with lead(llm.engine) as engine:
+                with lead(llm.engine) if llm.model.parallel.size > 1 else nullcontext(llm.engine) as engine:
                     LineRunner(llm, engine, job_options, results.append, progress.add).run(
                         next_line, lambda: source.is_json
                     )
