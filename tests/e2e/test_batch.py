@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -224,7 +223,7 @@ def test_a_strict_job_stops_at_a_wrong_line_on_every_replica(
 
 def test_a_terminal_shows_how_far_a_job_is(prompts_file: Path, flags: list[object], tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    with terminal([sys.executable, *LLAMA, "batch", prompts_file, path, *flags]) as screen:
+    with terminal([forked_python(), *LLAMA, "batch", prompts_file, path, *flags]) as screen:
         screen.wait_for("left")
         screen.wait_for_end()
     assert "tokens/s |" in screen.screen and " %, " in screen.screen
