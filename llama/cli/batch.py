@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from llama.distributed.torchrun_env import read_torchrun_env
 from llama.engine.leader import follow, lead
 from llama.engine.options import BuildOptions
 from llama.jobs.finished import Digest, FinishedLines, line_digest
-from llama.jobs.lines import NO_CHUNK, STANDARD_STREAM, JobInput, deal, read_ahead, read_now
+from llama.jobs.lines import NO_BUNDLE, STANDARD_STREAM, JobInput, deal, read_ahead, read_now
 from llama.jobs.result_file import ResultFile, join_parts, part_path, parts_of, sort_results
 from llama.jobs.run import JobOptions, LineRunner
 from llama.sampling import SamplingParams
@@ -85,7 +86,7 @@ def main(
         progress = BatchProgress(source.nbytes, finished.count, is_shared=n_replicas > 1, is_shown=is_first_rank())
         lines = finished.unfinished(source, digest)
         if n_replicas > 1:
-            lines = deal(lines, lambda: add_up("chunks", 1) - 1)
+            lines = deal(lines, lambda: add_up("bundles", 1) - 1)
         next_line = progress.of((read_now if source.is_file else read_ahead)(lines))
 
         def finish() -> None:
@@ -96,14 +97,14 @@ def main(
         job_options = JobOptions(params, digest, Path(options.ckpt_dir).name, ordered and n_replicas == 1, strict)
         with before_end(finish):
             try:
-                with lead(llm.engine) as engine:
+                with lead(llm.engine) if llm.model.parallel.size > 1 else nullcontext(llm.engine) as engine:
                     LineRunner(llm, engine, job_options, results.append, progress.add).run(
                         next_line, lambda: source.is_json
                     )
             except Exception as caught:
                 error = caught
                 if n_replicas > 1:
-                    add_up("chunks", NO_CHUNK)  # the others end soon, too
+                    add_up("bundles", NO_BUNDLE)  # the others end soon, too
         progress.flush()
         if not is_first_rank():
             results.close()  # the first rank joins it to the output

@@ -184,12 +184,39 @@ def _meet(env: TorchrunEnv, timeout: float) -> Any:
     timer.start()
     try:
         _wait_for_first_rank(env.rank, host, port, seconds)
-        return next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+        store = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+        return _unused_part(store, env, seconds) if env.torchrun else store
     except (RuntimeError, OSError) as error:
         cause = str(error).splitlines()[0].rstrip(".")
         raise ConnectionError(f"{place} did not meet the others in {seconds:g} s ({cause}): {fix}") from error
     finally:
         timer.cancel()
+
+
+def _unused_part(store: Any, env: TorchrunEnv, seconds: float) -> Any:
+    """Return a part of torchrun's store in which nobody has written, the same on all ranks: see D51.
+
+    The store outlives ranks that are restarted, and what they have said would be taken for the word of the new ones.
+    """
+    if env.rank > 0:
+        me = os.urandom(8).hex()
+        store.set(f"rank {env.rank} is", me)
+        store.wait([f"part of {me}"], timedelta(seconds=seconds))
+        part = store.get(f"part of {me}").decode()
+        store.add(f"in {part}", 1)
+    else:
+        part, told = os.urandom(8).hex(), set[str]()
+        deadline = time.monotonic() + seconds
+        while store.add(f"in {part}", 0) < env.world_size - 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError("some did not come")
+            for key in (f"rank {rank} is" for rank in range(1, env.world_size)):
+                other = store.get(key).decode() if store.check([key]) else ""  # maybe one that has ended
+                if other and other not in told:
+                    told.add(other)
+                    store.set(f"part of {other}", part)
+            time.sleep(0.005)
+    return dist.PrefixStore(part, store)  # type: ignore[attr-defined]  # torch does not list it among its exports
 
 
 def _wait_for_first_rank(rank: int, host: str, port: int, seconds: float) -> None:

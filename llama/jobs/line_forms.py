@@ -95,6 +95,9 @@ def request_of(fields: Mapping[str, Any], params: SamplingParams) -> LineRequest
         raise ValueError(
             f"a line has one of {', '.join(PROMPT_FIELDS)}, this one has {' and '.join(given) or 'none of them'}"
         )
+    for switch in ("logprobs", "echo"):
+        if not isinstance(getattr(params, switch), bool):
+            raise ValueError(f"{switch} must be true or false, got {getattr(params, switch)!r:.80}")
     (name,) = given
     value = fields[name]
     if not isinstance(value, str if name == "prompt" else list):

@@ -21,9 +21,9 @@ STANDARD_STREAM = Path("-")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIX = ".txt"
 # Lines that a replica takes at once: so few that the last ones to end hold nobody for long.
-CHUNK_LINES = 16
-# A chunk that no input has: whoever takes it, or a later one, is done.
-NO_CHUNK = 1 << 40
+BUNDLE_LINES = 16
+# A bundle that no input has: whoever takes it, or a later one, is done.
+NO_BUNDLE = 1 << 40
 # Lines of a pipe that are read before they are asked for.
 LINES_AHEAD = 64
 
@@ -86,17 +86,17 @@ class JobInput:
 
 
 def deal(lines: Iterable[InputLine], take: Callable[[], int]) -> Iterator[InputLine]:
-    """Yield one replica's lines of those that all replicas see: the chunks whose numbers it takes, when it needs them.
+    """Yield one replica's lines of those that all replicas see: the bundles whose numbers it takes, when it needs them.
 
     take: returns 0, 1, 2 and so on, each to one of the replicas.
     """
     mine = -1
     for place, line in enumerate(lines):
-        while mine < place // CHUNK_LINES:
+        while mine < place // BUNDLE_LINES:
             mine = take()
-        if mine >= NO_CHUNK:
+        if mine >= NO_BUNDLE:
             return
-        if mine == place // CHUNK_LINES:
+        if mine == place // BUNDLE_LINES:
             yield line
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -135,6 +134,10 @@ class ResultFile:
         self._last = number
 
     def _take(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -16,7 +16,7 @@ from llama.errors import one_line
 from llama.generation import Llama
 from llama.jobs.finished import Digest
 from llama.jobs.line_forms import LineForm, LineRequest, LineResult, PlainForm
-from llama.jobs.lines import CHUNK_LINES, InputLine
+from llama.jobs.lines import BUNDLE_LINES, InputLine
 from llama.jobs.openai_form import line_form
 from llama.jobs.result_file import result_line
 from llama.outputs import CompletionPrediction, TokenEvent, fold_prompt
@@ -107,7 +107,7 @@ class LineRunner:
         that cannot be completed, with `strict`.
         """
         # So many more than run that a place is taken at once, and so few that other replicas have theirs.
-        most = self._llm.model.args.max_batch_size + CHUNK_LINES
+        most = self._llm.model.args.max_batch_size + BUNDLE_LINES
         ended = False
         while not ended or self._engine.unfinished:
             while not ended and self._engine.unfinished < most and len(self._begun) < MOST_HELD:

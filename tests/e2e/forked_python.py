@@ -23,7 +23,8 @@ def main() -> None:
             signal.signal(number, lambda number, frame: server.sendall(bytes([number])))
         code = int.from_bytes(server.recv(4), "little", signed=True)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
