@@ -60,7 +60,7 @@ class CudaGraphRunner(EagerRunner):
         self._table = zeros(rows, width, dtype=torch.int32)
         self._uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)  # of the token after each position
         self._temperature, self._top_p = (zeros(rows, dtype=torch.float32) for _ in range(2))
-        self._announcing = zeros(1)
+        self._announcing, self._told = zeros(1), 0
         self._sampled = zeros(rows * MAX_STEP_TOKENS + 1)
         self._logprobs = zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32)
         # Of the rows, as far as their random numbers and parameters are on the device, and the kinds of these.
@@ -87,7 +87,7 @@ class CudaGraphRunner(EagerRunner):
         self._tokens[:rows, :seqlen] = self._upload(padded)
         self._start_pos[:rows] = self._upload([*(chunk.start for chunk in chunks), *[0] * idle])
         self._running[:rows] = self._upload([1] * bsz + [0] * idle)
-        self._announcing.copy_(self._upload([announced]))
+        self._tell(announced)
         params = [chunk.sequence.params for chunk in chunks] + [chunks[0].sequence.params] * idle
         self._upload_sequences(chunks, params)
         self._table[bsz:rows] = 0  # the page of nobody
@@ -95,10 +95,12 @@ class CudaGraphRunner(EagerRunner):
         self._key = rows, seqlen, self._kinds, any(each.logprobs for each in params)
         self._replay(chunks, seqlen)
 
-    def launch_next(self, chunks: Sequence[Chunk]) -> None:
+    def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         if not self._is_replayed:
-            super().launch_next(chunks)
+            super().launch_next(chunks, announced)
             return
+        if announced != self._told:
+            self._tell(announced)
         self._upload_tables(chunks)
         self._key = (self._key[0], 1, *self._key[2:])
         self._replay(chunks, 1)
@@ -145,6 +147,11 @@ class CudaGraphRunner(EagerRunner):
     def _upload_tables(self, chunks: Sequence[Chunk]) -> None:
         """Have the pages of each row on the device."""
         self._table[: len(chunks)] = self._pinned(torch.stack([chunk.sequence.table for chunk in chunks]))
+
+    def _tell(self, announced: int) -> None:
+        """Have what the first rank announces on the device."""
+        self._announcing.copy_(self._upload([announced]))
+        self._told = announced
 
     def _replay(self, chunks: Sequence[Chunk], seqlen: int) -> None:
         """Launch the graph of a step; capture it first if there is none yet."""

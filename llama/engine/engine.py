@@ -57,6 +57,7 @@ class Engine:
         check_speculation(speculate, draft is not None)
         self.model, self.tokenizer, self.draft, self.seed = model, tokenizer, draft, seed
         self.metrics = Metrics()
+        self._device_type = model.device.type
         self.room = Room(model, draft, self.metrics)
         self.scheduler = self.room.scheduler
         self._speculation = Speculation.of(speculate, self.room, self.metrics)
@@ -132,9 +133,8 @@ class Engine:
 
         The last event of a request has a finish_reason: "error" where logits are NaN or infinite, and its text is why.
         """
-        device_type = self.model.device.type
         try:
-            with torch.inference_mode(), torch.autocast(device_type, enabled=False):
+            with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
                 self._step()
         except BaseException:
             self._recover()
@@ -197,10 +197,11 @@ class Engine:
         self._in_flight = self._launch_ahead(chunks) if runner.runs_ahead else []
         output = runner.wait()
         self._is_consistent = False
+        if output.announced is not None:
+            self.news_follow = bool(output.announced >> NEWS & 1)
+            self._prompt_tokens = output.announced >> NEWS + 1
         if not self._is_steady:
             self._settle(chunks, output)
-        elif output.announced is not None:
-            self.news_follow = bool(output.announced >> NEWS & 1)
         self._count(chunks)
         if self._speculation is not None:
             output = self._speculation.accept(chunks, output)
@@ -212,14 +213,14 @@ class Engine:
 
     def _continue(self) -> list[Chunk]:
         """Launch the last step again, each sequence a token further, if nothing has changed; return its chunks."""
-        if not self._is_steady or self.has_news:
+        if not self._is_steady:
             return []
         for sequence in self._steady:
             if len(sequence.tokens) > len(sequence.pages) * PAGE_SIZE:  # it needs a page
                 return []
         self._began = time.perf_counter()
         chunks = [Chunk(sequence, sequence.n_cached, sequence.tokens[-1:], 1) for sequence in self._steady]
-        self.room.runners[0].launch_next(chunks)
+        self.room.runners[0].launch_next(chunks, self._announced())
         return chunks
 
     def _launch(self) -> list[Chunk]:
@@ -227,6 +228,7 @@ class Engine:
         if not self.requests:
             return []
         self._is_consistent = self._is_steady = False
+        self._device_type = self.model.device.type
         self.room.open()
         self._began = time.perf_counter()
         budget = self.room.max_step_tokens
@@ -243,7 +245,7 @@ class Engine:
 
     def _launch_ahead(self, chunks: abc.Sequence[Chunk]) -> list[Chunk]:
         """Launch the step after these chunks, where every sequence is sure to need it and nothing else can run."""
-        if self._speculation is not None or self.scheduler.can_admit or self.has_news:
+        if self._speculation is not None or self.scheduler.can_admit:
             return []
         if any(is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks):
             return []
@@ -253,19 +255,18 @@ class Engine:
             if length >= chunk.sequence.max_len or not self.scheduler.try_grow(chunk.sequence, length):
                 return []
         ahead = [Chunk(chunk.sequence, chunk.stop, [0], 1) for chunk in chunks]
-        self.room.runners[0].launch_next(ahead)
+        self.room.runners[0].launch_next(ahead, self._announced())
         return ahead
 
     def _settle(self, chunks: abc.Sequence[Chunk], output: StepOutput) -> None:
-        """Take over what a step has written, and what the first rank has announced with its tokens."""
+        """Take over what a step has written, and how many draft tokens the first rank wants in the next one."""
         self.scheduler.pool.written()
-        if output.announced is not None:
-            if self._speculation is not None:
-                self._speculation.draft_len = output.announced & (1 << NEWS) - 1
-            self.news_follow = bool(output.announced >> NEWS & 1)
-            self._prompt_tokens = output.announced >> NEWS + 1
-        self._is_steady = self._speculation is None and not any(
-            is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks
+        if output.announced is not None and self._speculation is not None:
+            self._speculation.draft_len = output.announced & (1 << NEWS) - 1
+        self._is_steady = not (
+            self._speculation is not None
+            or self.scheduler.can_admit
+            or any(is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks)
         )
         self._steady = [chunk.sequence for chunk in chunks]
 

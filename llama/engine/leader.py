@@ -32,6 +32,7 @@ class Leader:
         self.engine = engine
         self._adds: list[tuple[Sequence[int], SamplingParams, dict[str, Any]]] = []
         self._cancels: list[int] = []
+        self._ends = False
 
     @property
     def unfinished(self) -> int:
@@ -53,13 +54,13 @@ class Leader:
         if self.engine.news_follow or (self._adds and not self.engine.unfinished):
             refused = self._tell(News(self._adds, self._cancels))
             self._adds, self._cancels = [], []
-        self.engine.has_news = bool(self._adds or self._cancels)
+        self.engine.has_news = bool(self._adds or self._cancels or self._ends)
         return refused + self.engine.step()
 
     def end(self) -> None:
         """Cancel what is unfinished, and have the other ranks go on without being led."""
+        self._ends = True
         while self.engine.unfinished and not self.engine.news_follow:  # until they listen
-            self._cancels.append(0)
             self.step()
         self._tell(News([], list(self.engine.requests), is_last=True))
 

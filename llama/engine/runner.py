@@ -46,7 +46,7 @@ class Runner(Protocol):
         """Launch a step."""
         ...
 
-    def launch_next(self, chunks: Sequence[Chunk]) -> None:
+    def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         """Launch a step of the tokens that the previous one samples, one a sequence; theirs in `chunks` are unknown."""
         ...
 
@@ -94,7 +94,6 @@ class EagerRunner:
         self._batch: ForwardBatch | None = None
         self._newest: list[list[int]] = []
         self._params: list[SamplingParams] = []
-        self._announced = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._is_dynamic = isinstance(model.args.rope_scaling, DynamicScaling)
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
@@ -107,19 +106,18 @@ class EagerRunner:
         if params != self._params:
             self._params, self._sampling = params, SamplingTensors.of(params, self.device)
         self._wants_logprobs = any(each.logprobs for each in params)
-        self._announced = torch.tensor([announced], device="cpu")
-        self._sample(self._sampled_states(hidden, chunks), chunks)
+        self._sample(self._sampled_states(hidden, chunks), chunks, announced)
 
-    def launch_next(self, chunks: Sequence[Chunk]) -> None:
+    def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         """See `Runner`. What the step before has looked up of the rows is used again: their pages are the same."""
         newest = [max(tokens[-1], 0) for tokens in self._newest]
         if self._batch is None or len(newest) != len(self._batch.positions):
             known = [Chunk(c.sequence, c.start, [token], 1) for c, token in zip(chunks, newest, strict=True)]
-            self.launch(known, int(self._announced))
+            self.launch(known, announced)
             return
         self._batch = self._batch.next_positions()
         hidden = self.model.hidden(torch.tensor(newest, device=self.device), self._batch)
-        self._sample(hidden, chunks)
+        self._sample(hidden, chunks, announced)
 
     def wait(self) -> StepOutput:
         return self._outputs.popleft()
@@ -169,14 +167,14 @@ class EagerRunner:
         at = [i for chunk, stop in zip(chunks, stops, strict=True) for i in range(stop - chunk.n_sampled, stop)]
         return hidden[torch.tensor(at, device=self.device)]
 
-    def _sample(self, hidden: Tensor, chunks: Sequence[Chunk]) -> None:
+    def _sample(self, hidden: Tensor, chunks: Sequence[Chunk], announced: int) -> None:
         """Sample the tokens that follow final states hidden (n_sampled of all chunks, dim)."""
         uniform = []
         for chunk in chunks:
             uniform += uniforms_of(chunk)
         numbers = torch.tensor(uniform, dtype=torch.float32, device=self.device)
-        announced = self._announced.to(self.device)
-        tokens, scores = self._sampler(hidden, numbers, self._sampling, announced, self._wants_logprobs)
+        told = torch.tensor([announced], device=self.device)
+        tokens, scores = self._sampler(hidden, numbers, self._sampling, told, self._wants_logprobs)
         output = step_output(tokens.cpu(), None if scores is None else scores.cpu(), chunks)
         self._newest = output.tokens
         self._outputs.append(output)

@@ -21,7 +21,7 @@ from llama.sampling import SamplingParams
 PROMPT_COLUMNS = ("prompt", "messages", "tokens")
 SAMPLING_COLUMNS = ("temperature", "top_p", "max_gen_len", "seed")
 # What it gets; logprobs only where they are asked for, and where there is an error nothing else.
-RESULT_COLUMNS = ("generation", "finish_reason", "n_prompt_tokens", "n_tokens", "logprobs", "error")
+RESULT_COLUMNS = ("generation", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs", "error")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def complete_rows(llm: Llama, rows: abc.Sequence[Mapping[str, Any]], params: Sam
     for request, result, prediction in zip(requests, accepted, _run(llm, from_first_rank(requests)), strict=True):
         n_prompt_tokens = len(request.tokens)
         n_tokens = len(prediction["tokens"]) - n_prompt_tokens * params.echo
-        result |= {**prediction, "n_prompt_tokens": n_prompt_tokens, "n_tokens": n_tokens}
+        result |= {**prediction, "prompt_tokens": n_prompt_tokens, "completion_tokens": n_tokens}
     return results
 
 

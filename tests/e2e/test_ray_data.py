@@ -72,7 +72,7 @@ def check_all_rows(folder: Path, expected: list[CompletionPrediction]) -> list[d
     for i, (row, prediction) in enumerate(zip(rows, expected, strict=True)):
         assert (row["prompt"], row["error"]) == (PROMPTS[i], None)
         assert (row["generation"], row["finish_reason"]) == (prediction["generation"], prediction["finish_reason"])
-        assert (row["n_prompt_tokens"], row["n_tokens"]) == (len(PROMPTS[i]) + 1, len(prediction["tokens"]))
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (len(PROMPTS[i]) + 1, len(prediction["tokens"]))
         assert row["logprobs"] == pytest.approx(prediction["logprobs"], abs=1e-4)
     return rows
 

@@ -127,7 +127,7 @@ def perturbed(job: dict[str, Any], rank: int) -> list[Any]:
 
 def joined(llm: Llama, choose_engine: Callable[[Engine], Any]) -> dict[int, list[int | None]]:
     """Tokens of requests that join and leave at random moments, which need more pages than there are."""
-    room.page_limit = lambda *args: 5
+    room.page_limit = lambda *args: 5  # type: ignore[attr-defined]
     engine, choose = choose_engine(Engine(llm.model, llm.tokenizer)), random.Random(7)
     stays, tokens = list[int](), defaultdict[int, list[int | None]](list)
     while len(stays) < 12 or engine.unfinished:

@@ -35,7 +35,10 @@ def test_a_row_is_completed_as_in_one_call_with_all_rows(llm: Llama) -> None:
             assert result["generation"] == whole[i]["generation"]
             assert result["finish_reason"] == whole[i]["finish_reason"]
             assert result["logprobs"] == pytest.approx(whole[i]["logprobs"], abs=1e-5)
-            assert (result["n_prompt_tokens"], result["n_tokens"]) == (len(PROMPTS[i]) + 1, len(whole[i]["tokens"]))
+            assert (result["prompt_tokens"], result["completion_tokens"]) == (
+                len(PROMPTS[i]) + 1,
+                len(whole[i]["tokens"]),
+            )
 
 
 def test_a_row_may_choose_for_itself(llm: Llama) -> None:
@@ -47,7 +50,10 @@ def test_a_row_may_choose_for_itself(llm: Llama) -> None:
         chosen = {name: value for name, value in each.items() if value is not None}
         values: dict[str, Any] = {"temperature": 0.9, "max_gen_len": 6, "seed": 3, **chosen}
         expected = llm.text_completion(PROMPTS, **values)[i]
-        assert (result["generation"], result["n_tokens"]) == (expected["generation"], len(expected["tokens"])), each
+        assert (result["generation"], result["completion_tokens"]) == (
+            expected["generation"],
+            len(expected["tokens"]),
+        ), each
 
 
 def test_prompts_messages_and_tokens_can_be_mixed(llm: Llama) -> None:
@@ -63,7 +69,7 @@ def test_prompts_messages_and_tokens_can_be_mixed(llm: Llama) -> None:
     assert text == same_text
     [expected] = llm.chat_completion([dialog], 0.9, max_gen_len=6, seed=3)
     assert answer["generation"] == expected["generation"]["content"] != text["generation"]
-    assert answer["n_prompt_tokens"] == len(llm.encode_dialogs([dialog])[0])
+    assert answer["prompt_tokens"] == len(llm.encode_dialogs([dialog])[0])
 
 
 def test_a_model_that_is_given_no_seed_uses_its_own(llm: Llama) -> None:
