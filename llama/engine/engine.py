@@ -64,7 +64,7 @@ class Engine:
         self._prompt_tokens = self._budget.tokens  # the first rank's, which all keep to
         # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
-        self.requests: dict[int, Sequence] = {}  # those that wait or run, by id
+        self.requests = self.scheduler.requests
         self.last_id = -1  # of the newest request
         self._events: list[TokenEvent] = []
         self._in_flight: list[Chunk] = []  # of a step that is launched and not yet waited for
@@ -72,7 +72,8 @@ class Engine:
         self._is_steady = False
         self._steady: list[Sequence] = []
         self._began = 0.0  # when the step that is waited for began
-        self._is_consistent = True  # whether the scheduler's books are, should an interrupt come now
+        # Of the step that is taken over: its chunks, with the events of each before it, and how many they were.
+        self._begun: list[tuple[Chunk, list[TokenEvent], int]] = []
         self.has_news = False  # whether the first rank tells the others something after the next step: see leader.py
         self.news_follow = False  # whether it does after the last step
 
@@ -116,30 +117,22 @@ class Engine:
             interactive,
         )
         self.room.check(sequence, len(self.requests), self._speculation is not None)
-        self.requests[sequence.id] = sequence
-        self.scheduler.waiting.append(sequence)
         self._is_steady = False
+        self.scheduler.add(sequence)
         return sequence.id
 
     def cancel(self, request: int) -> None:
         """End a request without another event; one that has ended already is left as it is."""
-        sequence = self.requests.pop(request, None)
-        if sequence is not None:
-            self.scheduler.finish(sequence)
+        if request in self.requests:
             self._is_steady = False
+            self.scheduler.finish(self.requests[request])
 
     def step(self) -> list[TokenEvent]:
         """Compute one step, and return the events of the requests that were added, whose index is their id.
 
         The last event of a request has a finish_reason: "error" where logits are NaN or infinite, and its text is why.
         """
-        device_type = self.model.device.type
-        try:
-            with torch.inference_mode(), torch.autocast(device_type, enabled=False):
-                self._step()
-        except BaseException:
-            self._recover()
-            raise
+        self._step_or_recover()
         if not self._events:
             return []
         events = self._events.copy()
@@ -177,7 +170,7 @@ class Engine:
                 if not mine:
                     return
                 if not events:  # a step for others may have had some for these
-                    self._events += self.step()
+                    self._step_or_recover()
                 ready, events[:] = events.copy(), ()
                 for event in ready:
                     if event.finish_reason is not None:
@@ -189,6 +182,18 @@ class Engine:
             for request in mine.values():
                 self.cancel(request)
 
+    def _step_or_recover(self) -> None:
+        """Compute one step, and give its events to its sequences; after an interrupt the next one computes it."""
+        device_type = self.model.device.type
+        try:
+            if not self.scheduler.is_consistent:  # an interrupt came outside of a step, or while it was recovered from
+                self._recover()
+            with torch.inference_mode(), torch.autocast(device_type, enabled=False):
+                self._step()
+        except BaseException:
+            self._recover()
+            raise
+
     def _step(self) -> None:
         """Launch a step, unless one is in flight, and one ahead if that pays; then wait for the older one."""
         chunks = self._in_flight or self._continue() or self._launch()
@@ -197,7 +202,9 @@ class Engine:
         runner = self.room.runners[0]
         self._in_flight = self._launch_ahead(chunks) if runner.runs_ahead else []
         output = runner.wait()
-        self._is_consistent = False
+        self.scheduler.is_consistent = False
+        running = (chunk for chunk in chunks if not chunk.sequence.finished)
+        self._begun = [(chunk, chunk.sequence.events, len(chunk.sequence.events)) for chunk in running]
         if not self._is_steady:
             self._settle(chunks, output)
         elif output.announced is not None:
@@ -209,7 +216,8 @@ class Engine:
             if not chunk.sequence.finished:
                 scores = output.logprobs[i] if output.logprobs and chunk.sequence.params.logprobs else None
                 self._advance(chunk, output.tokens[i], scores)
-        self._is_consistent = True
+        self._begun = []
+        self.scheduler.is_consistent = True
 
     def _continue(self) -> list[Chunk]:
         """Launch the last step again, each sequence a token further, if nothing has changed; return its chunks."""
@@ -227,14 +235,14 @@ class Engine:
         """Launch the next step of all that runs, and of what waits and has room; return its chunks."""
         if not self.requests:
             return []
-        self._is_consistent = self._is_steady = False
+        self.scheduler.is_consistent = self._is_steady = False
         self.room.open()
         self._began = time.perf_counter()
         budget = self.room.max_step_tokens
         if any(each.interactive and not each.in_prompt for each in self.scheduler.running):
             budget = min(budget, self._prompt_tokens)
         chunks = self.scheduler.schedule(budget)
-        self._is_consistent = True
+        self.scheduler.is_consistent = True
         if not chunks:
             return []
         if self._speculation is not None and not any(map(is_of_prompt, chunks)):
@@ -309,7 +317,6 @@ class Engine:
                 sequence.events.append(TokenEvent(sequence.index, token, text, score))
 
     def _end(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
-        self.requests.pop(sequence.id, None)
         self.scheduler.finish(sequence)
         self._is_steady = False
         sequence.events.append(TokenEvent(sequence.index, None, text, finish_reason=reason))
@@ -335,13 +342,29 @@ class Engine:
     def _recover(self) -> None:
         """After an error or an interrupt in a step: have what it was about computed again by the next one."""
         self._in_flight, self._is_steady = [], False
-        self.room.reset(self._is_consistent)
-        self._is_consistent = True
+        self._take_back()
+        self.room.reset()
+
+    def _take_back(self) -> None:
+        """Remove what an interrupted step has added to texts, so that they have it once when it is computed again."""
+        for chunk, events, n_events in self._begun:
+            sequence = chunk.sequence
+            del events[n_events:]
+            if chunk.n_sampled:
+                del sequence.tokens[chunk.stop :]
+            self.requests[sequence.id] = sequence
+            sequence.finished, sequence.in_prompt = False, len(sequence.tokens) == len(sequence.prompt)
+            sequence.decoder.reset()
+            told = sequence.tokens[0 if sequence.params.echo else len(sequence.prompt) :]
+            for token in told if not sequence.in_prompt else []:
+                if token not in self._silent_tokens:
+                    sequence.decoder.push(token)
+        self._begun = []
 
 
 def is_of_prompt(chunk: Chunk) -> bool:
     """Tell whether a chunk is part of a prompt, or of a text that is computed again."""
-    return chunk.sequence.in_prompt or len(chunk.tokens) - chunk.n_drafts > 1
+    return chunk.sequence.in_prompt or not chunk.n_sampled or len(chunk.tokens) - chunk.n_drafts > 1
 
 
 def invalid_logits(sequence: Sequence) -> str:

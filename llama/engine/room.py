@@ -87,14 +87,16 @@ class Room:
             pool.grow(wanted)
             self._make_runners(caches)
 
-    def reset(self, books_are_right: bool) -> None:
-        """Forget the steps in flight, after an error; and all that was cached, if the scheduler's books are wrong."""
+    def reset(self) -> None:
+        """Forget the steps in flight, after an error; and all that was cached, if the scheduler is not consistent."""
         for runner in self.runners:
             runner.reset()
-        if books_are_right:
+        if self.scheduler.is_consistent:
             self.scheduler.step_failed()
         elif self.runners:
             self._restart()
+        else:  # the caches are still to be made
+            self.scheduler.restart(PagePool(0, 0), [])
 
     def _restart(self) -> None:
         caches = [runner.cache for runner in self.runners]
@@ -119,12 +121,13 @@ class Room:
 
     def _make_runners(self, caches: list[KVCache]) -> None:
         """Make a runner for each model: of CUDA graphs, if its backend captures them."""
-        self._backends = [backend_of(model) for model in self._models]
+        self._backends, runners = [backend_of(model) for model in self._models], list[Runner]()
         captures = [backend.graph_capture() for backend in self._backends if backend.captures_graphs]
         for model, cache, backend in zip(self._models, caches, self._backends, strict=True):
             if backend.captures_graphs:
                 # One capture for all, so that their graphs share one pool of memory.
                 rows, width = self.scheduler.max_rows, self.scheduler.most_pages
-                self.runners.append(CudaGraphRunner(model, cache, captures[0], rows, width))
+                runners.append(CudaGraphRunner(model, cache, captures[0], rows, width))
             else:
-                self.runners.append(EagerRunner(model, cache))
+                runners.append(EagerRunner(model, cache))
+        self.runners = runners

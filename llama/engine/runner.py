@@ -147,7 +147,7 @@ class EagerRunner:
             for chunk, states in zip(chunks, hidden.split(counts), strict=True):
                 if chunk.sequence.is_scored:
                     targets = chunk.sequence.prompt[chunk.start + 1 : chunk.start + len(states) + 1]
-                    chunk.sequence.scores += self._score(states, targets)
+                    chunk.sequence.scores[chunk.start + 1 :] = self._score(states, targets)
         return hidden
 
     def _lengths(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -32,8 +32,10 @@ class Scheduler:
         # Beyond its context, dynamic scaling rotates keys by the length of their text: others cannot use them.
         self._longest_shared = scaling.old_context_len if isinstance(scaling, DynamicScaling) else args.max_seq_len
         self.pool, self.caches = PagePool(0, 0), list[KVCache]()
+        self.requests: dict[int, Sequence] = {}  # those that wait or run, by id
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.is_consistent = True  # whether all this would be, should an interrupt come now
         self._admitted: list[Sequence] = []  # in this step
 
     @property
@@ -74,28 +76,37 @@ class Scheduler:
         n_pages = pages_for(length)
         if n_pages > self.most_pages or n_pages - len(sequence.pages) > self.pool.n_available:
             return False
+        before, self.is_consistent = self.is_consistent, False
         self._grow(sequence, length)
+        self.is_consistent = before
         return True
+
+    def add(self, sequence: Sequence) -> None:
+        """Have a sequence wait for a row and pages."""
+        self.is_consistent = False
+        self.requests[sequence.id] = sequence
+        self.waiting.append(sequence)
+        self.is_consistent = True
 
     def finish(self, sequence: Sequence) -> None:
         """Let go of a sequence that waits or runs; what it has cached is kept for texts that begin alike."""
+        before, self.is_consistent = self.is_consistent, False
+        del self.requests[sequence.id]
         sequence.finished = True
-        if sequence not in self.running:
+        if sequence in self.running:
+            self._stop(sequence)
+        else:
             self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        n_full = sequence.n_cached // PAGE_SIZE
-        rest = sequence.tokens[n_full * PAGE_SIZE : sequence.n_cached]
-        if rest and sequence.n_named == n_full and self.shares_pages(sequence):
-            self.pool.name(sequence.pages[n_full], sequence.name, rest, is_written=True)
-        self._release(sequence)
+        self.is_consistent = before
 
     def step_failed(self) -> None:
         """Set back what a step had begun that did not end: nothing is known of what it has written."""
+        self.is_consistent = False
         self.pool.written(done=False)
         for sequence in self.running.copy():
             if sequence in self._admitted or sequence.n_named * PAGE_SIZE > sequence.n_cached:
                 self._set_back(sequence)
+        self.is_consistent = True
 
     def restart(self, pool: PagePool, caches: list[KVCache]) -> None:
         """Set back all sequences, to begin again with another pool of pages, all free, and the caches that have them.
@@ -103,8 +114,16 @@ class Scheduler:
         caches: of the model, and of a draft model, which has its keys in the same pages of a cache of its own.
         """
         self.pool, self.caches = pool, caches
-        unfinished = {each.id: each for each in (*self.waiting, *self.running) if not each.finished}
-        self.waiting, self.running = deque(unfinished[id] for id in sorted(unfinished)), []
+        self.waiting, self.running = deque(self.requests[id] for id in sorted(self.requests)), []
+        self.is_consistent = True
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        n_full = sequence.n_cached // PAGE_SIZE
+        rest = sequence.tokens[n_full * PAGE_SIZE : sequence.n_cached]
+        if rest and sequence.n_named == n_full and self.shares_pages(sequence):
+            self.pool.name(sequence.pages[n_full], sequence.name, rest, is_written=True)
+        self._release(sequence)
 
     def _chunk(self, sequence: Sequence, n: int) -> Chunk:
         """Return a chunk of the next n tokens of a sequence, whose full pages others can find from here on."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
+import llama
 from llama import Llama
 from llama.cache import PAGE_SIZE, ForwardBatch
 from llama.engine import room
@@ -20,6 +23,7 @@ from llama.engine.step_budget import StepBudget
 from llama.sampling import SamplingParams
 from tests.models import BYTE_BOS, build, random_tokens
 
+PACKAGE = str(Path(llama.__file__).parent)
 SHARED = random_tokens(40, vocab_size=256, seed=1).tolist()
 ENDS = [row.tolist() for row in random_tokens(4, 9, vocab_size=256, seed=2)]
 
@@ -152,6 +156,25 @@ def test_prompts_are_read_beside_rows_that_generate_within_a_budget(
         events.append([event.index for event in engine.step()])
     assert counted.passes == [1 + 1] * 30
     assert all(0 in step for step in events)
+
+
+def test_a_text_that_is_computed_again_token_by_token_goes_on(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that only reads, one token of each, was taken for one that generates, and had none to go on with."""
+    monkeypatch.setattr(room, "page_limit", lambda *args: 6)
+    monkeypatch.setattr("llama.backends.eager.MAX_PREFILL_TOKENS", 1)
+    llm = build(tiny_folder, max_seq_len=96, max_batch_size=2)
+    llm.tokenizer.stop_tokens = frozenset()
+    prompts, params = [SHARED[:37], ENDS[0]], SamplingParams(0, max_gen_len=50)
+    stories = defaultdict[int, Story](Story)
+    for prompt in prompts:
+        llm.engine.add(prompt, params)
+    while llm.engine.unfinished:
+        run(llm.engine, stories)
+    assert llm.engine.metrics.set_back
+    for request, prompt in enumerate(prompts):
+        assert_same(stories[request], alone(llm, prompt, params, 0))
 
 
 def test_a_budget_is_what_steps_have_time_for() -> None:
@@ -289,6 +312,54 @@ def test_an_interrupt_of_the_books_begins_with_free_pages(tiny_folder: Path, mon
             list(llm.stream([ENDS[1]], 6, temperature=0))
     assert [*tokens, *(event.token for event in going_on)][:-1] == expected
     assert llm.engine.scheduler.pool.n_held == 0
+
+
+class Interrupter:
+    """Raises Interrupted before a line of the package, so many lines from now."""
+
+    def __init__(self, n_lines: int) -> None:
+        self.n_lines = n_lines
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Interrupter | None:
+        """Trace a function, unless it is `Engine.step`, as what that returns is lost to who interrupts."""
+        if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code is Engine.step.__code__:
+            return None
+        if event == "line":
+            self.n_lines -= 1
+            if self.n_lines == 0:
+                raise Interrupted
+        return self
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [{}, {"speculate": "lookup"}, {"draft_ckpt_dir": "self"}], ids=str)
+def test_an_interrupt_at_any_line_changes_no_text(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    """Texts had holes, pages were lost, and a request that was neither waiting nor running was never heard of again."""
+    monkeypatch.setattr(room, "page_limit", lambda *args: 11)
+    options = {key: tiny_folder if value == "self" else value for key, value in way.items()}
+    llm = build(tiny_folder, max_seq_len=120, max_batch_size=4, **options)
+    plain = build(tiny_folder, max_seq_len=120)
+    choose, n_interrupts = random.Random(0), 0
+    for _ in range(8):
+        requests, stories = dict[int, tuple[list[int], SamplingParams]](), defaultdict[int, Story](Story)
+        while len(requests) < 5 or llm.engine.unfinished:
+            if len(requests) < 5 and choose.random() < 0.4:
+                prompt, params = random_request(choose)
+                requests[llm.engine.add(prompt, params)] = prompt, params
+            sys.settrace(Interrupter(choose.randint(1, 600)) if choose.random() < 0.3 else None)
+            try:
+                run(llm.engine, stories)
+            except Interrupted:
+                n_interrupts += 1
+            finally:
+                sys.settrace(None)
+        llm.engine.step()
+        assert llm.engine.scheduler.pool.n_held == 0
+        for request, (prompt, params) in requests.items():
+            assert_same(stories[request], alone(plain, prompt, params, 0))
+    assert n_interrupts > 100
 
 
 def test_logits_that_are_not_numbers_end_one_request(tiny_folder: Path) -> None:
