@@ -15,7 +15,7 @@ from llama.cli.prompts import on_first_rank
 from llama.cli.report import report
 from llama.cli.runner import is_first_rank
 from llama.cli.signals import before_end
-from llama.distributed.job import add_up, agree, from_all_ranks
+from llama.distributed.job import add_up, agree, ends_with_others, from_all_ranks
 from llama.distributed.torchrun_env import read_torchrun_env
 from llama.engine.leader import follow, lead
 from llama.engine.options import BuildOptions
@@ -97,7 +97,9 @@ def main(
         job_options = JobOptions(params, digest, Path(options.ckpt_dir).name, ordered and n_replicas == 1, strict)
         with before_end(finish):
             try:
-                with lead(llm.engine) if llm.model.parallel.size > 1 else nullcontext(llm.engine) as engine:
+                waits = nullcontext() if source.is_file else ends_with_others()  # for more lines
+                leading = lead(llm.engine) if llm.model.parallel.size > 1 else nullcontext(llm.engine)
+                with waits, leading as engine:
                     LineRunner(llm, engine, job_options, results.append, progress.add).run(
                         next_line, lambda: source.is_json
                     )

@@ -128,6 +128,19 @@ def mute_later_ranks() -> None:
 
 
 @contextlib.contextmanager
+def ends_with_others() -> Iterator[None]:
+    """Have this rank end where another one is lost while it is in this block, which need not wait for others."""
+    watch = _watch
+    if watch is not None:
+        watch.needs_others = True
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.needs_others = False
+
+
+@contextlib.contextmanager
 def agree() -> Iterator[None]:
     """Raise an error of the code inside on every rank where one rank has it, so that no rank waits for one that failed.
 
@@ -136,7 +149,8 @@ def agree() -> Iterator[None]:
     """
     error: Exception | None = None
     try:
-        yield
+        with ends_with_others():
+            yield
     except Exception as caught:
         if not is_caused_by_user(caught):
             raise

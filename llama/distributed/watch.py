@@ -1,8 +1,8 @@
 """Heartbeats: each rank tells the others that it lives, and whether it waits for them, through the job's store.
 
 A thread beats, so that a rank which computes for long does beat, and one which is stopped does not. Where this rank
-waits for one that has ended, or longer than the timeout for one that is stopped, the thread says so and ends the
-process, as the main thread cannot. Knows nothing of process groups.
+waits for one that has ended or is stopped, the thread says so and ends the process, as the main thread cannot. Knows
+nothing of process groups.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ import torch.distributed as dist
 log = logging.getLogger("llama")
 
 BEAT_SECONDS = 1.0
-# A rank without a beat for so long is stopped, or out of reach.
-SILENT_SECONDS = 10.0
+# A process that was itself stopped for so long begins to wait anew, when it goes on.
+OWN_PAUSE_SECONDS = 5.0
+# A rank that has ended, or that is silent and seen to be stopped, is waited for so long.
+ENDED_SECONDS = 10.0
+# One that is silent and cannot be seen, as on another host, is waited for so long.
+LOST_SECONDS = 20.0
 # How long a rank that lost another one tries to learn which.
 SECONDS_TO_LEARN = 2.0
 # How long ranks wait for the one of their host that tells why the job ends: torchrun ends all when the first has ended.
@@ -40,16 +45,17 @@ class Beat:
 
     number: int
     calls: int  # how often it entered or left a collective: odd while it waits in one
+    needs_others: bool  # whether what it does is of no use without the others, although it does not wait for them
     pid: int
     host: str
 
     def encode(self) -> str:
-        return f"{self.number} {self.calls} {self.pid} {self.host}"
+        return f"{self.number} {self.calls} {self.needs_others:d} {self.pid} {self.host}"
 
     @staticmethod
     def decode(text: str) -> Beat:
-        number, calls, pid, host = text.split(" ", 3)
-        return Beat(int(number), int(calls), int(pid), host)
+        number, calls, needs_others, pid, host = text.split(" ", 4)
+        return Beat(int(number), int(calls), needs_others == "1", int(pid), host)
 
 
 class Watch:
@@ -63,6 +69,7 @@ class Watch:
         """
         self.timeout = timeout
         self.calls = 0  # see Beat; counted by the main thread
+        self.needs_others = False  # see Beat
         # A connection of its own, as the main thread may be waiting in another.
         self._kept: Any = dist.PrefixStore("llama_watch", store.clone())  # type: ignore[attr-defined]  # not listed
         self._first_holds_store = first_holds_store
@@ -71,10 +78,13 @@ class Watch:
         self._others = [other for other in range(world_size) if other != rank]
         self._number, self._pid = 0, os.getpid()
         self._beats: dict[int, Beat] = {}  # the other ranks' newest
+        self._answered = time.monotonic()  # when the store last did
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="llama-watch", daemon=True)
         self._beat()
-        self._thread.start()
+        runs = self._run, self._run_without_store
+        self._threads = [threading.Thread(target=run, name="llama-watch", daemon=True) for run in runs]
+        for thread in self._threads:
+            thread.start()
 
     def lost(self) -> str | None:
         """Return a sentence on the rank that has ended, once the connection to one is lost; None if nobody knows."""
@@ -123,7 +133,8 @@ class Watch:
     def stop(self) -> None:
         """Stop beating."""
         self._done.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def leave(self) -> None:
         """Stop beating, and wait until the other ranks are done, too."""
@@ -149,25 +160,28 @@ class Watch:
                         return
                     time.sleep(0.01)
 
-    def _run(self) -> None:
-        now, calls, began = time.monotonic(), 0, 0.0
-        changed: dict[int, tuple[Beat | None, float, float]] = {}  # a beat, when it came, and when its calls changed
+    def _waits(self) -> Iterator[float]:
+        """Yield, with every beat, the seconds that this rank has waited for others: 0 where it does not."""
+        before, calls, began = time.monotonic(), 0, 0.0
         while not self._done.wait(BEAT_SECONDS):
-            before, now = now, time.monotonic()
-            alarm = threading.Timer(self.timeout + SILENT_SECONDS, self._end_without_store, [self.calls])
+            now = time.monotonic()
+            waits = self.calls % 2 or self.needs_others
+            if not waits or self.calls != calls or now - before > OWN_PAUSE_SECONDS:
+                calls, began = self.calls, now
+            before = now
+            yield now - began
+
+    def _run(self) -> None:
+        changed: dict[int, tuple[Beat | None, float, float]] = {}  # a beat, when it came, and when its calls changed
+        for waited in self._waits():
             try:
-                if self.calls % 2:
-                    alarm.daemon = True
-                    alarm.start()
                 self._beat()
-                if len(self._beats) < len(self._others):
+                if waited or len(self._beats) < len(self._others):
                     self._listen()
-                if self.calls % 2 == 0 or self.calls != calls or now - before > SILENT_SECONDS:
-                    # It does not wait, or only since now, or was itself what was stopped.
-                    calls, began = self.calls, now
+                now = self._answered = time.monotonic()
+                if not waited:
                     changed.clear()
                     continue
-                self._listen()
                 for rank in self._others:
                     beat = self._beats.get(rank)
                     last, beat_at, calls_at = changed.get(rank, (None, now, now))
@@ -180,24 +194,22 @@ class Watch:
                     rank: now - calls_at if beat is not None and beat.calls % 2 else 0.0
                     for rank, (beat, _, calls_at) in changed.items()
                 }
-                verdict = self._verdict(now - began, silent, stuck)
+                verdict = self._verdict(waited, silent, stuck)
             except RuntimeError:  # the store has ended, with the process that held it
+                if self.needs_others:  # no collective will tell
+                    self.end(self.lost() or "the connection to the first rank, or to the launcher, was lost")
                 return
-            finally:
-                alarm.cancel()
             if verdict is not None:
                 self.end(verdict)
 
-    def _end_without_store(self, calls: int) -> None:
-        """End a process that waits in a collective, while the store, too, keeps it waiting."""
-        if self.calls == calls:
-            if self._speaks_without_store:
-                log.error(
-                    "error: %s gave no sign of life for %.0f s: it is stopped, or its host is out of reach",
-                    self._name(0) if self._first_holds_store else "the launcher",
-                    self.timeout + SILENT_SECONDS,
-                )
-            os._exit(1)
+    def _run_without_store(self) -> None:
+        """End a process that waits for others, while the store, too, keeps it waiting: who holds it is stopped."""
+        for waited in self._waits():
+            seconds = min(waited, time.monotonic() - self._answered)
+            if seconds >= (self._patience(0) if self._first_holds_store else self.timeout):
+                if self._speaks_without_store:
+                    log.error("error: %s", self._silent("the launcher" if self._rank == 0 else self._name(0), seconds))
+                os._exit(1)
 
     @property
     def _store(self) -> Any:
@@ -208,7 +220,8 @@ class Watch:
 
     def _beat(self) -> None:
         self._number += 1
-        self._store.set(f"beat {self._rank}", Beat(self._number, self.calls, self._pid, self._host).encode())
+        beat = Beat(self._number, self.calls, self.needs_others, self._pid, self._host)
+        self._store.set(f"beat {self._rank}", beat.encode())
 
     def _listen(self) -> None:
         """Read the newest beat of each other rank that has given one."""
@@ -220,19 +233,25 @@ class Watch:
 
         waited: seconds in this collective; silent: seconds without a beat, by rank; stuck: seconds in one collective.
         """
-        computes = any(not seconds for rank, seconds in stuck.items() if not self._has_ended(rank))
-        # Another replica's ranks may have ended, while those of this one go on without them.
-        if waited >= SILENT_SECONDS and not computes and (ended := self._first_ended()) is not None:
+        lost = [rank for rank, seconds in silent.items() if seconds >= self._patience(rank)]
+        for rank, beat in self._beats.items():
+            if not (stuck[rank] or beat.needs_others or rank in lost or self._has_ended(rank)):
+                return None  # it computes: another replica may have ended, while this one goes on without it
+        if waited >= ENDED_SECONDS and (ended := self._first_ended()) is not None:
             return self._ended(ended)
-        if waited < self.timeout:
-            return None
-        limit = f"for {waited:.0f} s (--timeout is {self.timeout:g})"
-        for rank, seconds in silent.items():
-            if seconds >= min(SILENT_SECONDS, self.timeout):
-                return f"{self._name(rank)} gave no sign of life {limit}: it is stopped, or its host is out of reach"
-        if min(stuck.values()) >= self.timeout:
+        if lost:
+            return self._silent(self._name(lost[0]), silent[lost[0]])
+        if min(stuck.values()) >= self.timeout and self.calls % 2:
+            limit = f"for {waited:.0f} s (--timeout is {self.timeout:g})"
             return f"all ranks wait for each other, {limit}: each must make the same calls in the same order"
-        return None  # another rank computes
+        return None
+
+    def _patience(self, rank: int) -> float:
+        """Return how many seconds a rank may be silent: one whose process is seen to run is only slow."""
+        return min({"T": ENDED_SECONDS, "": LOST_SECONDS}.get(self._process_state(rank), self.timeout), self.timeout)
+
+    def _silent(self, name: str, seconds: float) -> str:
+        return f"{name} gave no sign of life for {seconds:.0f} s: it is stopped, or its host is out of reach"
 
     def _ended(self, rank: int) -> str:
         """Return a sentence on a rank that has ended, and leave it for other hosts, which cannot see its process."""
@@ -257,16 +276,20 @@ class Watch:
 
     def _process_has_ended(self, rank: int) -> bool:
         """Tell whether a rank's process was one of this host, and has ended; its parent may not have noticed yet."""
+        return self._process_state(rank) in ("Z", "X")
+
+    def _process_state(self, rank: int) -> str:
+        """Return Linux' letter for the state of a rank's process; nothing where it is not known, as on another host."""
         beat = self._beats.get(rank)
         if beat is None or beat.host != self._host:
-            return False
+            return ""
         try:
             os.kill(beat.pid, 0)
-            return Path(f"/proc/{beat.pid}/stat").read_text().rpartition(") ")[2][0] in "ZX"
+            return Path(f"/proc/{beat.pid}/stat").read_text().rpartition(") ")[2][0]
         except ProcessLookupError:
-            return True
+            return "X"
         except OSError:  # no Linux
-            return False
+            return ""
 
 
 def _host() -> str:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class CudaGraphRunner(EagerRunner):
         self._logprobs = zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32)
         # Of the rows, as far as their random numbers and parameters are on the device, and the kinds of these.
         self._sequences: list[SequenceState] = []
+        self._n_pages: list[int] = []  # of each row, as far as they are on the device
         self._is_replayed = False  # whether the last step was captured, and has left the next one's tokens here
         self._kinds: frozenset[str] = frozenset()
         self._key: tuple[int, int, frozenset[str], bool] = (0, 0, self._kinds, False)  # of the last graph
@@ -72,7 +74,12 @@ class CudaGraphRunner(EagerRunner):
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         assert not self._in_flight, "a step in flight is followed by launch_next"
         longest = max(len(chunk.tokens) for chunk in chunks)
-        self._is_replayed = longest <= MAX_STEP_TOKENS and not any(map(is_computed_at_once, chunks))
+        stop = max(chunk.start for chunk in chunks) + longest
+        self._is_replayed = (
+            longest <= (1 if self._is_dynamic else MAX_STEP_TOKENS)
+            and stop <= self._table.shape[1] * PAGE_SIZE
+            and not any(map(is_computed_at_once, chunks))
+        )
         if not self._is_replayed:
             super().launch(chunks, announced)
             return
@@ -101,7 +108,8 @@ class CudaGraphRunner(EagerRunner):
             return
         if announced != self._told:
             self._tell(announced)
-        self._upload_tables(chunks)
+        if [len(chunk.sequence.pages) for chunk in chunks] != self._n_pages:
+            self._upload_tables(chunks)
         self._key = (self._key[0], 1, *self._key[2:])
         self._replay(chunks, 1)
 
@@ -113,11 +121,14 @@ class CudaGraphRunner(EagerRunner):
             collective(event.synchronize)  # on several ranks
         n = len(chunks) * seqlen
         *sampled, announced = tokens.tolist()
-        return StepOutput(
-            torch.tensor(sampled[:n]).view(-1, seqlen).tolist(),
-            logprobs[0][:n].view(-1, seqlen).tolist() if logprobs else None,
-            announced,
-        )
+        scores = logprobs[0].tolist() if logprobs else []
+
+        def of_chunks(values: list[Any]) -> list[list[Any]]:
+            """What was sampled after the last tokens of each chunk, of `seqlen` places, some of which only pad it."""
+            ends = [(i * seqlen + len(chunk.tokens), chunk.n_sampled) for i, chunk in enumerate(chunks)]
+            return [values[end - count : end] for end, count in ends]
+
+        return StepOutput(of_chunks(sampled[:n]), of_chunks(scores[:n]) if scores else None, announced)
 
     def reset(self) -> None:
         super().reset()
@@ -147,6 +158,7 @@ class CudaGraphRunner(EagerRunner):
     def _upload_tables(self, chunks: Sequence[Chunk]) -> None:
         """Have the pages of each row on the device."""
         self._table[: len(chunks)] = self._pinned(torch.stack([chunk.sequence.table for chunk in chunks]))
+        self._n_pages = [len(chunk.sequence.pages) for chunk in chunks]
 
     def _tell(self, announced: int) -> None:
         """Have what the first rank announces on the device."""

@@ -14,11 +14,12 @@ import torch
 from llama.cache import PAGE_SIZE
 from llama.engine.metrics import Metrics
 from llama.engine.options import check_speculation
+from llama.engine.prompts import prompt_ids
 from llama.engine.room import Room
 from llama.engine.runner import StepOutput
 from llama.engine.sequence import Chunk, Sequence
 from llama.engine.speculative import Speculation
-from llama.engine.step_budget import NEWEST, StepBudget
+from llama.engine.step_budget import StepBudget
 from llama.model import Transformer
 from llama.outputs import FinishReason, TokenEvent
 from llama.sampling import INVALID, SamplingParams
@@ -65,15 +66,19 @@ class Engine:
         self._prompt_tokens = self._budget.tokens  # the first rank's, which all keep to
         # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
-        self.requests: dict[int, Sequence] = {}  # those that wait or run, by id
+        self.requests = self.scheduler.requests
         self.last_id = -1  # of the newest request
         self._events: list[TokenEvent] = []
         self._in_flight: list[Chunk] = []  # of a step that is launched and not yet waited for
         # Whether the next step is the last one's again, each of its sequences a token further; and these.
         self._is_steady = False
         self._steady: list[Sequence] = []
+        self._steady_steps, self._steady_seconds = 0, 0.0  # since the last step that was another one
         self._began = 0.0  # when the step that is waited for began
-        self._is_consistent = True  # whether the scheduler's books are, should an interrupt come now
+        self._is_stepping = False
+        self._late_cancels: list[int] = []  # those that came within a step
+        # Of the step that is taken over: its chunks, with the events of each before it, and how many they were.
+        self._begun: list[tuple[Chunk, list[TokenEvent], int]] = []
         self.has_news = False  # whether the first rank tells the others something after the next step: see leader.py
         self.news_follow = False  # whether it does after the last step
 
@@ -100,9 +105,10 @@ class Engine:
             add_prefix_space: whether the new tokens begin a text, as in `Llama.stream`.
             interactive: whether somebody reads along, so that steps stay short while it generates.
 
-        Raises ValueError, on every rank, where it can never have the pages that it needs.
+        Raises ValueError, on every rank, where ids are wrong, and where it can never have the pages that it needs.
         """
         self.last_id += 1
+        prompt_tokens = prompt_ids(prompt_tokens, "the prompt", self.model.args)
         params = params or SamplingParams()
         limit = self.model.args.max_seq_len - len(prompt_tokens)
         sequence = Sequence(
@@ -117,28 +123,23 @@ class Engine:
             interactive,
         )
         self.room.check(sequence, len(self.requests), self._speculation is not None)
-        self.requests[sequence.id] = sequence
-        self.scheduler.waiting.append(sequence)
         self._is_steady = False
+        self.scheduler.add(sequence)
         return sequence.id
 
     def cancel(self, request: int) -> None:
         """End a request without another event; one that has ended already is left as it is."""
-        sequence = self.requests.pop(request, None)
-        if sequence is not None:
-            self._leave(sequence)
+        if self._is_stepping or not self.scheduler.is_consistent:  # the garbage collector ends a stream at any time
+            self._late_cancels.append(request)
+        elif request in self.requests:
+            self._leave(self.requests[request])
 
     def step(self) -> list[TokenEvent]:
         """Compute one step, and return the events of the requests that were added, whose index is their id.
 
         The last event of a request has a finish_reason: "error" where logits are NaN or infinite, and its text is why.
         """
-        try:
-            with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
-                self._step()
-        except BaseException:
-            self._recover()
-            raise
+        self._step_or_recover()
         if not self._events:
             return []
         events = self._events.copy()
@@ -165,7 +166,7 @@ class Engine:
         try:
             while True:
                 room = max_waiting - len(self.scheduler.waiting)
-                for index, prompt in itertools.islice(waiting, max(0, room)):
+                for index, prompt in itertools.islice(waiting, max(int(not mine), room)):  # one at least waits
                     place = first + index
                     request = self.add(
                         prompt, params, index=place, add_prefix_space=add_prefix_space, interactive=interactive
@@ -176,7 +177,7 @@ class Engine:
                 if not mine:
                     return
                 if not events:  # a step for others may have had some for these
-                    self._events += self.step()
+                    self._step_or_recover()
                 ready, events[:] = events.copy(), ()
                 for event in ready:
                     if event.finish_reason is not None:
@@ -188,6 +189,22 @@ class Engine:
             for request in mine.values():
                 self.cancel(request)
 
+    def _step_or_recover(self) -> None:
+        """Compute one step, and give its events to its sequences; after an interrupt the next one computes it."""
+        self._is_stepping = True
+        try:
+            if not self.scheduler.is_consistent:  # an interrupt came outside of a step, or while it was recovered from
+                self._recover()
+            with torch.inference_mode(), torch.autocast(self._device_type, enabled=False):
+                self._step()
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._is_stepping = False
+            while self._late_cancels:
+                self.cancel(self._late_cancels.pop())
+
     def _step(self) -> None:
         """Launch a step, unless one is in flight, and one ahead if that pays; then wait for the older one."""
         chunks = self._in_flight or self._continue() or self._launch()
@@ -196,7 +213,10 @@ class Engine:
         runner = self.room.runners[0]
         self._in_flight = self._launch_ahead(chunks) if runner.runs_ahead else []
         output = runner.wait()
-        self._is_consistent = False
+        self.scheduler.is_consistent = False
+        for chunk in chunks:
+            if not chunk.sequence.finished:
+                self._begun.append((chunk, chunk.sequence.events, len(chunk.sequence.events)))
         if output.announced is not None:
             self.news_follow = bool(output.announced >> NEWS & 1)
             self._prompt_tokens = output.announced >> NEWS + 1
@@ -209,7 +229,8 @@ class Engine:
             if not chunk.sequence.finished:
                 scores = output.logprobs[i] if output.logprobs and chunk.sequence.params.logprobs else None
                 self._advance(chunk, output.tokens[i], scores)
-        self._is_consistent = True
+        self._begun = []
+        self.scheduler.is_consistent = True
 
     def _continue(self) -> list[Chunk]:
         """Launch the last step again, each sequence a token further, if nothing has changed; return its chunks."""
@@ -220,22 +241,23 @@ class Engine:
                 return []
         self._began = time.perf_counter()
         chunks = [Chunk(sequence, sequence.n_cached, sequence.tokens[-1:], 1) for sequence in self._steady]
-        self.room.runners[0].launch_next(chunks, self._announced())
+        told = self.has_news << NEWS | self._budget.tokens << NEWS + 1
+        self.room.runners[0].launch_next(chunks, told)
         return chunks
 
     def _launch(self) -> list[Chunk]:
         """Launch the next step of all that runs, and of what waits and has room; return its chunks."""
         if not self.requests:
             return []
-        self._is_consistent = self._is_steady = False
+        self.scheduler.is_consistent = self._is_steady = False
         self._device_type = self.model.device.type
         self.room.open()
         self._began = time.perf_counter()
         budget = self.room.max_step_tokens
-        if any(each.interactive and not each.in_prompt for each in self.scheduler.running):
+        if any(each.interactive and not each.is_reading for each in self.scheduler.running):
             budget = min(budget, self._prompt_tokens)
         chunks = self.scheduler.schedule(budget)
-        self._is_consistent = True
+        self.scheduler.is_consistent = True
         if not chunks:
             return []
         if self._speculation is not None and not any(map(is_of_prompt, chunks)):
@@ -309,7 +331,6 @@ class Engine:
                 sequence.events.append(TokenEvent(sequence.index, token, text, score))
 
     def _end(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
-        self.requests.pop(sequence.id, None)
         self._leave(sequence)
         sequence.events.append(TokenEvent(sequence.index, None, text, finish_reason=reason))
 
@@ -327,9 +348,12 @@ class Engine:
             metrics.decode_seconds += seconds
             metrics.decode_steps += 1
             metrics.decoded_tokens += len(chunks)
-            budget = self._budget
-            budget.plain_seconds += (seconds - budget.plain_seconds) * NEWEST
+            self._steady_steps += 1
+            self._steady_seconds += seconds
             return
+        if self._steady_steps:
+            self._budget.record(self._steady_seconds / self._steady_steps, 0)
+            self._steady_steps, self._steady_seconds = 0, 0.0
         n_prompt_tokens = sum(len(chunk.tokens) for chunk in chunks if is_of_prompt(chunk))
         # A step that was launched ahead still has the rows of sequences that have ended.
         n_decoded = sum(not is_of_prompt(chunk) and not chunk.sequence.finished for chunk in chunks)
@@ -340,13 +364,29 @@ class Engine:
     def _recover(self) -> None:
         """After an error or an interrupt in a step: have what it was about computed again by the next one."""
         self._in_flight, self._is_steady = [], False
-        self.room.reset(self._is_consistent)
-        self._is_consistent = True
+        self._take_back()
+        self.room.reset()
+
+    def _take_back(self) -> None:
+        """Remove what an interrupted step has added to texts, so that they have it once when it is computed again."""
+        for chunk, events, n_events in self._begun:
+            sequence = chunk.sequence
+            del events[n_events:]
+            if chunk.n_sampled:
+                del sequence.tokens[chunk.stop :]
+            self.requests[sequence.id] = sequence
+            sequence.finished, sequence.in_prompt = False, len(sequence.tokens) == len(sequence.prompt)
+            sequence.decoder.reset()
+            told = sequence.tokens[0 if sequence.params.echo else len(sequence.prompt) :]
+            for token in told if not sequence.in_prompt else []:
+                if token not in self._silent_tokens:
+                    sequence.decoder.push(token)
+        self._begun = []
 
 
 def is_of_prompt(chunk: Chunk) -> bool:
     """Tell whether a chunk is part of a prompt, or of a text that is computed again."""
-    return chunk.sequence.in_prompt or len(chunk.tokens) - chunk.n_drafts > 1
+    return chunk.sequence.in_prompt or not chunk.n_sampled or len(chunk.tokens) - chunk.n_drafts > 1
 
 
 def invalid_logits(sequence: Sequence) -> str:

@@ -50,6 +50,8 @@ class Leader:
 
     def step(self) -> list[TokenEvent]:
         """Compute one step of all requests; see `Engine.step`."""
+        if not self.unfinished:
+            return []  # the others wait to be told something
         refused: list[TokenEvent] = []
         if self.engine.news_follow or (self._adds and not self.engine.unfinished):
             refused = self._tell(News(self._adds, self._cancels))

@@ -6,6 +6,7 @@ Knows nothing of what sequences contain.
 from __future__ import annotations
 
 import itertools
+import mmap
 
 from llama.backends.base import Backend, backend_of
 from llama.cache import PAGE_SIZE, KVCache, pages_for
@@ -34,7 +35,7 @@ class Room:
         self._models = [model] if draft is None else [model, draft]
         self.scheduler = Scheduler(model.args, metrics)
         # Whether memory is taken when it is allocated, and not, as on a CPU, when it is written.
-        self.grows = model.device.type != "cpu"
+        self.grows = model.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE")
         self.runners: list[Runner] = []  # of the model and of the draft model
         self._backends: list[Backend] = []  # that the models had when the runners were made
         self._checked = BatchShape(0, 0, 0)  # the largest batch for which there was memory
@@ -73,19 +74,26 @@ class Room:
         pool = self.scheduler.pool
         if not self.runners or any(was is not now for was, now in zip(self._backends, backends, strict=True)):
             # The model has changed or moved since, and its keys with it.
-            n_pages = self._wanted(0)
-            self.runners.clear()
-            self._make_runners([model.new_cache(1, n_pages * PAGE_SIZE) for model in self._models])
-            self._restart()
+            self._open_new(self._wanted(0))
             return
         wanted = self._wanted(pool.n_pages)
-        if wanted > pool.n_pages:
+        if self.grows and wanted > pool.n_pages and wanted + pool.n_pages // 2 > self._limit:
+            # There is no memory for the old cache beside the new one: begin again, with all there is.
+            self.runners.clear()
+            self.scheduler.restart(PagePool(0, 0), [])
+            self._open_new(1 + self._limit)
+        elif wanted > pool.n_pages:
             caches = [runner.cache for runner in self.runners]
             self.runners.clear()  # their graphs point at the old memory
             for cache in caches:
                 cache.grow(wanted)
             pool.grow(wanted)
             self._make_runners(caches)
+
+    def _open_new(self, n_pages: int) -> None:
+        self.runners.clear()
+        self._make_runners([model.new_cache(1, n_pages * PAGE_SIZE) for model in self._models])
+        self._restart()
 
     def rest(self) -> None:
         """Give back memory of pages that nobody needs, where nothing runs."""
@@ -94,17 +102,21 @@ class Room:
                 for cache in self.scheduler.caches:
                     cache.discard(start, stop)
 
-    def reset(self, books_are_right: bool) -> None:
-        """Forget the steps in flight, after an error; and all that was cached, if the scheduler's books are wrong."""
+    def reset(self) -> None:
+        """Forget the steps in flight, after an error; and all that was cached, if the scheduler is not consistent."""
         for runner in self.runners:
             runner.reset()
-        if books_are_right:
+        if self.scheduler.is_consistent:
             self.scheduler.step_failed()
         elif self.runners:
             self._restart()
+        else:  # the caches are still to be made
+            self.scheduler.restart(PagePool(0, 0), [])
 
     def _restart(self) -> None:
         caches = [runner.cache for runner in self.runners]
+        for cache in caches:
+            cache.discard(0, cache.n_pages)
         most_kept = KEPT_TEXTS * self.scheduler.most_pages
         self.scheduler.restart(PagePool(caches[0].n_pages, most_kept), caches)
 
@@ -126,12 +138,13 @@ class Room:
 
     def _make_runners(self, caches: list[KVCache]) -> None:
         """Make a runner for each model: of CUDA graphs, if its backend captures them."""
-        self._backends = [backend_of(model) for model in self._models]
+        self._backends, runners = [backend_of(model) for model in self._models], list[Runner]()
         captures = [backend.graph_capture() for backend in self._backends if backend.captures_graphs]
         for model, cache, backend in zip(self._models, caches, self._backends, strict=True):
             if backend.captures_graphs:
                 # One capture for all, so that their graphs share one pool of memory.
                 rows, width = self.scheduler.max_rows, self.scheduler.most_pages
-                self.runners.append(CudaGraphRunner(model, cache, captures[0], rows, width))
+                runners.append(CudaGraphRunner(model, cache, captures[0], rows, width))
             else:
-                self.runners.append(EagerRunner(model, cache))
+                runners.append(EagerRunner(model, cache))
+        self.runners = runners

@@ -128,7 +128,8 @@ class EagerRunner:
     def _compute(self, chunks: Sequence[Chunk]) -> Tensor:
         """Return the final states of all tokens, (n_tokens, dim), cache them, and score prompts that are scored."""
         counts = [len(chunk.tokens) for chunk in chunks]
-        width = max(len(chunk.sequence.pages) for chunk in chunks)
+        # On a GPU the whole width: how attention is split follows from it, and with it the last bits.
+        width = max(len(chunk.sequence.pages) for chunk in chunks) if self.device.type == "cpu" else None
         table = torch.stack([chunk.sequence.table[:width] for chunk in chunks])
         batch = ForwardBatch.of(
             self.cache,
@@ -145,7 +146,7 @@ class EagerRunner:
             for chunk, states in zip(chunks, hidden.split(counts), strict=True):
                 if chunk.sequence.is_scored:
                     targets = chunk.sequence.prompt[chunk.start + 1 : chunk.start + len(states) + 1]
-                    chunk.sequence.scores += self._score(states, targets)
+                    chunk.sequence.scores[chunk.start + 1 :] = self._score(states, targets)
         return hidden
 
     def _lengths(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -6,6 +6,7 @@ Knows nothing of tensors, of sampling or of text.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from llama.cache import PAGE_SIZE, KVCache, pages_for
 from llama.config import DynamicScaling, ModelArgs
@@ -32,14 +33,20 @@ class Scheduler:
         # Beyond its context, dynamic scaling rotates keys by the length of their text: others cannot use them.
         self._longest_shared = scaling.old_context_len if isinstance(scaling, DynamicScaling) else args.max_seq_len
         self.pool, self.caches = PagePool(0, 0), list[KVCache]()
+        self.requests: dict[int, Sequence] = {}  # those that wait or run, by id
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.is_consistent = True  # whether all this would be, should an interrupt come now
         self._admitted: list[Sequence] = []  # in this step
+        # The first that waits, if there were not enough pages for it, and how many there were.
+        self._refused: tuple[Sequence, int] | None = None
 
     @property
     def can_admit(self) -> bool:
-        """Whether a sequence waits and there is a row for it."""
-        return bool(self.waiting) and len(self.running) < self.max_rows
+        """Whether a sequence waits, there is a row for it, and maybe pages: more than when it was refused last."""
+        if not self.waiting or len(self.running) >= self.max_rows:
+            return False
+        return self._refused != (self.waiting[0], self.pool.n_available)
 
     def shares_pages(self, sequence: Sequence) -> bool:
         """Tell whether cached keys stay valid as their text grows, and in other texts that begin alike: see D28."""
@@ -54,7 +61,7 @@ class Scheduler:
             if sequence not in self.running:
                 continue
             n = len(sequence.tokens) - sequence.n_cached
-            if sequence.in_prompt or n > 1:
+            if sequence.is_reading:
                 n = min(n, budget)
                 budget -= n
             if n and self._make_room(sequence, sequence.n_cached + n):
@@ -74,28 +81,37 @@ class Scheduler:
         n_pages = pages_for(length)
         if n_pages > self.most_pages or n_pages - len(sequence.pages) > self.pool.n_available:
             return False
+        before, self.is_consistent = self.is_consistent, False
         self._grow(sequence, length)
+        self.is_consistent = before
         return True
+
+    def add(self, sequence: Sequence) -> None:
+        """Have a sequence wait for a row and pages."""
+        self.is_consistent = False
+        self.requests[sequence.id] = sequence
+        self.waiting.append(sequence)
+        self.is_consistent = True
 
     def finish(self, sequence: Sequence) -> None:
         """Let go of a sequence that waits or runs; what it has cached is kept for texts that begin alike."""
+        before, self.is_consistent = self.is_consistent, False
+        del self.requests[sequence.id]
         sequence.finished = True
-        if sequence not in self.running:
+        if sequence in self.running:
+            self._stop(sequence)
+        else:
             self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        n_full = sequence.n_cached // PAGE_SIZE
-        rest = sequence.tokens[n_full * PAGE_SIZE : sequence.n_cached]
-        if rest and sequence.n_named == n_full and self.shares_pages(sequence):
-            self.pool.name(sequence.pages[n_full], sequence.name, rest, is_written=True)
-        self._release(sequence)
+        self.is_consistent = before
 
     def step_failed(self) -> None:
         """Set back what a step had begun that did not end: nothing is known of what it has written."""
+        self.is_consistent = False
         self.pool.written(done=False)
-        for sequence in self.running.copy():
+        for sequence in reversed(self.running.copy()):
             if sequence in self._admitted or sequence.n_named * PAGE_SIZE > sequence.n_cached:
                 self._set_back(sequence)
+        self.is_consistent = True
 
     def restart(self, pool: PagePool, caches: list[KVCache]) -> None:
         """Set back all sequences, to begin again with another pool of pages, all free, and the caches that have them.
@@ -103,18 +119,31 @@ class Scheduler:
         caches: of the model, and of a draft model, which has its keys in the same pages of a cache of its own.
         """
         self.pool, self.caches = pool, caches
-        unfinished = {each.id: each for each in (*self.waiting, *self.running) if not each.finished}
-        self.waiting, self.running = deque(unfinished[id] for id in sorted(unfinished)), []
+        self.waiting, self.running = deque(self.requests[id] for id in sorted(self.requests)), []
+        self.is_consistent = True
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._name(sequence, sequence.n_cached, is_written=True)
+        n_full = sequence.n_cached // PAGE_SIZE
+        rest = sequence.tokens[n_full * PAGE_SIZE : sequence.n_cached]
+        if rest and sequence.n_named == n_full and self.shares_pages(sequence):
+            self.pool.name(sequence.pages[n_full], sequence.name, rest, is_written=True)
+        self._release(sequence)
+
+    def _name(self, sequence: Sequence, stop: int, is_written: bool = False) -> None:
+        """Have others find the full pages of a sequence up to a position."""
+        while (sequence.n_named + 1) * PAGE_SIZE <= stop and self.shares_pages(sequence):
+            number = sequence.n_named
+            tokens = sequence.tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
+            sequence.name = self.pool.name(sequence.pages[number], sequence.name, tokens, is_written)
+            sequence.n_named += 1
 
     def _chunk(self, sequence: Sequence, n: int) -> Chunk:
         """Return a chunk of the next n tokens of a sequence, whose full pages others can find from here on."""
         start = sequence.n_cached
         stop = start + n
-        while (sequence.n_named + 1) * PAGE_SIZE <= stop and self.shares_pages(sequence):
-            number = sequence.n_named
-            tokens = sequence.tokens[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
-            sequence.name = self.pool.name(sequence.pages[number], sequence.name, tokens)
-            sequence.n_named += 1
+        self._name(sequence, stop)
         is_last = stop == len(sequence.tokens)
         return Chunk(sequence, start, sequence.tokens[start:stop], int(is_last and sequence.max_new_tokens > 0))
 
@@ -126,9 +155,13 @@ class Scheduler:
         source = [match.partial] if match.partial is not None else []
         pool.hold(source)
         # A page more for each that runs, so that none is set back at once.
-        if pages_for(len(tokens)) - len(match.pages) + len(self.running) > pool.n_available:
-            pool.release(match.pages)
+        needed = pages_for(len(tokens)) - len(match.pages) + len(self.running)
+        if needed > pool.n_available and source:  # the page to copy from may be one that is needed
             pool.release(source)
+            source, match = [], replace(match, partial=None, partial_len=0)
+        if needed > pool.n_available:
+            pool.release(match.pages)
+            self._refused = sequence, pool.n_available
             return False
         sequence.begin(self.most_pages)
         for page in match.pages:
@@ -139,7 +172,8 @@ class Scheduler:
             for cache in self.caches:
                 cache.copy_page(match.partial, sequence.pages[-1], match.partial_len)
             pool.release(source)
-        sequence.n_cached = sequence.n_found = match.n_tokens
+        sequence.n_cached = match.n_tokens
+        sequence.drafted = tokens[: match.n_tokens]
         if len(tokens) == len(sequence.prompt):  # else it was set back
             self.metrics.reused_tokens += match.n_tokens
         return True
@@ -164,8 +198,7 @@ class Scheduler:
 
     def _set_back(self, sequence: Sequence) -> None:
         self.metrics.set_back += 1
-        self.running.remove(sequence)
-        self._release(sequence)
+        self._stop(sequence)
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:

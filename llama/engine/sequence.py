@@ -34,10 +34,10 @@ class Sequence:
     max_len: int = field(init=False)
     n_cached: int = 0  # tokens whose keys and values are in the pages
     pages: list[int] = field(default_factory=list)
-    n_found: int = 0  # tokens that other texts had cached already
     n_claimed: int = 0  # pages from the first on that it was given a claim on
     n_named: int = 0  # full pages that others can find
     name: int = ROOT  # of the last of them
+    drafted: list[int] = field(default_factory=list)  # tokens whose keys a draft model has in its pages
     is_contiguous: bool = True  # whether the pages follow each other
     table: Tensor = field(init=False)  # int32, on the CPU: the pages, and zeros
     scores: list[float] = field(default_factory=lambda: [0.0])  # of the prompt's tokens, where they are scored
@@ -56,6 +56,11 @@ class Sequence:
         return numbers
 
     @property
+    def is_reading(self) -> bool:
+        """Whether tokens before the newest are still to be computed: of its prompt, or again after it was set back."""
+        return self.in_prompt or len(self.tokens) - self.n_cached > 1
+
+    @property
     def is_scored(self) -> bool:
         """Whether log-probabilities of the prompt are asked for, so that all of it has to be computed."""
         return self.params.echo and self.params.logprobs
@@ -69,6 +74,7 @@ class Sequence:
         """Begin without pages, of which there will be at most `most_pages`; page 0 stands for those to come."""
         self.pages, self.table = [], torch.zeros(most_pages, dtype=torch.int32, device="cpu")
         self.n_cached = self.n_named = self.n_claimed = 0
+        self.drafted = []
         self.name, self.is_contiguous, self.scores = ROOT, True, [0.0]
 
     def add_page(self, page: int) -> None:

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 from llama.engine.metrics import Metrics
 from llama.engine.page_pool import common_prefix_len
@@ -19,7 +18,6 @@ from llama.engine.room import Room
 from llama.engine.runner import StepOutput
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Chunk
-from llama.engine.sequence import Sequence as SequenceState
 from llama.memory.estimate import MAX_SPECULATIVE_POSITIONS
 
 # Most draft tokens of one sequence: with its newest token they are 8, which the kernels compute in one pass.
@@ -72,12 +70,12 @@ class DraftModelProposer:
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._cached: WeakKeyDictionary[SequenceState, list[int]] = WeakKeyDictionary()  # tokens that it has computed
 
     def propose(self, chunks: Sequence[Chunk], count: int) -> list[list[int]]:
         runner = self._room.runners[1]
         texts = [chunk.sequence.tokens for chunk in chunks]
-        known = [min(self._known(chunk.sequence), len(chunk.sequence.tokens) - 1) for chunk in chunks]
+        drafted = [common_prefix_len(chunk.sequence.drafted, chunk.sequence.tokens) for chunk in chunks]
+        known = [min(n, len(text) - 1) for n, text in zip(drafted, texts, strict=True)]
         new = max(len(text) - n for text, n in zip(texts, known, strict=True))
         new = 1 << (new - 1).bit_length()  # what a captured step computes without padding
         if new > MAX_DRAFT_LEN + 1 or new > min(len(text) for text in texts):  # a prompt, or after backing off
@@ -91,14 +89,8 @@ class DraftModelProposer:
         outputs = [[max(tokens[-1], 0) for tokens in runner.wait().tokens] for _ in range(count)]
         proposals = [list(tokens) for tokens in zip(*outputs, strict=True)]
         for chunk, proposal in zip(chunks, proposals, strict=True):
-            self._cached[chunk.sequence] = [*chunk.sequence.tokens, *proposal[:-1]]
+            chunk.sequence.drafted = [*chunk.sequence.tokens, *proposal[:-1]]
         return proposals
-
-    def _known(self, sequence: SequenceState) -> int:
-        """Return how many tokens of a sequence are in the draft model's cache."""
-        if sequence not in self._cached:  # what was found in pages
-            return sequence.n_found
-        return common_prefix_len(self._cached[sequence], sequence.tokens)
 
     def _compute(self, chunks: Sequence[Chunk], known: Sequence[int]) -> None:
         """Compute all tokens but the newest of each sequence, as many at once as a step may."""

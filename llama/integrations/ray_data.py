@@ -34,7 +34,8 @@ class Completer:
 
     A row has an `index`, an integer of its own, and a `prompt` to continue, `messages` to answer, or `tokens`. Columns
     `temperature`, `top_p`, `max_gen_len` and `seed`, where not null, are that row's own. It comes back with
-    `generation`, `finish_reason`, `prompt_tokens`, `completion_tokens` and, where asked for, `logprobs`; or with an `error`.
+    `generation`, `finish_reason`, `prompt_tokens`, `completion_tokens` and, where asked for, `logprobs`; or with an
+    `error`.
     """
 
     def __init__(self, options: BuildOptions, params: SamplingParams | None = None) -> None:

@@ -58,10 +58,13 @@ def complete_rows(llm: Llama, rows: abc.Sequence[Mapping[str, Any]], params: Sam
             accepted.append(result)
         except ValueError as error:
             result["error"] = str(error).replace("prompt 0", "the prompt")  # each is checked as a list of its own
-    for request, result, prediction in zip(requests, accepted, _run(llm, from_first_rank(requests)), strict=True):
+    for request, result, completed in zip(requests, accepted, _run(llm, from_first_rank(requests)), strict=True):
+        if isinstance(completed, str):
+            result["error"] = completed
+            continue
         n_prompt_tokens = len(request.tokens)
-        n_tokens = len(prediction["tokens"]) - n_prompt_tokens * params.echo
-        result |= {**prediction, "prompt_tokens": n_prompt_tokens, "completion_tokens": n_tokens}
+        n_tokens = len(completed["tokens"]) - n_prompt_tokens * params.echo
+        result |= {**completed, "prompt_tokens": n_prompt_tokens, "completion_tokens": n_tokens}
     return results
 
 
@@ -102,21 +105,33 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _run(llm: Llama, requests: abc.Sequence[RowRequest]) -> list[CompletionPrediction]:
-    """Run requests together, on every rank; raise ValueError where logits are NaN or infinite."""
-    places = {}
-    for place, request in enumerate(requests):
-        added = llm.engine.add(
-            request.tokens, request.params, index=request.index, add_prefix_space=True, interactive=False
-        )
-        places[added] = place
-    events: list[list[TokenEvent]] = [[] for _ in requests]
-    while llm.engine.unfinished:
-        for event in llm.engine.step():
-            if event.finish_reason == "error":
-                raise ValueError(event.text)
-            events[places[event.index]].append(event)
+def _run(llm: Llama, requests: abc.Sequence[RowRequest]) -> list[CompletionPrediction | str]:
+    """Run requests together, on every rank; return of each what is predicted, or why nothing is."""
+    engine, events = llm.engine, [list[TokenEvent]() for _ in requests]
+    errors: dict[int, str] = {}
+    places: dict[int, int] = {}  # by the ids of unfinished requests
+    try:
+        for place, request in enumerate(requests):
+            try:
+                added = engine.add(
+                    request.tokens, request.params, index=request.index, add_prefix_space=True, interactive=False
+                )
+            except ValueError as error:  # there is no memory for it
+                errors[place] = str(error)
+            else:
+                places[added] = place
+        while places:
+            for event in engine.step():
+                place = places[event.index]
+                events[place].append(event)
+                if event.finish_reason is not None:
+                    del places[event.index]
+                    if event.finish_reason == "error":
+                        errors[place] = event.text
+    finally:
+        for added in places:
+            engine.cancel(added)
     return [
-        fold_prompt(each, llm.tokenizer, request.params.logprobs)
-        for each, request in zip(events, requests, strict=True)
+        errors[i] if i in errors else fold_prompt(events[i], llm.tokenizer, request.params.logprobs)
+        for i, request in enumerate(requests)
     ]

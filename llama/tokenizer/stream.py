@@ -22,8 +22,13 @@ class StreamDecoder:
 
     def __init__(self, vocab: TokenBytes, add_prefix_space: bool = True) -> None:
         self._vocab = vocab
-        self._strip_prefix_space = add_prefix_space
+        self._add_prefix_space = self._strip_prefix_space = add_prefix_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def reset(self) -> None:
+        """Begin again with the first token."""
+        self._strip_prefix_space = self._add_prefix_space
+        self._utf8.reset()
 
     def push(self, token: int) -> str:
         """Return the characters that a token completes."""
