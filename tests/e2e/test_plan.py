@@ -53,7 +53,7 @@ def test_a_dry_run_prints_the_plan_and_nothing_else(folder: Path) -> None:
     assert table["per rank"] == ["these prompts", "at most"]
     assert table["prompts x tokens"] == ["1 x 69", "32 x 2048"]  # a begin token and --max_gen_len 64
     assert table["weights"] == ["615.68 KB", "615.68 KB"]
-    assert table["KV cache"] == ["17.66 KB", "16.78 MB"]
+    assert table["KV cache"] == ["20.48 KB", "16.78 MB"]
     assert table["fits"] == ["yes", "yes"]
 
 
