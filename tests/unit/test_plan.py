@@ -31,9 +31,9 @@ from llama.engine.page_pool import PagePool
 from llama.engine.runner import EagerRunner
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence
-from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, free_bytes
+from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, commitable, free_bytes
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
-from llama.memory.plan import Planner, page_limit
+from llama.memory.plan import Planner, page_limit, table
 from llama.model import Transformer
 from llama.sampling import SamplingParams
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
@@ -252,6 +252,16 @@ def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:
         assert not planner.plan(limits(most + 1)).fits
 
 
+def test_a_plan_tells_how_many_requests_fit_at_once(folders: dict[str, Path]) -> None:
+    planner = planner_of(folders["meta"], max_seq_len=2000, max_batch_size=100)
+    some = dataclasses.replace(planner, free=planner.plan(planner.limits(bsz=7)).needed)
+    assert some.at_once(some.limits()) == 7
+    assert ["fits", "7", "at", "once"] in [line.split() for line in table(some, {"": some.limits()}).splitlines()]
+    none = dataclasses.replace(planner, free=planner.plan(planner.limits(bsz=1)).needed - 1)
+    assert none.at_once(none.limits()) == 0
+    assert planner.at_once(planner.limits(bsz=3)) == 3
+
+
 def test_what_cannot_run_names_the_fewest_ranks_that_could(folders: dict[str, Path]) -> None:
     planner = planner_of(folders["meta"], dtype=torch.float32)
     dataclasses.replace(planner, free=700_000).check_can_run()
@@ -275,7 +285,7 @@ def test_pages_are_what_memory_has_room_for(tiny_model: Llama, monkeypatch: pyte
     page = model.new_cache(1, 1).nbytes
     beside = activation_bytes(model.args, model.parallel, model.dtype, backend_of(model), shape)
     assert page_limit(model, shape) == (300_000_000 - beside) // page
-    assert page_limit(model, shape, in_use=10 * page) == (300_000_000 - beside) // page + 10
+    assert page_limit(model, shape, n_pages=10) == (300_000_000 - beside) // page + 10
     with pytest.raises(ValueError, match=r"999999999 with what follows, needs \d.* GB of cache per rank, there"):
         page_limit(model, BatchShape(4, 50, 999_999_999))
 
@@ -324,6 +334,30 @@ def test_a_container_leaves_what_its_limit_and_file_pages_allow(tmp_path: Path, 
         (folder / used).write_text("3000\n")
         (folder / "memory.stat").write_text(f"{prefix}inactive_file 500\n{prefix}active_file 100\nanon 7\n")
     assert min(cgroups_free(tmp_path)) == 5000 - 3000 + 600
+
+
+def test_a_limit_of_addresses_is_one_of_memory() -> None:
+    """A cache is allocated before it is written: beyond `ulimit -v` that failed."""
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux tells what addresses are used")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, limits[1]))
+        free = free_bytes(CPU, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert free == pytest.approx(200_000_000, rel=0.1)
+
+
+@pytest.mark.parametrize(("mode", "free"), [(0, UNKNOWN), (2, 500 * 1024)])
+def test_where_no_more_is_promised_than_there_is_half_of_that_is_free(tmp_path: Path, mode: int, free: int) -> None:
+    (tmp_path / "proc/sys/vm").mkdir(parents=True)
+    (tmp_path / "proc/sys/vm/overcommit_memory").write_text(f"{mode}\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nCommitLimit:  3000 kB\nCommitted_AS:   2000 kB\n")
+    assert commitable(tmp_path) == free
+    assert commitable(tmp_path / "elsewhere") == UNKNOWN
 
 
 def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:
