@@ -57,6 +57,9 @@ class KVCache:
             return torch.zeros(shape, device=device, dtype=dtype)
         n_bytes = max(1, math.prod(shape) * dtype.itemsize)
         memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # The system may be set to take 2 MB where the first byte is written: of each layer, as it has pages apart.
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
         self._mapped.append(memory)
         return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
@@ -81,13 +84,13 @@ class KVCache:
         self.keys[:, target, :length] = self.keys[:, source, :length]
         self.values[:, target, :length] = self.values[:, source, :length]
 
-    def grow(self, n_pages: int) -> None:
-        """Enlarge the cache to n_pages pages; those that it has keep their content."""
+    def grow(self, n_pages: int, n_written: int) -> None:
+        """Enlarge the cache to n_pages pages, the first n_written of which keep their content."""
         self._mapped = []
         for name in ("keys", "values"):  # one after the other, so that the old keys are freed before values are copied
             old: Tensor = getattr(self, name)
             new = self._zeros((old.shape[0], n_pages, *old.shape[2:]), old.device, old.dtype)
-            new[:, : old.shape[1]] = old
+            new[:, :n_written] = old[:, :n_written]
             setattr(self, name, new)
             del old
 

@@ -60,8 +60,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # Treat the query heads of one KV head as a sequence, so that K and V are read once and never repeated.
         q = q.view(bsz, n_kv_heads, n_heads // n_kv_heads, head_dim)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(bsz, 1, n_heads, head_dim)
+    if n_heads != n_kv_heads and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # There torch's kernels for these take no heads that are shared: it would hold all scores.
+        k, v = (each.repeat_interleave(n_heads // n_kv_heads, dim=1) for each in (k, v))
     y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_heads != n_kv_heads
+        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_heads != k.shape[1]
     )
     return y.transpose(1, 2)
 
@@ -98,8 +101,9 @@ class Attention(nn.Module):
         k = self.wk(x).view(-1, self.n_local_kv_heads, self.head_dim)
         v = self.wv(x).view(-1, self.n_local_kv_heads, self.head_dim)
         batch.cache.write(self.layer, batch.slots, rotate(k, rotation), v)
-        del k, v  # they are in the cache
-        return self.wo(attend_in_groups(rotate(q, rotation), self.layer, masks, batch).flatten(1))
+        del k, v
+        q = rotate(q, rotation)
+        return self.wo(attend_in_groups(q, self.layer, masks, batch).flatten(1))
 
 
 class FeedForward(nn.Module):

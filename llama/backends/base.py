@@ -65,7 +65,7 @@ class Backend(Protocol):
 
     @property
     def max_prefill_tokens(self) -> int:
-        """Tokens of all sequences together in a prefill chunk."""
+        """Most tokens of prompts that a step computes."""
         ...
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 
@@ -15,9 +14,6 @@ from llama.model import Transformer
 from llama.quantization.weights import BlockWeight, QuantizedWeight
 from llama.sampling import TokenSampler, TorchSampler
 
-# Tokens of all sequences together in a prefill chunk: enough for matrix products to be as fast as they get.
-MAX_PREFILL_TOKENS = 2048
-
 
 class EagerBackend:
     """Computes a Transformer by its own modules; see `Backend` for the meaning of each member."""
@@ -28,14 +24,10 @@ class EagerBackend:
     keeps_stored_blocks = False
     quantize_modes: tuple[str, ...] = ("int8", "int4")
     dequantized_values = 0
+    max_prefill_tokens = 2048  # enough for matrix products to be as fast as they get: see D27
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-
-    @property
-    def max_prefill_tokens(self) -> int:
-        # On CUDA all at once: torch's fused attention takes no mask where query heads share KV heads (see D27).
-        return sys.maxsize if self.device.type == "cuda" else MAX_PREFILL_TOKENS
 
     @property
     def captures_graphs(self) -> bool:

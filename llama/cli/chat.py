@@ -52,7 +52,7 @@ def main(
 
     Args:
         system: how the model is to behave, said before the conversation; default: what the template says by itself.
-        dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
+        dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if none fits.
 
     Examples:
         llama chat

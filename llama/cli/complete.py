@@ -44,7 +44,7 @@ def main(
             fills <FILL>; default: a few built in.
         prompt_file: a file with a prompt a line, or a JSON list of them; - is stdin.
         json: print one JSON object a line.
-        dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if it does not fit.
+        dry_run: print how much memory each rank needs and has, and read no weights; exit code 1 if none fits.
 
     Examples:
         llama complete --prompt "The capital of France is" --temperature 0

@@ -24,9 +24,10 @@ def main(
     prompt: list[str] | None = None,
     prompt_file: Path | None = None,
 ) -> None:
-    """Print a table of the memory that each rank needs and has; exit code 1 when it does not fit.
+    """Print a table of the memory that each rank needs and has; exit code 1 when not even one request fits.
 
-    The plan is for the most that --max_seq_len and --max_batch_size allow and, where prompts are given, for these. One
+    The plan is for the most that --max_seq_len and --max_batch_size allow and, where prompts are given, for these. It
+    says how many requests fit at once; others wait for them. One
     process plans for any number of ranks, which --model_parallel_size says.
 
     Args:
@@ -43,7 +44,7 @@ def main(
 def end_with_plan(
     options: BuildOptions, prompts: Sequence[str] = (), params: SamplingParams | None = None
 ) -> typing.NoReturn:
-    """Print the plan of a run and exit, with code 1 when it does not fit."""
+    """Print the plan of a run and exit, with code 1 when not even one request fits."""
     params = params or SamplingParams()
     table, fits = plan_run(options, prompts, params.max_gen_len, params.echo and params.logprobs)
     with agree():  # all ranks wait: torchrun ends them when the first exits with 1

@@ -87,7 +87,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | No
 def plan_run(
     options: BuildOptions, prompts: Sequence[str] = (), max_gen_len: int | None = None, scored: bool = False
 ) -> tuple[str, bool]:
-    """Return a table of the memory that each rank would need, and whether it has that; no weight is read.
+    """Return a table of the memory that each rank would need, and whether one request has it; no weight is read.
 
     A process alone plans for any model_parallel_size: for that many CUDA devices like its own, or for that many ranks
     on this host's CPU. prompts: plan their completion, too; scored: with the log-probabilities of their tokens.
@@ -106,7 +106,7 @@ def plan_run(
         shapes = {"at most": planner.limits()}
         if prompts:
             shapes = {"these prompts": source.batch_shape(prompts, max_gen_len, scored), **shapes}
-        return table(planner, shapes), planner.plan(next(iter(shapes.values()))).fits
+        return table(planner, shapes), planner.at_once(next(iter(shapes.values()))) > 0
 
 
 def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer) -> Transformer:

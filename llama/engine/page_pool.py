@@ -47,6 +47,7 @@ class PagePool:
         Page 0 is nobody's: what has no page of its own, as a row that only pads a CUDA graph, writes there.
         """
         self.n_pages, self.most_kept = 0, most_kept
+        self.most_used = 0  # pages that may be held or kept, page 0 included
         self.n_free = 0
         self.n_touched = 0  # pages up to the last one that may have been written
         self._states = bytearray()
@@ -68,17 +69,28 @@ class PagePool:
         self._states += FREE * more
         self._references += [0] * more
         self.n_free += more
-        self.n_pages = n_pages
+        self.n_pages = self.most_used = n_pages
+
+    def limit(self, n_pages: int) -> None:
+        """Have at most n_pages held or kept from here on; kept ones beyond are given up."""
+        self.most_used = min(n_pages, self.n_pages)
+        while self.n_used > n_pages and self._kept:
+            self._free(self._give_up())
+
+    @property
+    def n_used(self) -> int:
+        """Pages that are held or kept, page 0 included."""
+        return self.n_pages - self.n_free
 
     @property
     def n_available(self) -> int:
-        """Pages that can be allocated: those that are free, and those that are only kept."""
-        return self.n_free + len(self._kept)
+        """Pages that can be allocated: those that are free, up to the limit, and those that are only kept."""
+        return self.most_used - self.n_used + len(self._kept)
 
     @property
     def n_held(self) -> int:
         """Pages that sequences hold."""
-        return max(0, self.n_pages - 1) - self.n_available
+        return max(0, self.n_used - 1) - len(self._kept)
 
     def find(self, tokens: Sequence[int]) -> Match:
         """Find the longest beginning of a text that is in pages; they are not held for the caller yet.
@@ -115,20 +127,7 @@ class PagePool:
         after: the page before it in its text, next to which it lies if that is free; None: it begins a text, which is
         given `run` pages next to each other for later, if there are as many that nobody has claimed.
         """
-        page = -1
-        if after is not None and after + 1 < self.n_pages and self._states[after + 1] != USED[0]:
-            page = after + 1
-        elif after is None:
-            page = self._states.find(FREE * run)
-            if page >= 0:
-                self._states[page : page + run] = CLAIMED * run
-        for state in (FREE, CLAIMED):
-            page = page if page >= 0 else self._states.find(state)
-        if page >= 0:
-            self.n_free -= 1
-            self._states[page] = USED[0]
-        else:
-            page = self._give_up()
+        page = self._take_free(after, run) if self.n_used < self.most_used else self._give_up()
         self._references[page] = 1
         self.n_touched = max(self.n_touched, page + 1)
         return page
@@ -181,6 +180,20 @@ class PagePool:
                 if self._kept.pop(page, 0) is None:
                     self._free(page)
         self._unwritten.clear()
+
+    def _take_free(self, after: int | None, run: int) -> int:
+        page = -1
+        if after is not None and after + 1 < self.n_pages and self._states[after + 1] != USED[0]:
+            page = after + 1
+        elif after is None:
+            page = self._states.find(FREE * run)
+            if page >= 0:
+                self._states[page : page + run] = CLAIMED * run
+        for state in (FREE, CLAIMED):
+            page = page if page >= 0 else self._states.find(state)
+        self.n_free -= 1
+        self._states[page] = USED[0]
+        return page
 
     def _give_up(self) -> int:
         """Forget the content of the least recently used page that is kept, and return it."""

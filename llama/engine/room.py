@@ -62,11 +62,13 @@ class Room:
             speculative,
         )
         if shape != before:
-            in_use = sum(runner.cache.nbytes for runner in self.runners)
-            if not self.grows:
-                in_use = in_use // max(1, self.scheduler.pool.n_pages) * self.scheduler.pool.n_touched
-            self._limit = page_limit(self.model, shape, in_use, self.draft)
+            self.rest()
+            pool = self.scheduler.pool
+            pages = pool.n_pages if self.grows else pool.n_used
+            self._limit = page_limit(self.model, shape, pages, self.draft)
             self._checked = shape
+            if not self.grows:
+                pool.limit(1 + self._limit)
 
     def open(self) -> None:
         """Make caches and runners, or larger ones, if what waits and runs needs them; no step may be in flight."""
@@ -86,7 +88,7 @@ class Room:
             caches = [runner.cache for runner in self.runners]
             self.runners.clear()  # their graphs point at the old memory
             for cache in caches:
-                cache.grow(wanted)
+                cache.grow(wanted, pool.n_touched)
             pool.grow(wanted)
             self._make_runners(caches)
 
@@ -96,7 +98,7 @@ class Room:
         self._restart()
 
     def rest(self) -> None:
-        """Give back memory of pages that nobody needs, where nothing runs."""
+        """Give back memory of pages that nobody needs."""
         if not self.grows:
             for start, stop in self.scheduler.pool.take_free_runs():
                 for cache in self.scheduler.caches:
@@ -118,7 +120,10 @@ class Room:
         for cache in caches:
             cache.discard(0, cache.n_pages)
         most_kept = KEPT_TEXTS * self.scheduler.most_pages
-        self.scheduler.restart(PagePool(caches[0].n_pages, most_kept), caches)
+        pool = PagePool(caches[0].n_pages, most_kept)
+        if not self.grows:
+            pool.limit(1 + self._limit)
+        self.scheduler.restart(pool, caches)
 
     def _wanted(self, n_pages: int) -> int:
         """Return how many pages the caches should have, page 0 included, where they have n_pages now."""
@@ -127,7 +132,8 @@ class Room:
         next_ones = list(itertools.islice(scheduler.waiting, max(0, scheduler.max_rows - len(scheduler.running))))
         least = max((pages_for(sequence.max_len) for sequence in next_ones), default=0)  # alone, it has to fit
         if not self.grows:
-            return n_pages if n_pages > least else 1 + max(least, most)
+            # A cache that was made when there was little memory is made again when there is twice as much.
+            return n_pages if n_pages > max(least, most // 2) else 1 + max(least, most)
         needed = 2 * len(scheduler.running) + sum(
             pages_for(len(sequence.tokens)) + min(MOST_CLAIMED, pages_for(sequence.max_new_tokens)) + 1
             for sequence in next_ones

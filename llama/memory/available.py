@@ -17,6 +17,9 @@ from llama.distributed.cgroups import cgroup_folders
 # Bytes of a rank before it has a model: Python, torch and this package (measured: 159 to 164 MB, Linux, no CUDA).
 PROCESS = 165_000_000
 
+# Of /proc/meminfo: how much may be allocated where no more is promised than there is, and how much is.
+COMMITTED = ("CommitLimit", "Committed_AS")
+
 # Returned where the free memory cannot be found out: more than any machine has.
 UNKNOWN = 1 << 62
 
@@ -45,9 +48,10 @@ def free_bytes(device: torch.device, ranks: int, started: int | None = None) -> 
         # torch caches what this process has freed, for this process.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    free = min([_host_free(), *cgroups_free(Path("/"))])
+    free = min([_host_free(), commitable(Path("/")), *cgroups_free(Path("/"))])
     if device.type == "mps":  # a share of the host's memory
         free = min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    free = min(free, _address_space() * ranks)
     to_start = 0 if started is None else max(0, ranks - started)
     return free if free >= UNKNOWN else max(0, free - PROCESS * to_start) // ranks
 
@@ -66,6 +70,32 @@ def _host_free() -> int:
     names = getattr(os, "sysconf_names", {})
     pages = next((name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names), None)
     return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages else UNKNOWN
+
+
+def commitable(root: Path) -> int:
+    """Return half of what may still be allocated where the system promises no more than it has (overcommit_memory 2).
+
+    Half, since a cache is allocated before it is written, and others are to start meanwhile. root: of the file system.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if int((root / "proc/sys/vm/overcommit_memory").read_text()) == 2:
+            meminfo = (root / "proc/meminfo").read_text()
+            limit, used = (re.search(rf"^{name}:\s+(\d+) kB", meminfo, re.MULTILINE) for name in COMMITTED)
+            if limit and used:
+                return max(0, int(limit[1]) - int(used[1])) * 1024 // 2
+    return UNKNOWN
+
+
+def _address_space() -> int:
+    """Return half of the addresses that this process has left, where they are limited (ulimit -v)."""
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            return max(0, limit - used) // 2
+    return UNKNOWN
 
 
 def _vm_stat_free(text: str) -> int:

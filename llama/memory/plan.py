@@ -78,6 +78,10 @@ class Planner:
         activations = activation_bytes(self.args, self.parallel, self.dtype, self.backend, shape)
         return Plan(self.weights, cache, activations, self.free)
 
+    def at_once(self, shape: BatchShape) -> int:
+        """Return how many of a batch's requests have room at once; the others wait until one of these ends."""
+        return largest(lambda n: self.plan(dataclasses.replace(shape, bsz=n)).fits, shape.bsz + 1)
+
     def limits(self, bsz: int | None = None, length: int | None = None) -> BatchShape:
         """Return the largest batch within the limits, or within others that are given."""
         length = length or self.args.max_seq_len
@@ -195,13 +199,13 @@ def table(planner: Planner, shapes: dict[str, BatchShape]) -> str:
     weights, size = planner.weights, planner.parallel.size
     rows = [
         ["per rank", *shapes],
-        ["prompts x tokens", *(f"{shape.bsz} x {shape.length}" for shape in shapes.values())],
+        ["requests x tokens", *(f"{shape.bsz} x {shape.length}" for shape in shapes.values())],
         ["weights", *(readable(weights.total) for _ in plans)],
         ["KV cache", *(readable(plan.cache) for plan in plans)],
         ["peak activations", *(readable(plan.activations) for plan in plans)],
         ["needed", *(readable(plan.needed) for plan in plans)],
         ["free", *(readable(plan.free) for plan in plans)],
-        ["fits", *("yes" if plan.fits else "no" for plan in plans)],
+        ["fits", *(_fits(planner.at_once(shape), shape.bsz) for shape in shapes.values())],
     ]
     lines = [
         f"{planner.checkpoint.path}: {size} rank{'s' * (size > 1)}, {str(planner.dtype).removeprefix('torch.')}, "
@@ -212,19 +216,23 @@ def table(planner: Planner, shapes: dict[str, BatchShape]) -> str:
     if weights.mapped:
         lines.append(f"{readable(weights.mapped)} of the weights are pages of the file, read again if memory is short.")
     if not plans[-1].fits:
-        lines.append(f"Would fit: {planner.advice() or 'nothing; use a smaller model or dtype'}.")
+        lines.append(f"Would fit at once: {planner.advice() or 'nothing; use a smaller model or dtype'}.")
     return "\n".join(lines)
 
 
-def page_limit(model: Transformer, shape: BatchShape, in_use: int = 0, draft: Transformer | None = None) -> int:
+def _fits(at_once: int, bsz: int) -> str:
+    return "yes" if at_once == bsz else f"{at_once} at once" if at_once else "no"
+
+
+def page_limit(model: Transformer, shape: BatchShape, n_pages: int = 0, draft: Transformer | None = None) -> int:
     """Return how many pages a model and its draft model have room for, beside what a batch needs at once.
 
-    The same on every rank. in_use: bytes of caches that exist already. Raise ValueError where not even one of the
+    The same on every rank. n_pages: those that are in memory already. Raise ValueError where not even one of the
     batch's sequences has room.
     """
     models = [model] if draft is None else [model, draft]
     page = sum(cache_bytes(each.args, each.parallel, each.dtype, BatchShape(1, 1, PAGE_SIZE)) for each in models)
-    free = free_bytes(model.device, local_world_size()) + in_use
+    free = free_bytes(model.device, local_world_size()) + n_pages * page
 
     def pages(shape: BatchShape) -> int:  # beside the larger model's activations
         activations = activation_bytes(model.args, model.parallel, model.dtype, backend_of(model), shape)

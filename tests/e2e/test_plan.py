@@ -51,14 +51,14 @@ def test_a_dry_run_prints_the_plan_and_nothing_else(folder: Path) -> None:
     assert done.stderr == ""
     table = rows(done)
     assert table["per rank"] == ["these prompts", "at most"]
-    assert table["prompts x tokens"] == ["1 x 69", "32 x 2048"]  # a begin token and --max_gen_len 64
+    assert table["requests x tokens"] == ["1 x 69", "32 x 2048"]  # a begin token and --max_gen_len 64
     assert table["weights"] == ["615.68 KB", "615.68 KB"]
-    assert table["KV cache"] == ["17.66 KB", "16.78 MB"]
+    assert table["KV cache"] == ["20.48 KB", "16.78 MB"]
     assert table["fits"] == ["yes", "yes"]
 
 
 def test_a_dry_run_that_does_not_fit_says_what_would(folder: Path) -> None:
-    """And its advice is true: the same dry run within that limit exits with 0."""
+    """And its advice is true: within half of that limit all prompts fit at once, within a larger one some."""
     prompts = json.dumps(["abcd"] * 1000)
     flags: tuple[object, ...] = (
         "--ckpt_dir",
@@ -73,13 +73,16 @@ def test_a_dry_run_that_does_not_fit_says_what_would(folder: Path) -> None:
     )
     flags = (*flags, "--max_seq_len", 16_000_000)
     done = python(COMPLETION, *flags, "--max_batch_size", 10_000)
-    assert done.returncode == 1
-    assert rows(done)["fits"] == ["no", "no"]
+    assert rows(done)["fits"][1] == "no"
     # Half of it, as other programs take and leave memory meanwhile.
-    advised = re.search(r"Would fit: --max_seq_len (\d+)", done.stdout)
+    advised = re.search(r"Would fit at once: --max_seq_len (\d+)", done.stdout)
     assert advised, done.stdout
     done = python(COMPLETION, *flags[:-1], int(advised[1]) // 2, "--max_batch_size", 10_000)
     assert done.returncode == 0, done.stdout
+    assert rows(done)["fits"] == ["yes", "yes"]
+    done = python(COMPLETION, *flags[:-1], 100 * int(advised[1]), "--max_batch_size", 10_000)
+    assert done.returncode == 0, done.stdout
+    assert re.fullmatch(r"\d+ at once", rows(done)["fits"][0]), done.stdout
 
 
 def test_under_torchrun_the_first_rank_prints_one_plan(folder: Path) -> None:
@@ -87,7 +90,7 @@ def test_under_torchrun_the_first_rank_prints_one_plan(folder: Path) -> None:
     done = torchrun(2, CHAT, "--ckpt_dir", folder, "--dry_run", "--device", "cpu", "--max_seq_len", 2**24)
     assert done.returncode == 1
     assert done.stdout.count("KV cache") == 1
-    assert done.stdout.count("Would fit") == 1
+    assert done.stdout.count("Would fit at once") == 1
     assert ": 2 ranks, float32, cpu\n" in done.stdout
 
 

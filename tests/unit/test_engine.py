@@ -17,11 +17,13 @@ import torch
 
 import llama
 from llama import Llama
+from llama.backends.base import backend_of
 from llama.cache import PAGE_SIZE, ForwardBatch
 from llama.config import ModelArgs
 from llama.engine import room
 from llama.engine.engine import Engine
 from llama.engine.step_budget import StepBudget
+from llama.memory.estimate import BatchShape, activation_bytes
 from llama.sampling import SamplingParams
 from tests.checkpoints import random_state
 from tests.models import BYTE_BOS, build, random_tokens, transformer
@@ -104,7 +106,7 @@ def test_requests_that_join_at_any_moment_are_as_they_are_alone(
     """Also where pages run out, where others are cancelled, and with prompts read in parts of any size."""
     choose = random.Random(seed)
     monkeypatch.setattr(room, "page_limit", lambda *args: n_pages)
-    monkeypatch.setattr("llama.backends.eager.MAX_PREFILL_TOKENS", choose.choice([1, 7, 64, 2048]))
+    monkeypatch.setattr("llama.backends.eager.EagerBackend.max_prefill_tokens", choose.choice([1, 7, 64, 2048]))
     llm = build(tiny_folder, max_seq_len=120, max_batch_size=choose.choice([1, 3, 8]))
     engine, stories = llm.engine, defaultdict[int, Story](Story)
     requests: dict[int, tuple[list[int], SamplingParams, int]] = {}
@@ -392,6 +394,26 @@ def test_what_can_never_fit_is_refused_before_it_starts(tiny_folder: Path, monke
     assert len(llm.generate([SHARED], 5)[0][0]) <= 5
 
 
+def test_where_memory_is_short_requests_wait(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it has become short since the cache was made, and until there is more again; texts are the same."""
+    llm = build(tiny_folder, max_seq_len=256, max_batch_size=8)
+    llm.tokenizer.stop_tokens = frozenset()
+    prompts = random_tokens(8, 60, vocab_size=256).tolist()
+    expected = llm.generate(prompts, 100, temperature=0)
+    pool = llm.engine.scheduler.pool
+    page = llm.engine.room.runner.cache.nbytes // pool.n_pages
+    shape = BatchShape(8, 60, 160)
+    beside = activation_bytes(llm.model.args, llm.model.parallel, torch.float32, backend_of(llm.model), shape)
+    for n_pages in (40, 25, 70):
+        # What is used is not free, as the system would say.
+        monkeypatch.setattr("llama.memory.plan.free_bytes", lambda *args, n=n_pages: beside + (n - pool.n_used) * page)
+        most = 0
+        for _ in llm.stream(prompts, 100, temperature=0):
+            most = max(most, pool.n_held)
+        assert 10 <= most <= n_pages
+        assert llm.generate(prompts, 100, temperature=0) == expected
+
+
 def test_memory_follows_the_tokens_that_are_held(tiny_folder: Path) -> None:
     """32 rows of 100 tokens take their pages, not 32 times the longest text."""
     llm = build(tiny_folder, max_seq_len=8192, max_batch_size=32)
@@ -411,6 +433,7 @@ def test_memory_is_given_back_when_nothing_runs(tiny_folder: Path) -> None:
     llm.generate([[5]], 1)
     page = llm.engine.room.runner.cache.nbytes // llm.engine.room.runner.cache.n_pages
     before = resident()
+    assert "nh" in flags_of(llm.engine.room.runner.cache.keys), "huge pages take memory where nothing is written"
     for _ in range(2):
         prompts = random_tokens(16, 250, vocab_size=256, seed=4).tolist()
         streams = llm.stream(prompts, 100)
@@ -428,3 +451,16 @@ def resident() -> int:
     """Bytes of memory that are resident and this process's own."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def flags_of(tensor: torch.Tensor) -> list[str]:
+    """The system's flags of the memory that a tensor is in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            start, stop = (int(end, 16) for end in first.split("-"))
+            inside = start <= tensor.data_ptr() < stop
+        elif inside and first == "VmFlags:":
+            return rest
+    return []

@@ -129,6 +129,22 @@ def test_free_pages_are_told_once_so_that_their_memory_can_go() -> None:
     assert pool.take_free_runs() == [(again, again + 1)]
 
 
+def test_a_limit_takes_kept_pages_and_then_no_more() -> None:
+    """What is beyond it is not allocated, though free; a page that is given up is used again itself."""
+    pool = PagePool(1 + 12, 12)
+    one, other = held(pool, text("abcd")), held(pool, text("xyz"))
+    pool.written()
+    pool.release(one)
+    pool.limit(1 + 5)
+    assert (pool.n_used, pool.n_held, pool.n_available) == (6, 3, 2)
+    assert pool.find(text("abcd")).pages == one[:2]
+    assert [pool.allocate(None, 1), pool.allocate(None, 1)] == [one[1], one[0]]
+    assert pool.n_available == 0
+    pool.limit(100)
+    assert pool.n_available == 12 - 3 - 2
+    pool.release(other)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_pages_are_never_lost_nor_given_twice(seed: int) -> None:
     """Texts of a few letters begin alike, end, fail and are given up at random."""

@@ -19,6 +19,7 @@ from llama.backends.base import backend_of
 from llama.backends.cpu.backend import CpuBackend
 from llama.backends.cpu.build import library
 from llama.backends.eager import EagerBackend
+from llama.cache import PAGE_SIZE, pages_for
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
@@ -30,9 +31,9 @@ from llama.engine.page_pool import PagePool
 from llama.engine.runner import EagerRunner
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Sequence
-from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, free_bytes
+from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free, commitable, free_bytes
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
-from llama.memory.plan import Planner, page_limit
+from llama.memory.plan import Planner, page_limit, table
 from llama.model import Transformer
 from llama.sampling import SamplingParams
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
@@ -192,31 +193,30 @@ def test_planned_activations_are_what_a_run_allocates(
 ) -> None:
     """Within 10 % of the allocator's own count, whatever part of the computation holds most; 15 % by kernels.
 
+    Prompts begin in pages of another text, and have so much of their own that one step computes it: that needs most.
     The layers run by kernels held keys and queries until the next layer, and 1.8 times what was planned.
     """
     args = SHAPES[name]
     job = BatchShape(8, 40, 48, scored=True) if name == "vocabulary" else BatchShape(2, *lengths)
-    model = Transformer(args)
+    model = Transformer(dataclasses.replace(args, max_seq_len=job.length, max_batch_size=job.bsz))
     for weight in model.parameters():
         weight.data = torch.randn_like(weight).div(weight.shape[-1] ** 0.5).to(dtype)
     if kernels:
         if library() is None:
             pytest.skip("no C++ compiler with OpenMP here")
         CpuBackend(CPU).bind(model)
-    tokens = torch.randint(0, args.vocab_size, (job.bsz, job.prompt_len)).tolist()
-    model.args = dataclasses.replace(args, max_seq_len=job.length, max_batch_size=job.bsz)
+    own = min(job.prompt_len - PAGE_SIZE, backend_of(model).max_prefill_tokens // job.bsz)
+    shared = pages_for(job.prompt_len - own) * PAGE_SIZE
+    beginning, *ends = (
+        torch.randint(1, args.vocab_size, (n,)).tolist() for n in (shared, *[job.prompt_len - shared] * job.bsz)
+    )
+    scheduler, runner = Scheduler(model.args, Metrics()), EagerRunner(model, model.new_cache(2 * job.bsz, job.length))
+    scheduler.restart(PagePool(runner.cache.n_pages, runner.cache.n_pages), [runner.cache])
+    read_prompts(scheduler, runner, [[*beginning, 0]], SamplingParams())
+    scheduler.finish(scheduler.running[0])
     params = SamplingParams(0.6, 0.99, logprobs=job.scored, echo=job.scored)
-    scheduler, runner = Scheduler(model.args, Metrics()), EagerRunner(model, model.new_cache(job.bsz, job.length + 16))
-    scheduler.restart(PagePool(runner.cache.n_pages, 0), [runner.cache])
-    scheduler.waiting += [
-        Sequence(i, prompt, params, 8, frozenset(), (1, i), NO_DECODER, [], False) for i, prompt in enumerate(tokens)
-    ]
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        while any(sequence.n_cached < job.prompt_len for sequence in (*scheduler.waiting, *scheduler.running)):
-            chunks = scheduler.schedule(backend_of(model).max_prefill_tokens)
-            runner.launch(chunks)
-            for chunk in chunks:
-                chunk.sequence.n_cached = chunk.stop
+        read_prompts(scheduler, runner, [[*beginning, *end] for end in ends], params)
     allocated = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(allocated, key=lambda event: event.start_ns()):
@@ -229,6 +229,19 @@ def test_planned_activations_are_what_a_run_allocates(
     assert planned == pytest.approx(peak, rel=0.15 if kernels else 0.1)
 
 
+def read_prompts(scheduler: Scheduler, runner: EagerRunner, prompts: list[list[int]], params: SamplingParams) -> None:
+    """Have prompts computed, and a token sampled after each."""
+    scheduler.waiting += [
+        Sequence(i, prompt, params, 8, frozenset(), (1, i), NO_DECODER, [], False) for i, prompt in enumerate(prompts)
+    ]
+    while any(sequence.n_cached < len(sequence.prompt) for sequence in (*scheduler.waiting, *scheduler.running)):
+        chunks = scheduler.schedule(backend_of(runner.model).max_prefill_tokens)
+        runner.launch(chunks)
+        scheduler.pool.written()
+        for chunk in chunks:
+            chunk.sequence.n_cached = chunk.stop
+
+
 def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:
     planner = planner_of(folders["meta"], max_seq_len=100_000, max_batch_size=100)
     assert not planner.plan(planner.limits()).fits
@@ -237,6 +250,16 @@ def test_advice_is_the_largest_that_fits(folders: dict[str, Path]) -> None:
         most = int(words.split()[1])
         assert planner.plan(limits(most)).fits
         assert not planner.plan(limits(most + 1)).fits
+
+
+def test_a_plan_tells_how_many_requests_fit_at_once(folders: dict[str, Path]) -> None:
+    planner = planner_of(folders["meta"], max_seq_len=2000, max_batch_size=100)
+    some = dataclasses.replace(planner, free=planner.plan(planner.limits(bsz=7)).needed)
+    assert some.at_once(some.limits()) == 7
+    assert ["fits", "7", "at", "once"] in [line.split() for line in table(some, {"": some.limits()}).splitlines()]
+    none = dataclasses.replace(planner, free=planner.plan(planner.limits(bsz=1)).needed - 1)
+    assert none.at_once(none.limits()) == 0
+    assert planner.at_once(planner.limits(bsz=3)) == 3
 
 
 def test_what_cannot_run_names_the_fewest_ranks_that_could(folders: dict[str, Path]) -> None:
@@ -262,7 +285,7 @@ def test_pages_are_what_memory_has_room_for(tiny_model: Llama, monkeypatch: pyte
     page = model.new_cache(1, 1).nbytes
     beside = activation_bytes(model.args, model.parallel, model.dtype, backend_of(model), shape)
     assert page_limit(model, shape) == (300_000_000 - beside) // page
-    assert page_limit(model, shape, in_use=10 * page) == (300_000_000 - beside) // page + 10
+    assert page_limit(model, shape, n_pages=10) == (300_000_000 - beside) // page + 10
     with pytest.raises(ValueError, match=r"999999999 with what follows, needs \d.* GB of cache per rank, there"):
         page_limit(model, BatchShape(4, 50, 999_999_999))
 
@@ -311,6 +334,30 @@ def test_a_container_leaves_what_its_limit_and_file_pages_allow(tmp_path: Path, 
         (folder / used).write_text("3000\n")
         (folder / "memory.stat").write_text(f"{prefix}inactive_file 500\n{prefix}active_file 100\nanon 7\n")
     assert min(cgroups_free(tmp_path)) == 5000 - 3000 + 600
+
+
+def test_a_limit_of_addresses_is_one_of_memory() -> None:
+    """A cache is allocated before it is written: beyond `ulimit -v` that failed."""
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux tells what addresses are used")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, limits[1]))
+        free = free_bytes(CPU, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert free == pytest.approx(200_000_000, rel=0.1)
+
+
+@pytest.mark.parametrize(("mode", "free"), [(0, UNKNOWN), (2, 500 * 1024)])
+def test_where_no_more_is_promised_than_there_is_half_of_that_is_free(tmp_path: Path, mode: int, free: int) -> None:
+    (tmp_path / "proc/sys/vm").mkdir(parents=True)
+    (tmp_path / "proc/sys/vm/overcommit_memory").write_text(f"{mode}\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nCommitLimit:  3000 kB\nCommitted_AS:   2000 kB\n")
+    assert commitable(tmp_path) == free
+    assert commitable(tmp_path / "elsewhere") == UNKNOWN
 
 
 def test_no_control_groups_are_no_limit(tmp_path: Path) -> None:

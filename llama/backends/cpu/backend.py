@@ -237,6 +237,7 @@ class CpuBackend(EagerBackend):
             h = ops.fused_add_rms_norm(x, delta, self._norms[i][1], eps, dtype)
             feed_forward = layer.feed_forward
             delta = feed_forward.w2(ops.silu_and_mul(feed_forward.w1(h), feed_forward.w3(h)))
+            del h
         ops.fused_add_rms_norm(x, delta, None, eps, dtype)
 
     def _attend(
