@@ -169,7 +169,7 @@ def test_a_text_that_is_computed_again_token_by_token_goes_on(
 ) -> None:
     """A step that only reads, one token of each, was taken for one that generates, and had none to go on with."""
     monkeypatch.setattr(room, "page_limit", lambda *args: 6)
-    monkeypatch.setattr("llama.backends.eager.MAX_PREFILL_TOKENS", 1)
+    monkeypatch.setattr("llama.backends.eager.EagerBackend.max_prefill_tokens", 1)
     llm = build(tiny_folder, max_seq_len=96, max_batch_size=2)
     llm.tokenizer.stop_tokens = frozenset()
     prompts, params = [SHARED[:37], ENDS[0]], SamplingParams(0, max_gen_len=50)
@@ -184,7 +184,7 @@ def test_a_text_that_is_computed_again_token_by_token_goes_on(
 
 
 def test_a_budget_is_what_steps_have_time_for() -> None:
-    """Whatever a token costs: it grows by and by, one step that took long is not the end of it, nor a queue without end.
+    """Whatever a token costs: it grows by and by, and neither a long step nor a queue without end makes an end of it.
 
     Rows that come make steps slower, too: it once took that for the cost of one token, and never read more than one.
     """
@@ -367,7 +367,7 @@ def test_an_interrupt_at_any_line_changes_no_text(
         assert llm.engine.scheduler.pool.n_held == 0
         for request, (prompt, params) in requests.items():
             assert_same(stories[request], alone(plain, prompt, params, 0))
-    assert n_interrupts > 50
+    assert n_interrupts >= 40
 
 
 def test_logits_that_are_not_numbers_end_one_request(tiny_folder: Path) -> None:

@@ -231,9 +231,8 @@ def test_planned_activations_are_what_a_run_allocates(
 
 def read_prompts(scheduler: Scheduler, runner: EagerRunner, prompts: list[list[int]], params: SamplingParams) -> None:
     """Have prompts computed, and a token sampled after each."""
-    scheduler.waiting += [
-        Sequence(i, prompt, params, 8, frozenset(), (1, i), NO_DECODER, [], False) for i, prompt in enumerate(prompts)
-    ]
+    for i, prompt in enumerate(prompts, len(scheduler.requests)):
+        scheduler.add(Sequence(i, prompt, params, 8, frozenset(), (1, i), NO_DECODER, [], False))
     while any(sequence.n_cached < len(sequence.prompt) for sequence in (*scheduler.waiting, *scheduler.running)):
         chunks = scheduler.schedule(backend_of(runner.model).max_prefill_tokens)
         runner.launch(chunks)
