@@ -62,7 +62,8 @@ class Room:
             speculative,
         )
         if shape != before:
-            self.rest()
+            if n_others:  # else it was done when the last of them ended
+                self.rest()
             pool = self.scheduler.pool
             pages = pool.n_pages if self.grows else pool.n_used
             self._limit = page_limit(self.model, shape, pages, self.draft)
