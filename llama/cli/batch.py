@@ -107,6 +107,8 @@ def main(
                 error = caught
                 if n_replicas > 1:
                     add_up("bundles", NO_BUNDLE)  # the others end soon, too
+                if not isinstance(error, ValueError | OSError):
+                    raise  # the ranks that follow do not know: see lead
         progress.flush()
         if not is_first_rank():
             results.close()  # the first rank joins it to the output

@@ -91,6 +91,7 @@ def join_job(timeout: float = TIMEOUT) -> None:
         return
     if _watch is not None:
         _watched = dist.group.WORLD
+        _watch.listen()  # so that it can name them
         atexit.register(_leave)
 
 

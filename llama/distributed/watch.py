@@ -8,6 +8,7 @@ nothing of process groups.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ ENDED_SECONDS = 10.0
 # One that is silent and cannot be seen, as on another host, is waited for so long.
 LOST_SECONDS = 20.0
 # How long a rank that lost another one tries to learn which.
-SECONDS_TO_LEARN = 2.0
+SECONDS_TO_LEARN = 3.0
 # How long ranks wait for the one of their host that tells why the job ends: torchrun ends all when the first has ended.
 SECONDS_TO_TELL = 5.0
 # How long a rank that is done waits for the others, which may be writing their results.
@@ -78,6 +79,7 @@ class Watch:
         self._others = [other for other in range(world_size) if other != rank]
         self._number, self._pid = 0, os.getpid()
         self._beats: dict[int, Beat] = {}  # the other ranks' newest
+        self._restore_terminal = _terminal()
         self._answered = time.monotonic()  # when the store last did
         self._done = threading.Event()
         self._beat()
@@ -91,7 +93,7 @@ class Watch:
         deadline = time.monotonic() + SECONDS_TO_LEARN
         try:
             if len(self._beats) < len(self._others):
-                self._listen()
+                self.listen()
             while time.monotonic() < deadline:
                 if (rank := self._first_ended()) is not None:
                     return self._ended(rank)
@@ -128,6 +130,7 @@ class Watch:
             while not self._store.check([spoke]) and time.monotonic() < deadline:
                 time.sleep(0.01)
             self._go(SECONDS_TO_LEARN)
+        self._restore_terminal()
         os._exit(1)
 
     def stop(self) -> None:
@@ -143,7 +146,7 @@ class Watch:
         self.stop()
         deadline = time.monotonic() + SECONDS_TO_LEAVE
         with contextlib.suppress(RuntimeError):
-            self._listen()
+            self.listen()
             self._store.set(f"left {self._rank}", "")
             while not all(map(self._has_ended, self._others)) and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -177,7 +180,7 @@ class Watch:
             try:
                 self._beat()
                 if waited or len(self._beats) < len(self._others):
-                    self._listen()
+                    self.listen()
                 now = self._answered = time.monotonic()
                 if not waited:
                     changed.clear()
@@ -194,6 +197,8 @@ class Watch:
                     rank: now - calls_at if beat is not None and beat.calls % 2 else 0.0
                     for rank, (beat, _, calls_at) in changed.items()
                 }
+                if waited and self._store.check([f"spoke on {self._host}"]):
+                    self.end("another rank has failed, and has said why")
                 verdict = self._verdict(waited, silent, stuck)
             except RuntimeError:  # the store has ended, with the process that held it
                 if self.needs_others:  # no collective will tell
@@ -223,7 +228,7 @@ class Watch:
         beat = Beat(self._number, self.calls, self.needs_others, self._pid, self._host)
         self._store.set(f"beat {self._rank}", beat.encode())
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
         """Read the newest beat of each other rank that has given one."""
         beating = [rank for rank in self._others if self._store.check([f"beat {rank}"])]
         self._beats = {rank: Beat.decode(self._store.get(f"beat {rank}").decode()) for rank in beating}
@@ -300,3 +305,13 @@ def _host() -> str:
         return f"{name} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return name
+
+
+def _terminal() -> Callable[[], None]:
+    """Return what brings the terminal at stdin back to how it is now: readline turns its echo off while it waits."""
+    try:
+        import termios
+
+        return functools.partial(termios.tcsetattr, 0, termios.TCSANOW, termios.tcgetattr(0))
+    except (ImportError, termios.error):  # Windows; no terminal
+        return lambda: None

@@ -34,7 +34,7 @@ class BuildOptions:
         speculate: lookup proposes tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which proposes tokens instead.
         draft_quantize: int8, int4 or fp8 for the draft model, which may then be the model itself.
-        timeout: seconds without a step after which ranks that wait for a stopped one give up.
+        timeout: seconds without a step after which ranks that wait for each other give up.
     """
 
     ckpt_dir: str | os.PathLike[str]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import COMPLETION, TIMEOUT, Finished, forked_python, python, started, torchrun
+from tests.checkpoints import TINY, chain_state, write_meta
+from tests.e2e.processes import COMPLETION, LLAMA, TIMEOUT, Finished, forked_python, python, started, torchrun
+from tests.e2e.terminal import terminal
+from tests.models import BYTE_EOS
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +73,7 @@ def two_ranks(fault: str, ckpt_dir: Path) -> list[Finished]:
     ("fault", "words"),
     [
         ("killed", ["rank 1 of 2 (process ", "has ended or was killed"]),
-        ("stopped", ["rank 1 of 2 (process ", "gave no sign of life for ", "--timeout is 1.5"]),
+        ("stopped", ["rank 1 of 2 (process ", "gave no sign of life for ", "it is stopped"]),
         ("astray", ["ranks wait for each other", "the same calls in the same order"]),
     ],
 )
@@ -80,6 +85,53 @@ def test_a_rank_that_is_lost_is_named_in_one_line(fault: str, words: list[str], 
     lines = "".join(rank.stderr for rank in living).splitlines()
     (error,) = [line for line in lines if not line.startswith("loaded ")]
     assert [word for word in ("error: ", *words) if word not in error] == []
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_ends_a_job_whatever_the_timeout_and_what_is_written_stays_whole(
+    stopped: int, tmp_path: Path
+) -> None:
+    """The first rank leads the other, and holds the store; for either nothing was said for ten minutes."""
+    a, b, d = b"abd"
+    write_meta(tmp_path, TINY, state=chain_state(TINY, {a: b, b: a, d: BYTE_EOS}))
+    questions, answers, port = tmp_path / "in.jsonl", tmp_path / "out.jsonl", free_port()
+    questions.write_text('"d"\n' * 40 + '"b"\n' * 4)  # the last four have no end
+    flags = ["--ckpt_dir", tmp_path, "--max_seq_len", 100_000, "--max_gen_len", "None", "--temperature", 0]
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank in range(2):
+            program = sys.executable if rank == stopped else forked_python()
+            command = [program, *LLAMA, "batch", questions, answers, *flags]
+            ranks.append(stack.enter_context(started(command, env=rank_env(rank, port))))
+        while not answers.exists() or len(answers.read_text().splitlines()) < 40:
+            time.sleep(0.1)
+        ranks[stopped].send_signal(signal.SIGSTOP)
+        _, stderr = ranks[1 - stopped].communicate(timeout=TIMEOUT)
+        ranks[stopped].kill()
+    told = ("loaded ", "rank ")  # that one waits for the other, which takes longer to start
+    (error,) = [line for line in stderr.splitlines() if not line.startswith(told)]
+    assert error.startswith(f"error: rank {stopped} of 2 (process ") and "it is stopped" in error
+    assert ranks[1 - stopped].returncode == 1
+    assert {json.loads(line)["index"] for line in answers.read_text().splitlines()} == set(range(40))
+
+
+def test_a_chat_that_waits_for_its_user_ends_when_another_rank_has_ended(tiny_folder: Path) -> None:
+    """It waited on, and told the user after the next message; ended by a thread, it left the terminal without echo."""
+    port = free_port()
+    command: Sequence[object] = [forked_python(), *LLAMA, "chat", "--ckpt_dir", tiny_folder, "--max_seq_len", 100]
+    variables = [f"{name}={value}" for name, value in rank_env(0, port).items()]
+    with (
+        started(command, env=rank_env(1, port)) as other,
+        terminal(["env", *variables, *command]) as chat,
+    ):
+        chat.wait_for("\n> ")
+        while chat.echoes:  # readline is about to wait for keys
+            time.sleep(0.01)
+        other.kill()
+        shown = chat.wait_for_end()
+        assert chat.echoes
+    assert chat.process.returncode == 1
+    assert shown.count("\n") == 1 and "error: rank 1 of 2 (process " in shown and "has ended or was killed" in shown
 
 
 @pytest.mark.parametrize(("output", "code"), [("/dev/full", 1), ("nobody", 0)])
