@@ -157,7 +157,7 @@ def test_a_sliding_window_holds_while_decoding(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     model, tokens = opened(tmp_path), random_tokens(2, 40, vocab_size=VOCAB_SIZE)
     cache = model.new_cache(2, 40)
-    step = [model(tokens[:, i : i + 1], torch.full((2,), i), cache, kv_len=i + 1) for i in range(40)]
+    step = [model(tokens[:, i : i + 1], torch.full((2,), i), cache) for i in range(40)]
     torch.testing.assert_close(torch.cat(step, dim=1), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 

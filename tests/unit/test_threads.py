@@ -88,6 +88,7 @@ def test_more_threads_than_cores_are_not_given_and_that_is_told_once(
     """torch cut the number that the user asked for without a word."""
     caplog.set_level(logging.INFO, logger="llama")
     before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     share_cores(1)
     threads = torch.get_num_threads()
     try:
