@@ -88,6 +88,8 @@ def test_more_threads_than_cores_are_not_given_and_that_is_told_once(
     """torch cut the number that the user asked for without a word."""
     caplog.set_level(logging.INFO, logger="llama")
     before = torch.get_num_threads()
+    # What other tests gave torch is no caller's choice here.
+    monkeypatch.setattr("llama.distributed.threads._default_threads", before)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     share_cores(1)
     threads = torch.get_num_threads()
