@@ -108,24 +108,8 @@ class Engine:
         Raises ValueError, on every rank, where ids are wrong, and where it can never have the pages that it needs.
         """
         self.last_id += 1
-        prompt_tokens = prompt_ids(prompt_tokens, "the prompt", self.model.args)
-        params = params or SamplingParams()
-        limit = self.model.args.max_seq_len - len(prompt_tokens)
-        sequence = Sequence(
-            self.last_id,
-            prompt_tokens,
-            params,
-            limit if params.max_gen_len is None else min(limit, params.max_gen_len),
-            self.tokenizer.stop_tokens if params.stop_token is None else frozenset({params.stop_token}),
-            (self.seed if params.seed is None else params.seed, index),
-            self.tokenizer.stream_decoder(add_prefix_space),
-            self._events,
-            interactive,
-        )
-        self.room.check(sequence, len(self.requests), self._speculation is not None)
-        self._is_steady = False
-        self.scheduler.add(sequence)
-        return sequence.id
+        prompt = prompt_ids(prompt_tokens, "the prompt", self.model.args)
+        return self._wait(prompt, params or SamplingParams(), index, add_prefix_space, interactive).id
 
     def cancel(self, request: int) -> None:
         """End a request without another event; one that has ended already is left as it is."""
@@ -154,7 +138,7 @@ class Engine:
         add_prefix_space: bool = False,
         interactive: bool = True,
     ) -> abc.Generator[TokenEvent]:
-        """Complete prompts and yield their events, with params.echo those of their prompts first.
+        """Complete prompts, whose ids are right, and yield their events, with params.echo those of their prompts first.
 
         An event's index is that of its prompt; `first` is added to it for the random numbers. Raise ValueError where
         logits are NaN or infinite.
@@ -167,13 +151,10 @@ class Engine:
             while True:
                 room = max_waiting - len(self.scheduler.waiting)
                 for index, prompt in itertools.islice(waiting, max(int(not mine), room)):  # one at least waits
-                    place = first + index
-                    request = self.add(
-                        prompt, params, index=place, add_prefix_space=add_prefix_space, interactive=interactive
-                    )
-                    sequence = self.requests[request]
+                    self.last_id += 1
+                    sequence = self._wait(prompt, params, first + index, add_prefix_space, interactive)
                     sequence.index, sequence.events = index, events
-                    mine[index] = request
+                    mine[index] = sequence.id
                 if not mine:
                     return
                 if not events:  # a step for others may have had some for these
@@ -188,6 +169,27 @@ class Engine:
         finally:
             for request in mine.values():
                 self.cancel(request)
+
+    def _wait(
+        self, prompt: abc.Sequence[int], params: SamplingParams, place: int, add_prefix_space: bool, interactive: bool
+    ) -> Sequence:
+        """Have a prompt of right ids wait for its turn, as the newest request; the others as for `add`."""
+        limit = self.model.args.max_seq_len - len(prompt)
+        sequence = Sequence(
+            self.last_id,
+            prompt,
+            params,
+            limit if params.max_gen_len is None else min(limit, params.max_gen_len),
+            self.tokenizer.stop_tokens if params.stop_token is None else frozenset({params.stop_token}),
+            (self.seed if params.seed is None else params.seed, place),
+            self.tokenizer.stream_decoder(add_prefix_space),
+            self._events,
+            interactive,
+        )
+        self.room.check(sequence, len(self.requests), self._speculation is not None)
+        self._is_steady = False
+        self.scheduler.add(sequence)
+        return sequence
 
     def _step_or_recover(self) -> None:
         """Compute one step, and give its events to its sequences; after an interrupt the next one computes it."""
@@ -241,8 +243,7 @@ class Engine:
                 return []
         self._began = time.perf_counter()
         chunks = [Chunk(sequence, sequence.n_cached, sequence.tokens[-1:], 1) for sequence in self._steady]
-        told = self.has_news << NEWS | self._budget.tokens << NEWS + 1
-        self.room.runners[0].launch_next(chunks, told)
+        self.room.runners[0].launch_next(chunks, self._announced())
         return chunks
 
     def _launch(self) -> list[Chunk]:
@@ -260,7 +261,7 @@ class Engine:
         self.scheduler.is_consistent = True
         if not chunks:
             return []
-        if self._speculation is not None and not any(map(is_of_prompt, chunks)):
+        if self._speculation is not None and not any(chunk.is_of_prompt for chunk in chunks):
             chunks = self._speculation.with_drafts(chunks, self.scheduler)
         self.room.runners[0].launch(chunks, self._announced())
         return chunks
@@ -269,7 +270,7 @@ class Engine:
         """Launch the step after these chunks, where every sequence is sure to need it and nothing else can run."""
         if self._speculation is not None or self.scheduler.can_admit:
             return []
-        if any(is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks):
+        if any(chunk.is_of_prompt or chunk.sequence.finished for chunk in chunks):
             return []
         # The newest token of each is not known yet, and the one after it is about to be computed.
         lengths = [chunk.stop + 1 for chunk in chunks]
@@ -288,7 +289,7 @@ class Engine:
         self._is_steady = not (
             self._speculation is not None
             or self.scheduler.can_admit
-            or any(is_of_prompt(chunk) or chunk.sequence.finished for chunk in chunks)
+            or any(chunk.is_of_prompt or chunk.sequence.finished for chunk in chunks)
         )
         self._steady = [chunk.sequence for chunk in chunks]
 
@@ -323,7 +324,7 @@ class Engine:
             self._end(sequence, reason, sequence.decoder.flush())
 
     def _echo(self, sequence: Sequence) -> None:
-        """Yield the events of a prompt, if they are asked for."""
+        """Add the events of a prompt, if they are asked for."""
         if sequence.params.echo:
             for i, token in enumerate(sequence.prompt):
                 text = "" if token in self._silent_tokens else sequence.decoder.push(token)
@@ -354,9 +355,9 @@ class Engine:
         if self._steady_steps:
             self._budget.record(self._steady_seconds / self._steady_steps, 0)
             self._steady_steps, self._steady_seconds = 0, 0.0
-        n_prompt_tokens = sum(len(chunk.tokens) for chunk in chunks if is_of_prompt(chunk))
+        n_prompt_tokens = sum(len(chunk.tokens) for chunk in chunks if chunk.is_of_prompt)
         # A step that was launched ahead still has the rows of sequences that have ended.
-        n_decoded = sum(not is_of_prompt(chunk) and not chunk.sequence.finished for chunk in chunks)
+        n_decoded = sum(not chunk.is_of_prompt and not chunk.sequence.finished for chunk in chunks)
         metrics.add_step(seconds, n_prompt_tokens, n_decoded)
         if n_decoded:
             self._budget.record(seconds, n_prompt_tokens)
@@ -382,11 +383,6 @@ class Engine:
                 if token not in self._silent_tokens:
                     sequence.decoder.push(token)
         self._begun = []
-
-
-def is_of_prompt(chunk: Chunk) -> bool:
-    """Tell whether a chunk is part of a prompt, or of a text that is computed again."""
-    return chunk.sequence.in_prompt or not chunk.n_sampled or len(chunk.tokens) - chunk.n_drafts > 1
 
 
 def invalid_logits(sequence: Sequence) -> str:

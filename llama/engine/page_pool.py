@@ -149,7 +149,10 @@ class PagePool:
             self._free(self._give_up())
 
     def take_free_runs(self) -> list[tuple[int, int]]:
-        """Return the runs of free pages, [start, stop), that may have been written since they were returned last."""
+        """Return the runs of free pages, [start, stop), that may have been written.
+
+        The run behind all others is returned once, until one of its pages is allocated again.
+        """
         runs = [match.span() for match in re.finditer(rb"[\0\1]+", self._states[: self.n_touched])]
         if runs and runs[-1][1] == self.n_touched:
             self.n_touched = runs[-1][0]

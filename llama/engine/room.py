@@ -42,10 +42,6 @@ class Room:
         self._limit = 0  # pages that there is memory for
 
     @property
-    def runner(self) -> Runner:
-        return self.runners[0]
-
-    @property
     def max_step_tokens(self) -> int:
         """Most tokens of prompts that a step computes."""
         return min(backend_of(model).max_prefill_tokens for model in self._models)

@@ -56,10 +56,10 @@ class Scheduler:
         """Return the chunks of the next step: the newest token of all that generate, and `budget` tokens of prompts."""
         chunks: list[Chunk] = []
         self._admitted = []
-        self.running.sort(key=lambda each: each.id)  # so that whoever is set back was not given a chunk yet
-        for sequence in self.running.copy():
-            if sequence not in self.running:
-                continue
+        self.running.sort(key=lambda each: each.id)  # whoever is set back is the last, and was not given a chunk yet
+        row = 0
+        while row < len(self.running):
+            sequence, row = self.running[row], row + 1
             n = len(sequence.tokens) - sequence.n_cached
             if sequence.is_reading:
                 n = min(n, budget)

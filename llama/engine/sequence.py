@@ -101,6 +101,11 @@ class Chunk:
         """The position after the last token that is sure to stay."""
         return self.start + len(self.tokens) - self.n_drafts
 
+    @property
+    def is_of_prompt(self) -> bool:
+        """Whether it is part of a prompt, or of a text that is computed again."""
+        return self.sequence.in_prompt or not self.n_sampled or len(self.tokens) - self.n_drafts > 1
+
     def with_drafts(self, drafts: abc.Sequence[int]) -> Chunk:
         """Return the chunk of a sequence that generates with draft tokens after its newest."""
         tokens = [*self.tokens, *drafts]

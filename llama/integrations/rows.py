@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from llama.chat.dialog import check_messages
 from llama.distributed.job import from_first_rank
-from llama.engine.prompts import as_token_ids
+from llama.engine.prompts import prompt_ids
 from llama.generation import UNSAFE_ERROR, Llama
 from llama.outputs import CompletionPrediction, TokenEvent, fold_prompt
 from llama.sampling import SamplingParams
@@ -57,7 +57,7 @@ def complete_rows(llm: Llama, rows: abc.Sequence[Mapping[str, Any]], params: Sam
             requests.append(as_request(llm, row, params))
             accepted.append(result)
         except ValueError as error:
-            result["error"] = str(error).replace("prompt 0", "the prompt")  # each is checked as a list of its own
+            result["error"] = str(error)
     for request, result, completed in zip(requests, accepted, _run(llm, from_first_rank(requests)), strict=True):
         if isinstance(completed, str):
             result["error"] = completed
@@ -92,8 +92,7 @@ def as_request(llm: Llama, row: Mapping[str, Any], params: SamplingParams) -> Ro
         if llm.chat_format.is_unsafe(value):
             raise ValueError(UNSAFE_ERROR)
         value = llm.chat_format.encode(value)
-    [tokens] = as_token_ids([value], llm.model.args)
-    return RowRequest(tokens, params, row["index"])
+    return RowRequest(prompt_ids(value, "the prompt", llm.model.args), params, row["index"])
 
 
 def _without_nulls(value: Any) -> Any:

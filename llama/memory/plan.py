@@ -173,7 +173,7 @@ class Planner:
         return []
 
     def check_can_run(self) -> None:
-        """Raise ValueError where not even one token can be run; larger batches are checked later, by `check_room`."""
+        """Raise ValueError where not even one token can be run; more is checked later, by `page_limit`."""
         one = BatchShape(1, 1, 1)
         plan = self.plan(one)
         if not plan.can_run:

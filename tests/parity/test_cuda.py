@@ -97,7 +97,7 @@ def test_graphs_give_the_tokens_of_steps_that_are_not_recorded(
     """Rows end apart; the second batch runs on the graphs of the first."""
     llm = Llama.build(folder, dtype="float32", **options)  # type: ignore[arg-type]
     graphed = [llm.generate(prompts, 24, temperature, logprobs=True, seed=3) for prompts in (PROMPTS, PROMPTS[1:])]
-    assert llm.engine.room.runner.runs_ahead
+    assert llm.engine.room.runners[0].runs_ahead
     monkeypatch.setattr(CudaBackend, "captures_graphs", False)
     plain = Llama(llm.model, llm.tokenizer)
     for (tokens, scores), prompts in zip(graphed, (PROMPTS, PROMPTS[1:]), strict=True):

@@ -401,7 +401,7 @@ def test_where_memory_is_short_requests_wait(tiny_folder: Path, monkeypatch: pyt
     prompts = random_tokens(8, 60, vocab_size=256).tolist()
     expected = llm.generate(prompts, 100, temperature=0)
     pool = llm.engine.scheduler.pool
-    page = llm.engine.room.runner.cache.nbytes // pool.n_pages
+    page = llm.engine.room.runners[0].cache.nbytes // pool.n_pages
     shape = BatchShape(8, 60, 160)
     beside = activation_bytes(llm.model.args, llm.model.parallel, torch.float32, backend_of(llm.model), shape)
     for n_pages in (40, 25, 70):
@@ -431,9 +431,9 @@ def test_memory_is_given_back_when_nothing_runs(tiny_folder: Path) -> None:
     llm = Llama(transformer(args, random_state(model_args)), build(tiny_folder).tokenizer)
     llm.tokenizer.stop_tokens = frozenset()
     llm.generate([[5]], 1)
-    page = llm.engine.room.runner.cache.nbytes // llm.engine.room.runner.cache.n_pages
+    page = llm.engine.room.runners[0].cache.nbytes // llm.engine.room.runners[0].cache.n_pages
     before = resident()
-    assert "nh" in flags_of(llm.engine.room.runner.cache.keys), "huge pages take memory where nothing is written"
+    assert "nh" in flags_of(llm.engine.room.runners[0].cache.keys), "huge pages take memory where nothing is written"
     for _ in range(2):
         prompts = random_tokens(16, 250, vocab_size=256, seed=4).tolist()
         streams = llm.stream(prompts, 100)

@@ -257,7 +257,7 @@ def test_a_checkpoint_is_built_and_completed_as_on_a_cpu(tmp_path: Path, monkeyp
     llm = build(tmp_path, quantize="int8")
     assert llm.model.weight_types[0] == "Q8_0"
     tokens, scores = llm.generate(prompts, 4, logprobs=True, **options)
-    assert llm.engine.room.runner.runs_ahead
+    assert llm.engine.room.runners[0].runs_ahead
     assert tokens == expected[0]
     for row, wanted in zip(scores or [], expected[1] or [], strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)

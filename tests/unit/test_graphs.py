@@ -169,7 +169,7 @@ def test_a_cache_that_grows_keeps_what_it_has(folders: dict[str, Path]) -> None:
     sizes = set()
     for turn, wanted in zip(turns, expected, strict=True):
         assert [step.token for step in llm.stream([turn], 9, temperature=0)] == wanted
-        sizes.add(llm.engine.room.runner.cache.n_pages)
+        sizes.add(llm.engine.room.runners[0].cache.n_pages)
     assert len(sizes) > 1
     assert llm.metrics.reused_tokens > 0
     assert_same(
@@ -250,7 +250,7 @@ def test_rows_that_only_fill_up_a_graph_write_to_nobodys_page(folders: dict[str,
     llm = build_llama(folders["model"], [])
     llm.tokenizer.stop_tokens = frozenset()
     llm.generate(PROMPTS[:3], 9, **GREEDY)
-    cache, pool = llm.engine.room.runner.cache, llm.engine.scheduler.pool
+    cache, pool = llm.engine.room.runners[0].cache, llm.engine.scheduler.pool
     written = [page for page in range(cache.n_pages) if cache.keys[:, page].any()]
     assert 0 in written and max(written) == pool.n_touched - 1
     llm.generate(PROMPTS[:3], 9, **GREEDY)  # its pages are found, and they hold what they held

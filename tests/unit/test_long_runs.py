@@ -81,7 +81,7 @@ def test_a_model_that_is_dropped_is_gone_at_once(tiny_folder: Path, way: dict[st
         llm.generate([[1, 2, 3], [4, 5]], 5)
         stream = llm.stream([[1, 2, 3]], 5)
         next(stream)
-        kept = [weakref.ref(each) for each in (llm, llm.model, llm.engine, llm.engine.room.runner.cache.keys)]
+        kept = [weakref.ref(each) for each in (llm, llm.model, llm.engine, llm.engine.room.runners[0].cache.keys)]
         del stream, llm
         assert [ref() for ref in kept] == [None] * len(kept)
     finally:
