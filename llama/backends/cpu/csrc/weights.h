@@ -12,9 +12,9 @@
 //   Q6_K      256  half d[16], int8 scale[16][16]                                    [32] low 4 bits, [16] high 2
 // The order of additions for a token does not depend on the number of tokens: see D30.
 #pragma once
-#include "vectors.h"
+#include "floats.h"
 
-enum Type : int32_t { F32, BF16, F16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
+enum BlockType : int32_t { Q8_0 = 3, Q4_0, Q4_1, Q4_K, Q6_K };
 
 struct Weight {
     int32_t type;
@@ -23,42 +23,9 @@ struct Weight {
     const float *bias;  // or null
 };
 
-constexpr int TILE = LANES;  // rows
 // Prefetch distance in bytes of packed codes, as processors' own prefetching stops at the end of a page. Of floats, the
 // rows after the next ones are prefetched.
 constexpr int AHEAD = 2048;
-
-// Converts n floats of a type, from index `first` on, to fp32.
-inline void read_floats(const void *from, int type, size_t first, int n, float *to) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) switch (type) {
-            case F32: store(to + i, load<f32>((const float *)from + first + i)); break;
-            case BF16: store(to + i, from_bf16(load<u16>((const uint16_t *)from + first + i))); break;
-            default: store(to + i, from_half(load<u16>((const uint16_t *)from + first + i)));
-        }
-    for (; i < n; i++) switch (type) {
-            case F32: to[i] = ((const float *)from)[first + i]; break;
-            case BF16: to[i] = from_bf16(((const uint16_t *)from)[first + i]); break;
-            default: to[i] = from_half(((const uint16_t *)from)[first + i]);
-        }
-}
-
-// Converts n fp32 values to floats of a type, from index `first` on.
-inline void write_floats(void *to, int type, size_t first, int n, const float *from) {
-    int i = 0;
-    if (type == BF16)
-        for (; i + LANES <= n; i += LANES) {
-            u16 rounded = to_bf16(load<f32>(from + i));
-            memcpy((uint16_t *)to + first + i, &rounded, sizeof rounded);
-        }
-    for (; i < n; i++) switch (type) {
-            case F32: ((float *)to)[first + i] = from[i]; break;
-            case BF16: ((uint16_t *)to)[first + i] = to_bf16(from[i]); break;
-            default: ((uint16_t *)to)[first + i] = to_half(from[i]);
-        }
-}
-
-inline int value_bytes(int type) { return type == F32 ? 4 : 2; }
 
 // Of a group of columns: their number, and the bytes of its head and of its words in a tile.
 struct Layout {
@@ -129,7 +96,7 @@ template <int N> inline Products<N> nibbles(const uint8_t *words, float offset, 
 
 // Each of these structs adds the products of one group of columns to y, a vector of 16 rows for each token.
 struct Q8 {
-    static constexpr Type TYPE = Q8_0;
+    static constexpr BlockType TYPE = Q8_0;
     template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
         Products<N> p;
 #pragma GCC unroll 8
@@ -144,7 +111,7 @@ struct Q8 {
 };
 
 struct Q40 {
-    static constexpr Type TYPE = Q4_0;
+    static constexpr BlockType TYPE = Q4_0;
     template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
         Products<N> p = nibbles<N>(words, -8, x, 0);
         f32 scale = from_half(load<u16>(head));
@@ -153,7 +120,7 @@ struct Q40 {
 };
 
 struct Q41 {
-    static constexpr Type TYPE = Q4_1;
+    static constexpr BlockType TYPE = Q4_1;
     template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
         Products<N> p = nibbles<N>(words, 0, x, 0);
         f32 scale = from_half(load<u16>(head)), minimum = from_half(load<u16>(head + 32));
@@ -165,7 +132,7 @@ struct Q41 {
 };
 
 struct Q4K {
-    static constexpr Type TYPE = Q4_K;
+    static constexpr BlockType TYPE = Q4_K;
     template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
         f32 d = from_half(load<u16>(head)), dmin = from_half(load<u16>(head + 32));
         for (int g = 0; g < 8; g++) {
@@ -181,7 +148,7 @@ struct Q4K {
 };
 
 struct Q6K {
-    static constexpr Type TYPE = Q6_K;
+    static constexpr BlockType TYPE = Q6_K;
     template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
         f32 d = from_half(load<u16>(head));
         for (int g = 0; g < 16; g++) {
@@ -213,59 +180,14 @@ inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y
     for (int t = 0; t < N; t++) store(y + t * TILE, sums[t]);
 }
 
-// Loads 16 floats, or converts one, of any type to fp32.
-inline f32 floats(const float *from) { return load<f32>(from); }
-inline float one(float from) { return from; }
-struct Bf16 {
-    uint16_t bits;
-};
-inline f32 floats(const Bf16 *from) { return from_bf16(load<u16>(from)); }
-inline float one(Bf16 from) { return from_bf16(from.bits); }
-struct Half {
-    uint16_t bits;
-};
-inline f32 floats(const Half *from) { return from_half(load<u16>(from)); }
-inline float one(Half from) { return from_half(from.bits); }
-
-// Multiplies R rows of floats by N tokens from `token` on: y[t * TILE + row].
-template <class T, int R, int N>
-inline void float_rows(const T *weight, const Input &x, int token, float *y) {
-    f32 sums[R][N] = {};
-    const float *rows[N];
-    const int columns = x.columns;
-    for (int t = 0; t < N; t++) rows[t] = x.row(token + t);
-    int c = 0;
-    for (; c + LANES <= columns; c += LANES)
-        for (int r = 0; r < R; r++) {
-            __builtin_prefetch(weight + size_t(r + 2 * R) * columns + c);
-            f32 w = floats(weight + size_t(r) * columns + c);
-            for (int t = 0; t < N; t++) sums[r][t] += w * load<f32>(rows[t] + c);
-        }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < N; t++) {
-            float rest = 0;
-            for (int i = c; i < columns; i++) rest += one(weight[size_t(r) * columns + i]) * rows[t][i];
-            y[t * TILE + r] = sum(sums[r][t]) + rest;
-        }
-}
-
-// Multiplies up to 16 rows of floats by N tokens.
-template <class T, int N>
-inline void float_tile(const T *weight, int rows, const Input &x, int token, float *y) {
-    constexpr int R = N == 8 ? 2 : 4;
-    int r = 0;
-    for (; r + R <= rows; r += R) float_rows<T, R, N>(weight + size_t(r) * x.columns, x, token, y + r);
-    for (; r < rows; r++) float_rows<T, 1, N>(weight + size_t(r) * x.columns, x, token, y + r);
-}
-
 // Multiplies a tile of any type by N tokens from `token` on.
 template <int N> inline void gemv_tile_tokens(const Weight &w, int tile, const Input &x, int token, float *y) {
     const uint8_t *data = w.data + size_t(tile) * tile_bytes(w.type, w.columns);
     int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
     switch (w.type) {
-        case F32: return float_tile<float, N>((const float *)data, rows, x, token, y);
-        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, x, token, y);
-        case F16: return float_tile<Half, N>((const Half *)data, rows, x, token, y);
+        case F32: return float_tile<float, N>((const float *)data, rows, x.row(token), x.columns, y);
+        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, x.row(token), x.columns, y);
+        case F16: return float_tile<Half, N>((const Half *)data, rows, x.row(token), x.columns, y);
         case Q8_0: return packed_tile<Q8, N>(data, x, token, y);
         case Q4_0: return packed_tile<Q40, N>(data, x, token, y);
         case Q4_1: return packed_tile<Q41, N>(data, x, token, y);
