@@ -154,7 +154,7 @@ class CpuBackend(EagerBackend):
             described.attention_norm, described.ffn_norm = (ops.vector(weight, self.args.dim) for weight in norms)
             self._norms.append(norms)
         matrices = [weight for layer in self.layers for weight in layer.modules() if isinstance(weight, PackedWeight)]
-        self._max_few = ops.max_gemv_tokens(is_packed=len(matrices) == 7 * len(self.layers))
+        self._max_few = ops.max_few_tokens(is_packed=len(matrices) == 7 * len(self.layers))
         self._c_output = self._describe(self.output)
         self._c_table = self._describe(self.tok_embeddings)
         self._norm_weight = self.norm.weight.float()
@@ -179,9 +179,9 @@ class CpuBackend(EagerBackend):
             return self._run(tokens, rotation, batch, self._run_few)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if hidden.numel() <= ops.max_gemv_tokens(isinstance(self.output.weight, PackedWeight)) * self.args.dim:
+        if hidden.numel() <= ops.max_few_tokens(isinstance(self.output.weight, PackedWeight)) * self.args.dim:
             with self._threads:
-                return ops.gemv(self._c_output, hidden)
+                return ops.multiply(self._c_output, hidden)
         return self.output(hidden, torch.float32)
 
     def token_sampler(self) -> TokenSampler:

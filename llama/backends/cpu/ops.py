@@ -13,7 +13,7 @@ from llama.backends.cpu.build import library
 
 # Most tokens that the kernels take at once, as in csrc/layers.h, and most for which they beat matrix products that make
 # no dense copy of a weight: see D32.
-MAX_GEMV_TOKENS = 64
+MAX_FEW_TOKENS = 64
 FEW_TOKENS = 16
 PAGE_SIZE = 16  # positions of a page of the cache, as in csrc/attention.h and cache.py
 TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
@@ -22,10 +22,27 @@ TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
 ATTENTION, FEED_FORWARD = 1, 2
 
 FLOAT_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BLOCK_TYPE_IDS = {"Q8_0": 3, "Q4_0": 4, "Q4_1": 5, "Q4_K": 6, "Q6_K": 7}
-# Values of a block, and the bytes of the heads and of the codes of 16 rows of one block each (weights.h).
-PACKED_SIZES = {"Q8_0": (32, 32, 512), "Q4_0": (32, 32, 256), "Q4_1": (32, 64, 256), "Q4_K": (256, 320, 2048)}
-PACKED_SIZES["Q6_K"] = (256, 288, 3072)
+BLOCK_TYPE_IDS = {
+    name: 3 + i
+    for i, name in enumerate(
+        ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q5_0", "Q5_1", "Q5_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
+    )
+}
+# Values of a block, and the bytes of the heads and of the codes of 16 rows of one block each (blocks.h).
+PACKED_SIZES = {
+    "Q8_0": (32, 32, 512),
+    "Q4_0": (32, 32, 256),
+    "Q4_1": (32, 64, 256),
+    "Q5_0": (32, 32, 320),
+    "Q5_1": (32, 64, 320),
+    "IQ4_NL": (32, 32, 256),
+    "Q2_K": (256, 576, 1024),
+    "Q3_K": (256, 288, 1536),
+    "Q4_K": (256, 320, 2048),
+    "Q5_K": (256, 320, 2560),
+    "Q6_K": (256, 288, 3072),
+    "IQ4_XS": (256, 160, 2048),
+}
 
 
 class WeightView(ctypes.Structure):
@@ -131,16 +148,6 @@ def pack(blocks: Tensor, block_type: str, columns: int) -> Tensor:
     return tiles
 
 
-def unpack(weight: WeightView, first: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Dequantize rows [first, stop) of a packed weight to the columns of a matrix (in, stop - first)."""
-    assert first % TILE_ROWS == 0 and first < stop <= weight.rows, (first, stop, weight.rows)
-    to = new(weight.columns, stop - first, dtype=dtype)
-    (address,) = pointers((to, dtype, to.numel()))
-    threads = torch.get_num_threads()
-    kernels().unpack(ctypes.byref(weight), first, stop - first, address, FLOAT_TYPE_IDS[dtype], threads)
-    return to
-
-
 def embedding(weight: WeightView, rows: Tensor) -> Tensor:
     """Look up rows of a packed weight by index, int64 of any shape: fp32 (*rows.shape, in)."""
     rows = rows.contiguous()
@@ -151,14 +158,14 @@ def embedding(weight: WeightView, rows: Tensor) -> Tensor:
     return to
 
 
-def gemv(weight: WeightView, x: Tensor) -> Tensor:
-    """Multiply x (..., in), at most MAX_GEMV_TOKENS tokens, by the weight and add its bias: fp32 (..., out)."""
-    x = x.float().contiguous()
+def multiply(weight: WeightView, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiply x (..., in) by the weight and add its bias: (..., out) in `dtype`. A token's result is its own (D30)."""
+    x = x.contiguous()
     n_tokens = x.numel() // weight.columns
-    assert n_tokens <= MAX_GEMV_TOKENS, n_tokens
-    y = new(*x.shape[:-1], weight.rows)
-    from_x, to_y = pointers((x, torch.float32, n_tokens * weight.columns), (y, torch.float32, n_tokens * weight.rows))
-    kernels().gemv(ctypes.byref(weight), from_x, n_tokens, to_y, torch.get_num_threads())
+    y = new(*x.shape[:-1], weight.rows, dtype=dtype)
+    from_x, to_y = pointers((x, x.dtype, n_tokens * weight.columns), (y, dtype, n_tokens * weight.rows))
+    types = FLOAT_TYPE_IDS[x.dtype], FLOAT_TYPE_IDS[dtype]
+    kernels().multiply(ctypes.byref(weight), from_x, n_tokens, types[0], to_y, types[1], torch.get_num_threads())
     return y
 
 
@@ -168,9 +175,9 @@ def has_matrix_unit() -> bool:
     return bool(kernels().has_matrix_unit())
 
 
-def max_gemv_tokens(is_packed: bool) -> int:
-    """Return the number of tokens up to which `gemv` is faster than a matrix product, for packed weights or floats."""
-    return MAX_GEMV_TOKENS if is_packed and not has_matrix_unit() else FEW_TOKENS
+def max_few_tokens(is_packed: bool) -> int:
+    """Return the number of tokens up to which the kernels beat a matrix product, of packed weights or of floats."""
+    return MAX_FEW_TOKENS if is_packed and not has_matrix_unit() else FEW_TOKENS
 
 
 def gemm(weight: WeightView, x: Tensor) -> Tensor:
@@ -188,7 +195,7 @@ def gemm(weight: WeightView, x: Tensor) -> Tensor:
 
 def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, inputs: LayersInput) -> None:
     """Compute layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both, combined by |."""
-    assert inputs.n_tokens <= MAX_GEMV_TOKENS, inputs.n_tokens
+    assert inputs.n_tokens <= MAX_FEW_TOKENS, inputs.n_tokens
     kernels().run_layers(layers, first, stop, halves, ctypes.byref(inputs))
 
 

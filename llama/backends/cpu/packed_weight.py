@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llama.backends.cpu import ops
 from llama.quantization.gguf_blocks import BlockType
-from llama.quantization.weights import MAX_DEQUANTIZED_VALUES, QuantizedWeight, dense_linear, matrix_shape
+from llama.quantization.weights import QuantizedWeight, matrix_shape
 
 
 class PackedWeight(QuantizedWeight):
@@ -31,15 +31,11 @@ class PackedWeight(QuantizedWeight):
         return ops.packed_weight(self.tiles, self.block_type.name, *self.shape)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        weight = self.describe()
-        if x.numel() <= ops.max_gemv_tokens(is_packed=True) * x.shape[-1]:
-            return ops.gemv(weight, x).to(dtype or x.dtype)
-        if x.dtype != torch.float16 and ops.has_matrix_unit():
-            return ops.gemm(weight, x).to(dtype or x.dtype)
-        n_rows = max(1, MAX_DEQUANTIZED_VALUES // self.shape[1] // ops.TILE_ROWS) * ops.TILE_ROWS
-        spans = [(first, min(first + n_rows, self.shape[0])) for first in range(0, self.shape[0], n_rows)]
-        parts = [dense_linear(x, ops.unpack(weight, *span, x.dtype).t()) for span in spans]
-        return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(dtype or x.dtype)
+        weight, dtype = self.describe(), dtype or x.dtype
+        is_few = x.numel() <= ops.max_few_tokens(is_packed=True) * x.shape[-1]
+        if is_few or x.dtype == torch.float16 or not ops.has_matrix_unit():
+            return ops.multiply(weight, x, dtype)
+        return ops.gemm(weight, x).to(dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         return ops.embedding(self.describe(), ids)

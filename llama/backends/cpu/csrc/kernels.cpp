@@ -10,7 +10,7 @@ static thread_local Activations activations;
 extern "C" void run_layers(const Layer *layers, int first, int stop, int halves, const LayersInput *inputs) {
     static thread_local std::vector<float> q_storage, parts_storage, hidden_storage;
     const LayersInput &in = *inputs;
-    int first_part[MAX_GEMV_TOKENS + 1] = {};
+    int first_part[MAX_FEW_TOKENS + 1] = {};
     for (int t = 0; t < in.n_tokens; t++) first_part[t + 1] = first_part[t] + Keys(in, t).parts();
     float *q = buffer(q_storage, size_t(in.n_tokens) * in.n_heads * in.head_dim);
     float *parts = buffer(parts_storage, size_t(first_part[in.n_tokens]) * in.n_heads * (in.head_dim + 2));
@@ -67,25 +67,10 @@ extern "C" void attend(const LayersInput *inputs, int layer, int first, int n, v
     }
 }
 
-// Dequantizes packed rows [first, first + n) to the columns of a matrix (columns, n) of floats; `first` begins a tile.
-extern "C" void unpack(const Weight *weight, int first, int n, void *to, int type, int threads) {
-    const Weight &w = *weight;
-#pragma omp parallel for num_threads(threads)
-    for (int tile = 0; tile < (n + TILE - 1) / TILE; tile++) {
-        const uint8_t *from = w.data + (size_t(first / TILE) + tile) * tile_bytes(w.type, w.columns);
-        const int rows = std::min(TILE, n - tile * TILE);
-        unpack_tile(w.type, from, w.columns, [&](int column, f32 values) {
-            float sixteen[TILE];
-            store(sixteen, values);
-            write_floats(to, type, size_t(column) * n + tile * TILE, rows, sixteen);
-        });
-    }
-}
-
 // Looks up packed rows by index: (n, columns).
 extern "C" void embedding(const Weight *weight, const int64_t *rows, int n, float *to, int threads) {
     const Weight &w = *weight;
-#pragma omp parallel for num_threads(threads) if (n > MAX_GEMV_TOKENS)
+#pragma omp parallel for num_threads(threads) if (n > MAX_FEW_TOKENS)
     for (int i = 0; i < n; i++)
         unpack_tile(
             w.type, w.data + size_t(rows[i] / TILE) * tile_bytes(w.type, w.columns), w.columns,
@@ -93,18 +78,30 @@ extern "C" void embedding(const Weight *weight, const int64_t *rows, int n, floa
         );
 }
 
-// y (n, rows) = x (n, columns) times the weight transposed, plus its bias.
-extern "C" void gemv(const Weight *weight, const float *x, int n, float *y, int threads) {
+// y (n, rows) = x (n, columns) times the weight transposed, plus its bias; x and y are floats of their types.
+extern "C" void multiply(const Weight *weight, const void *x, int n, int x_type, void *y, int y_type, int threads) {
+    static thread_local std::vector<float> values_storage;
+    static thread_local std::vector<uint8_t> rounded_storage;
     const Weight &w = *weight;
+    float *values = x_type == F32 ? (float *)x : buffer(values_storage, size_t(n) * w.columns);
+    uint8_t *rounded = w.is_packed() ? buffer(rounded_storage, n * rounded_bytes(w.columns)) : nullptr;
+    const Input input{values, rounded, w.columns, n};
 #pragma omp parallel num_threads(threads)
     {
-        Input input = activations.with_sums(x, n, w.columns);
-        float products[MAX_GEMV_TOKENS * TILE];
+#pragma omp for
+        for (int first = 0; first < n; first += 8) {
+            const int stop = std::min(n, first + 8);
+            const size_t at = size_t(first) * w.columns;
+            if (x_type != F32) read_floats(x, x_type, at, (stop - first) * w.columns, values + at);
+            if (rounded) round_activations(values, w.columns, first, stop, rounded);
+        }
+        std::vector<float> products(size_t(n) * TILE);
         Share share((w.rows + TILE - 1) / TILE, omp_get_thread_num(), omp_get_num_threads());
         for (int tile = share.start; tile < share.stop; tile++) {
-            gemv_tile(w, tile, input, n, products);
-            int rows = std::min(TILE, w.rows - tile * TILE);
-            for (int t = 0; t < n; t++) memcpy(y + size_t(t) * w.rows + tile * TILE, products + t * TILE, rows * 4);
+            gemv_tile(w, tile, input, products.data());
+            const int rows = std::min(TILE, w.rows - tile * TILE);
+            for (int t = 0; t < n; t++)
+                write_floats(y, y_type, size_t(t) * w.rows + tile * TILE, rows, products.data() + t * TILE);
         }
     }
 }

@@ -3,7 +3,7 @@
 #include "attention.h"
 #include "team.h"
 
-constexpr int MAX_GEMV_TOKENS = 64;  // as in ops.py
+constexpr int MAX_FEW_TOKENS = 64;  // as in ops.py
 
 struct Layer {
     Weight wq, wk, wv, wo, w1, w2, w3;
@@ -79,26 +79,30 @@ inline f32 silu(f32 x) { return x / (1.0f + exponential(-x)); }
 
 enum Halves { ATTENTION = 1, FEED_FORWARD = 2 };
 
-// Grows a buffer to at least n floats.
-static float *buffer(std::vector<float> &storage, size_t n) {
+// Grows a buffer to at least n values.
+template <class T> T *buffer(std::vector<T> &storage, size_t n) {
     if (storage.size() < n) storage.resize(n);
     return storage.data();
 }
 
-// A thread's own memory for the activations that it multiplies, and for their sums.
+// A thread's own memory for the activations that it multiplies.
 struct Activations {
-    std::vector<float> values, sums;
+    std::vector<float> values;
+    std::vector<uint8_t> rounded;
 
-    Input with_sums(const float *from, int n, int columns) {
-        float *to = buffer(sums, size_t(n) * (columns / 16) + 1);
-        for (int t = 0; t < n; t++) sum_sixteens(from + size_t(t) * columns, columns, to + size_t(t) * (columns / 16));
-        return {from, to, columns};
+    // Activations for these weights.
+    template <class... Weights> Input input(const float *from, int n, int columns, const Weights &...weights) {
+        if (!(weights.is_packed() || ...)) return {from, nullptr, columns, n};
+        uint8_t *to = buffer(rounded, n * rounded_bytes(columns));
+        round_activations(from, columns, 0, n, to);
+        return {from, to, columns, n};
     }
 
-    Input normalised(const float *x, const float *weight, int n, int dim, float eps) {
+    template <class... Weights>
+    Input normalised(const float *x, const float *norm, int n, int dim, float eps, const Weights &...weights) {
         float *to = buffer(values, size_t(n) * dim);
-        for (int t = 0; t < n; t++) rms_norm(x + size_t(t) * dim, weight, dim, eps, to + size_t(t) * dim);
-        return with_sums(to, n, dim);
+        for (int t = 0; t < n; t++) rms_norm(x + size_t(t) * dim, norm, dim, eps, to + size_t(t) * dim);
+        return input(to, n, dim, weights...);
     }
 };
 
@@ -113,17 +117,17 @@ struct Worker {
 
     // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
     template <class Use> void tiles(const Weight &w, const Input &x, Use use) {
-        float y[MAX_GEMV_TOKENS * TILE];
+        float y[MAX_FEW_TOKENS * TILE];
         Share share((w.rows + TILE - 1) / TILE, thread, team.size);
         for (int tile = share.start; tile < share.stop; tile++) {
-            gemv_tile(w, tile, x, in.n_tokens, y);
+            gemv_tile(w, tile, x, y);
             use(tile * TILE, std::min(TILE, w.rows - tile * TILE), y);
         }
     }
 
     void attention(const Layer &w, int layer) {
         const int n = in.n_tokens, q_dim = in.n_heads * in.head_dim, group = in.n_heads / in.n_kv_heads;
-        Input x = own.normalised(in.x, w.attention_norm, n, in.dim, in.eps);
+        Input x = own.normalised(in.x, w.attention_norm, n, in.dim, in.eps, w.wq, w.wk, w.wv);
         auto rotate = [&](int t, int row, int rows, float *y) {
             const float *rotation = in.rotation + size_t(t) * in.head_dim;
             for (int r = 0; r < rows; r += 2) rotate_pair(rotation + (row + r) % in.head_dim, y + r);
@@ -166,22 +170,22 @@ struct Worker {
                     parts + (size_t(first_part[t]) * in.n_heads + h) * width, first_part[t + 1] - first_part[t],
                     size_t(in.n_heads) * width, in.head_dim, y + size_t(t) * q_dim + h * in.head_dim
                 );
-        add(w.wo, own.with_sums(y, n, q_dim));
+        add(w.wo, own.input(y, n, q_dim, w.wo));
     }
 
     void feed_forward(const Layer &w) {
         const int n = in.n_tokens;
-        Input x = own.normalised(in.x, w.ffn_norm, n, in.dim, in.eps);
-        float up[MAX_GEMV_TOKENS * TILE];
+        Input x = own.normalised(in.x, w.ffn_norm, n, in.dim, in.eps, w.w1, w.w3);
+        float up[MAX_FEW_TOKENS * TILE];
         tiles(w.w1, x, [&](int row, int rows, float *y) {
-            gemv_tile(w.w3, row / TILE, x, n, up);
+            gemv_tile(w.w3, row / TILE, x, up);
             for (int t = 0; t < n; t++) {
                 f32 gated = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
                 memcpy(hidden + size_t(t) * in.hidden_dim + row, &gated, rows * 4);
             }
         });
         team.wait();
-        add(w.w2, own.with_sums(hidden, n, in.hidden_dim));
+        add(w.w2, own.input(hidden, n, in.hidden_dim, w.w2));
     }
 
     // Multiplies x, and adds the products to the residual, or writes them to this rank's part.

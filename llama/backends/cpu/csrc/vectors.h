@@ -3,6 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 constexpr int LANES = 16;
 
 typedef float f32 __attribute__((vector_size(64)));
@@ -41,6 +45,16 @@ inline f32 from_bf16(u16 v) { return (f32)(__builtin_convertvector(v, u32) << 16
 
 // From fp16. Subnormal numbers go through integers, as processors are slow with subnormal floats.
 inline f32 from_half(u16 v) {
+#if defined(__AVX512F__)
+    return (f32)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__F16C__)
+    __m128i halves[2];
+    memcpy(halves, &v, sizeof v);
+    __m256 floats[2] = {_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])};
+    f32 both;
+    memcpy(&both, floats, sizeof both);
+    return both;
+#else
     u32 bits = __builtin_convertvector(v, u32);
     u32 magnitude = bits & 0x7fff;
     f32 subnormal = __builtin_convertvector((i32)magnitude, f32) * 0x1p-24f;
@@ -48,6 +62,7 @@ inline f32 from_half(u16 v) {
     u32 special = normal + (112 << 23);  // infinite or NaN
     u32 moved = magnitude < 0x400 ? (u32)subnormal : magnitude < 0x7c00 ? normal : special;
     return (f32)(moved | (bits & 0x8000) << 16);
+#endif
 }
 
 inline float from_bf16(uint16_t v) {

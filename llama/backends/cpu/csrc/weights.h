@@ -1,209 +1,168 @@
-// Products of a few tokens with a weight, 16 of its rows (a tile) at a time.
+// Products of weights with tokens, 16 rows of a weight (a tile) at a time.
 //
-// Floats are used as they are stored, row by row. Quantized blocks are packed tile by tile (see D31): first the heads
-// of all groups of columns, then their codes as vectors of 16 words, with one row in each lane, so that nothing is
-// summed over lanes. A word has the codes of adjacent columns, the first in its low bits: 4 codes of 8 bits, 8 of 4
-// bits, or 16 of 2 bits.
-//         columns  head                                                              words
-//   Q8_0       32  half scale[16]                                                    [8]
-//   Q4_0       32  half scale[16]                                                    [4]
-//   Q4_1       32  half scale[16], minimum[16]                                       [4]
-//   Q4_K      256  half d[16], dmin[16], uint8 scale[8][16], minimum[8][16]          [32]
-//   Q6_K      256  half d[16], int8 scale[16][16]                                    [32] low 4 bits, [16] high 2
-// The order of additions for a token does not depend on the number of tokens: see D30.
+// Floats are multiplied in fp32. Quantized blocks are multiplied as whole numbers: activations are rounded to 16 bits,
+// with a scale for each 32 columns of a token, so that the error is a part in 2^16 of the greatest of them. The order of
+// additions for a token does not depend on the number of tokens: see D30.
 #pragma once
-#include "floats.h"
+#include <type_traits>
 
-enum BlockType : int32_t { Q8_0 = 3, Q4_0, Q4_1, Q4_K, Q6_K };
+#include "blocks.h"
+#include "floats.h"
 
 struct Weight {
     int32_t type;
     int32_t rows, columns;
     const uint8_t *data;
     const float *bias;  // or null
+
+    bool is_packed() const { return type > F16; }
 };
 
-// Prefetch distance in bytes of packed codes, as processors' own prefetching stops at the end of a page. Of floats, the
-// rows after the next ones are prefetched.
-constexpr int AHEAD = 2048;
+inline size_t tile_bytes(int type, int columns) {
+    return type <= F16 ? size_t(columns) * TILE * value_bytes(type) : packed_tile_bytes(type, columns);
+}
 
-// Of a group of columns: their number, and the bytes of its head and of its words in a tile.
-struct Layout {
-    int columns, head, words;
+constexpr int GROUP = 32;  // columns of a token whose activations share a scale
+
+// GROUP columns of N tokens, rounded: value = scale * activation.
+template <int N> struct Group {
+    Quad quads[GROUP / 4][N];
+    float scales[N];
+    int32_t counts[2][N];  // sums of activations over 16 columns
+    float sums[2][N];  // the same, times the scale
 };
 
-constexpr Layout layout(int type) {
-    switch (type) {
-        case Q8_0: return {32, 32, 512};
-        case Q4_0: return {32, 32, 256};
-        case Q4_1: return {32, 64, 256};
-        case Q4_K: return {256, 320, 2048};
-        default: return {256, 288, 3072};
+static_assert(sizeof(Group<8>) == 8 * sizeof(Group<1>), "tokens of a column take the same bytes in any number");
+
+// Bytes of rounded activations of a token.
+inline size_t rounded_bytes(int columns) { return size_t(columns / GROUP) * sizeof(Group<1>); }
+
+inline int32_t sum(i32 v) {
+    int32_t lanes[LANES], total = 0;
+    memcpy(lanes, &v, sizeof v);
+    for (int32_t lane : lanes) total += lane;
+    return total;
+}
+
+// Rounds GROUP columns of one token, number t of a group. Not a number stays that, and infinite values become that.
+template <int N> inline void round_group(const float *x, Group<N> &to, int t) {
+    u32 greatest = (load<u32>(x) & 0x7fffffff), other = load<u32>(x + LANES) & 0x7fffffff;
+    greatest = greatest > other ? greatest : other;
+    uint32_t lanes[LANES], most = 0;
+    memcpy(lanes, &greatest, sizeof greatest);
+    for (uint32_t lane : lanes) most = lane > most ? lane : most;
+    float limit;
+    memcpy(&limit, &most, 4);
+    const bool is_zero = limit < 1e-34f;  // the inverse of less would be infinite
+    const float scale = is_zero ? 0.0f : limit / MAX_ACTIVATION, inverse = is_zero ? 0.0f : MAX_ACTIVATION / limit;
+    to.scales[t] = scale;
+    for (int half = 0; half < 2; half++) {
+        // Adding this rounds to a whole number in the low bits of the mantissa.
+        f32 shifted = load<f32>(x + half * LANES) * inverse + 0x1.8p23f;
+        i32 activations = (i32)shifted - 0x4b400000;
+        quads_of(activations, &to.quads[half * 4][t], N);
+        to.counts[half][t] = sum(activations);
+        to.sums[half][t] = scale * float(to.counts[half][t]);
     }
 }
 
-// Bytes of the heads of a tile, padded so that words are aligned to cache lines.
-inline int heads_bytes(const Layout &l, int columns) { return (columns / l.columns * l.head + 63) / 64 * 64; }
-
-inline int tile_bytes(int type, int columns) {
-    if (type <= F16) return columns * TILE * value_bytes(type);
-    Layout l = layout(type);
-    return heads_bytes(l, columns) + columns / l.columns * l.words;
+template <int N> inline void round_tokens(const float *x, int columns, void *to) {
+    Group<N> *groups = (Group<N> *)to;
+    for (int t = 0; t < N; t++)
+        for (int g = 0; g < columns / GROUP; g++) round_group(x + size_t(t) * columns + g * GROUP, groups[g], t);
 }
 
-// Activations of n tokens: values (n, columns), and their sums over every 16 columns, (n, columns / 16).
+// Calls use(std::integral_constant<int, N>, first token) for tokens [start, stop), N at a time: 8, 4, 2 or 1.
+template <class Use> inline void in_batches(int start, int stop, Use use) {
+    int t = start;
+    for (; t + 8 <= stop; t += 8) use(std::integral_constant<int, 8>(), t);
+    if (t + 4 <= stop) use(std::integral_constant<int, 4>(), t), t += 4;
+    if (t + 2 <= stop) use(std::integral_constant<int, 2>(), t), t += 2;
+    if (t < stop) use(std::integral_constant<int, 1>(), t);
+}
+
+// Activations of n tokens: values (n, columns), and for packed weights the same rounded, in batches of 8, 4, 2 and 1.
 struct Input {
-    const float *values, *sums;
-    int columns;
-    const float *row(int token) const { return values + size_t(token) * columns; }
-    const float *sum_row(int token) const { return sums + size_t(token) * (columns / 16); }
+    const float *values;
+    const uint8_t *rounded;
+    int columns, n;
 };
 
-// Sums over every 16 of n values.
-inline void sum_sixteens(const float *x, size_t n, float *sums) {
-    for (size_t i = 0; i < n / 16; i++) sums[i] = sum(load<f32>(x + i * 16));
+// Rounds tokens [start, stop), of which `start` begins a batch of 8.
+inline void round_activations(const float *x, int columns, int start, int stop, uint8_t *to) {
+    in_batches(start, stop, [&](auto count, int t) {
+        round_tokens<count.value>(x + size_t(t) * columns, columns, to + t * rounded_bytes(columns));
+    });
 }
 
-// The activations of N tokens from a column on.
-template <int N> struct Columns {
-    const float *rows[N], *sums[N];
-    Columns(const Input &x, int token, int column) {
-        for (int t = 0; t < N; t++) rows[t] = x.row(token + t) + column, sums[t] = x.sum_row(token + t) + column / 16;
-    }
-};
+// Prefetch distances in bytes of packed codes, to the second and to the first cache: memory answers so late that one
+// core alone would wait, and processors' own prefetching stops at the end of a page.
+constexpr int FAR_AHEAD = 16384, AHEAD = 1024;
 
-// Sums of codes times the activations of N tokens. Even and odd columns are summed apart, so that additions overlap.
-template <int N> struct Products {
-    f32 even[N] = {}, odd[N] = {};
-
-    void add(f32 codes, const Columns<N> &x, int column) {
-        for (int t = 0; t < N; t++) (column & 1 ? odd : even)[t] += codes * x.rows[t][column];
-    }
-    f32 total(int t) const { return even[t] + odd[t]; }
-};
-
-// The products of 32 columns of 4-bit codes, from column `first` on.
-template <int N> inline Products<N> nibbles(const uint8_t *words, float offset, const Columns<N> &x, int first) {
-    Products<N> p;
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; w++) {
-        u32 word = load<u32>(words + w * 64);
-#pragma GCC unroll 8
-        for (int c = 0; c < 8; c++) p.add(four_bits(word >> 4 * c, offset), x, first + w * 8 + c);
-    }
-    return p;
-}
-
-// Each of these structs adds the products of one group of columns to y, a vector of 16 rows for each token.
-struct Q8 {
-    static constexpr BlockType TYPE = Q8_0;
-    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
-        Products<N> p;
-#pragma GCC unroll 8
-        for (int w = 0; w < 8; w++) {
-            i32 word = load<i32>(words + w * 64);
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) p.add(__builtin_convertvector(word << (24 - 8 * c) >> 24, f32), x, w * 4 + c);
-        }
-        f32 scale = from_half(load<u16>(head));
-        for (int t = 0; t < N; t++) y[t] += scale * p.total(t);
-    }
-};
-
-struct Q40 {
-    static constexpr BlockType TYPE = Q4_0;
-    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
-        Products<N> p = nibbles<N>(words, -8, x, 0);
-        f32 scale = from_half(load<u16>(head));
-        for (int t = 0; t < N; t++) y[t] += scale * p.total(t);
-    }
-};
-
-struct Q41 {
-    static constexpr BlockType TYPE = Q4_1;
-    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
-        Products<N> p = nibbles<N>(words, 0, x, 0);
-        f32 scale = from_half(load<u16>(head)), minimum = from_half(load<u16>(head + 32));
-        for (int t = 0; t < N; t++) {
-            y[t] += scale * p.total(t);
-            y[t] += minimum * (x.sums[t][0] + x.sums[t][1]);
-        }
-    }
-};
-
-struct Q4K {
-    static constexpr BlockType TYPE = Q4_K;
-    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
-        f32 d = from_half(load<u16>(head)), dmin = from_half(load<u16>(head + 32));
-        for (int g = 0; g < 8; g++) {
-            Products<N> p = nibbles<N>(words + g * 256, 0, x, g * 32);
-            f32 scale = d * __builtin_convertvector(widened(load<u8>(head + 64 + g * 16)), f32);
-            f32 minimum = dmin * __builtin_convertvector(widened(load<u8>(head + 192 + g * 16)), f32);
-            for (int t = 0; t < N; t++) {
-                y[t] += scale * p.total(t);
-                y[t] -= minimum * (x.sums[t][g * 2] + x.sums[t][g * 2 + 1]);
-            }
-        }
-    }
-};
-
-struct Q6K {
-    static constexpr BlockType TYPE = Q6_K;
-    template <int N> static inline void add(f32 *y, const uint8_t *head, const uint8_t *words, const Columns<N> &x) {
-        f32 d = from_half(load<u16>(head));
-        for (int g = 0; g < 16; g++) {
-            Products<N> p;
-            u32 high = load<u32>(words + 2048 + g * 64);
-#pragma GCC unroll 2
-            for (int w = 0; w < 2; w++) {
-                u32 low = load<u32>(words + (g * 2 + w) * 64);
-#pragma GCC unroll 8
-                for (int c = 0; c < 8; c++)
-                    p.add(four_bits(low >> 4 * c, 0) + two_bits(high >> 2 * (w * 8 + c), -32), x, g * 16 + w * 8 + c);
-            }
-            i32 scale = widened(load<u8>(head + 32 + g * 16)) << 24 >> 24;
-            for (int t = 0; t < N; t++) y[t] += d * __builtin_convertvector(scale, f32) * p.total(t);
-        }
-    }
-};
-
-// Multiplies a tile of packed rows by N tokens from `token` on: y[t * TILE + row].
-template <class Q, int N>
-inline void packed_tile(const uint8_t *tile, const Input &x, int token, float *y) {
+// Multiplies a tile of packed rows by N tokens: y[t * TILE + row].
+template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int columns, const Group<N> *x, float *y) {
+    constexpr Format f = format(TYPE);
+    constexpr int HALVES = GROUP / f.group, FOURS = f.group / 4;
     f32 sums[N] = {};
-    constexpr Layout l = layout(Q::TYPE);
-    const uint8_t *words = tile + heads_bytes(l, x.columns);
-    for (int column = 0; column < x.columns; column += l.columns, tile += l.head, words += l.words) {
-        for (int i = 0; i < l.words; i += 64) __builtin_prefetch(words + i + AHEAD);
-        Q::template add<N>(sums, tile, words, Columns<N>(x, token, column));
+    const uint8_t *head = tile, *words = tile + heads_bytes(f, columns);
+    for (int column = 0; column < columns; column += f.columns, head += f.head_bytes(), words += f.word_bytes()) {
+        const Head<TYPE> scales(head);
+        for (int span = 0; span < f.columns / GROUP; span++, x++) {
+            const Span<TYPE> from(words, span);
+#pragma GCC unroll 8
+            for (int i = 0; i < f.low + f.high; i++) {
+                const uint8_t *line = words + (span * (f.low + f.high) + i) * 64;
+                __builtin_prefetch(line + FAR_AHEAD, 0, 2);
+                __builtin_prefetch(line + AHEAD);
+            }
+#pragma GCC unroll 2
+            for (int half = 0; half < HALVES; half++) {
+                i32 first[N] = {}, second[N];
+                for (int t = 0; t < N; t++) {
+                    const int32_t count = HALVES == 1 ? x->counts[0][t] + x->counts[1][t] : x->counts[half][t];
+                    second[t] = (i32{} + count) * -f.offset;
+                }
+#pragma GCC unroll 8
+                for (int four = 0; four < FOURS; four++) {
+                    const Factors w = factors(from.codes(half * FOURS + four));
+                    for (int t = 0; t < N; t++) {
+                        const Quad &quad = x->quads[half * FOURS + four][t];
+                        first[t] = add_dot(first[t], w.first, quad.first);
+                        second[t] = add_dot(second[t], w.second, quad.second);
+                    }
+                }
+                const f32 scale = scales.scale(span * HALVES + half);
+                for (int t = 0; t < N; t++)
+                    sums[t] += scale * x->scales[t] * __builtin_convertvector(total(first[t], second[t]), f32);
+                if constexpr (f.minimums) {
+                    const f32 minimum = scales.minimum(span * HALVES + half);
+                    for (int t = 0; t < N; t++)
+                        sums[t] += minimum * (HALVES == 1 ? x->sums[0][t] + x->sums[1][t] : x->sums[half][t]);
+                }
+            }
+        }
     }
     for (int t = 0; t < N; t++) store(y + t * TILE, sums[t]);
 }
 
 // Multiplies a tile of any type by N tokens from `token` on.
-template <int N> inline void gemv_tile_tokens(const Weight &w, int tile, const Input &x, int token, float *y) {
-    const uint8_t *data = w.data + size_t(tile) * tile_bytes(w.type, w.columns);
-    int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
+template <int N> inline void tile_tokens(const Weight &w, int tile, const Input &x, int token, float *y) {
+    const uint8_t *data = w.data + tile * tile_bytes(w.type, w.columns);
+    const int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
+    const float *values = x.values + size_t(token) * x.columns;
     switch (w.type) {
-        case F32: return float_tile<float, N>((const float *)data, rows, x.row(token), x.columns, y);
-        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, x.row(token), x.columns, y);
-        case F16: return float_tile<Half, N>((const Half *)data, rows, x.row(token), x.columns, y);
-        case Q8_0: return packed_tile<Q8, N>(data, x, token, y);
-        case Q4_0: return packed_tile<Q40, N>(data, x, token, y);
-        case Q4_1: return packed_tile<Q41, N>(data, x, token, y);
-        case Q4_K: return packed_tile<Q4K, N>(data, x, token, y);
-        case Q6_K: return packed_tile<Q6K, N>(data, x, token, y);
+        case F32: return float_tile<float, N>((const float *)data, rows, values, x.columns, y);
+        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, values, x.columns, y);
+        case F16: return float_tile<Half, N>((const Half *)data, rows, values, x.columns, y);
     }
+    const Group<N> *groups = (const Group<N> *)(x.rounded + token * rounded_bytes(x.columns));
+    with_type(w.type, [&](auto constant) { packed_tile<constant.value, N>(data, x.columns, groups, y); });
 }
 
-// Multiplies a tile of rows by n tokens and adds the bias: y[t * TILE + row].
-inline void gemv_tile(const Weight &w, int tile, const Input &x, int n, float *y) {
-    int t = 0;
-    for (; t + 8 <= n; t += 8) gemv_tile_tokens<8>(w, tile, x, t, y + t * TILE);
-    if (t + 4 <= n) gemv_tile_tokens<4>(w, tile, x, t, y + t * TILE), t += 4;
-    if (t + 2 <= n) gemv_tile_tokens<2>(w, tile, x, t, y + t * TILE), t += 2;
-    if (t < n) gemv_tile_tokens<1>(w, tile, x, t, y + t * TILE);
+// Multiplies a tile of rows by all tokens and adds the bias: y[t * TILE + row].
+inline void gemv_tile(const Weight &w, int tile, const Input &x, float *y) {
+    in_batches(0, x.n, [&](auto count, int t) { tile_tokens<count.value>(w, tile, x, t, y + t * TILE); });
     if (w.bias)
-        for (t = 0; t < n; t++)
+        for (int t = 0; t < x.n; t++)
             for (int r = 0; r < TILE && tile * TILE + r < w.rows; r++) y[t * TILE + r] += w.bias[tile * TILE + r];
 }

@@ -1,0 +1,112 @@
+// Dot products of codes of weights with activations of 16 bits, in whole numbers: sums are exact, in any order.
+//
+// An activation is a whole number of 16 bits. Four of them, in adjacent columns, are kept as two words of 32 bits that
+// suit the processor's instructions, `Quad`; four codes are a word of four bytes in each lane, which `Factors` splits
+// into what the two words are multiplied with.
+#pragma once
+#include "vectors.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+typedef int16_t i16 __attribute__((vector_size(32)));
+
+// The greatest activation in magnitude.
+constexpr int MAX_ACTIVATION = 127 * 256 + 127;
+
+struct Quad {
+    int32_t first, second;
+};
+
+struct Factors {
+    u32 first, second;
+};
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+// Instructions that multiply four bytes: an activation is 256 times its first digit plus its second one.
+inline void quads_of(i32 activations, Quad *to, int stride) {
+    typedef int8_t i8x16 __attribute__((vector_size(16)));
+    i32 high = (activations + 128) >> 8;
+    // In two conversions, see `widened`.
+    i8x16 first = __builtin_convertvector(__builtin_convertvector(high, i16), i8x16);
+    i8x16 second = __builtin_convertvector(__builtin_convertvector(activations - (high << 8), i16), i8x16);
+    int32_t firsts[4], seconds[4];
+    memcpy(firsts, &first, 16);
+    memcpy(seconds, &second, 16);
+    for (int i = 0; i < 4; i++) to[i * stride] = {firsts[i], seconds[i]};
+}
+inline Factors factors(u32 codes) { return {codes, codes}; }
+inline i32 total(i32 first, i32 second) { return (first << 8) + second; }
+#else
+// Instructions that multiply two numbers of 16 bits: the words are the even and the odd columns.
+inline void quads_of(i32 activations, Quad *to, int stride) {
+    i16 v = __builtin_convertvector(activations, i16);
+    i16 pairs = __builtin_shufflevector(v, v, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    Quad quads[4];
+    memcpy(quads, &pairs, sizeof pairs);
+    for (int i = 0; i < 4; i++) to[i * stride] = quads[i];
+}
+inline Factors factors(u32 codes) { return {codes & 0x00ff00ff, codes >> 8 & 0x00ff00ff}; }
+inline i32 total(i32 first, i32 second) { return first + second; }
+#endif
+
+// What is subtracted from bytes that stand for signed numbers: 128, or 0 where instructions take signed bytes alone.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr int BYTE_OFFSET = 0;
+#else
+constexpr int BYTE_OFFSET = 128;
+#endif
+
+// Adds to each lane the products of one word of a quad with that lane's factors.
+inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
+#if defined(__AVX512VNNI__)
+    return (i32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)factors, _mm512_set1_epi32(word));
+#elif defined(__AVX512BW__)
+    return sums + (i32)_mm512_madd_epi16((__m512i)factors, _mm512_set1_epi32(word));
+#elif defined(__AVX2__)
+    __m256i s[2], f[2], w = _mm256_set1_epi32(word);
+    memcpy(s, &sums, 64);
+    memcpy(f, &factors, 64);
+    for (int i = 0; i < 2; i++)
+#if defined(__AVXVNNI__)
+        s[i] = _mm256_dpbusd_avx_epi32(s[i], f[i], w);
+#else
+        s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(f[i], w));
+#endif
+    memcpy(&sums, s, 64);
+    return sums;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    int32x4_t s[4];
+    int8x16_t f[4], w = vreinterpretq_s8_s32(vdupq_n_s32(word));
+    memcpy(s, &sums, 64);
+    memcpy(f, &factors, 64);
+    for (int i = 0; i < 4; i++) s[i] = vdotq_s32(s[i], f[i], w);
+    memcpy(&sums, s, 64);
+    return sums;
+#else
+    i32 low = (i32)(factors << 16) >> 16, high = (i32)factors >> 16;
+    return sums + low * int32_t(int16_t(word)) + high * (word >> 16);
+#endif
+}
+
+// Looks up each byte, 0 to 15, in a table of 16 bytes.
+inline u32 look_up(const uint8_t *table, u32 indices) {
+#if defined(__AVX512BW__)
+    return (u32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), (__m512i)indices);
+#elif defined(__AVX2__)
+    __m256i v[2], all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    memcpy(v, &indices, 64);
+    for (int i = 0; i < 2; i++) v[i] = _mm256_shuffle_epi8(all, v[i]);
+    memcpy(&indices, v, 64);
+    return indices;
+#else
+    uint8_t bytes[64];
+    memcpy(bytes, &indices, 64);
+    for (uint8_t &byte : bytes) byte = table[byte];
+    memcpy(&indices, bytes, 64);
+    return indices;
+#endif
+}
