@@ -73,7 +73,7 @@ def held_bytes(model: Transformer) -> int:
 @pytest.mark.parametrize("kind_name", KINDS)
 @torch.inference_mode()
 def test_a_files_blocks_are_held_as_they_are_and_compute_what_their_values_do(tmp_path: Path, kind_name: str) -> None:
-    """Of many tokens at once and of few, which are computed by different kernels."""
+    """Of many tokens at once and of few; the bound is what activations of 16 bits cost, where fp32's would be 2e-5."""
     path, stored = write(tmp_path, kind_name)
     args = KINDS[kind_name]
     model, dense = built(path), transformer(args, stored)
@@ -86,7 +86,7 @@ def test_a_files_blocks_are_held_as_they_are_and_compute_what_their_values_do(tm
     assert raw <= sum(weight.nbytes for weight in held.values()) < 1.06 * raw
     for shape in ((3, 7), (2, 2), (1, 1)):
         tokens = random_tokens(*shape, vocab_size=args.vocab_size)
-        torch.testing.assert_close(one_pass(model, tokens), one_pass(dense, tokens), rtol=0, atol=2e-5)
+        torch.testing.assert_close(one_pass(model, tokens), one_pass(dense, tokens), rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

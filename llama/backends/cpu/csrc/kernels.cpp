@@ -82,6 +82,7 @@ extern "C" void embedding(const Weight *weight, const int64_t *rows, int n, floa
 extern "C" void multiply(const Weight *weight, const void *x, int n, int x_type, void *y, int y_type, int threads) {
     static thread_local std::vector<float> values_storage;
     static thread_local std::vector<uint8_t> rounded_storage;
+    constexpr int AT_ONCE = 512;  // tokens
     const Weight &w = *weight;
     float *values = x_type == F32 ? (float *)x : buffer(values_storage, size_t(n) * w.columns);
     uint8_t *rounded = w.is_packed() ? buffer(rounded_storage, n * rounded_bytes(w.columns)) : nullptr;
@@ -95,13 +96,17 @@ extern "C" void multiply(const Weight *weight, const void *x, int n, int x_type,
             if (x_type != F32) read_floats(x, x_type, at, (stop - first) * w.columns, values + at);
             if (rounded) round_activations(values, w.columns, first, stop, rounded);
         }
-        std::vector<float> products(size_t(n) * TILE);
+        std::vector<float> products(std::min(n, AT_ONCE) * TILE);
         Share share((w.rows + TILE - 1) / TILE, omp_get_thread_num(), omp_get_num_threads());
-        for (int tile = share.start; tile < share.stop; tile++) {
-            gemv_tile(w, tile, input, products.data());
-            const int rows = std::min(TILE, w.rows - tile * TILE);
-            for (int t = 0; t < n; t++)
-                write_floats(y, y_type, size_t(t) * w.rows + tile * TILE, rows, products.data() + t * TILE);
-        }
+        for (int tile = share.start; tile < share.stop; tile++)
+            for (int first = 0; first < n; first += AT_ONCE) {
+                const Input part = input.tokens(first, std::min(n, first + AT_ONCE));
+                const int rows = std::min(TILE, w.rows - tile * TILE);
+                gemv_tile(w, tile, part, products.data());
+                for (int t = 0; t < part.n; t++) {
+                    const size_t at = size_t(first + t) * w.rows + tile * TILE;
+                    write_floats(y, y_type, at, rows, products.data() + t * TILE);
+                }
+            }
     }
 }
