@@ -1,6 +1,6 @@
 """The kernels' library is compiled once, kept whole where it can be run, and not asked for again where that fails.
 
-The compiler here makes an empty library, in tenths of a second.
+The compiler here makes an empty library, in tenths of a second, or one that says which instructions it has.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import shutil
-import sys
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from llama.backends.cpu import libraries
 from llama.backends.cpu.build import library
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("c++") is None, reason="no C++ compiler that kernels are built with here"
-)
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler that kernels are built with here")
 EMPTY_LIBRARY = 'exec c++ -shared -fPIC -x c++ /dev/null -o "$2"'
+LIBRARY = """echo 'extern "C" const char *instructions() {{ return "{}"; }}' | c++ -shared -fPIC -x c++ - -o "$2\""""
 
 
 class Machine:
@@ -36,7 +36,7 @@ class Machine:
 
     def install(self, compiler: str) -> None:
         self.compiler.write_text(
-            f'#!/bin/sh\necho call >> {self.calls}\nwhile [ "$1" != -o ]; do shift; done\n{compiler}\n'
+            f'#!/bin/sh\necho "$@" >> {self.calls}\nwhile [ "$1" != -o ]; do shift; done\n{compiler}\n'
         )
         self.compiler.chmod(0o755)
 
@@ -61,6 +61,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     monkeypatch.setenv("XDG_CACHE_HOME", str(machine.cache))
     monkeypatch.setenv("CXX", str(machine.compiler))
     monkeypatch.delenv("LLAMA_KERNELS", raising=False)
+    monkeypatch.delenv("LLAMA_KERNELS_ARCH", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(machine.temporary))
     caplog.set_level(logging.INFO, logger="llama")
     yield machine
@@ -154,3 +155,89 @@ def test_a_library_is_loaded_where_no_lock_can_be_had(machine: Machine) -> None:
     lock.unlink()
     lock.mkdir()
     assert machine.start() and machine.compiled == 1
+
+
+def test_a_library_for_another_processor_is_one_of_its_own(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.install(LIBRARY.format(""))
+    assert machine.start()
+    for _ in range(2):
+        monkeypatch.setenv("LLAMA_KERNELS_ARCH", "armv8.2-a+dotprod")
+        assert machine.start()
+        monkeypatch.delenv("LLAMA_KERNELS_ARCH")
+        assert machine.start()
+    native, other = machine.calls.read_text().splitlines()
+    assert "=native" in native and "-march=armv8.2-a+dotprod" in other
+    assert len(list(machine.cache.glob("llama/*.so"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [
+        (
+            "echo 'error: bad value' >&2; exit 1",
+            "for LLAMA_KERNELS_ARCH=haswel failed with exit code 1: error: bad value",
+        ),
+        (LIBRARY.format("nosuch"), "this processor has no nosuch, and LLAMA_KERNELS_ARCH=haswel uses them"),
+    ],
+    ids=["unknown", "beyond this one"],
+)
+def test_a_processor_that_this_is_not_is_told(
+    machine: Machine, compiler: str, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Instructions that a processor does not have end the process by SIGILL."""
+    if "nosuch" in compiler and not libraries.processor_flags():
+        pytest.skip("this system does not say what its processor has")
+    machine.install(compiler)
+    monkeypatch.setenv("LLAMA_KERNELS_ARCH", "haswel")
+    assert machine.start() is None
+    (line,) = [record.getMessage() for record in caplog.records if "no CPU kernels" in record.getMessage()]
+    assert why in line and "\n" not in line
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Libraries for some of this processor's instructions, most of them, more than it has, and a damaged one."""
+    flags = sorted(libraries.processor_flags())[:2]
+    if len(flags) < 2:
+        pytest.skip("this system does not say what its processor has")
+    folder = tmp_path_factory.mktemp("prebuilt")
+    for name, has in {"some": flags[:1], "most": flags, "more": [*flags, "nosuch"], "torn": flags}.items():
+        code = f'extern "C" const char *instructions() {{ return "{" ".join(has)}"; }}'
+        path = folder / f"kernels-{name}.so"
+        command = ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(path)]
+        subprocess.run(command, input=code, text=True, check=True)
+        if name != "torn":
+            libraries.add_digest(path)
+    return folder
+
+
+@pytest.fixture
+def prebuilt(machine: Machine, built: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the libraries that came with the package."""
+    monkeypatch.setattr(libraries, "PREBUILT", built)
+    return built
+
+
+@pytest.mark.parametrize(("arch", "chosen"), [("", "most"), ("some", "some"), ("more", None), ("torn", None)])
+def test_without_a_compiler_a_library_that_came_with_the_package_is_taken(
+    machine: Machine,
+    prebuilt: Path,
+    arch: str,
+    chosen: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """That which uses most of what the processor has, or the one that the user names."""
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("LLAMA_KERNELS_ARCH", arch)
+    found = machine.start()
+    if chosen is None:
+        assert found is None and "no CPU kernels" in caplog.text
+    else:
+        assert found is not None and found._name == str(prebuilt / f"kernels-{chosen}.so")
+        assert f"came with the package for {chosen}: no C++ compiler (/nonexistent)" in caplog.text
+
+
+def test_what_is_compiled_here_is_preferred(machine: Machine, prebuilt: Path) -> None:
+    found = machine.start()
+    assert found is not None and Path(found._name).is_relative_to(machine.cache)

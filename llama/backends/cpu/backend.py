@@ -75,7 +75,7 @@ class StepThreads:
         """Give way where torch's number of threads is `share`; look every `seconds`. root: of the file system."""
         self._root, self._seconds = root, seconds
         self._share = self._threads = share
-        self._set_openmp_threads = ops.kernels().omp_set_num_threads
+        self._set_openmp_threads = ops.set_openmp_threads
         self._cpus = allowed_cpus()
         self._look_at = math.inf
         if self._share > 1:

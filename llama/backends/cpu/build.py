@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import shlex
 import shutil
 import stat
@@ -19,28 +18,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
+from llama.backends.cpu.libraries import add_digest, is_whole, load_prebuilt, machine, missing_instructions
 from llama.errors import FIXES_OF_SYSTEM, one_line
 
 log = logging.getLogger("llama")
 _progress = logging.getLogger("llama.progress")  # shown on terminals by the command line
 
 SOURCES = Path(__file__).parent / "csrc"
-# Not -ffast-math: the order of additions is the kernels' own, see D30.
+# Not -ffast-math: the order of additions is the kernels' own, see D30. A product and a sum become one instruction, as
+# GCC has it by default.
 COMPILER_FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
-    "-fopenmp",
+    "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",  # no vector leaves this library
     "-shared",
     "-fPIC",
 )
+SYSTEMS = ("Linux", "Darwin")
 SECONDS_TO_COMPILE = 300
 SECONDS_TO_REMEMBER = 24 * 3600  # that it failed
-DIGEST_SIZE = 32  # bytes at a library's end, which loaders ignore: the hash of what is before
 
 
 class KnownFailure(ValueError):
@@ -51,32 +51,40 @@ class KnownFailure(ValueError):
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be compiled or loaded; the reason is logged, once.
 
-    LLAMA_KERNELS=0 in the environment turns them off; CXX names the compiler, as elsewhere.
+    Where they cannot, those that came with the package are taken, if there are any for this processor. LLAMA_KERNELS=0
+    in the environment turns them off; CXX names the compiler, as elsewhere, and LLAMA_KERNELS_ARCH a processor in place
+    of the one at hand, by the compiler's name for it.
     """
     if os.environ.get("LLAMA_KERNELS") == "0":
         log.info("no CPU kernels, as LLAMA_KERNELS=0 says: torch's own operations are used")
         return None
+    arch = os.environ.get("LLAMA_KERNELS_ARCH") or None
     try:
-        return _load(_compiler())
+        return _load(_compiler(), arch)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
+        prebuilt = load_prebuilt(arch)
+        if prebuilt is not None:
+            kernels, name = prebuilt
+            log.info("CPU kernels are those that came with the package for %s: %s", name, one_line(str(error)))
+            return kernels
         level = logging.INFO if isinstance(error, KnownFailure) else logging.WARNING
         log.log(level, "no CPU kernels, so tokens come slower: %s", one_line(str(error)))
         return None
 
 
-def _load(compiler: list[str]) -> ctypes.CDLL:
-    """Load the library for this machine; compile it first where no folder has it.
+def _load(compiler: list[str], arch: str | None) -> ctypes.CDLL:
+    """Load the library for this machine, or for `arch`; compile it first where no folder has it.
 
     Raise OSError, ValueError or SubprocessError where that fails. The failure is noted beside the library, and what
     failed is not tried again for SECONDS_TO_REMEMBER.
     """
     names = ["kernels.cpp", *sorted(path.name for path in SOURCES.glob("*.h"))]
     parts = [(SOURCES / name).read_bytes() for name in names]
-    parts += [" ".join((*compiler, *COMPILER_FLAGS)).encode(), _machine().encode()]
+    parts += [" ".join((*compiler, *_flags(arch))).encode(), machine().encode()]
     key = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     paths = [folder / f"kernels-{key}.so" for folder in _folders()]
     writable = (path for path in paths if _can_write(path.parent))
-    whole = next(filter(_is_whole, paths), None)
+    whole = next(filter(is_whole, paths), None)
     path = whole or next(writable, None)
     if path is None:
         raise ValueError("no folder to keep them in can be written and run from: name one in XDG_CACHE_HOME")
@@ -85,9 +93,13 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
         if failure.is_file() and time.time() - failure.stat().st_mtime < SECONDS_TO_REMEMBER:
             raise KnownFailure(failure.read_text(errors="replace"))
         try:
-            if whole is None and not _is_whole(path):  # another rank may have compiled it by now
-                _compile(compiler, path)
-            return ctypes.CDLL(str(path))
+            if whole is None and not is_whole(path):  # another rank may have compiled it by now
+                compile_library(compiler, arch, path)
+            kernels = ctypes.CDLL(str(path))
+            missing = missing_instructions(kernels) if arch else []
+            if missing:
+                raise ValueError(f"this processor has no {', '.join(missing)}, and LLAMA_KERNELS_ARCH={arch} uses them")
+            return kernels
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             if _may_pass(error):
                 raise
@@ -117,7 +129,8 @@ def _folders() -> list[Path]:
             if not folder.is_dir():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 folder.mkdir(mode=0o700)
-            if not os.statvfs(folder).f_flag & os.ST_NOEXEC and (folder != temporary or _is_private(folder)):
+            runs = not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)  # macOS does not say
+            if runs and (folder != temporary or _is_private(folder)):
                 usable.append(folder)
     return usable
 
@@ -136,22 +149,9 @@ def _is_private(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
-def _is_whole(path: Path) -> bool:
-    """Tell whether a library is there and as it was written: a damaged one would end the process by a signal."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    return _digest(content[:-DIGEST_SIZE]) == content[-DIGEST_SIZE:]
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest()
-
-
 def _compiler() -> list[str]:
     """Return the compiler's command, as a list of words; raise ValueError where there is none."""
-    if platform.system() != "Linux":
+    if platform.system() not in SYSTEMS:
         raise ValueError(f"they are not built on {platform.system()}")
     cxx = shlex.split(os.environ.get("CXX", ""))
     candidates = [cxx] if cxx else [["c++"], ["g++"], ["clang++"]]
@@ -163,36 +163,28 @@ def _compiler() -> list[str]:
     raise ValueError(f"no C++ compiler ({names}): install g++, or name one in CXX")
 
 
-def _machine() -> str:
-    """Describe the processor as -march=native sees it, so that hosts that share a cache folder share no library."""
-    try:
-        cpu = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine()
-    found = re.search(r"^(flags|Features)\s*:.*$", cpu, re.MULTILINE)
-    model = re.search(r"^model name\s*:.*$", cpu, re.MULTILINE)
-    return platform.machine() + (found[0] if found else "") + (model[0] if model else "")
+def _flags(arch: str | None) -> list[str]:
+    """Return the compiler's flags for a processor, by default the one at hand. ARM's have architectures, and models."""
+    is_model = platform.machine() in ("arm64", "aarch64") and not (arch or "").startswith("armv")
+    return [*COMPILER_FLAGS, f"-m{'cpu' if is_model else 'arch'}={arch or 'native'}"]
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    """Compile the library to `path`, which appears when it is complete; raise ValueError with the compiler's error."""
+def compile_library(compiler: list[str], arch: str | None, path: Path) -> None:
+    """Compile the library to `path`, which appears when it is complete; raise ValueError with the compiler's error.
+
+    arch: a processor, as the compiler's -march or, on ARM, -mcpu names it; by default the one at hand.
+    """
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    # torch brings its own OpenMP: the same threads serve its operations and these.
-    libraries = Path(torch.__file__).parent / "lib"
     start = time.perf_counter()
     _progress.debug("compiling CPU kernels, once ...")
-    command = [*compiler, *COMPILER_FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(partial), f"-L{libraries}"]
+    command = [*compiler, *_flags(arch), str(SOURCES / "kernels.cpp"), "-o", str(partial)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
         if done.returncode:
             why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
-            raise ValueError(
-                f"{' '.join(compiler)} failed with exit code {done.returncode}: {why or 'it says no more'}"
-            )
-        with open(partial, "r+b") as file:
-            file.write(_digest(file.read()))
-            file.flush()
-            os.fsync(file.fileno())
+            command = [*compiler, *([f"for LLAMA_KERNELS_ARCH={arch}"] if arch else [])]
+            raise ValueError(f"{' '.join(command)} failed with exit code {done.returncode}: {why or 'it says no more'}")
+        add_digest(partial)
         os.replace(partial, path)
         log.info("compiled CPU kernels in %.1f s, once: %s", time.perf_counter() - start, path)
     finally:

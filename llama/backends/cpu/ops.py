@@ -91,8 +91,8 @@ def kernels() -> ctypes.CDLL:
 
 
 def set_openmp_threads(threads: int) -> None:
-    """Set the number of threads of the kernels and of torch's operations, for the calling thread alone."""
-    kernels().omp_set_num_threads(threads)
+    """Set the number of threads of torch's operations, for the calling thread alone; do nothing without OpenMP."""
+    kernels().set_openmp_threads(threads)
 
 
 def pointers(*buffers: tuple[Tensor, torch.dtype, int]) -> list[c_void_p]:

@@ -1,7 +1,7 @@
 // Transformer layers for a few tokens in one call: norms, products, rotation, cache, attention and feed-forward.
 #pragma once
 #include "attention.h"
-#include "team.h"
+#include "threads.h"
 
 constexpr int MAX_FEW_TOKENS = 64;  // as in ops.py
 
@@ -110,7 +110,7 @@ struct Activations {
 struct Worker {
     const LayersInput &in;
     Team &team;
-    int thread;
+    int thread, size;
     float *q, *parts, *hidden;  // shared by the threads
     const int *first_part;  // (n_tokens + 1): the parts of the tokens before each
     Activations &own;
@@ -118,7 +118,7 @@ struct Worker {
     // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
     template <class Use> void tiles(const Weight &w, const Input &x, Use use) {
         float y[MAX_FEW_TOKENS * TILE];
-        Share share((w.rows + TILE - 1) / TILE, thread, team.size);
+        Share share((w.rows + TILE - 1) / TILE, thread, size);
         for (int tile = share.start; tile < share.stop; tile++) {
             gemv_tile(w, tile, x, y);
             use(tile * TILE, std::min(TILE, w.rows - tile * TILE), y);
@@ -148,10 +148,10 @@ struct Worker {
             for (int t = 0; t < n; t++)
                 write_floats(in.values, in.cache_type, index_of_token(in, layer, t) + row, rows, y + t * TILE);
         });
-        team.wait();
+        team.wait(size);
 
         const int width = in.head_dim + 2;
-        Share share(first_part[n] * in.n_kv_heads, thread, team.size);
+        Share share(first_part[n] * in.n_kv_heads, thread, size);
         for (int unit = share.start, t = 0; unit < share.stop; unit++) {
             while (unit >= first_part[t + 1] * in.n_kv_heads) t++;
             int head = unit % in.n_kv_heads, part = unit / in.n_kv_heads;
@@ -161,7 +161,7 @@ struct Worker {
                 parts + (size_t(part) * in.n_heads + head * group) * width
             );
         }
-        team.wait();
+        team.wait(size);
 
         float *y = buffer(own.values, size_t(n) * q_dim);
         for (int t = 0; t < n; t++)
@@ -184,7 +184,7 @@ struct Worker {
                 memcpy(hidden + size_t(t) * in.hidden_dim + row, &gated, rows * 4);
             }
         });
-        team.wait();
+        team.wait(size);
         add(w.w2, own.input(hidden, n, in.hidden_dim, w.w2));
     }
 
@@ -196,6 +196,6 @@ struct Worker {
                 for (int r = 0; r < rows; r++) to[r] = (in.out == in.x ? to[r] : 0.0f) + y[t * TILE + r];
             }
         });
-        team.wait();
+        team.wait(size);
     }
 };

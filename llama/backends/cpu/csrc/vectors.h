@@ -22,6 +22,11 @@ template <class V> inline V load(const void *from) {
     return v;
 }
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+// The name that Clang and later versions of GCC have for it.
+#define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
+#endif
+
 inline void store(float *to, f32 v) { memcpy(to, &v, sizeof v); }
 
 inline f32 all(float x) { return x - f32{}; }  // x in every lane
@@ -31,11 +36,16 @@ inline i32 widened(u8 v) { return __builtin_convertvector(__builtin_convertvecto
 
 // four_bits: the low four bits of every lane plus `offset`; two_bits: the low two bits times 16 plus `offset`. AVX-512
 // does either with one lookup.
-#if defined(__AVX512F__) && !defined(__clang__)
+#if defined(__AVX512F__)
 constexpr f32 FOURS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr f32 TWOS = {0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48};
-inline f32 four_bits(u32 v, float offset) { return __builtin_shuffle(FOURS + offset, (i32)v); }
-inline f32 two_bits(u32 v, float offset) { return __builtin_shuffle(TWOS + offset, (i32)v); }
+#if defined(__clang__)
+inline f32 looked_up(f32 table, u32 v) { return __builtin_ia32_permvarsf512(table, (i32)v); }
+#else
+inline f32 looked_up(f32 table, u32 v) { return __builtin_shuffle(table, (i32)v); }
+#endif
+inline f32 four_bits(u32 v, float offset) { return looked_up(FOURS + offset, v); }
+inline f32 two_bits(u32 v, float offset) { return looked_up(TWOS + offset, v); }
 #else
 inline f32 four_bits(u32 v, float offset) { return __builtin_convertvector((i32)(v & 15), f32) + offset; }
 inline f32 two_bits(u32 v, float offset) { return __builtin_convertvector((i32)((v & 3) << 4), f32) + offset; }
