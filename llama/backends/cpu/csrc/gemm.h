@@ -125,8 +125,8 @@ template <class T> void gemm_of(const Weight &w, const T *x, int n, T *y, int th
     const size_t panel_size = size_t(w.columns) * TILE, token_size = size_t(n + 31) / 32 * 32 * w.columns;
     static thread_local std::vector<uint16_t> token_storage;
     uint16_t *tokens = aligned_room(token_storage, token_size * TERMS), *small_tokens = tokens + token_size * (TERMS - 1);
-#pragma omp parallel num_threads(threads)
-    {
+    Team team;
+    parallel(threads, [&](int thread, int size) {
         static thread_local std::vector<uint32_t> panel_storage;
         uint32_t *panel = aligned_room(panel_storage, panel_size * panels * TERMS);
         uint32_t *small_panel = TERMS == 2 ? panel + panel_size * panels : nullptr;
@@ -134,13 +134,14 @@ template <class T> void gemm_of(const Weight &w, const T *x, int n, T *y, int th
         memory_is_read(&config);
         _tile_loadconfig(&config);
         alignas(64) float products[32 * 32];
-#pragma omp for
-        for (int token = 0; token < n + (32 - n % 32) % 32; token += 16) {
+        const Share squares((n + 31) / 32 * 2, thread, size);
+        for (int token = squares.start * 16; token < squares.stop * 16; token += 16) {
             const size_t at = size_t(token) * w.columns;
             fill_tokens(x, n, w.columns, token, tokens + at, small_tokens + at);
         }
-#pragma omp for schedule(static)
-        for (int first = 0; first < w.rows; first += 32 * panels) {
+        team.wait(size);
+        const Share share((w.rows + 32 * panels - 1) / (32 * panels), thread, size);
+        for (int first = share.start * 32 * panels; first < share.stop * 32 * panels; first += 32 * panels) {
             const int stop = std::min(first + 32 * panels, w.rows);
             for (int row = first; row < stop; row += TILE) {
                 const size_t at = (row - first) / TILE * (panel_size / 2);
@@ -165,7 +166,7 @@ template <class T> void gemm_of(const Weight &w, const T *x, int n, T *y, int th
                 }
         }
         _tile_release();
-    }
+    });
 }
 
 // y (n, rows) = x (n, columns) times a packed weight transposed, both fp32 or bf16; columns are a multiple of 32.

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "threads.h"
 #include "weights.h"
 
 // How GGUF stores a block: its bytes, where its scale and its minimum (halves) and its codes are, and four codes at a
@@ -144,8 +145,7 @@ extern "C" void pack(int type, const uint8_t *blocks, int rows, int columns, uin
         constexpr Format f = format(TYPE);
         const int n = columns / f.columns, n_tiles = (rows + TILE - 1) / TILE;
         const size_t tile_size = packed_tile_bytes(TYPE, columns), row_size = size_t(n) * Source<TYPE>::SIZE;
-#pragma omp parallel for num_threads(threads)
-        for (int tile = 0; tile < n_tiles; tile++) {
+        parallel_for(threads, n_tiles, [&](int tile) {
             uint8_t *to = tiles + tile * tile_size;
             if ((tile + 1) * TILE > rows) memset(to, 0, tile_size);
             for (int b = 0; b < n; b++)
@@ -154,6 +154,6 @@ extern "C" void pack(int type, const uint8_t *blocks, int rows, int columns, uin
                         blocks + (size_t(tile) * TILE + r) * row_size + size_t(b) * Source<TYPE>::SIZE,
                         to + b * f.head_bytes(), to + heads_bytes(f, columns) + size_t(b) * f.word_bytes(), r
                     );
-        }
+        });
     });
 }
