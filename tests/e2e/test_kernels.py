@@ -1,9 +1,11 @@
-"""The CPU kernels are compiled once for a machine, and a machine where they cannot be runs all the same."""
+"""The CPU kernels are compiled once, for any processor, and a machine where they cannot be runs all the same."""
 
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType
 
+from llama.backends.cpu.libraries import processor_flags
 from llama.config import ModelArgs
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer
 from tests.e2e.processes import COMPLETION, TIMEOUT, Finished, python, run, started
@@ -132,3 +135,40 @@ def test_own_threads_do_each_piece_once(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", "-DOWN_THREADS"]
     subprocess.run(["c++", *flags, TESTS / "threads.cpp", "-o", program], check=True)
     assert run([program]).stdout == "done\n"
+
+
+PROCESSORS = {  # the machine, flags of the compiler, and what a processor at hand needs to have
+    "AVX2": ("x86_64", ["-march=x86-64-v3"], "avx2"),
+    "AVX-VNNI": ("x86_64", ["-march=x86-64-v3", "-include", str(TESTS / "avx_vnni.h")], "avx2"),
+    "AVX-512": ("x86_64", ["-march=x86-64-v4"], "avx512bw"),
+    "NEON": ("aarch64", ["-march=armv8-a"], "asimd"),
+    "NEON dotprod": ("aarch64", ["-march=armv8.2-a+dotprod"], "asimddp"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_kernels_compute_the_same_on_other_processors(name: str, tmp_path: Path) -> None:
+    """All tests of the kernels, compiled for less than the processor at hand has, or for one that is emulated."""
+    machine, flags, extension = PROCESSORS[name]
+    compiler, emulator, program = f"{machine}-linux-gnu-g++", f"qemu-{machine}", tmp_path / "kernels"
+    command: list[object] = [program]
+    if platform.machine() != machine or extension not in processor_flags():
+        command = [emulator, "-L", f"/usr/{machine}-linux-gnu", program]
+    for needed in (compiler, str(command[0])):
+        if needed != str(program) and shutil.which(needed) is None:
+            pytest.skip(f"no {needed} here (Debian: apt install g++-{machine.replace('_', '-')}-linux-gnu qemu-user)")
+    flags = ["-std=c++17", "-pthread", "-rdynamic", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags]
+    subprocess.run([compiler, *flags, TESTS / "emulated_kernels.cpp", "-o", program], check=True)
+    tests = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.emulated_kernels",
+        "tests/unit/test_kernels.py",
+    ]
+    env = {"KERNELS_COMMAND": shlex.join(map(str, command)), "PYTHONPATH": str(TESTS.parent)}
+    done = python(*tests, env=env, cwd=TESTS.parent)
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done

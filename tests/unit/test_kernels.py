@@ -87,7 +87,7 @@ def test_products_with_floats_are_torchs(dtype: torch.dtype, columns: int) -> No
     for n_tokens in (1, 2, 5, 16):
         x = torch.randn(n_tokens, columns)
         described = kernels.float_weight(weight)
-        described.bias = bias.data_ptr()
+        described.bias = kernels.vector(bias, ROWS)
         close(kernels.multiply(described, x), (x.double() @ weight.double().t()).float() + bias)
 
 
