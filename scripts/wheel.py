@@ -1,8 +1,8 @@
 """Builds a wheel that brings compiled kernels, for machines without a C++ compiler.
 
-`python scripts/wheel.py [MACHINE] [FOLDER]`, with the environment that the package is installed in: for x86_64 or
-aarch64, by default the machine at hand, into the folder dist. It runs on systems as old as the one it is built on; CXX
-names the compiler. The wheel without kernels is `pip wheel .`
+`python scripts/wheel.py [MACHINE [FOLDER [ARCH ...]]]`, with the Python that the package is installed for: for x86_64
+or aarch64, by default the machine at hand, into the folder dist, with the kernels of ARCHS. It runs on systems as old
+as the one that it is built on. CXX names the compiler. The wheel without kernels is `pip wheel .`
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARCHS = {
 OLDEST_GLIBC = 17  # of the tags manylinux_2_x
 
 
-def main(machine: str = platform.machine(), folder: str = "dist") -> None:
+def main(machine: str = platform.machine(), folder: str = "dist", *archs: str) -> None:
     if machine not in ARCHS:
         sys.exit(f"a wheel with kernels is for {' or '.join(ARCHS)}, not {machine}")
     compiler = shlex.split(os.environ.get("CXX", "")) or [
@@ -44,7 +44,7 @@ def main(machine: str = platform.machine(), folder: str = "dist") -> None:
                 shutil.copy(ROOT / name, tree / name)
         prebuilt = tree / "llama/backends/cpu/prebuilt"
         prebuilt.mkdir()
-        for arch in ARCHS[machine]:
+        for arch in archs or ARCHS[machine]:
             # With the compiler's own libraries, which may be newer than those of the machine that it is for.
             static = ["-static-libgcc", "-static-libstdc++"]
             compile_library([*compiler, *static], arch, prebuilt / f"kernels-{arch}.so")

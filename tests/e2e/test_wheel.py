@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from llama import __version__
+from llama.backends.cpu.libraries import processor_flags
 from tests.e2e.processes import ROOT, Finished, run
 
 pytestmark = pytest.mark.slow
@@ -45,6 +47,26 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A path is added as it is: .pth files in it, such as that of an editable installation, are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return bin_folder
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or "avx2" not in processor_flags() or shutil.which("c++") is None,
+    reason="no C++ compiler here for a processor with AVX2",
+)
+def test_a_wheel_may_bring_kernels_for_machines_without_a_compiler(tiny_folder: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')  # without optimizations, which take most of the time
+    compiler.chmod(0o755)
+    build = [sys.executable, ROOT / "scripts" / "wheel.py", "x86_64", tmp_path, "x86-64-v3"]
+    wheel = Path(run(build, env={"CXX": str(compiler)}).stdout.strip())
+    assert wheel.name.startswith("llama_torchrun-") and wheel.name.endswith("_x86_64.whl"), wheel
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    flags = ["--ckpt_dir", tiny_folder, "--prompt", "hello", "--max_gen_len", "4", "--json", "--device", "cpu"]
+    env = {"PYTHONPATH": str(tmp_path / "site"), "CXX": "/nonexistent", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = run([sys.executable, "-m", "llama", "complete", *flags], cwd=tmp_path, env=env)
+    assert "came with the package for x86-64-v3: no C++ compiler (/nonexistent)" in done.stderr, done
+    assert "own kernels" in done.stderr and done.json_lines[0]["generation"]
 
 
 def pip(python: object, *arguments: object) -> None:
