@@ -60,8 +60,37 @@ constexpr int BYTE_OFFSET = 0;
 constexpr int BYTE_OFFSET = 128;
 #endif
 
+#if defined(PAIRS)
+// The same of the lanes of one register: see below.
+template <class V, class U> inline V register_dot(V sums, U factors, int32_t word) {
+#if defined(__AVX2__)
+#if defined(__AVXVNNI__)
+    return (V)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)factors, _mm256_set1_epi32(word));
+#else
+    return sums + (V)_mm256_madd_epi16((__m256i)factors, _mm256_set1_epi32(word));
+#endif
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (V)vdotq_s32((int32x4_t)sums, (int8x16_t)factors, vreinterpretq_s8_s32(vdupq_n_s32(word)));
+#elif defined(__ARM_NEON)
+    const int16x8_t f = (int16x8_t)factors, w = vreinterpretq_s16_s32(vdupq_n_s32(word));
+    const int32x4_t low = vmull_s16(vget_low_s16(f), vget_low_s16(w)), high = vmull_high_s16(f, w);
+    return sums + (V)vpaddq_s32(low, high);
+#else
+    V low = (V)(factors << 16) >> 16, high = (V)factors >> 16;
+    return sums + low * int32_t(int16_t(word)) + high * (word >> 16);
+#endif
+}
+template <class V, class U> inline V add_dot_pairs(V sums, U factors, int32_t word) {
+    if constexpr (!IsPair<V>::value) return register_dot(sums, factors, word);
+    else return {add_dot_pairs(sums.low, factors.low, word), add_dot_pairs(sums.high, factors.high, word)};
+}
+#endif
+
 // Adds to each lane the products of one word of a quad with that lane's factors.
 inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
+#if defined(PAIRS)
+    return add_dot_pairs(sums, factors, word);
+#else
 #if defined(__AVX512VNNI__)
     return (i32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)factors, _mm512_set1_epi32(word));
 #elif defined(__AVX512BW__)
@@ -90,6 +119,7 @@ inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
     i32 low = (i32)(factors << 16) >> 16, high = (i32)factors >> 16;
     return sums + low * int32_t(int16_t(word)) + high * (word >> 16);
 #endif
+#endif
 }
 
 // Looks up each byte, 0 to 15, in a table of 16 bytes.
@@ -100,6 +130,12 @@ inline u32 look_up(const uint8_t *table, u32 indices) {
     __m256i v[2], all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
     memcpy(v, &indices, 64);
     for (int i = 0; i < 2; i++) v[i] = _mm256_shuffle_epi8(all, v[i]);
+    memcpy(&indices, v, 64);
+    return indices;
+#elif defined(__ARM_NEON)
+    uint8x16_t v[4], all = vld1q_u8(table);
+    memcpy(v, &indices, 64);
+    for (int i = 0; i < 4; i++) v[i] = vqtbl1q_u8(all, v[i]);
     memcpy(&indices, v, 64);
     return indices;
 #else

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -9,25 +10,52 @@
 
 constexpr int LANES = 16;
 
+#if defined(__AVX512F__) || defined(__clang__)
 typedef float f32 __attribute__((vector_size(64)));
 typedef int32_t i32 __attribute__((vector_size(64)));
 typedef uint32_t u32 __attribute__((vector_size(64)));
+#else
+#define PAIRS 1
+#include "pairs.h"
+typedef Vector<float, 64>::type f32;
+typedef Vector<int32_t, 64>::type i32;
+typedef Vector<uint32_t, 64>::type u32;
+#endif
 typedef uint8_t u8 __attribute__((vector_size(16)));
 typedef uint16_t u16 __attribute__((vector_size(32)));
 
 // Loads at any alignment, as pointers into mapped files have none.
 template <class V> inline V load(const void *from) {
+#if defined(PAIRS)
+    return load_pair<V>(from);
+#else
     V v;
     memcpy(&v, from, sizeof v);
     return v;
+#endif
 }
 
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12 && !defined(PAIRS)
 // The name that Clang and later versions of GCC have for it.
 #define __builtin_shufflevector(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
 #endif
 
-inline void store(float *to, f32 v) { memcpy(to, &v, sizeof v); }
+// Lanes of a where the mask is set, and of b elsewhere.
+template <class M, class V> inline V pick(M mask, V a, V b) {
+#if defined(PAIRS)
+    return pick_pair(mask, a, b);
+#else
+    return mask ? a : b;
+#endif
+}
+
+inline void store(float *to, f32 v) {
+#if defined(PAIRS)
+    store_pair(to, v);
+#else
+    memcpy(to, &v, sizeof v);
+#endif
+}
 
 inline f32 all(float x) { return x - f32{}; }  // x in every lane
 
@@ -70,7 +98,7 @@ inline f32 from_half(u16 v) {
     f32 subnormal = __builtin_convertvector((i32)magnitude, f32) * 0x1p-24f;
     u32 normal = (magnitude << 13) + (112 << 23);
     u32 special = normal + (112 << 23);  // infinite or NaN
-    u32 moved = magnitude < 0x400 ? (u32)subnormal : magnitude < 0x7c00 ? normal : special;
+    u32 moved = pick(magnitude < 0x400, (u32)subnormal, pick(magnitude < 0x7c00, normal, special));
     return (f32)(moved | (bits & 0x8000) << 16);
 #endif
 }
@@ -98,7 +126,7 @@ inline uint16_t to_bf16(float x) {
 inline u16 to_bf16(f32 v) {
     u32 bits = (u32)v;
     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return __builtin_convertvector(v == v ? bits : bits * 0 + 0x7fc0, u16);
+    return __builtin_convertvector(pick(v == v, bits, bits * 0 + 0x7fc0), u16);
 }
 
 inline uint16_t to_half(float x) {
@@ -133,8 +161,8 @@ inline float sum(f32 v) {
 
 // e^x to about 2 units in the last place; x is clamped to [-87, 88], which fp32 can express.
 inline f32 exponential(f32 x) {
-    x = x < -87.0f ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
+    x = pick(x < -87.0f, all(-87.0f), x);
+    x = pick(x > 88.0f, all(88.0f), x);
     f32 shifted = x * 1.44269504f + 12582912.0f;  // rounds to an integer in the low bits of the mantissa
     f32 n = shifted - 12582912.0f;
     f32 r = x - n * 0.693359375f + n * 2.12194440e-4f;

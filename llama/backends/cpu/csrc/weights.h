@@ -47,7 +47,7 @@ inline int32_t sum(i32 v) {
 // Rounds GROUP columns of one token, number t of a group. Not a number stays that, and infinite values become that.
 template <int N> inline void round_group(const float *x, Group<N> &to, int t) {
     u32 greatest = (load<u32>(x) & 0x7fffffff), other = load<u32>(x + LANES) & 0x7fffffff;
-    greatest = greatest > other ? greatest : other;
+    greatest = pick(greatest > other, greatest, other);
     uint32_t lanes[LANES], most = 0;
     memcpy(lanes, &greatest, sizeof greatest);
     for (uint32_t lane : lanes) most = lane > most ? lane : most;
