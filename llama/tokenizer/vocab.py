@@ -87,7 +87,7 @@ def parse_merges(entries: Iterable[Any], pieces: Container[str], where: str) -> 
     merges = []
     for entry in entries:
         pair = entry.partition(" ")[::2] if isinstance(entry, str) else tuple(entry)
-        if not (len(pair) == 2 and all(part in pieces for part in (*pair, "".join(pair)))):
+        if len(pair) != 2 or "".join(pair) not in pieces or pair[0] not in pieces or pair[1] not in pieces:
             raise ValueError(f"{where} {entry!r:.60}: expected two pieces of the vocabulary that join to a third")
         merges.append(pair)
     return merges

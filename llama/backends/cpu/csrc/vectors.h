@@ -49,7 +49,7 @@ template <class M, class V> inline V pick(M mask, V a, V b) {
 #endif
 }
 
-inline void store(float *to, f32 v) {
+template <class V> inline void store(void *to, V v) {
 #if defined(PAIRS)
     store_pair(to, v);
 #else
