@@ -210,3 +210,7 @@ class StoredCheckpoint(Checkpoint, Protocol):
         start and stop count rows or, along dim 1, values: multiples of the type's `elements`.
         """
         ...
+
+    def release(self, name: str) -> None:
+        """Let a tensor's pages leave this process's memory; who reads it again, or a view of it, gets them again."""
+        ...

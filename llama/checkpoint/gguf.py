@@ -20,6 +20,7 @@ from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, po
 from llama.checkpoint.gguf_config import FIELD_KEYS, ignored_keys, read_metadata
 from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
 from llama.checkpoint.load import global_shapes
+from llama.checkpoint.mapped_file import MappedMemory
 from llama.checkpoint.names import NamingScheme, meta_name, module_name
 from llama.config import with_keys_of_file
 from llama.files import cannot_map
@@ -75,6 +76,7 @@ class GGUFCheckpoint:
         ignored = ignored_keys(self._metadata)
         if ignored:
             log.warning("%s has keys that are ignored: %s", path, ", ".join(ignored))
+        self._mapped = MappedMemory()
         self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in needed(path, tensors).items()}
         try:
             self.args = read_metadata(
@@ -150,6 +152,9 @@ class GGUFCheckpoint:
             assert start % elements == stop % elements == 0, (name, start, stop)
             rows = rows[:, start // elements * size : stop // elements * size]
         return requantize_exactly(rows) if tensor.type.name == "Q5_0" else rows
+
+    def release(self, name: str) -> None:
+        self._mapped.release(torch.from_numpy(self._tensors[name].raw))
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self._metadata)

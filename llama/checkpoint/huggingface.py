@@ -13,7 +13,7 @@ from torch import Tensor
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.mapped_file import Layouts, map_folder
+from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, stored_name
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
@@ -47,6 +47,7 @@ class HuggingFaceCheckpoint:
             stop_tokens |= token_ids(read_json_object(generation).get("eos_token_id"))
         self.stop_tokens = stop_tokens
         tensors = needed(folder, map_folder(folder, LAYOUTS))
+        self._mapped = MappedMemory()
         block_types = check_blocks(folder, tensors)
         self.is_quantized = bool(block_types)
         self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
@@ -109,6 +110,9 @@ class HuggingFaceCheckpoint:
             start, stop = (column // block_type.elements * block_type.size for column in (start, stop))
         return self._slice(name, dim, start, stop)
 
+    def release(self, name: str) -> None:
+        self._mapped.release(self._tensors[name])
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path)
 
@@ -134,7 +138,12 @@ class HuggingFaceCheckpoint:
         first, second = self._tensors[a], self._tensors[b]
         if first.dtype != second.dtype or self.shape(a) != self.shape(b):
             return False
-        return first.data_ptr() == second.data_ptr() or same_matrix(self, a, b)
+        if first.data_ptr() == second.data_ptr():
+            return True
+        is_same = same_matrix(self, a, b)
+        self.release(a)
+        self.release(b)
+        return is_same
 
     def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Return rows or columns of a tensor as it is stored, but with rows in Meta's order."""

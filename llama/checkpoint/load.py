@@ -73,8 +73,9 @@ def load_weights(
 ) -> Counter[tuple[str, str]]:
     """Assign every parameter of a meta-device model; raise ValueError for missing, unexpected or mis-shaped tensors.
 
-    Host memory peaks at this rank's part plus one tensor; a part that is a view of the mapped file, in the dtype
-    asked for, is used where it lies. Return how many matrices were stored as one thing and are held as another.
+    Host memory peaks at this rank's part plus one tensor: pages of the file that were copied are released. A part that
+    is a view of the mapped file, in the dtype asked for, is used where it lies. Return how many matrices were stored as
+    one thing and are held as another.
     """
     changes: Counter[tuple[str, str]] = Counter()
     shapes = check_weights(checkpoint, model.args)
@@ -96,6 +97,7 @@ def load_weights(
         else:
             held = _read_quantized(checkpoint, name, model, device, weight_format, block_type)
             set_quantized_weight(module, held)
+        checkpoint.release(name)
         assert held.shape == parameter.shape, (name, held.shape, parameter.shape)
         if len(shape) > 1:
             held_as = block_type.name if block_type else dtype_name(weight_format.dtype)
@@ -228,7 +230,10 @@ def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, para
 
 
 def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every whole tensor of a model."""
+    """Return the name and shape of every whole tensor of a model.
+
+    The largest, tables of tokens, are first: while they are loaded, little else is in memory.
+    """
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     layer = {
         "attention.wq": (q_dim, args.dim),
@@ -241,6 +246,8 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     }
     biased = {"attention": args.attention_bias, "feed_forward": args.mlp_bias}
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
+    if not args.tied_embeddings:
+        shapes["output.weight"] = (args.vocab_size, args.dim)
     for i in range(args.n_layers):
         for name, shape in layer.items():
             shapes[f"layers.{i}.{name}.weight"] = shape
@@ -248,6 +255,4 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
                 shapes[f"layers.{i}.{name}.bias"] = shape[:1]
         shapes |= {f"layers.{i}.{name}.weight": (args.dim,) for name in ("attention_norm", "ffn_norm")}
     shapes["norm.weight"] = (args.dim,)
-    if not args.tied_embeddings:
-        shapes["output.weight"] = (args.vocab_size, args.dim)
     return shapes

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import ctypes
+import functools
 import logging
+import mmap
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -85,3 +91,37 @@ def _map_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is not a usable safetensors file ({error}): download it again") from None
     except (MemoryError, RuntimeError) as error:
         raise cannot_map(file, error) from None
+
+
+class MappedMemory:
+    """The parts of this process's memory that are files, mapped as the readers here do: privately, to be read only.
+
+    Pages that were read count as the process's memory until they are released, or the file is closed. Whether memory is
+    a file's is the system's word, as anonymous memory that is released loses what it holds. Elsewhere than on Linux
+    nothing is released.
+    """
+
+    def __init__(self) -> None:
+        """Take down what is mapped now; only of tensors that are there already may pages be released."""
+        try:
+            maps = Path("/proc/self/maps").read_text()
+        except OSError:
+            maps = ""
+        found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r..p [0-9a-f]+ \S+ [1-9]\d* ", maps, re.MULTILINE)
+        self._spans = [(int(start, 16), int(stop, 16)) for start, stop in found]
+
+    def release(self, tensor: Tensor) -> None:
+        """Let the pages that a contiguous tensor fills leave the memory, but not the system's cache of files."""
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        at = bisect.bisect(self._spans, start, key=lambda span: span[0]) - 1
+        if first < last and at >= 0 and stop <= self._spans[at][1]:
+            _madvise()(first, last - first, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    """Return the system's madvise, of an address, bytes and an advice."""
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return madvise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed
-from llama.checkpoint.mapped_file import Layouts, map_folder
+from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.names import NamingScheme, module_name
 from llama.checkpoint.torch_pickle import map_pickle
 from llama.config import read_params
@@ -43,6 +43,7 @@ class MetaCheckpoint:
         args = read_params(params)
         files = _shard_files(folder)
         shards = [map_pickle(file) for file in files] if files else [map_folder(folder, MISTRAL_LAYOUTS)]
+        self._mapped = MappedMemory()
         self._shards = [needed(folder, shard) for shard in shards]
         self._check_shards()
         self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self._shards[0])
@@ -84,6 +85,10 @@ class MetaCheckpoint:
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         raise AssertionError(f"Meta's format has no blocks: {name}")
+
+    def release(self, name: str) -> None:
+        for shard in self._shards:
+            self._mapped.release(shard[name])
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path)

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from llama.checkpoint import open_checkpoint
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.config import ModelArgs
 from tests.checkpoints import TINY, write_meta
 from tests.e2e.processes import CHAT, COMPLETION, ROOT, Finished, python, torchrun
@@ -150,6 +153,19 @@ def test_a_run_takes_what_was_planned(large: Path, ranks: int, dtype: str, bsz: 
         if planned["mapped"] == planned["weights"]:
             # All of them came into memory, with the rest of the file's first and last pages.
             assert 0 <= rank["pages"] - planned["mapped"] < MB
+
+
+@linux
+def test_quantized_weights_are_in_memory_once(large: Path, tmp_path: Path) -> None:
+    """The file's pages once stayed beside the packed copy: twice the memory of the weights."""
+    checkpoint = open_checkpoint(large)
+    made = writer(checkpoint, tokenizer_source(checkpoint), "hf", quantize="int8")
+    write_checkpoint(made, tmp_path / "int8", lambda n_bytes: None)
+    (rank,) = measured(0, tmp_path / "int8", "float32", 1, 16, 8)
+    planned = rank["planned"]
+    assert planned["weights"] > 90 * MB
+    assert planned["mapped"] == 0 and rank["pages"] < 8 * MB
+    assert max(rank["loading"]["VmHWM"], rank["running"]["VmHWM"]) < 1.25 * planned["needed"], rank
 
 
 @linux

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
+from llama.backends.base import choose_backend
 from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.load import WeightFormat
+from llama.checkpoint.mapped_file import MappedMemory
+from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
-from tests.checkpoints import TINY, write_meta
+from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, write_meta
+from tests.gguf_files import write_gguf_model
 from tests.models import build, one_pass, random_tokens, transformer
+
+MODEL = ModelArgs(dim=512, n_layers=4, n_heads=8, n_kv_heads=8, vocab_size=BYTE_VOCAB_SIZE)
 
 
 def mappings(path: Path) -> Iterator[range]:
@@ -45,6 +55,60 @@ def test_another_dtype_is_a_copy(tmp_path: Path) -> None:
     write_meta(tmp_path, dtype=torch.bfloat16)
     model = build(tmp_path, dtype="float32").model
     assert not any(is_mapped(parameter, tmp_path / "consolidated.00.pth") for parameter in model.parameters())
+
+
+def pages_in_memory(folder: Path) -> int:
+    """Bytes of a folder's files that count as this process's memory."""
+    found = re.findall(
+        r"^[0-9a-f].* (/.*)\n(?:\w+:.*\n)*?Rss: +(\d+)", Path("/proc/self/smaps").read_text(), re.MULTILINE
+    )
+    return sum(int(kilobytes) * 1024 for file, kilobytes in found if file.startswith(f"{folder}/"))
+
+
+def write_as(file_format: str, folder: Path) -> Path:
+    """MODEL, in bfloat16 or Q8_0, with its tokenizer; returns the path that it is opened by."""
+    state = write_meta(folder / "meta", MODEL, dtype=torch.bfloat16)
+    if file_format == "meta":
+        return folder / "meta"
+    if file_format == "gguf":
+        write_gguf_model(folder / "m.gguf", MODEL, state, gguf.GGMLQuantizationType.Q8_0)
+        return folder / "m.gguf"
+    checkpoint = open_checkpoint(folder / "meta")
+    quantize = "int8" if file_format == "hf, quantized" else None
+    made = writer(checkpoint, tokenizer_source(checkpoint), "hf", quantize=quantize)
+    write_checkpoint(made, folder / "hf", lambda n_bytes: None)
+    return folder / "hf"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc here")
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("file_format", ["meta", "hf", "hf, quantized", "gguf"])
+def test_what_was_copied_of_a_file_leaves_the_memory(tmp_path: Path, file_format: str, size: int) -> None:
+    """A file and its packed copy were once both in memory, which took twice that of llama.cpp.
+
+    Who reads the checkpoint a second time, or still has a view of it, gets what was there at first.
+    """
+    path = write_as(file_format, tmp_path)
+    backend = choose_backend(torch.device("cpu"), MODEL.head_dim)
+    held = WeightFormat(torch.float32, None, backend.weight_cls, backend.keeps_stored_blocks)
+    checkpoint = open_checkpoint(path)
+    views = {name: checkpoint.read(name) for name in checkpoint.names()}
+    before = {name: view.clone() for name, view in views.items()}
+    n_bytes = pages_in_memory(tmp_path)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args, ModelParallel(size - 1, size))
+    load_weights(model, checkpoint, torch.device("cpu"), held)
+    assert pages_in_memory(tmp_path) < 0.1 * n_bytes
+    for name, tensor in before.items():
+        assert torch.equal(views[name], tensor) and torch.equal(checkpoint.read(name), tensor), name
+    assert n_bytes > 8 * 2**20
+
+
+def test_memory_that_is_no_files_is_never_released() -> None:
+    """The system gives anonymous memory back as zeros."""
+    values = torch.ones(1 << 20)
+    MappedMemory().release(values)
+    assert values.all()
 
 
 @pytest.mark.parametrize("shards", [1, 8])
