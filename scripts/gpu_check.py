@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import triton
 
-from benchmarking.machine import machine_name
 from gpu_checking import (
     check_ranks,
     clock,
@@ -32,6 +31,7 @@ from gpu_checking.report import Section
 from gpu_checking.sizes import FLOATS
 from gpu_checking.tests import run_tests
 from gpu_checking.warming import warm
+from llama.benchmark.machine import machine_name
 from llama.cli import runner as cli
 from llama.distributed.torchrun_env import read_torchrun_env
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -70,6 +72,9 @@ def peak_memory_mib(device: torch.device) -> float:
     """Return the peak memory in MiB: allocated on a CUDA device, else resident in this process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, IndexError):
+        # Linux; getrusage's would begin with the peak of the process that started this one.
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) / 2**10
     try:
         import resource
     except ImportError:  # Windows

@@ -15,7 +15,6 @@ from llama import Llama
 from llama.backends.cpu.build import library
 from llama.cli.flags import flags_of
 from llama.cli.main import NAMES
-from tests.scripts import script
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
@@ -31,7 +30,7 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_]+)")
 LISTED = re.compile(r"^\| (D\d+) \|.*\((\d+-[a-z-]+\.md)\) \|$", re.MULTILINE)
 
 MODULES = [*(f"llama.cli.{name}" for name in NAMES), "example_ray_data"]
-COMMANDS = [importlib.import_module(name).main for name in MODULES] + [script("benchmark").main]
+COMMANDS = [importlib.import_module(name).main for name in MODULES]
 # torchrun's, pip's and pytest's, and gpu_check's, which needs a GPU to say.
 OF_OTHER_PROGRAMS = {"nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint"}
 OF_OTHER_PROGRAMS |= {"editable", "help", "version"}

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "llama").rglob("*.py"))
 ROOMS: tuple[str, ...] = (
     *("errors", "files", "config", "sampling", "cache", "rope", "tokenizer", "chat", "outputs", "quantization"),
     *("distributed", "model", "backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
-    *("jobs", "integrations", "cli", "__main__"),
+    *("jobs", "integrations", "benchmark", "cli", "__main__"),
 )
 # Only where they are used, as each costs up to seconds.
 LAZY: tuple[str, ...] = (

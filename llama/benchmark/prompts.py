@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from llama.tokenizer import Tokenizer
 
-TEXT = Path(__file__).resolve().parents[2] / "LICENSE"  # it never changes
 # Tags, and the passage twice: small models copy what they have already seen copied.
 BEFORE, BETWEEN = "<text>\n", "\n</text>\n\n<text>\n"
 COPIES = 2
@@ -16,17 +13,19 @@ BEGUN = 16  # tokens of the repetition that the prompt holds: what is left to do
 
 
 def random_prompts(lengths: list[int], vocab_size: int, generator: torch.Generator) -> list[list[int]]:
+    """Return a prompt of each length, of any tokens."""
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 def copy_prompts(
-    lengths: list[int], gen_len: int, tokenizer: Tokenizer, generator: torch.Generator
+    content: str, lengths: list[int], gen_len: int, tokenizer: Tokenizer, generator: torch.Generator
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts that a model continues by copying, each from another place in the text, and the gen_len tokens of a copy.
+    """Return prompts that a model continues by copying, and the gen_len tokens of each copy.
 
-    ValueError where a prompt is too short to hold what is to be copied, or longer than the text.
+    Each is from another place in the content. Raise ValueError where a prompt is too short to hold what is to be
+    copied, or longer than the text.
     """
-    text = tokenizer.encode(TEXT.read_text(encoding="utf-8"), bos=False, eos=False)
+    text = tokenizer.encode(content, bos=False, eos=False)
     before = tokenizer.encode(BEFORE, bos=tokenizer.add_bos, eos=False)
     between = tokenizer.encode(BETWEEN, bos=False, eos=False)
     around = len(before) + COPIES * len(between) + BEGUN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +23,17 @@ PLACES = [
 
 
 class Point(NamedTuple):
+    """A system with a form of weights; the model is named where there are several."""
+
     system: str
+    model: str
     weights: str
     megabytes: float  # of weights read for a token
     tok_s: float
 
 
 def check_can_draw(path: Path) -> None:
-    """ValueError now, and not after minutes of measuring, where `draw` could not write."""
+    """Raise ValueError now, and not after minutes of measuring, where `draw_roofline` could not write."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -39,33 +42,24 @@ def check_can_draw(path: Path) -> None:
         raise ValueError(f"the picture {path} must be a .png in a folder that exists")
 
 
-def points(results: list[dict[str, Any]]) -> list[Point]:
-    """One for each system and form of weights: medians over the runs that measured it, alone or as a peer."""
-    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for result in results:
-        for each in (result, result.get("peer")):
-            if each is not None:
-                found.setdefault((each["system"], each["weights"], each["weight_bytes"]), []).append(each)
+def points(results: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return one point for each system of each result."""
+    several = len({result["ckpt_dir"] for result in results}) > 1
     return [
         Point(
-            system,
-            weights,
-            statistics.median(each["bytes_per_token"] / 1e6 for each in measured),
-            statistics.median(each["decode_tok_s"] for each in measured),
+            each["system"],
+            Path(result["ckpt_dir"]).stem if several else "",
+            each["weights"],
+            each["bytes_per_token"] / 1e6,
+            each["decode_tok_s"],
         )
-        for (system, weights, _), measured in found.items()
+        for result in results
+        for each in (result, *result["peers"])
     ]
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of what scripts/benchmark.py --json printed. ValueError when the runs were of different machines.
-
-    The roof is the best bandwidth that any of the runs measured.
-    """
-    check_can_draw(path)
-    machines = sorted({result["machine"] for result in results})
-    if len(machines) > 1:
-        raise ValueError(f"a picture is of one machine, got {' and '.join(machines)}")
+def draw_roofline(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG of what was measured on one machine, whose roof is the best bandwidth that was."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -92,18 +86,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.set_xlabel("weights read for a token, MB")
     axes.set_ylabel("decoded tokens a second")
-    axes.set_title(_title(results), fontsize=10)
+    axes.set_title(_title(results[0]), fontsize=10)
     axes.legend(loc="lower left")
     _label(axes, measured, roof, {system: colour for system, (colour, _) in looks.items()})
     figure.savefig(path)
 
 
-def _title(results: list[dict[str, Any]]) -> str:
-    def each(key: str) -> str:
-        return ", ".join(str(value) for value in sorted({result[key] for result in results}))
-
-    runs = f"batch {each('batch_size')}, {each('prompts')} prompts of {each('prompt_len')} tokens"
-    return f"{each('machine')}\n{each('date')}, {runs}, {each('gen_len')} decoded"
+def _title(result: Mapping[str, Any]) -> str:
+    return (
+        "{machine}\n{date}, batch {batch_size}, {prompts} prompts of {prompt_len} tokens, {gen_len} decoded"
+    ).format_map(result)
 
 
 def _between(left: float, right: float, n: int = 200) -> list[float]:
@@ -124,7 +116,7 @@ def _label(axes: Any, measured: list[Point], roof: float, colours: dict[str, str
         percent = 100 * p.tok_s * p.megabytes / roof
         for x, y, align in PLACES:
             text = axes.annotate(
-                f"{p.weights}: {p.tok_s:.3g} tok/s, {percent:.0f} %",
+                f"{p.model} {p.weights}: {p.tok_s:.3g} tok/s, {percent:.0f} %".lstrip(),
                 (p.megabytes, p.tok_s),
                 (x, y),
                 textcoords="offset points",
