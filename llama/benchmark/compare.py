@@ -159,6 +159,7 @@ def started_systems(
     options: max_seq_len and max_batch_size are those of the workload.
     all_must_run: raise ValueError for a peer that cannot run the checkpoint, in place of a line that says so.
     """
+    log.info("%s: starting %s", options.ckpt_dir, ", ".join([*peers, "ours"]))
     with contextlib.ExitStack() as stack:
         systems = []
         for name in peers:  # first, so that a peer that cannot run is told before ours reads gigabytes
