@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gguf
 import numpy as np
@@ -79,27 +79,43 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[np
 
 
 def encoded(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Blocks of the tensor's values or, for superblocks, of others that spread as far."""
-    if kind.name in SUPERBLOCKS:
-        return superblocks(tensor, kind)
-    return gguf.quantize(np.ascontiguousarray(tensor.float().numpy()), kind)
+    """Blocks of the tensor's values or, of types that the library does not make, of others that spread as far."""
+    try:
+        return gguf.quantize(np.ascontiguousarray(tensor.float().numpy()), kind)
+    except NotImplementedError:
+        return random_blocks(tensor, kind)
 
 
-# The gguf library decodes them and makes none. Where their scales lie, each a half, and for random codes the standard
-# deviation of the values when the first scale is 1; Q4_K's second scale is 7.5 times the first, which centres them.
-SUPERBLOCKS = {"Q4_K": ((0, 1.0), (2, 7.5), 255.0), "Q6_K": ((208, 1.0), 1367.0)}
+# Where a block has its scales, each a half, and what the second is times the first so that random codes are centred.
+SCALES_AT = {
+    "Q4_0": {0: 1.0},
+    "Q4_1": {0: 1.0, 2: -7.5},
+    "Q5_0": {0: 1.0},
+    "Q5_1": {0: 1.0, 2: -15.5},
+    "Q8_0": {0: 1.0},
+    "Q2_K": {80: 1.0, 82: 1.5},
+    "Q3_K": {108: 1.0},
+    "Q4_K": {0: 1.0, 2: 7.5},
+    "Q5_K": {0: 1.0, 2: 15.5},
+    "Q6_K": {208: 1.0},
+    "IQ4_NL": {0: 1.0},
+    "IQ4_XS": {0: 1.0},
+}
 
 
-def superblocks(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+def random_blocks(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Random codes, and scales that give the values about the tensor's standard deviation."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
-    *halves, deviation = cast(Any, SUPERBLOCKS[kind.name])
     generator = np.random.default_rng(int(tensor.float().abs().sum() * 1000))
-    n_blocks = tensor.numel() // elements
-    blocks = generator.integers(0, 256, (n_blocks, size), np.uint8)
-    scales = float(tensor.std()) / deviation * generator.uniform(0.5, 1.5, n_blocks)
-    for at, factor in halves:
-        blocks[:, at : at + 2] = (factor * scales).astype(np.float16)[:, None].view(np.uint8)
+    blocks = generator.integers(0, 256, (tensor.numel() // elements, size), np.uint8)
+    spread = generator.uniform(0.5, 1.5, len(blocks))
+
+    def set_scales(scales: np.ndarray) -> None:
+        for at, factor in SCALES_AT[kind.name].items():
+            blocks[:, at : at + 2] = (factor * scales).astype(np.float16)[:, None].view(np.uint8)
+
+    set_scales(spread)
+    set_scales(spread * float(tensor.std()) / float(gguf.dequantize(blocks, kind).std()))
     return blocks.reshape(len(tensor), -1)
 
 

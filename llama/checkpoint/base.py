@@ -201,7 +201,7 @@ class StoredCheckpoint(Checkpoint, Protocol):
         ...
 
     def block_type(self, name: str) -> BlockType | None:
-        """Return the block type of a tensor; None where it is floats, or blocks of a type that is not run as it is."""
+        """Return the block type of a tensor; None where it is floats, or blocks of no type of BLOCK_TYPES."""
         ...
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:

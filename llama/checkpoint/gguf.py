@@ -24,7 +24,7 @@ from llama.checkpoint.mapped_file import MappedMemory
 from llama.checkpoint.names import NamingScheme, meta_name, module_name
 from llama.config import with_keys_of_file
 from llama.files import cannot_map
-from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, requantize_exactly
+from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
@@ -137,9 +137,7 @@ class GGUFCheckpoint:
         return tensor.type.name if tensor.dtype is None else dtype_name(tensor.dtype)
 
     def block_type(self, name: str) -> BlockType | None:
-        type_name = self._tensors[name].type.name
-        # Q5_0 has no kernels of its own, and its values are also Q8_0's.
-        return BLOCK_TYPES.get("Q8_0" if type_name == "Q5_0" else type_name)
+        return BLOCK_TYPES.get(self._tensors[name].type.name)
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         tensor = self._tensors[name]
@@ -147,11 +145,9 @@ class GGUFCheckpoint:
         rows = torch.from_numpy(tensor.raw).view(tensor.shape[0], -1)
         stop = tensor.shape[dim] if stop is None else stop
         if dim == 0:
-            rows = rows[start:stop]
-        else:
-            assert start % elements == stop % elements == 0, (name, start, stop)
-            rows = rows[:, start // elements * size : stop // elements * size]
-        return requantize_exactly(rows) if tensor.type.name == "Q5_0" else rows
+            return rows[start:stop]
+        assert start % elements == stop % elements == 0, (name, start, stop)
+        return rows[:, start // elements * size : stop // elements * size]
 
     def release(self, name: str) -> None:
         self._mapped.release(torch.from_numpy(self._tensors[name].raw))

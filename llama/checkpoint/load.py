@@ -53,7 +53,8 @@ class WeightFormat:
         if len(shape) != 2:
             return None
         asked = quantized_type(name, shape, self.quantize) if self.quantize else None
-        held = stored if self.keeps_stored_blocks or self.quantize else None
+        keeps = self.keeps_stored_blocks or self.quantize
+        held = stored if keeps and stored is not None and self.weight_cls.holds(stored) else None
         if asked is not None and (held is None or asked.size * held.elements < held.size * asked.elements):
             held = asked
         if held is None or shard_dim(name) != 1 or parallel.size == 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +22,28 @@ class BlockType:
     size: int  # bytes of a block
 
 
-# Types that models run in without conversion.
+# Types that are decoded here; a backend's class of weights says which of them it holds without conversion.
 BLOCK_TYPES = {
     "Q4_0": BlockType("Q4_0", 32, 18),
     "Q4_1": BlockType("Q4_1", 32, 20),
+    "Q5_0": BlockType("Q5_0", 32, 22),
+    "Q5_1": BlockType("Q5_1", 32, 24),
     "Q8_0": BlockType("Q8_0", 32, 34),
+    "Q2_K": BlockType("Q2_K", 256, 84),
+    "Q3_K": BlockType("Q3_K", 256, 110),
     "Q4_K": BlockType("Q4_K", 256, 144),
+    "Q5_K": BlockType("Q5_K", 256, 176),
     "Q6_K": BlockType("Q6_K", 256, 210),
+    "IQ4_NL": BlockType("IQ4_NL", 32, 18),
+    "IQ4_XS": BlockType("IQ4_XS", 256, 136),
 }
 # The block type of each mode of --quantize whose result can be stored.
 QUANTIZE = {"int8": "Q8_0", "int4": "Q4_1"}
 # 8-bit floats; each row has a scale besides. Used only where a GPU computes with them (planar.py): see D43.
 F8_E4M3 = BlockType("F8_E4M3", 1, 1)
 
-Q5_0_SIZE = 22
+# What the 4-bit codes of IQ4_NL and IQ4_XS stand for: close together where most values lie.
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Values quantized at once: their temporaries take some 32 MB, and torch's threads rarely wait for each other.
 MAX_QUANTIZED_VALUES = 1 << 20
 # Where the search for a Q4_1 group's scale begins (see D23), as fractions of the range of its values.
@@ -55,8 +64,8 @@ def dequantize(blocks: Tensor, block_type: BlockType) -> Tensor:
         raise ValueError(
             f"rows of {blocks.shape[-1]} bytes are not whole {block_type.name} blocks of {block_type.size}"
         )
-    values = _DECODERS[block_type.name](blocks.unflatten(-1, (n_blocks, block_type.size)))
-    return values.view(*blocks.shape[:-1], n_blocks * block_type.elements)
+    fields = take_apart(blocks.unflatten(-1, (n_blocks, block_type.size)), block_type)
+    return values_of(fields, block_type).view(*blocks.shape[:-1], n_blocks * block_type.elements)
 
 
 def quantize(values: Tensor, block_type: BlockType) -> Tensor:
@@ -85,72 +94,133 @@ def quantize(values: Tensor, block_type: BlockType) -> Tensor:
     return blocks.view(*values.shape[:-1], n_values // block_type.elements * block_type.size)
 
 
-def requantize_exactly(blocks: Tensor) -> Tensor:
-    """Convert Q5_0 blocks (..., n_bytes) to Q8_0 blocks of the same values: 5-bit codes less 16 fit into 8 bits."""
-    assert blocks.shape[-1] % Q5_0_SIZE == 0, blocks.shape
-    n_blocks = blocks.shape[-1] // Q5_0_SIZE
-    scale, high, low = blocks.unflatten(-1, (n_blocks, Q5_0_SIZE)).split([2, 4, 16], dim=-1)
-    bits = torch.stack([high >> i & 1 for i in range(8)], dim=-1).flatten(-2)  # (..., n_blocks, 32)
-    codes = (_nibbles(low) | bits << 4).to(torch.int8) - 16
-    return torch.cat([scale, codes.view(torch.uint8)], dim=-1).flatten(-2)
+class BlockFields(NamedTuple):
+    """What blocks (..., n_blocks, size) say, apart."""
+
+    codes: Tensor  # uint8 (..., n_blocks, elements): one for each value, in their order
+    scales: Tensor  # fp16 (..., n_blocks, 1), or (.., 2) of types with minima: scale and minimum
+    # 8-bit integers (..., n_blocks, n_groups, 1 or 2), or None: what the scale, and the minimum, of each group is times
+    # those of its block.
+    sub_scales: Tensor | None
 
 
-def _float(halves: Tensor) -> Tensor:
-    """Convert n bytes of fp16 values, at any alignment, to fp32 values (..., n / 2)."""
-    return halves.contiguous().view(torch.float16).float()
+def take_apart(blocks: Tensor, block_type: BlockType) -> BlockFields:
+    """Return the fields of uint8 blocks (..., n_blocks, size)."""
+    layout = LAYOUTS[block_type.name]
+    parts = dict(zip(layout.sizes, blocks.split(list(layout.sizes.values()), dim=-1), strict=True))
+    codes = unpack_codes(parts["low"], *layout.low)
+    if layout.high:
+        codes |= unpack_codes(parts["high"], *layout.high) << layout.low_bits
+    sub_scales = layout.sub_scales(parts["sub_scales"]) if layout.sub_scales else None
+    return BlockFields(codes, parts["scales"].contiguous().view(torch.float16), sub_scales)
 
 
-def _nibbles(codes: Tensor) -> Tensor:
-    """Return the 4-bit codes (..., 2 n) of n bytes: the lower halves of all bytes, then the upper halves."""
-    return torch.cat([codes & 15, codes >> 4], dim=-1)
+def values_of(fields: BlockFields, block_type: BlockType) -> Tensor:
+    """Return the fp32 values (..., n_blocks, elements) of fields: products are exact, so only sums are rounded."""
+    layout = LAYOUTS[block_type.name]
+    if layout.is_table:
+        table = torch.tensor(IQ4_VALUES, dtype=torch.int8, device=fields.codes.device)
+        codes = table[fields.codes.int()]
+    else:
+        codes = fields.codes.view(torch.int8) - layout.offset
+    scales = fields.scales.float().unsqueeze(-2)  # (..., n_blocks, 1, 1 or 2)
+    if fields.sub_scales is not None:
+        scales = scales * fields.sub_scales
+    n_groups, numbers = scales.shape[-2:]
+    values = scales[..., :1] * codes.unflatten(-1, (n_groups, block_type.elements // n_groups))
+    if numbers == 2:
+        values.add_(scales[..., 1:], alpha=1 if fields.sub_scales is None else -1)
+    return values.flatten(-2)
 
 
-# Decoders take blocks (..., n_blocks, size) and return values (..., n_blocks, elements), or the same in groups. All
-# products are exact in fp32, so only sums are rounded.
+def unpack_codes(packed: Tensor, bits: int, run: int) -> Tensor:
+    """Return the codes (..., 8 / bits * n) of n bytes, `bits` bits each.
+
+    Of each run of bytes, the codes in their lowest bits come first, then those in the next ones.
+    """
+    runs = packed.unflatten(-1, (packed.shape[-1] // run, run))
+    mask = (1 << bits) - 1
+    return torch.cat([runs >> shift & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
 
 
-def _decode_q4_0(blocks: Tensor) -> Tensor:
-    scale, codes = blocks.split([2, 16], dim=-1)
-    return _float(scale) * (_nibbles(codes).to(torch.int8) - 8)
+def pack_codes(codes: Tensor, bits: int, run: int) -> Tensor:
+    """Return the bytes (..., n / 8 * bits) of the lowest bits of n codes: see unpack_codes."""
+    places = (codes & (1 << bits) - 1).unflatten(-1, (codes.shape[-1] * bits // 8 // run, 8 // bits, run))
+    packed = places[..., 0, :]
+    for place in range(1, 8 // bits):
+        packed = packed | places[..., place, :] << place * bits
+    return packed.flatten(-2)
 
 
-def _decode_q4_1(blocks: Tensor) -> Tensor:
-    scale, low, codes = blocks.split([2, 2, 16], dim=-1)
-    return (_float(scale) * _nibbles(codes)).add_(_float(low))
-
-
-def _decode_q8_0(blocks: Tensor) -> Tensor:
-    scale, codes = blocks.split([2, 32], dim=-1)
-    return _float(scale) * codes.view(torch.int8)
-
-
-def _decode_q4_k(blocks: Tensor) -> Tensor:
-    """Decode 8 groups of 32 values, each with a 6-bit scale and minimum; the last 4 groups' are stored split."""
-    scale, low, packed, codes = blocks.split([2, 2, 12, 128], dim=-1)
+def _six_bits(packed: Tensor) -> Tensor:
+    """Return 8 scales and minima (..., 8, 2) of 6 bits in 12 bytes; the upper bits of the last 4 lie with the first."""
     a, b, c = packed.split(4, dim=-1)
-    scales = torch.cat([a & 63, c & 15 | a >> 2 & 48], dim=-1)  # (..., 8)
-    lows = torch.cat([b & 63, c >> 4 | b >> 2 & 48], dim=-1)
-    values = _nibbles(codes.unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)  # (..., 8, 32)
-    return ((_float(scale) * scales).unsqueeze(-1) * values).sub_((_float(low) * lows).unsqueeze(-1))
+    scales = torch.cat([a & 63, c & 15 | a >> 2 & 48], dim=-1)
+    return torch.stack([scales, torch.cat([b & 63, c >> 4 | b >> 2 & 48], dim=-1)], dim=-1)
 
 
-def _decode_q6_k(blocks: Tensor) -> Tensor:
-    """Decode 16 groups of 16 values with 8-bit scales; the lower 4 and the upper 2 bits of codes are stored apart."""
-    low, high, scales, scale = blocks.split([128, 64, 16, 2], dim=-1)
-    low = _nibbles(low.unflatten(-1, (2, 64)))  # (..., 2, 128)
-    high = high.unflatten(-1, (2, 32))
-    high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
-    codes = (low | high << 4).to(torch.int8) - 32
-    return (_float(scale) * scales.view(torch.int8)).unsqueeze(-1) * codes.flatten(-2).unflatten(-1, (16, 16))
+def _four_bits(packed: Tensor) -> Tensor:
+    """Return a scale and a minimum for each byte: (..., n, 2)."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1)
 
 
-_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q4_0": _decode_q4_0,
-    "Q4_1": _decode_q4_1,
-    "Q8_0": _decode_q8_0,
-    "Q4_K": _decode_q4_k,
-    "Q6_K": _decode_q6_k,
+def _q3_k_scales(packed: Tensor) -> Tensor:
+    """Return 16 scales (..., 16, 1), of 6 bits less 32: the lower 4 bits in 8 bytes, the upper 2 in 4 more."""
+    low, high = packed.split([8, 4], dim=-1)
+    return _less_32(unpack_codes(low, 4, 8) | unpack_codes(high, 2, 4) << 4)
+
+
+def _iq4_xs_scales(packed: Tensor) -> Tensor:
+    """Return 8 scales (..., 8, 1), of 6 bits less 32: the upper 2 bits in 2 bytes, the lower 4 in 4 more."""
+    high, low = packed.split([2, 4], dim=-1)
+    return _less_32(unpack_codes(low, 4, 1) | unpack_codes(high, 2, 1) << 4)
+
+
+def _less_32(scales: Tensor) -> Tensor:
+    return (scales.view(torch.int8) - 32).unsqueeze(-1)
+
+
+def _bytes(scales: Tensor) -> Tensor:
+    return scales.contiguous().view(torch.int8).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a block's bytes have its fields."""
+
+    sizes: dict[str, int]  # bytes of scales, sub_scales, and of the low and high bits of codes, in the order they have
+    low: tuple[int, int]  # bits of a code in `low`, and the run of bytes in which they alternate: see unpack_codes
+    high: tuple[int, int] | None = None  # and of its upper bits, in `high`
+    offset: int = 0  # what is subtracted from each code
+    sub_scales: Callable[[Tensor], Tensor] | None = None  # what BlockFields has, of their bytes
+    is_table: bool = False  # codes are places in IQ4_VALUES
+
+    @property
+    def low_bits(self) -> int:
+        return self.low[0]
+
+    @property
+    def high_bits(self) -> int:
+        return self.high[0] if self.high else 0
+
+
+_SCALED, _WITH_MINIMUM = {"scales": 2}, {"scales": 4}
+_LOW, _HIGH = {"low": 16}, {"high": 4}
+LAYOUTS = {
+    "Q4_0": Layout(_SCALED | _LOW, (4, 16), offset=8),
+    "Q4_1": Layout(_WITH_MINIMUM | _LOW, (4, 16)),
+    "Q5_0": Layout(_SCALED | _HIGH | _LOW, (4, 16), (1, 1), 16),
+    "Q5_1": Layout(_WITH_MINIMUM | _HIGH | _LOW, (4, 16), (1, 1)),
+    "Q8_0": Layout(_SCALED | {"low": 32}, (8, 32)),
+    "Q2_K": Layout({"sub_scales": 16, "low": 64, "scales": 4}, (2, 32), None, 0, _four_bits),
+    "Q3_K": Layout({"high": 32, "low": 64, "sub_scales": 12, "scales": 2}, (2, 32), (1, 32), 4, _q3_k_scales),
+    "Q4_K": Layout({"scales": 4, "sub_scales": 12, "low": 128}, (4, 32), None, 0, _six_bits),
+    "Q5_K": Layout({"scales": 4, "sub_scales": 12, "high": 32, "low": 128}, (4, 32), (1, 32), 0, _six_bits),
+    "Q6_K": Layout({"low": 128, "high": 64, "sub_scales": 16, "scales": 2}, (4, 64), (2, 32), 32, _bytes),
+    "IQ4_NL": Layout(_SCALED | _LOW, (4, 16), is_table=True),
+    "IQ4_XS": Layout({"scales": 2, "sub_scales": 6, "low": 128}, (4, 16), None, 0, _iq4_xs_scales, is_table=True),
 }
+
 
 # Encoders take fp32 groups (n_groups, elements), and return blocks (n_groups, size) and whether all scales are finite.
 

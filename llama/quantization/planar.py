@@ -10,7 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from llama.quantization.gguf_blocks import F8_E4M3, BlockType
+from llama.quantization.gguf_blocks import (
+    F8_E4M3,
+    LAYOUTS,
+    BlockFields,
+    BlockType,
+    pack_codes,
+    take_apart,
+    unpack_codes,
+    values_of,
+)
 from llama.quantization.weights import QuantizedWeight, float_matmul
 
 # Most tokens that products and attention compute in tiles of one shape, so that no token's result depends on the others
@@ -30,14 +39,17 @@ GROUP_SIZE = 32  # values whose codes are stored together: a lower and an upper 
 class PlanarWeight(QuantizedWeight):
     """A matrix (out, in) of quantized blocks with codes and scales in tensors of their own, planes (see D40).
 
-    Values are those of gguf_blocks.dequantize, and take as many bytes as the blocks (Q4_K: 148 for 144). The planes:
-    codes       uint8 (out, in / 2): byte j of a group's 16 holds its value j, and value j + 16 in the upper bits;
-                Q8_0: int8 (out, in)
-    high        Q6_K alone: uint8 (out, in / 4): byte t of a group's 8 holds the upper two bits of its values t, t + 8,
-                t + 16 and t + 24, from the lowest bits on
+    Values are those of gguf_blocks.dequantize, and take as many bytes as the blocks, but for scales that were packed:
+    up to 4 bytes in 110 or more. The planes:
+    codes       uint8 (out, in / 8 * bits): the lower 8, 4 or 2 bits of codes. Of the 4 * bits bytes of a group the
+                first holds the values 0, 4 * bits, 8 * bits and so on, from its lowest bits on. So a byte's upper 4
+                bits are of values in the upper half of the group, 16 further on.
+    high        uint8 (out, in / 8 * bits): the other 1 or 2 bits of 3-, 5- and 6-bit types, in the same order
     scales      fp16 (out, in / elements of a block, 1); of types with minima (.., 2): scale and minimum
-    sub_scales  Q4_K: uint8 (out, in / 32, 2): scale and minimum of a group;
-                Q6_K: int8 (out, in / 32, 2): scales of a group's halves
+    sub_scales  Q4_K, Q5_K: uint8 (out, in / 32, 2): scale and minimum of a group;
+                Q3_K, Q6_K: int8 (out, in / 32, 2): scales of a group's halves;
+                Q2_K: uint8 (out, in / 32, 2): the same, with minima in the upper 4 bits;
+                IQ4_XS: int8 (out, in / 32, 1): scale of a group
     """
 
     codes: Tensor
@@ -89,8 +101,8 @@ class PlanarWeight(QuantizedWeight):
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
         if block_type == F8_E4M3:  # of an Fp8Weight, which the same backend uses
             return rows * (columns + 4)
-        unpacked = 4 if block_type.name == "Q4_K" else 0  # its 6-bit scales become bytes
-        return rows * columns // block_type.elements * (block_type.size + unpacked)
+        block = PlanarWeight(torch.zeros(1, block_type.size, dtype=torch.uint8, device="cpu"), block_type)
+        return rows * columns // block_type.elements * block.nbytes
 
     def part(self, start: int, stop: int) -> PlanarWeight:
         """Return the rows from start to stop, in the same memory."""
@@ -206,59 +218,31 @@ def _to_fp8(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take_apart(blocks: Tensor, block_type: BlockType) -> dict[str, Tensor | None]:
-    """Return the planes of blocks (out, n_blocks, size), whose layouts gguf_blocks has."""
-    high = sub_scales = None
-    if block_type.name == "Q8_0":
-        scales, codes = blocks.split([2, 32], dim=-1)
-        codes = codes.view(torch.int8)
-    elif block_type.name == "Q4_0":
-        scales, codes = blocks.split([2, 16], dim=-1)
-    elif block_type.name == "Q4_1":
-        scales, codes = blocks.split([4, 16], dim=-1)
-    elif block_type.name == "Q4_K":
-        scales, packed, codes = blocks.split([4, 12, 128], dim=-1)
-        a, b, c = packed.split(4, dim=-1)
-        of_groups = torch.cat([a & 63, c & 15 | a >> 2 & 48], dim=-1)
-        lows = torch.cat([b & 63, c >> 4 | b >> 2 & 48], dim=-1)
-        sub_scales = torch.stack([of_groups, lows], dim=-1).flatten(1, 2)  # (out, in / 32, 2)
-        codes = codes.unflatten(-1, (4, 32))
-        # 32 bytes have two groups: the first in their lower bits, the second in their upper bits.
-        codes = _joined(torch.stack([codes & 15, codes >> 4], dim=-2))
-    else:
-        assert block_type.name == "Q6_K", block_type
-        low, upper, sub, scales = blocks.split([128, 64, 16, 2], dim=-1)
-        low, upper = low.unflatten(-1, (2, 2, 32)), upper.unflatten(-1, (2, 32))
-        codes = _joined(torch.cat([low & 15, low >> 4], dim=-2))  # of groups (.., 2, 4, 32)
-        upper = torch.stack([upper >> shift & 3 for shift in (0, 2, 4, 6)], dim=-2).unflatten(-1, (4, 8))
-        high = (upper[..., 0, :] | upper[..., 1, :] << 2 | upper[..., 2, :] << 4 | upper[..., 3, :] << 6).flatten(1)
-        sub_scales = sub.contiguous().view(torch.int8).view(len(blocks), -1, 2)
-    halves = scales.contiguous().view(torch.float16)  # (out, n_blocks, 1 or 2)
-    return {"codes": codes.flatten(1).contiguous(), "high": high, "scales": halves, "sub_scales": sub_scales}
-
-
-def _joined(groups: Tensor) -> Tensor:
-    """Pack the 4-bit codes of groups (..., 32) into bytes (..., 16)."""
-    return groups[..., :16] | groups[..., 16:] << 4
+    """Return the planes of blocks (out, n_blocks, size)."""
+    codes, scales, sub_scales = take_apart(blocks, block_type)
+    layout = LAYOUTS[block_type.name]
+    codes = codes.flatten(1)
+    low = pack_codes(codes, layout.low_bits, GROUP_SIZE // 8 * layout.low_bits)
+    high = None
+    if layout.high:
+        high = pack_codes(codes >> layout.low_bits, layout.high_bits, GROUP_SIZE // 8 * layout.high_bits)
+    if sub_scales is not None:
+        if block_type.name == "Q2_K":
+            sub_scales = sub_scales[..., :1] | sub_scales[..., 1:] << 4
+        sub_scales = sub_scales.reshape(len(blocks), codes.shape[1] // GROUP_SIZE, -1)
+    return {"codes": low, "high": high, "scales": scales, "sub_scales": sub_scales}
 
 
 def _decode(planes: dict[str, Tensor], block_type: BlockType) -> Tensor:
-    """Dequantize planes of rows (...) to fp32 values (..., in); products are exact, as in gguf_blocks."""
-    name, codes, scales = block_type.name, planes["codes"], planes["scales"].float()
-    if name == "Q8_0":
-        groups = codes.unflatten(-1, (-1, GROUP_SIZE))
-    else:
-        nibbles = codes.unflatten(-1, (-1, GROUP_SIZE // 2))
-        groups = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)  # (..., in / 32, 32)
-    if name == "Q6_K":
-        high = planes["high"].unflatten(-1, (-1, GROUP_SIZE // 4))
-        high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
-        groups = ((groups | high << 4).to(torch.int8) - 32).unflatten(-1, (2, 16))
-        of_halves = scales.repeat_interleave(8, dim=-2) * planes["sub_scales"]  # (..., in / 32, 2)
-        return (of_halves.unsqueeze(-1) * groups).flatten(-3)
-    if name == "Q4_0":
-        groups = groups.to(torch.int8) - 8
-    if name == "Q4_K":
-        scales = scales.repeat_interleave(8, dim=-2) * planes["sub_scales"]
-        return (scales[..., :1] * groups).sub_(scales[..., 1:]).flatten(-2)
-    values = scales[..., :1] * groups
-    return (values.add_(scales[..., 1:]) if name == "Q4_1" else values).flatten(-2)
+    """Dequantize planes of rows (...) to fp32 values (..., in)."""
+    layout, scales, sub_scales = LAYOUTS[block_type.name], planes["scales"], planes.get("sub_scales")
+    codes = unpack_codes(planes["codes"], layout.low_bits, GROUP_SIZE // 8 * layout.low_bits)
+    if layout.high:
+        codes |= unpack_codes(planes["high"], layout.high_bits, GROUP_SIZE // 8 * layout.high_bits) << layout.low_bits
+    n_blocks, numbers = scales.shape[-2:]
+    if sub_scales is not None:
+        if block_type.name == "Q2_K":
+            sub_scales = torch.stack([sub_scales & 15, sub_scales >> 4], dim=-1)
+        sub_scales = sub_scales.reshape(*scales.shape[:-1], -1, numbers)
+    fields = BlockFields(codes.unflatten(-1, (n_blocks, block_type.elements)), scales, sub_scales)
+    return values_of(fields, block_type).flatten(-2)

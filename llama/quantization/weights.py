@@ -38,6 +38,11 @@ class QuantizedWeight(nn.Module):
         raise NotImplementedError
 
     @staticmethod
+    def holds(block_type: BlockType) -> bool:
+        """Tell whether this class holds blocks of a type of BLOCK_TYPES as they are; others become floats."""
+        return True
+
+    @staticmethod
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
         """Return the bytes of a matrix of this class."""
         raise NotImplementedError

@@ -11,14 +11,14 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize, requantize_exactly
+from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize, take_apart
+from llama.quantization.plain_blocks import plain_blocks, put_together
+from tests.gguf_files import SCALES_AT
 
 # The library's, about values that scales cannot hold.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 Q4_1, Q8_0 = BLOCK_TYPES["Q4_1"], BLOCK_TYPES["Q8_0"]
-# Where a block of each type has its fp16 numbers.
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208], "Q5_0": [0]}
 
 
 def finite_blocks(name: str, n_blocks: int, seed: int = 0) -> np.ndarray:
@@ -28,7 +28,7 @@ def finite_blocks(name: str, n_blocks: int, seed: int = 0) -> np.ndarray:
     blocks = generator.integers(0, 256, (n_blocks, size), dtype=np.uint8)
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)]
-    for place in HALVES[name]:
+    for place in SCALES_AT[name]:
         numbers = np.resize(generator.permutation(halves), n_blocks)
         blocks[:, place : place + 2] = numbers[:, None].view(np.uint8)
     return blocks
@@ -75,7 +75,7 @@ def test_infinite_and_nan_scales_are_decoded_as_the_library_does(name: str) -> N
     """Damaged files have them; --deep counts what they make."""
     blocks = finite_blocks(name, 64)
     numbers = np.resize(np.array([np.inf, np.nan, -np.inf, 0], np.float16), 64)
-    for place in HALVES[name]:
+    for place in SCALES_AT[name]:
         blocks[::3, place : place + 2] = numbers[::3, None].view(np.uint8)
     found = dequantize(torch.from_numpy(blocks), BLOCK_TYPES[name])
     np.testing.assert_array_equal(found.numpy(), library(blocks, name))
@@ -93,10 +93,25 @@ def test_columns_and_rows_of_blocks_are_decoded_where_they_lie(name: str) -> Non
     assert dequantize(blocks[2:2], block_type).shape == (0, 6 * block_type.elements)
 
 
-def test_q5_0_becomes_q8_0_without_a_change() -> None:
-    blocks = finite_blocks("Q5_0", 1 << 16).reshape(64, -1)
-    found = dequantize(requantize_exactly(torch.from_numpy(blocks)), Q8_0)
-    np.testing.assert_array_equal(found.numpy().view(np.uint32), library(blocks, "Q5_0").view(np.uint32))
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_blocks_that_were_taken_apart_are_put_together_again(name: str) -> None:
+    blocks = torch.from_numpy(finite_blocks(name, 256)).unflatten(0, (16, 16))
+    assert torch.equal(put_together(take_apart(blocks, BLOCK_TYPES[name]), BLOCK_TYPES[name]), blocks)
+
+
+# Root mean square of the error of normal values, as a part of theirs.
+PLAIN_ERRORS = {"Q2_K": 0.35, "Q3_K": 0.21, "Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.02, "IQ4_NL": 0.09, "IQ4_XS": 0.09}
+
+
+@pytest.mark.parametrize("name", PLAIN_ERRORS)
+def test_random_weights_are_near_in_every_type_that_is_made(name: str) -> None:
+    values = normal(64, 1024)
+    values[3], values[5] = 0.0, values[5].abs()  # no scale, and no minimum
+    values[7, :256] = 0.01
+    blocks = plain_blocks(values.reshape(-1, BLOCK_TYPES[name].elements), BLOCK_TYPES[name])
+    found = torch.from_numpy(np.array(library(blocks.numpy(), name))).view_as(values)
+    assert squared_error(values, found) < PLAIN_ERRORS[name] ** 2 * float(values.double().square().sum())
+    assert not found[3].any() and torch.allclose(found[7, :256], values[7, :256], rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

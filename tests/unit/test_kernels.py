@@ -22,12 +22,13 @@ from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
 from llama.quantization.weights import BlockWeight
 from tests.checkpoints import random_state
+from tests.gguf_files import SCALES_AT
 from tests.models import random_tokens
 from tests.models import transformer as on_state
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
 
-TYPES = list(BLOCK_TYPES.values())
+TYPES = [block_type for block_type in BLOCK_TYPES.values() if PackedWeight.holds(block_type)]
 # More rows than a tile has and no multiple of it; two blocks of 256 columns.
 ROWS, COLUMNS = 37, 512
 
@@ -37,8 +38,7 @@ def random_blocks(block_type: BlockType, rows: int = ROWS, columns: int = COLUMN
     generator = torch.Generator().manual_seed(7)
     blocks = torch.randint(0, 256, (rows, columns // block_type.elements, block_type.size), generator=generator)
     blocks = blocks.to(torch.uint8)
-    halves = {"Q4_0": [0], "Q8_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [208]}[block_type.name]
-    for at in halves:
+    for at in SCALES_AT[block_type.name]:
         scales = torch.randn(blocks.shape[:2], generator=generator).half()
         scales[::5] *= 1e-6
         scales[::7] = 0

@@ -23,7 +23,7 @@ from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.memory.plan import Planner
 from llama.model import Transformer
-from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize
+from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType, dequantize
 from llama.quantization.planar import PlanarWeight
 from llama.quantization.weights import BlockWeight, QuantizedWeight
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer, write_meta
@@ -38,7 +38,7 @@ SUPER = ModelArgs(
     dim=256, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=128, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=768
 )
 SMALL = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160)
-KINDS = {"Q4_0": SMALL, "Q4_1": SMALL, "Q5_0": SMALL, "Q8_0": SMALL, "Q4_K": SUPER, "Q6_K": SUPER}
+KINDS = {name: SMALL if block_type.elements == 32 else SUPER for name, block_type in BLOCK_TYPES.items()}
 
 
 def write(path: Path, kind_name: str) -> tuple[Path, dict[str, Tensor]]:
@@ -78,15 +78,40 @@ def test_a_files_blocks_are_held_as_they_are_and_compute_what_their_values_do(tm
     args = KINDS[kind_name]
     model, dense = built(path), transformer(args, stored)
     held = matrices(model)
-    kept = "Q8_0" if kind_name == "Q5_0" else kind_name  # the same values
     assert {type(weight) for weight in held.values()} == {PackedWeight}
-    assert {weight.block_type.name for weight in held.values()} == {kept}
-    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kept]]
+    assert {weight.block_type.name for weight in held.values()} == {kind_name}
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind_name]]
     raw = sum(weight.shape.numel() for weight in held.values()) // elements * size
-    assert raw <= sum(weight.nbytes for weight in held.values()) < 1.06 * raw
+    most = 1.2 if kind_name == "Q2_K" else 1.06  # whose scales of 4 bits become bytes
+    assert raw <= sum(weight.nbytes for weight in held.values()) < most * raw
     for shape in ((3, 7), (2, 2), (1, 1)):
         tokens = random_tokens(*shape, vocab_size=args.vocab_size)
         torch.testing.assert_close(one_pass(model, tokens), one_pass(dense, tokens), rtol=0, atol=5e-4)
+
+
+class OfFourBits(BlockWeight):
+    """As the class of a backend whose kernels know one type."""
+
+    @staticmethod
+    def holds(block_type: BlockType) -> bool:
+        return block_type.name == "Q4_0"
+
+
+@pytest.mark.parametrize(("kind_name", "mode", "linear"), [("Q5_1", None, None), ("Q5_1", "int8", "Q8_0")])
+def test_types_that_a_class_does_not_hold_become_what_else_is_asked_for(
+    tmp_path: Path, kind_name: str, mode: str | None, linear: str | None
+) -> None:
+    """Floats, or blocks that the class does hold; never blocks that no kernel reads."""
+    path, stored = write(tmp_path, kind_name)
+    checkpoint, weight_format = open_checkpoint(path), WeightFormat(torch.float32, mode, OfFourBits, True)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args)
+    changes = load_weights(model, checkpoint, CPU, weight_format)
+    assert changes.keys() == {(kind_name, linear or "float32")}
+    for name, weight in matrices(model).items():
+        assert (None if isinstance(weight, Tensor) else weight.block_type.name) == linear
+        if linear is None:
+            assert torch.equal(weight, stored[name])
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -144,6 +169,8 @@ def test_8_bit_floats_are_refused_where_no_gpu_reads_them(tmp_path: Path) -> Non
         ("Q4_K", "int4", "Q4_K", "Q4_K"),
         ("Q6_K", "int8", "Q6_K", "Q6_K"),
         ("Q6_K", "int4", "Q4_1", "Q6_K"),
+        ("Q5_1", "int4", "Q4_1", "Q5_1"),
+        ("IQ4_XS", "int4", "IQ4_XS", "IQ4_XS"),
     ],
 )
 def test_blocks_of_a_file_that_are_smaller_stay_as_they_are(
@@ -160,7 +187,16 @@ def test_blocks_of_a_file_that_are_smaller_stay_as_they_are(
 
 # What holds a file's blocks: the GPU's planes can be decoded anywhere.
 PACKS = [pytest.param(PackedWeight, marks=needs_kernels), PlanarWeight, None]
-PLANNED = [("Q4_0", None), ("Q4_K", None), ("Q5_0", "int4"), ("Q6_K", "int4"), ("meta", "int8"), ("meta", "int4")]
+PLANNED = [
+    ("Q4_0", None),
+    ("Q4_K", None),
+    ("Q3_K", None),
+    ("IQ4_XS", None),
+    ("Q5_0", "int4"),
+    ("Q6_K", "int4"),
+    ("meta", "int8"),
+    ("meta", "int4"),
+]
 
 
 @pytest.mark.slow
@@ -205,7 +241,8 @@ def check_planned(checkpoint: Any, weight_format: WeightFormat, sizes: tuple[int
 @pytest.mark.slow
 @pytest.mark.parametrize("packs", PACKS, ids=["cpu", "gpu", "torch"])
 @pytest.mark.parametrize(
-    ("kind_name", "size", "floats"), [("Q4_K", 2, {"wo"}), ("Q4_K", 3, set()), ("Q4_0", 2, {"wo"})]
+    ("kind_name", "size", "floats"),
+    [("Q4_K", 2, {"wo"}), ("Q4_K", 3, set()), ("Q4_0", 2, {"wo"}), ("Q5_K", 2, {"wo"}), ("IQ4_NL", 3, set())],
 )
 def test_ranks_cut_rows_between_blocks_or_hold_floats(
     tmp_path: Path, kind_name: str, size: int, floats: set[str], packs: Any

@@ -294,7 +294,7 @@ def test_a_seed_gives_the_same_weights_in_every_format(tmp_path: Path) -> None:
     assert (other == opened[0].read("output.weight")).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"])
 def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) -> None:
     path = convert(random_checkpoint(), tmp_path / "a.gguf", "gguf", dtype=dtype)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -305,6 +305,17 @@ def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) 
     assert (values - expected).abs().max() <= step * expected.abs().max()
     assert tensors["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     assert open_checkpoint(path).tokenizer().n_words == 512
+
+
+def test_random_weights_are_written_in_types_that_the_gguf_library_only_decodes(tmp_path: Path) -> None:
+    """As 8B models of Q4_K, to measure with."""
+    args: dict[str, Any] = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "hidden_dim": 512, "n_layers": 1}
+    path = convert(random_checkpoint(**args), tmp_path / "a.gguf", "gguf", dtype="q4_k")
+    (found,) = (tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_down.weight")
+    assert found.tensor_type == gguf.GGMLQuantizationType.Q4_K
+    expected = random_checkpoint(**args).read("layers.0.feed_forward.w2.weight")
+    values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
+    assert (values - expected).abs().max() <= 0.06 * expected.abs().max()
 
 
 @pytest.mark.parametrize("scaling", [None, LinearScaling(4.0), Llama3Scaling(8.0), YarnScaling(8.0, 64)], ids=str)

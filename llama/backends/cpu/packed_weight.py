@@ -23,6 +23,10 @@ class PackedWeight(QuantizedWeight):
         self.register_buffer("tiles", ops.pack(blocks, block_type.name, self.shape[1]))
 
     @staticmethod
+    def holds(block_type: BlockType) -> bool:
+        return block_type.name in ops.BLOCK_TYPE_IDS
+
+    @staticmethod
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
         return ops.packed_bytes(block_type.name, rows, columns)
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llama.quantization.gguf_blocks import IQ4_VALUES
+
+# The bytes of IQ4_VALUES plus 128, in words.
+TABLE_0, TABLE_1, TABLE_2, TABLE_3 = (
+    tl.constexpr(int.from_bytes(bytes(value + 128 for value in IQ4_VALUES[i : i + 4]), "little", signed=True))
+    for i in range(0, 16, 4)
+)
 # Triton's interpreter computes with the bits of bfloat16 as if they were integers; floats of 32 bits it computes right.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -19,23 +26,48 @@ def stored_words(
     n_groups: tl.tensor,
     KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Words of codes (rows, groups, 8), or of 4-bit codes (.., 4), and Q6_K's of upper bits (.., 4).
+    """Words of codes (rows, groups, 8), or of types of fewer bits (.., 4), and of their upper bits, if they lie apart.
 
+    Of IQ4_NL and IQ4_XS the codes are looked up already: in the second words are those of the other two bytes of each.
     row and group broadcast to (rows, groups, 1).
     """
     high = 0
     if KIND == "F8_E4M3" or KIND == "Q8_0":
-        at = tl.arange(0, 8)[None, None, :]
-        words = _in_pairs(tl.load(codes_ptr + row * (n_groups * 8) + group * 8 + at, mask=ok, other=0))
+        words = _in_pairs(_load_words(codes_ptr, row, group, ok, n_groups, 8))
+    elif KIND == "IQ4_NL" or KIND == "IQ4_XS":
+        codes = _load_words(codes_ptr, row, group, ok, n_groups, 4)
+        words, high = looked_up(codes), looked_up(codes >> 16)
     else:
-        at = tl.arange(0, 4)[None, None, :]
-        words = _in_pairs(tl.load(codes_ptr + row * (n_groups * 4) + group * 4 + at, mask=ok, other=0))
-        if KIND == "Q6_K":
-            at = tl.arange(0, 2)[None, None, :]
-            high = _in_pairs(tl.load(high_ptr + row * (n_groups * 2) + group * 2 + at, mask=ok, other=0))
-            high = tl.permute(tl.join(high, high >> 2), [0, 1, 3, 2])
-            high = tl.reshape(high, [high.shape[0], high.shape[1], 4])
+        words = _spread_words(codes_ptr, row, group, ok, n_groups, 2 if KIND == "Q2_K" or KIND == "Q3_K" else 4)
+        if high_ptr is not None:
+            high = _spread_words(high_ptr, row, group, ok, n_groups, 2 if KIND == "Q6_K" else 1)
     return words, high
+
+
+@triton.jit
+def _load_words(
+    ptr: tl.tensor, row: tl.tensor, group: tl.tensor, ok: tl.tensor, n_groups: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
+    """The words (rows, groups, BITS) of a plane of that many bits a code."""
+    at = tl.arange(0, BITS)[None, None, :]
+    return tl.load(ptr + row * (n_groups * BITS) + group * BITS + at, mask=ok, other=0)
+
+
+@triton.jit
+def _spread_words(
+    ptr: tl.tensor, row: tl.tensor, group: tl.tensor, ok: tl.tensor, n_groups: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
+    """Words (rows, groups, 4) with a code of BITS bits, 4 at most, in each byte of the lower half, above other bits.
+
+    Codes of the upper half are 4 bits further up. Bytes are exchanged as by _in_pairs.
+    """
+    words = _in_pairs(_load_words(ptr, row, group, ok, n_groups, BITS))
+    if BITS == 2:
+        words = tl.permute(tl.join(words, words >> 2), [0, 1, 3, 2])
+        words = tl.reshape(words, [words.shape[0], words.shape[1], 4])
+    elif BITS == 1:
+        words = words >> tl.arange(0, 4)[None, None, :]
+    return words
 
 
 @triton.jit
@@ -50,14 +82,19 @@ def lower_codes(words: tl.tensor, high: tl.tensor, KIND: tl.constexpr, DTYPE: tl
     elif KIND == "Q8_0":
         words = words ^ (0x80808080 - (1 << 32))
         return _from_bits(words & 0x00FF00FF, words >> 8 & 0x00FF00FF, 128, DTYPE)
+    elif KIND == "IQ4_NL" or KIND == "IQ4_XS":
+        return _from_bits(words & 0x00FF00FF, high & 0x00FF00FF, 128, DTYPE)
     else:
-        return _from_nibbles(words, high, KIND, DTYPE)
+        return _from_parts(words, high, KIND, DTYPE)
 
 
 @triton.jit
 def upper_codes(words: tl.tensor, high: tl.tensor, KIND: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """Codes (rows, groups, 16) of the upper halves of groups of 4-bit and 6-bit types; otherwise as lower_codes."""
-    return _from_nibbles(words >> 4, high >> 4, KIND, DTYPE)
+    """Codes (rows, groups, 16) of the upper halves of groups of types of fewer bits; otherwise as lower_codes."""
+    if KIND == "IQ4_NL" or KIND == "IQ4_XS":
+        return _from_bits(words >> 8 & 0x00FF00FF, high >> 8 & 0x00FF00FF, 128, DTYPE)
+    else:
+        return _from_parts(words >> 4, high >> 4, KIND, DTYPE)
 
 
 @triton.jit
@@ -74,14 +111,20 @@ def units(words: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _from_nibbles(words: tl.tensor, high: tl.tensor, KIND: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """Of the lower four bits of each byte, and of Q6_K the lower two of those of high above them."""
-    even = words & 0x000F000F
-    odd = words >> 8 & 0x000F000F
-    if KIND == "Q6_K":
-        even = even | high << 4 & 0x00300030
-        odd = odd | high >> 4 & 0x00300030
-    OFFSET: tl.constexpr = 8 if KIND == "Q4_0" else 32 if KIND == "Q6_K" else 0
+def _from_parts(words: tl.tensor, high: tl.tensor, KIND: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Of the lower two or four bits of each byte, and above them the lowest one or two of those of high."""
+    LOW: tl.constexpr = 2 if KIND == "Q2_K" or KIND == "Q3_K" else 4
+    HIGH: tl.constexpr = 2 if KIND == "Q6_K" else 1
+    MASK: tl.constexpr = 0x00010001 * (2**LOW - 1)
+    HIGH_MASK: tl.constexpr = 0x00010001 * (2**HIGH - 1 << LOW)
+    even = words & MASK
+    odd = words >> 8 & MASK
+    if KIND == "Q3_K" or KIND == "Q5_0" or KIND == "Q5_1" or KIND == "Q5_K" or KIND == "Q6_K":
+        even = even | high << LOW & HIGH_MASK
+        odd = odd | high >> 8 - LOW & HIGH_MASK
+    OFFSET: tl.constexpr = (
+        4 if KIND == "Q3_K" else 8 if KIND == "Q4_0" else 16 if KIND == "Q5_0" else 32 if KIND == "Q6_K" else 0
+    )
     return _from_bits(even, odd, OFFSET, DTYPE)
 
 
@@ -136,6 +179,31 @@ def _in_pairs(words: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def looked_up(codes: tl.tensor) -> tl.tensor:
+    """The values of IQ4_NL and IQ4_XS, plus 128, of the four 4-bit codes in the lower half of each word: its bytes."""
+    low_0, low_1 = tl.full([], TABLE_0, tl.int32), tl.full([], TABLE_1, tl.int32)
+    high_0, high_1 = tl.full([], TABLE_2, tl.int32), tl.full([], TABLE_3, tl.int32)
+    lower = _byte_permute(low_0, low_1, codes & 0x7777)
+    upper = _byte_permute(high_0, high_1, codes & 0x7777)
+    return _byte_permute(lower, upper, 0x3210 | codes >> 1 & 0x4444)
+
+
+@triton.jit
+def _byte_permute(a: tl.tensor, b: tl.tensor, places: tl.tensor) -> tl.tensor:
+    """Four of the eight bytes of a and b, a's first: at the places, 0 to 7, in the lower half of a word."""
+    if INTERPRETED:
+        eight = b.to(tl.int64) << 32 | a.to(tl.int64) & 0xFFFFFFFF
+        word = places * 0
+        for i in tl.static_range(4):
+            byte = eight >> (places >> 4 * i & 7) * 8 & 255
+            word = word | byte.to(tl.int32) << 8 * i
+        return word
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, places], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def stored_scales(
     scales_ptr: tl.tensor,
     sub_scales_ptr: tl.tensor,
@@ -144,28 +212,39 @@ def stored_scales(
     ok: tl.tensor,
     n_groups: tl.tensor,
     KIND: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """fp32 scales of both halves of groups, and what is added to all their values; a row's own scale is not here."""
-    low = 0.0
-    if KIND == "Q4_0" or KIND == "Q8_0":
-        scale = tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0).to(tl.float32)
-        upper_scale = scale
-    elif KIND == "Q4_1":
-        scale, low = fp16_pair(tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0))
-        upper_scale = scale
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """fp32 scales of both halves of groups, and what is added to all values of each; a row's own scale is not here."""
+    low, upper_low = 0.0, 0.0
+    MINIMA: tl.constexpr = scales_ptr.dtype.element_ty == tl.int32
+    if sub_scales_ptr is None:
+        scale = tl.load(scales_ptr + row * n_groups + group, mask=ok, other=0)
+        if MINIMA:
+            scale, low = fp16_pair(scale)
+        else:
+            scale = scale.to(tl.float32)
+        upper_scale, upper_low = scale, low
     else:
         pair = tl.load(sub_scales_ptr + row * n_groups + group, mask=ok, other=0).to(tl.int32)
         scale = tl.load(scales_ptr + row * (n_groups // 8) + group // 8, mask=ok, other=0)
-        if KIND == "Q4_K":
+        if KIND == "Q2_K":
+            whole, whole_low = fp16_pair(scale)
+            scale = whole * (pair & 15).to(tl.float32)
+            low = -whole_low * (pair >> 4 & 15).to(tl.float32)
+            upper_scale = whole * (pair >> 8 & 15).to(tl.float32)
+            upper_low = -whole_low * (pair >> 12 & 15).to(tl.float32)
+        elif MINIMA:
             scale, low = fp16_pair(scale)
             scale *= (pair & 255).to(tl.float32)
             low *= -(pair >> 8 & 255).to(tl.float32)
+            upper_scale, upper_low = scale, low
+        elif KIND == "IQ4_XS":
+            scale = scale.to(tl.float32) * pair.to(tl.float32)
             upper_scale = scale
         else:
             scale = scale.to(tl.float32)
             upper_scale = scale * (pair >> 8).to(tl.int8).to(tl.float32)
             scale = scale * pair.to(tl.int8).to(tl.float32)
-    return scale, upper_scale, low
+    return scale, upper_scale, low, upper_low
 
 
 @triton.jit

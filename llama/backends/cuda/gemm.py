@@ -48,6 +48,9 @@ TILES = {
     "Q6_K": {8: (Tile(32, 8, 8, 3), Tile(32, 4, 4, 2)), 16: (Tile(32, 8, 8, 2), Tile(32, 4, 4, 2))},
     "Q8_0": {8: (Tile(32, 16, 8, 3), Tile(32, 4, 4, 3)), 16: (Tile(32, 8, 4, 3), Tile(32, 8, 4, 3))},
 }
+# Not measured: as those that are read alike.
+TILES |= {kind: TILES["Q6_K"] for kind in ("Q5_0", "Q5_1", "Q5_K", "Q2_K", "Q3_K")}
+TILES |= {"IQ4_NL": TILES["Q4_0"], "IQ4_XS": TILES["Q4_0"]}
 # Without tensor cores a whole product lives in registers.
 FP32_TILE = Tile(16, 4, 4, 2)
 # Groups of a row that a program makes dense.
@@ -136,7 +139,9 @@ def _describe(weight: PlanarWeight | Fp8Weight) -> tuple[str, Tensor, Tensor | N
         return "F8_E4M3" if whole else "F8_BYTES", codes, None, weight.scales, None
     pairs = weight.scales.shape[-1] == 2
     scales = weight.scales.view(torch.int32) if pairs else weight.scales
-    sub_scales = None if weight.sub_scales is None else weight.sub_scales.view(torch.int16)
+    sub_scales = weight.sub_scales
+    if sub_scales is not None and sub_scales.shape[-1] == 2:
+        sub_scales = sub_scales.view(torch.int16)
     high = None if weight.high is None else weight.high.view(torch.int32)
     return weight.block_type.name, weight.codes.view(torch.int32), high, scales, sub_scales
 
@@ -170,6 +175,8 @@ def _gemm_kernel(
     Rows beyond the last repeat it, unstored. EVEN: n_in is a multiple of 32 * GROUPS.
     """
     HALVES: tl.constexpr = KIND != "F8_BYTES" and KIND != "F8_E4M3" and KIND != "Q8_0"
+    SPLIT: tl.constexpr = KIND == "Q2_K" or KIND == "Q3_K" or KIND == "Q6_K"  # halves have scales of their own
+    MINIMA: tl.constexpr = scales_ptr.dtype.element_ty == tl.int32
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     CODE: tl.constexpr = tl.float16 if tl.float32 == DTYPE else DTYPE
     UNIT: tl.constexpr = 1.0 if KIND == "F8_BYTES" or KIND == "F8_E4M3" else 2.0**-6 if tl.bfloat16 == CODE else 2.0**-9
@@ -205,19 +212,24 @@ def _gemm_kernel(
             if KIND == "F8_E4M3":
                 sums += product
             else:
-                scale, upper_scale, low = stored_scales(
+                scale, upper_scale, low, upper_low = stored_scales(
                     scales_ptr, sub_scales_ptr, rows[None, :], group[:, None], ok[:, None], n_groups, KIND
                 )
-                if KIND == "Q6_K":
+                if SPLIT:
                     sums += scale[:, :, None] * product
                     sums += upper_scale[:, :, None] * upper
                 elif HALVES:
                     sums += scale[:, :, None] * (product + upper)
                 else:
                     sums += scale[:, :, None] * product
-                if KIND == "Q4_1" or KIND == "Q4_K":
+                if MINIMA:
                     ones = units(words, CODE)
-                    sums += low[:, :, None] * (_product(ones, x, DTYPE) + _product(ones, x_upper, DTYPE))
+                    product, upper = _product(ones, x, DTYPE), _product(ones, x_upper, DTYPE)
+                    if SPLIT:
+                        sums += low[:, :, None] * product
+                        sums += upper_low[:, :, None] * upper
+                    else:
+                        sums += low[:, :, None] * (product + upper)
     y = tl.sum(sums, axis=0) * (1 / UNIT)
     _store(y, rows, scales_ptr, bias_ptr, y_ptr, n_tokens, n_out, KIND, GATED, TOKENS, ROWS)
 
@@ -256,13 +268,15 @@ def _dequantize_kernel(
         words, high = stored_words(codes_ptr, high_ptr, row, group, exists, n_groups, KIND)
         values = lower_codes(words, high, KIND, tl.float16).to(tl.float32)
         if KIND != "F8_E4M3":
-            scale, upper_scale, low = stored_scales(scales_ptr, sub_scales_ptr, row, group, exists, n_groups, KIND)
+            scale, upper_scale, low, upper_low = stored_scales(
+                scales_ptr, sub_scales_ptr, row, group, exists, n_groups, KIND
+            )
             values *= scale * 512
         if KIND != "F8_E4M3" and KIND != "Q8_0":
             upper = upper_codes(words, high, KIND, tl.float16).to(tl.float32) * (upper_scale * 512)
-            if KIND == "Q4_1" or KIND == "Q4_K":
+            if scales_ptr.dtype.element_ty == tl.int32:
                 values += low
-                upper += low
+                upper += upper_low
             values = tl.reshape(tl.permute(tl.join(values, upper), [0, 1, 3, 2]), [1, GROUPS, 32])
     if KIND == "F8_E4M3" or KIND == "F8_BYTES":
         values *= tl.load(scales_ptr + row)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.backends.cuda.dequantize import fp16_pair, from_e4m3
+from llama.backends.cuda.dequantize import fp16_pair, from_e4m3, looked_up
 from llama.quantization.planar import GROUP_SIZE, Fp8Weight, PlanarWeight
 
 # Rows of a program: what is read of x serves them all. In fp32 more would spill registers.
@@ -79,7 +79,9 @@ def _planes(weight: PlanarWeight | Fp8Weight) -> tuple[str, Tensor, Tensor | Non
         return "F8_E4M3", codes, None, weight.scales, None
     pairs = weight.scales.shape[-1] == 2
     scales = weight.scales.view(torch.int32) if pairs else weight.scales
-    sub_scales = None if weight.sub_scales is None else weight.sub_scales.view(torch.int16)
+    sub_scales = weight.sub_scales
+    if sub_scales is not None and sub_scales.shape[-1] == 2:
+        sub_scales = sub_scales.view(torch.int16)
     return weight.block_type.name, codes, weight.high, scales, sub_scales
 
 
@@ -116,11 +118,13 @@ def _gemv_kernel(
     lane = tl.arange(0, LANES)[None, :]
     at = tl.arange(0, VECTOR)[None, None, :]
     GROUPED: tl.constexpr = KIND != "F8_E4M3"
+    SPLIT: tl.constexpr = KIND == "Q2_K" or KIND == "Q3_K" or KIND == "Q6_K"  # halves have scales of their own
+    MINIMA: tl.constexpr = scales_ptr.dtype.element_ty == tl.int32
     GAP: tl.constexpr = 16 if GROUPED else LANES * VECTOR  # from a half to the other
     sums = tl.zeros([ROWS, LANES], tl.float32)
     for start in range(0, tl.cdiv(n_in, 32), LANES):
         group = start + lane
-        scale, upper_scale, low = _scales(scales_ptr, sub_scales_ptr, row, group, n_in, magic, KIND, EVEN)
+        scale, upper_scale, low, upper_low = _scales(scales_ptr, sub_scales_ptr, row, group, n_in, magic, KIND, EVEN)
         for part in tl.static_range(16 // VECTOR):
             if GROUPED:
                 column = group[:, :, None] * 32 + part * VECTOR + at
@@ -133,11 +137,13 @@ def _gemv_kernel(
             x_upper = tl.load(x_ptr + column + GAP, mask=(column + GAP < n_in) | EVEN, other=0).to(tl.float32)
             product = tl.sum(lower * x_lower, axis=2)
             upper_product = tl.sum(upper * x_upper, axis=2)
-            if KIND == "Q6_K":
+            if SPLIT:
                 product = product * scale + upper_product * upper_scale
             else:
                 product = (product + upper_product) * scale
-            if KIND == "Q4_1" or KIND == "Q4_K":
+            if MINIMA and SPLIT:
+                product += low * tl.sum(x_lower, axis=2) + upper_low * tl.sum(x_upper, axis=2)
+            elif MINIMA:
                 product += low * tl.sum(x_lower + x_upper, axis=2)
             sums += product
     y = tl.sum(sums, axis=1)
@@ -181,21 +187,51 @@ def _codes(
             lower = _whole(lower.to(tl.int32) ^ 128, magic, 128)
             upper = _whole(upper.to(tl.int32) ^ 128, magic, 128)
     else:
+        LOW: tl.constexpr = 2 if KIND == "Q2_K" or KIND == "Q3_K" else 4
+        HIGH: tl.constexpr = 2 if KIND == "Q6_K" else 1
+        MASK: tl.constexpr = 2**LOW - 1
+        HIGH_MASK: tl.constexpr = 2**HIGH - 1 << LOW
+        OFFSET: tl.constexpr = (
+            4 if KIND == "Q3_K" else 8 if KIND == "Q4_0" else 16 if KIND == "Q5_0" else 32 if KIND == "Q6_K" else 0
+        )
         group = column // 32
-        codes = tl.load(codes_ptr + row * (n_in // 2) + group * 16 + at, mask=ok, other=0).to(tl.int32)
+        codes = _part(codes_ptr, row, group, at, ok, n_in, LOW, 0)
         # Upper halves stay where they are: under the exponent of 2^19 bits from the fourth on are whole numbers.
         in_place = magic - (4 << 23)
-        if KIND == "Q6_K":
-            high = tl.load(high_ptr + row * (n_in // 4) + group * 8 + at % 8, mask=ok, other=0).to(tl.int32)
-            high = high << 4 - at // 8 * 2
+        if KIND == "IQ4_NL" or KIND == "IQ4_XS":
+            pair = looked_up(codes)
+            lower = _whole(pair & 255, magic, 128)
+            upper = (pair & 0xFF00 | magic - (8 << 23)).to(tl.float32, bitcast=True) - (2.0**15 + 128)
+        elif high_ptr is not None:
+            high = _part(high_ptr, row, group, at, ok, n_in, HIGH, LOW)
             # Exclusive, so that the compiler keeps (codes & 15 | magic) together, and two instructions do.
-            lower = _whole(high & 48 ^ (codes & 15 | magic), 0, 32)
-            upper = (high & 768 ^ (codes & 240 | in_place)).to(tl.float32, bitcast=True) - (2.0**19 + 32)
+            lower = _whole(high & HIGH_MASK ^ (codes & MASK | magic), 0, OFFSET)
+            upper = high & HIGH_MASK << 4 ^ (codes & MASK << 4 | in_place)
+            upper = upper.to(tl.float32, bitcast=True) - (2.0**19 + OFFSET)
         else:
-            OFFSET: tl.constexpr = 8 if KIND == "Q4_0" else 0
-            lower = _whole(codes & 15, magic, OFFSET)
-            upper = (codes & 240 | in_place).to(tl.float32, bitcast=True) - (2.0**19 + OFFSET)
+            lower = _whole(codes & MASK, magic, OFFSET)
+            upper = (codes & MASK << 4 | in_place).to(tl.float32, bitcast=True) - (2.0**19 + OFFSET)
     return lower, upper
+
+
+@triton.jit
+def _part(
+    ptr: tl.tensor,
+    row: tl.tensor,
+    group: tl.tensor,
+    at: tl.tensor,
+    ok: tl.tensor,
+    n_in: tl.tensor,
+    BITS: tl.constexpr,
+    UP: tl.constexpr,
+) -> tl.tensor:
+    """Bytes of a plane of BITS bits a code, 4 at most, as int32, with the code of a lower half at the bits from UP on.
+
+    That of the upper half is 4 bits further up, and others are around them.
+    """
+    byte = tl.load(ptr + row * (n_in // 32 * (4 * BITS)) + group * (4 * BITS) + at % (4 * BITS), mask=ok, other=0)
+    down = at // (4 * BITS) * BITS
+    return byte.to(tl.int32) << UP - down if UP == 4 else byte.to(tl.int32) << UP >> down  # in one shift if it can be
 
 
 @triton.jit
@@ -208,31 +244,42 @@ def _scales(
     magic: tl.tensor,
     KIND: tl.constexpr,
     EVEN: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Read the fp32 scales of both halves of groups, and what is added to all their values; not a row's own scale."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Read the fp32 scales of both halves of groups, and what is added to all values of each; not a row's own scale."""
     ok = (group * 32 < n_in) | EVEN
-    low = 0.0
+    low, upper_low = 0.0, 0.0
+    MINIMA: tl.constexpr = scales_ptr.dtype.element_ty == tl.int32
     if KIND == "F8_E4M3":
         scale, upper_scale = 1.0, 1.0
-    elif KIND == "Q4_0" or KIND == "Q8_0":
-        scale = tl.load(scales_ptr + row * (n_in // 32) + group, mask=ok, other=0).to(tl.float32)
-        upper_scale = scale
-    elif KIND == "Q4_1":
-        scale, low = fp16_pair(tl.load(scales_ptr + row * (n_in // 32) + group, mask=ok, other=0))
+    elif sub_scales_ptr is None:
+        scale = tl.load(scales_ptr + row * (n_in // 32) + group, mask=ok, other=0)
+        if MINIMA:
+            scale, low = fp16_pair(scale)
+        else:
+            scale = scale.to(tl.float32)
         upper_scale = scale
     else:
         pair = tl.load(sub_scales_ptr + row * (n_in // 32) + group, mask=ok, other=0).to(tl.int32)
         scale = tl.load(scales_ptr + row * (n_in // 256) + group // 8, mask=ok, other=0)
-        if KIND == "Q4_K":
+        if KIND == "Q2_K":
+            whole, whole_low = fp16_pair(scale)
+            scale = whole * _whole(pair & 15, magic, 0)
+            low = -whole_low * _whole(pair >> 4 & 15, magic, 0)
+            upper_scale = whole * _whole(pair >> 8 & 15, magic, 0)
+            upper_low = -whole_low * _whole(pair >> 12 & 15, magic, 0)
+        elif MINIMA:
             scale, low = fp16_pair(scale)
             scale *= _whole(pair & 255, magic, 0)
             low *= -_whole(pair >> 8 & 255, magic, 0)
+            upper_scale = scale
+        elif KIND == "IQ4_XS":
+            scale = scale.to(tl.float32) * _whole(pair & 255 ^ 128, magic, 128)
             upper_scale = scale
         else:
             pair = pair ^ 0x8080
             upper_scale = scale.to(tl.float32) * _whole(pair >> 8 & 255, magic, 128)
             scale = scale.to(tl.float32) * _whole(pair & 255, magic, 128)
-    return scale, upper_scale, low
+    return scale, upper_scale, low, upper_low
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Write one GGUF file of architecture "llama", dense or in the block types that the `gguf` library can make."""
+"""Write one GGUF file of architecture "llama", dense or in blocks, made by the `gguf` library or by plain rounding."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import stored_name
 from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
+from llama.quantization.gguf_blocks import BLOCK_TYPES
+from llama.quantization.plain_blocks import GROUPS, plain_blocks
 from llama.rope import scaled_frequencies
 
 # What --dtype is called by ggml, and the code of a file that has mostly that.
@@ -29,6 +31,13 @@ GGUF_FILE_TYPES = {
     "q5_0": ("Q5_0", 8),
     "q5_1": ("Q5_1", 9),
     "q8_0": ("Q8_0", 7),
+    "q2_k": ("Q2_K", 10),
+    "q3_k": ("Q3_K", 11),
+    "q4_k": ("Q4_K", 14),
+    "q5_k": ("Q5_K", 16),
+    "q6_k": ("Q6_K", 18),
+    "iq4_nl": ("IQ4_NL", 25),
+    "iq4_xs": ("IQ4_XS", 30),
 }
 
 
@@ -113,7 +122,11 @@ def _encode(tensor: Tensor, qtype: Any) -> np.ndarray:
     elements, size = GGML_QUANT_SIZES[qtype]
     values = tensor.float().contiguous().view(-1, elements).numpy()
     blocks = np.empty((len(values), size), np.uint8)
-    convert_rows(values, blocks, elements, lambda values: quantize(values, qtype))
+    if qtype.name in GROUPS:
+        block_type = BLOCK_TYPES[qtype.name]
+        convert_rows(values, blocks, elements, lambda rows: plain_blocks(torch.from_numpy(rows), block_type).numpy())
+    else:
+        convert_rows(values, blocks, elements, lambda rows: quantize(rows, qtype))
     return blocks
 
 
