@@ -115,26 +115,45 @@ def test_products_with_blocks_are_those_of_their_values(block_type: BlockType, n
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [1, 15, 16, 100])
-def test_products_with_floats_are_torchs(dtype: torch.dtype, columns: int) -> None:
-    weight, bias = torch.randn(ROWS, columns).to(dtype), torch.randn(ROWS)
-    for n_tokens in (1, 2, 5, 16):
+@pytest.mark.parametrize(("rows", "columns"), [(ROWS, 1), (1, 15), (ROWS, 16), (3, 47), (ROWS, 100), (18, 577)])
+def test_products_with_floats_are_torchs(dtype: torch.dtype, rows: int, columns: int) -> None:
+    """Of rows that fill no tile, and of columns that fill no vector and no cache line."""
+    weight, bias = torch.randn(rows, columns).to(dtype), torch.randn(rows)
+    described = kernels.float_weight(weight)
+    described.bias = kernels.vector(bias, rows)
+    for n_tokens in (1, 2, 3, 4, 5, 6, 7, 16, 33, kernels.MAX_FEW_TOKENS):
         x = torch.randn(n_tokens, columns)
-        described = kernels.float_weight(weight)
-        described.bias = kernels.vector(bias, ROWS)
-        close(kernels.multiply(described, x), (x.double() @ weight.double().t()).float() + bias)
+        close(kernels.multiply(described, x), (x.double() @ weight.double().t() + bias).float())
 
 
-@pytest.mark.parametrize("block_type", [*TYPES, None], ids=lambda kind: kind.name if kind else "bfloat16")
-def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockType | None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(ROWS, COLUMNS), (19, 75)])
+def test_products_with_floats_do_not_depend_on_a_tokens_place_or_on_threads(
+    dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    """Tokens are multiplied several at once, and their number decides which loop computes the last ones."""
+    floats = torch.randn(rows, columns).to(dtype)
+    weight, x = kernels.float_weight(floats), torch.randn(kernels.MAX_FEW_TOKENS, columns)
+    threads, together = torch.get_num_threads(), kernels.multiply(weight, x)
+    for n_tokens in range(1, 12):
+        for first in (0, 5, 29):
+            part = slice(first, first + n_tokens)
+            assert torch.equal(kernels.multiply(weight, x[part]), together[part]), (first, n_tokens)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(kernels.multiply(weight, x), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("block_type", TYPES, ids=lambda kind: kind.name)
+def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockType) -> None:
     """Else a speculated token could differ from the plain one."""
-    floats = torch.randn(ROWS, COLUMNS).bfloat16()
-    packed = PackedWeight(random_blocks(block_type), block_type) if block_type else None
-    weight = packed.describe() if packed else kernels.float_weight(floats)
+    packed = PackedWeight(random_blocks(block_type), block_type)
     x = torch.randn(kernels.MAX_FEW_TOKENS, COLUMNS)
-    together = kernels.multiply(weight, x)
+    together = kernels.multiply(packed.describe(), x)
     for n_tokens in (1, 2, 3, 5, 8, 11, 16, 17, 47):
-        assert torch.equal(kernels.multiply(weight, x[:n_tokens]), together[:n_tokens])
+        assert torch.equal(kernels.multiply(packed.describe(), x[:n_tokens]), together[:n_tokens])
 
 
 ARCHITECTURES = {

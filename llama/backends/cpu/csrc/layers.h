@@ -79,10 +79,11 @@ inline f32 silu(f32 x) { return x / (1.0f + exponential(-x)); }
 
 enum Halves { ATTENTION = 1, FEED_FORWARD = 2 };
 
-// Grows a buffer to at least n values.
+// Grows a buffer to at least n values, the first of which begins a cache line.
 template <class T> T *buffer(std::vector<T> &storage, size_t n) {
-    if (storage.size() < n) storage.resize(n);
-    return storage.data();
+    constexpr size_t LINE = 64;
+    if (storage.size() < n + LINE / sizeof(T)) storage.resize(n + LINE / sizeof(T));
+    return (T *)((uintptr_t(storage.data()) + LINE - 1) / LINE * LINE);
 }
 
 // A thread's own memory for the activations that it multiplies.

@@ -100,10 +100,6 @@ inline void round_activations(const float *x, int columns, int start, int stop, 
     });
 }
 
-// Prefetch distances in bytes of packed codes, to the second and to the first cache: memory answers so late that one
-// core alone would wait, and processors' own prefetching stops at the end of a page.
-constexpr int FAR_AHEAD = 16384, AHEAD = 1024;
-
 // Multiplies a tile of packed rows by N tokens: y[t * TILE + row].
 template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int columns, const Group<N> *x, float *y) {
     constexpr Format f = format(TYPE);
@@ -150,24 +146,19 @@ template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int colu
     for (int t = 0; t < N; t++) store(y + t * TILE, sums[t]);
 }
 
-// Multiplies a tile of any type by N tokens from `token` on.
-template <int N> inline void tile_tokens(const Weight &w, int tile, const Input &x, int token, float *y) {
-    const uint8_t *data = w.data + tile * tile_bytes(w.type, w.columns);
-    const int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
-    const float *values = x.values + size_t(token) * x.columns;
-    switch (w.type) {
-        case F32: return float_tile<float, N>((const float *)data, rows, values, x.columns, y);
-        case BF16: return float_tile<Bf16, N>((const Bf16 *)data, rows, values, x.columns, y);
-        case F16: return float_tile<Half, N>((const Half *)data, rows, values, x.columns, y);
-    }
-    const Group<N> *groups = (const Group<N> *)(x.rounded + token * rounded_bytes(x.columns));
-    with_type(w.type, [&](auto constant) { packed_tile<constant.value, N>(data, x.columns, groups, y); });
-}
-
 // Multiplies a tile of rows by all tokens and adds the bias: y[t * TILE + row].
 inline void gemv_tile(const Weight &w, int tile, const Input &x, float *y) {
-    in_batches(0, x.n, [&](auto count, int t) { tile_tokens<count.value>(w, tile, x, t, y + t * TILE); });
+    const uint8_t *data = w.data + tile * tile_bytes(w.type, w.columns);
+    const int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
+    if (!w.is_packed()) float_tile(w.type, data, rows, x.values, x.columns, x.n, y);
+    else
+        in_batches(0, x.n, [&](auto count, int t) {
+            const auto *groups = (const Group<count.value> *)(x.rounded + t * rounded_bytes(x.columns));
+            with_type(w.type, [&](auto type) {
+                packed_tile<type.value, count.value>(data, x.columns, groups, y + t * TILE);
+            });
+        });
     if (w.bias)
         for (int t = 0; t < x.n; t++)
-            for (int r = 0; r < TILE && tile * TILE + r < w.rows; r++) y[t * TILE + r] += w.bias[tile * TILE + r];
+            for (int r = 0; r < rows; r++) y[t * TILE + r] += w.bias[tile * TILE + r];
 }
