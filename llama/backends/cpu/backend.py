@@ -2,7 +2,7 @@
 
 A few tokens, of any rows, pass through all layers in one call, with activations in fp32; a token's result does not
 depend on the tokens beside it (see D30). For many tokens, the kernels compute what lies between matrix products: norms,
-rotations, the gates of feed-forwards, and the attention of rows that have few tokens each.
+rotations, the gates of feed-forwards, and attention.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -25,13 +25,11 @@ from llama.backends.eager import EagerBackend
 from llama.cache import ForwardBatch
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.distributed.threads import allowed_cpus, user_chose_threads
-from llama.model import Transformer, TransformerBlock, attend
+from llama.model import Transformer, TransformerBlock
 from llama.sampling import SamplingTensors, TokenSampler, TorchSampler
 
 # A sliding window longer than any cache.
 NO_WINDOW = 1 << 40
-# Tokens of a row that the kernels attend one by one where there are many tokens; for more, torch's attention is faster.
-MAX_KERNEL_SEQLEN = 8
 
 # Seconds between looks at what other processes take: 25 of the kernel's ticks.
 SECONDS_TO_LOOK = 0.25
@@ -40,7 +38,7 @@ TOLERATED = 0.3
 
 
 # Runs all layers on the residual (n_tokens, dim), in place.
-Layers = Callable[[Tensor, ops.LayersInput, ForwardBatch], None]
+Layers = Callable[[Tensor, ops.LayersInput], None]
 
 
 class CpuTimes(NamedTuple):
@@ -173,7 +171,7 @@ class CpuBackend(EagerBackend):
 
     def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
-        if not self._has_few(batch):
+        if len(batch.positions) > self._max_few:
             return self._run(tokens, rotation, batch, self._run_many)
         with self._threads:
             return self._run(tokens, rotation, batch, self._run_few)
@@ -187,16 +185,9 @@ class CpuBackend(EagerBackend):
     def token_sampler(self) -> TokenSampler:
         return CpuSampler(self._threads)
 
-    def _has_few(self, batch: ForwardBatch) -> bool:
-        """Tell whether one call of the kernels computes all layers; of many tokens, where each row has few."""
-        n_tokens = len(batch.positions)
-        return n_tokens <= ops.FEW_TOKENS or (
-            n_tokens <= self._max_few and all(group.seqlen <= MAX_KERNEL_SEQLEN for group in batch.groups)
-        )
-
     def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch, layers: Layers) -> Tensor:
         residual = self._embed(tokens)
-        layers(residual, self._inputs(residual, rotation, batch), batch)
+        layers(residual, self._inputs(residual, rotation, batch))
         return F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -208,7 +199,7 @@ class CpuBackend(EagerBackend):
             return F.embedding(tokens, table).float()
         return ops.embedding(self._c_table, tokens)
 
-    def _run_few(self, x: Tensor, inputs: ops.LayersInput, batch: ForwardBatch) -> None:
+    def _run_few(self, x: Tensor, inputs: ops.LayersInput) -> None:
         """Run the layers in C++ on the residual x (n_tokens, dim), in place; ranks add up results after each half."""
         if self.parallel.size == 1:
             both = ops.ATTENTION | ops.FEED_FORWARD
@@ -224,47 +215,26 @@ class CpuBackend(EagerBackend):
                 if last.bias is not None:
                     x += last.bias
 
-    def _run_many(self, x: Tensor, inputs: ops.LayersInput, batch: ForwardBatch) -> None:
+    def _run_many(self, x: Tensor, inputs: ops.LayersInput) -> None:
         """Run the layers on the residual x (n_tokens, dim), in place, with matrix products for many tokens."""
         eps, dtype = self.args.norm_eps, self.dtype
-        masks = [
-            self.model.mask(batch.positions, group) if group.seqlen > MAX_KERNEL_SEQLEN else None
-            for group in batch.groups
-        ]
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            delta = self._attend(i, x, delta, inputs, masks, batch)
+            delta = self._attend(i, x, delta, inputs)
             h = ops.fused_add_rms_norm(x, delta, self._norms[i][1], eps, dtype)
             feed_forward = layer.feed_forward
             delta = feed_forward.w2(ops.silu_and_mul(feed_forward.w1(h), feed_forward.w3(h)))
             del h
         ops.fused_add_rms_norm(x, delta, None, eps, dtype)
 
-    def _attend(
-        self,
-        layer: int,
-        x: Tensor,
-        delta: Tensor | None,
-        inputs: ops.LayersInput,
-        masks: Sequence[Tensor | None],
-        batch: ForwardBatch,
-    ) -> Tensor:
-        """Add delta to the residual x in place, and return a layer's attention of the sum: (n_tokens, dim).
-
-        masks: of each group of rows that torch attends.
-        """
+    def _attend(self, layer: int, x: Tensor, delta: Tensor | None, inputs: ops.LayersInput) -> Tensor:
+        """Add delta to the residual x in place, and return a layer's attention of the sum: (n_tokens, dim)."""
         attention = self.layers[layer].attention
         h = ops.fused_add_rms_norm(x, delta, self._norms[layer][0], self.args.norm_eps, self.dtype)
         q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
         ops.rope_and_append_kv(inputs, layer, q, k, v)
         del h, k, v
-        for group, mask in zip(batch.groups, masks, strict=True):  # in place: a group's queries are its own
-            if group.seqlen <= MAX_KERNEL_SEQLEN:
-                ops.attend(inputs, layer, group.tokens, q)
-            else:
-                shape = group.n_rows, group.seqlen, attention.n_local_heads, attention.head_dim
-                queries = q[group.tokens].view(shape)
-                queries.copy_(attend(queries, *batch.read(layer, group), mask))
+        ops.attend(inputs, layer, q)
         return attention.wo(q)
 
     def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.WeightView:

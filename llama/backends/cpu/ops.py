@@ -284,13 +284,12 @@ def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v:
     kernels().rope_and_append_kv(ctypes.byref(inputs), layer, *three)
 
 
-def attend(inputs: LayersInput, layer: int, tokens: slice, q: Tensor) -> None:
-    """Compute attention of some tokens of q over the cache, in place.
+def attend(inputs: LayersInput, layer: int, q: Tensor) -> None:
+    """Compute attention of q (n_tokens, n_heads * head_dim), of the cache's dtype, over the cache, in place.
 
-    q: (n_tokens, n_heads * head_dim), of the cache's dtype. A token's result does not depend on the others.
+    A token's result depends neither on the others nor on how its row comes in calls.
     """
-    dtype, n = q.dtype, inputs.n_tokens * inputs.n_heads * inputs.head_dim
+    dtype = q.dtype
     assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
-    assert 0 <= tokens.start <= tokens.stop <= inputs.n_tokens, (tokens, inputs.n_tokens)
-    (queries,) = pointers((q, dtype, n))
-    kernels().attend(ctypes.byref(inputs), layer, tokens.start, tokens.stop - tokens.start, queries)
+    (queries,) = pointers((q, dtype, inputs.n_tokens * inputs.n_heads * inputs.head_dim))
+    kernels().attend(ctypes.byref(inputs), layer, queries)

@@ -1,14 +1,17 @@
-// Attention of single tokens over the cache, in parts of PART keys, so that threads can share a long sequence. Parts do
-// not depend on the number of threads or on other tokens, and so neither do results: see D30.
+// Attention over pages of the cache, in parts of PART keys, by tokens of one row together.
+//
+// A part begins at a multiple of PART; each gives a token's greatest score, its sum of exponentials and its weighted sum
+// of values, and these are merged in order. Neither threads nor the tokens that share a block change what is computed
+// for a token: see D30.
 #pragma once
-#include <algorithm>
 #include <cmath>
-#include <vector>
 
-#include "weights.h"
+#include "panels.h"
+#include "threads.h"
 
 constexpr int PAGE_SIZE = 16;  // positions of a page of the cache, as in cache.py
 constexpr int PART = 256;  // keys
+constexpr int PANEL_KEYS = 64;  // of whole pages: keys or values that are made a panel at once, within a core's L1 cache
 
 inline float dot(const float *a, const float *b, int n) {
     f32 products{};
@@ -26,103 +29,244 @@ inline void add_scaled(float *to, float scale, const float *v, int n) {
     for (; i < n; i++) to[i] += scale * v[i];
 }
 
-// The sums of 16 vectors, that of v[i] in lane i. Halves of two vectors at a time are added until one vector is left.
-inline f32 sums_of(const f32 *v) {
-    f32 a[8], b[4], c[2];
-    for (int i = 0; i < 8; i++)
-        a[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; i++)
-        b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    for (int i = 0; i < 2; i++)
-        c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-               __builtin_shufflevector(b[i], b[i + 2], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    f32 d = __builtin_shufflevector(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-            __builtin_shufflevector(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    return __builtin_shufflevector(d, d, 0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15);
-}
+inline int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 // The slot of a position of a row: its place among the positions of all pages.
 inline size_t slot(const int32_t *pages, int64_t position) {
     return size_t(pages[position / PAGE_SIZE]) * PAGE_SIZE + position % PAGE_SIZE;
 }
 
-// Attention of the `group` query heads of one KV head over keys [start, stop) of the row that has these pages. `keys`
-// and `values` point at that head's key and value of slot 0; those of successive slots are `stride` numbers apart. out:
-// for each head its greatest score, its sum of exponentials, and the weighted sum of values, head_dim + 2 floats.
-inline void attend_part(
-    const float *q, int group, int head_dim, const uint8_t *keys, const uint8_t *values, int type, size_t stride,
-    const int32_t *pages, int start, int stop, float *out
-) {
-    static thread_local std::vector<float> scores, sixteen, queries, sums;
-    const int width = (head_dim + LANES - 1) / LANES * LANES, vectors = width / LANES;
-    const float scale = 1.0f / std::sqrt(float(head_dim));
-    const int n = stop - start, padded = (n + LANES - 1) / LANES * LANES;
-    scores.resize(size_t(group) * PART);
-    sixteen.assign(size_t(LANES) * width, 0.0f);  // keys or values, as floats
-    queries.assign(size_t(group) * width, 0.0f);
-    sums.assign(size_t(group) * width, 0.0f);
-    for (int h = 0; h < group; h++) std::copy_n(q + h * head_dim, head_dim, queries.data() + h * width);
-    size_t at[PART];
-    for (int i = 0; i < n; i++) at[i] = slot(pages, start + i) * stride;
-    const int bytes = value_bytes(type), head_bytes = head_dim * bytes;
-    auto read = [&](const uint8_t *from, int first) {
-        for (int i = first; i < std::min(first + LANES, n); i++) {
-            if (i + LANES < n)
-                for (int b = 0; b < head_bytes; b += 64) __builtin_prefetch(from + at[i + LANES] * bytes + b);
-            read_floats(from, type, at[i], head_dim, sixteen.data() + (i - first) * width);
-        }
+// Memory of whole cache lines.
+class Lines {
+    struct alignas(64) Line {
+        float values[LANES];
     };
-    for (int first = 0; first < n; first += LANES) {
-        read(keys, first);
-        for (int h = 0; h < group; h++) {
-            f32 products[LANES] = {};
-            for (int v = 0; v < vectors; v++) {
-                f32 query = load<f32>(queries.data() + h * width + v * LANES);
-                for (int i = 0; i < LANES; i++)
-                    products[i] += query * load<f32>(sixteen.data() + i * width + v * LANES);
+    std::vector<Line> lines;
+
+public:
+    float *room(size_t n) {
+        if (lines.size() * LANES < n) lines.resize((n + LANES - 1) / LANES);
+        return (float *)lines.data();
+    }
+};
+
+// What adjacent KV heads of a row have in the cache. keys, values: of slot 0 and the first head; those of the next slot
+// are `stride` bytes on.
+struct CachedHeads {
+    const uint8_t *keys, *values;
+    int type, head_dim, heads;
+    size_t stride;
+    const int32_t *pages;
+
+    int head_bytes() const { return head_dim * value_bytes(type); }
+    const uint8_t *at(const uint8_t *from, int position) const { return from + slot(pages, position) * stride; }
+
+    // Prefetches the positions of all heads that are this head's share of [start, stop). Where all heads of the cache
+    // are read together, memory is so read in its order. To L2: rows that lie a power of two apart share few lines of L1.
+    void prefetch(const uint8_t *from, int start, int stop, int head) const {
+        const Share share(std::max(0, stop - start), head, heads);
+        for (int position = start + share.start; position < start + share.stop; position++)
+            for (int byte = 0; byte < heads * head_bytes(); byte += 64) __builtin_prefetch(at(from, position) + byte, 0, 2);
+    }
+};
+
+// The query heads of these KV heads of n tokens at successive positions, each of `words` words: for each KV head rows
+// t * group + h.
+struct Queries {
+    const float *values;
+    int group, n, words;
+    int64_t position, window;  // of the first token; the number of keys that a query sees
+
+    int rows() const { return n * group; }  // of a KV head
+    int first_key(int row) const { return int(std::max<int64_t>(0, position + row / group - window + 1)); }
+    int stop_key(int row) const { return int(position) + row / group + 1; }
+    int first_part() const { return first_key(0) / PART; }
+    int stop_part() const { return (stop_key(rows() - 1) - 1) / PART + 1; }
+};
+
+// A result is the greatest score and the sum of exponentials, in a cache line, and the weighted sum of values.
+inline int result_size(int head_dim) { return LANES + padded(head_dim); }
+inline float score_scale(int head_dim) { return 1.44269504f / std::sqrt(float(head_dim)); }  // of exponents of 2
+
+// Turns the keys of a page to 16 columns of a panel, to[word][key].
+template <class Op> inline void turn_page(const CachedHeads &cached, const uint8_t *page, float *to) {
+    const int words = cached.head_dim * value_bytes(cached.type) / 4;
+    size_t stride = cached.stride;
+    alignas(64) uint8_t small[PAGE_SIZE][16] = {};
+    if (words < 4) {
+        for (int key = 0; key < PAGE_SIZE; key++) memcpy(small[key], page + key * stride, words * 4);
+        page = small[0], stride = sizeof small[0];
+    }
+    for (int group = 0; group < words; group += 4) {
+        const int word = std::max(0, std::min(group, words - 4));  // the last group may overlap the one before it
+        for (int key = 0; key < PAGE_SIZE; key += NATIVE) {
+            native_words turned[4];
+            turn(page + word * 4 + key * stride, stride, turned);
+            for (int i = 0; i < std::min(4, words); i++) {
+                auto put = [&](int row, auto v) { memcpy(to + row * PANEL_KEYS + key, &v, sizeof v); };
+                if (Op::PER_WORD == 2 || cached.type == F32) {
+                    put(word + i, turned[i]);
+                } else if (cached.type == BF16) {
+                    put(2 * (word + i), turned[i] << 16);
+                    put(2 * (word + i) + 1, turned[i] & 0xffff0000);
+                } else {
+                    put(2 * (word + i), from_halves(turned[i] & 0xffff));
+                    put(2 * (word + i) + 1, from_halves(turned[i] >> 16));
+                }
             }
-            store(scores.data() + h * PART + first, scale * sums_of(products));
         }
     }
-    for (int h = 0; h < group; h++) {
-        float *head_scores = scores.data() + h * PART, *result = out + h * (head_dim + 2);
-        float greatest = *std::max_element(head_scores, head_scores + n);
-        f32 total{};
-        for (int i = 0; i < padded; i += LANES) {
-            f32 weights = exponential(load<f32>(head_scores + i) - greatest);
-            for (int lane = std::max(0, n - i); lane < LANES; lane++) weights[lane] = 0;
-            store(head_scores + i, weights);
-            total += weights;
-        }
-        result[0] = greatest;
-        result[1] = sum(total);
-    }
-    for (int first = 0; first < n; first += LANES) {
-        read(values, first);
-        const int count = std::min(LANES, n - first);
-        for (int h = 0; h < group; h++)
-            for (int v = 0; v < vectors; v++) {
-                float *to = sums.data() + h * width + v * LANES;
-                f32 total = load<f32>(to);
-                for (int i = 0; i < count; i++)
-                    total += scores[h * PART + first + i] * load<f32>(sixteen.data() + i * width + v * LANES);
-                store(to, total);
-            }
-    }
-    for (int h = 0; h < group; h++) std::copy_n(sums.data() + h * width, head_dim, out + h * (head_dim + 2) + 2);
 }
 
-// Merges the parts of one head, `stride` floats apart: y (head_dim).
-inline void merge_parts(const float *parts, int n_parts, size_t stride, int head_dim, float *y) {
-    float greatest = -INFINITY, total = 0;
-    for (int p = 0; p < n_parts; p++) greatest = std::max(greatest, parts[p * stride]);
-    std::fill(y, y + head_dim, 0.0f);
-    for (int p = 0; p < n_parts; p++) {
-        float weight = exponential(all(parts[p * stride] - greatest))[0];
-        total += weight * parts[p * stride + 1];
-        add_scaled(y, weight, parts + p * stride + 2, head_dim);
+// Rows of a page's values as a panel's: of one key, or of pairs of keys whose values are interleaved.
+template <class Op>
+inline void copy_values(const CachedHeads &cached, const uint8_t *page, int n, float *to, int width) {
+    for (int key = 0; key < n; key += Op::PER_WORD, to += width) {
+        const uint8_t *from = page + key * cached.stride;
+        if constexpr (Op::PER_WORD == 1) {
+            read_floats(from, cached.type, 0, cached.head_dim, to);
+        } else {
+            for (int i = 0; i < cached.head_dim; i += LANES) {
+                const size_t size = std::min(LANES, cached.head_dim - i) * 2;
+                u16 even{}, odd{};
+                auto read = [&](u16 &v, const uint8_t *from) {
+                    if (size == sizeof v) v = load<u16>(from);
+                    else memcpy(&v, from, size);
+                };
+                read(even, from + i * 2);
+                if (key + 1 < n) read(odd, from + cached.stride + i * 2);
+                u32 both = __builtin_convertvector(even, u32) | __builtin_convertvector(odd, u32) << 16;
+                memcpy(to + i, &both, sizeof both);
+            }
+        }
     }
-    for (int i = 0; i < head_dim; i++) y[i] /= total;
+}
+
+// Values that are multiplied where they lie in pages, from position `first` on; `from` are those of slot 0.
+template <class T> struct PagedValues {
+    const CachedHeads &cached;
+    const uint8_t *from;
+    int first;
+    const T *row(int i) const { return (const T *)cached.at(from, first + i); }
+    static native values(const T *row) { return native_floats(row); }
+};
+
+// Makes weights of a row's scores [from, to): 0 but for the keys [first, stop). Returns the greatest score and the sum of
+// weights in result[0] and result[1].
+template <class Op>
+__attribute__((noinline)) void weigh(float *scores, int from, int to, int first, int stop, float scale, float *result) {
+    static const int32_t LANE[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const f32 none = all(-INFINITY);
+    f32 most = none, total{};
+    for (int i = from; i < to; i += LANES) {
+        f32 v = load<f32>(scores + i);
+        if (i < first || i + LANES > stop) {
+            const i32 key = load<i32>(LANE) + i;
+            v = pick(key < stop, pick(key < first, none, v), none);
+            store(scores + i, v);
+        }
+        most = pick(most < v, v, most);
+    }
+    float greatest = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) greatest = greatest < most[lane] ? most[lane] : greatest;
+    const float offset = greatest == -INFINITY ? 0.0f : greatest * scale;
+    for (int i = from; i < to; i += LANES) {
+        f32 weights = power_of_two(load<f32>(scores + i) * scale - offset);
+        if (Op::PER_WORD == 1) {
+            store(scores + i, weights);
+        } else {
+            u16 rounded = to_bf16(weights);
+            memcpy((uint16_t *)scores + i, &rounded, sizeof rounded);
+            weights = from_bf16(rounded);
+        }
+        total += weights;
+    }
+    result[0] = greatest;
+    result[1] = sum(total);
+}
+
+// A thread's memory for a part.
+struct PartMemory {
+    Lines panel, scores;
+};
+
+// Computes the results of all rows of `queries` over a part of their keys, result_size apart: see above.
+template <class Op>
+inline void attend_part(const CachedHeads &cached, const Queries &queries, int part, PartMemory &memory, float *results) {
+    const int rows = queries.rows(), width = padded(cached.head_dim), size = LANES + width, base = part * PART;
+    const int first = std::max(base, queries.first_key(0)) / PAGE_SIZE * PAGE_SIZE;
+    const int stop = std::min(base + PART, queries.stop_key(rows - 1)), padded_stop = padded(stop);
+    const float scale = score_scale(cached.head_dim);
+    float *panel = memory.panel.room(size_t(PANEL_KEYS) * width);
+    float *scores = memory.scores.room(size_t(cached.heads) * rows * PART);
+    for (int key = first; key < stop; key += PANEL_KEYS) {
+        const int n = std::min(PANEL_KEYS, padded_stop - key), next = key + PANEL_KEYS;
+        for (int head = 0; head < cached.heads; head++) {
+            if (next < stop) cached.prefetch(cached.keys, next, std::min(stop, next + PANEL_KEYS), head);
+            else cached.prefetch(cached.values, first, std::min(stop, first + PANEL_KEYS), head);
+            const uint8_t *keys = cached.keys + head * cached.head_bytes();
+            for (int i = 0; i < n; i += PAGE_SIZE) turn_page<Op>(cached, cached.at(keys, key + i), panel + i);
+            multiply_panel<Op>(
+                queries.values + size_t(head) * rows * queries.words, rows, queries.words, Panel{panel, PANEL_KEYS},
+                queries.words, n, scores + size_t(head) * rows * PART + key - base, PART, false
+            );
+        }
+    }
+    for (int r = 0; r < cached.heads * rows; r++)
+        weigh<Op>(
+            scores + size_t(r) * PART, first - base, padded_stop - base, queries.first_key(r % rows) - base,
+            queries.stop_key(r % rows) - base, scale, results + size_t(r) * size
+        );
+    const bool in_place = Op::PER_WORD == 1 && rows <= TILE_QUERIES && width == cached.head_dim && cached.type != F16;
+    for (int key = first; key < stop; key += PANEL_KEYS) {
+        const int n = std::min(PANEL_KEYS, stop - key), next = key + PANEL_KEYS;
+        for (int head = 0; head < cached.heads; head++) {
+            cached.prefetch(cached.values, next, std::min(stop, next + PANEL_KEYS), head);
+            const uint8_t *from = cached.values + head * cached.head_bytes();
+            auto multiply = [&](const auto &values) {
+                multiply_panel<Op>(
+                    scores + size_t(head) * rows * PART + (key - base) / Op::PER_WORD, rows, PART, values,
+                    (n + Op::PER_WORD - 1) / Op::PER_WORD, width, results + size_t(head) * rows * size + LANES, size,
+                    key != first
+                );
+            };
+            if (in_place && cached.type == F32) {
+                multiply(PagedValues<float>{cached, from, key});
+            } else if (in_place) {
+                multiply(PagedValues<Bf16>{cached, from, key});
+            } else {
+                for (int i = 0; i < n; i += PAGE_SIZE)
+                    copy_values<Op>(
+                        cached, cached.at(from, key + i), std::min(PAGE_SIZE, n - i), panel + i / Op::PER_WORD * width,
+                        width
+                    );
+                multiply(Panel{panel, size_t(width)});
+            }
+        }
+    }
+}
+
+// Begins a state that results are merged to; it has the form of a result.
+inline void clear_result(float *state, int head_dim) {
+    std::fill(state, state + result_size(head_dim), 0.0f);
+    state[0] = -INFINITY;
+}
+
+// Merges the result of a head's next part.
+__attribute__((noinline)) inline void merge(float *state, const float *result, int head_dim) {
+    if (result[0] == -INFINITY) return;  // no key of this part is seen
+    const float greatest = std::max(state[0], result[0]);
+    f32 weights{};
+    weights[0] = state[0], weights[1] = result[0];
+    weights = power_of_two((weights - greatest) * score_scale(head_dim));
+    const float before = weights[0], now = weights[1];
+    state[0] = greatest;
+    state[1] = state[1] * before + result[1] * now;
+    for (int i = LANES; i < result_size(head_dim); i += LANES)
+        store(state + i, load<f32>(state + i) * before + load<f32>(result + i) * now);
+}
+
+// y (head_dim): the attention that a state stands for.
+inline void finish(const float *state, int head_dim, float *y) {
+    for (int i = 0; i < head_dim; i++) y[i] = state[LANES + i] / state[1];
 }

@@ -65,16 +65,16 @@ extern "C" const char *instructions() {
 
 // Runs layers [first, stop), or a half of each, in place on the residual in.x; see LayersInput.
 extern "C" void run_layers(const Layer *layers, int first, int stop, int halves, const LayersInput *inputs) {
-    static thread_local std::vector<float> q_storage, parts_storage, hidden_storage;
+    static thread_local std::vector<float> q_storage, hidden_storage;
+    static thread_local Lines result_storage;
     const LayersInput &in = *inputs;
-    int first_part[MAX_FEW_TOKENS + 1] = {};
-    for (int t = 0; t < in.n_tokens; t++) first_part[t + 1] = first_part[t] + Keys(in, t).parts();
+    const AttentionPlan plan(in);
     float *q = buffer(q_storage, size_t(in.n_tokens) * in.n_heads * in.head_dim);
-    float *parts = buffer(parts_storage, size_t(first_part[in.n_tokens]) * in.n_heads * (in.head_dim + 2));
+    float *results = result_storage.room(plan.results.back() * result_size(in.head_dim));
     float *hidden = buffer(hidden_storage, size_t(in.n_tokens) * in.hidden_dim);
     Team team;
     parallel(in.threads, [&](int thread, int size) {
-        Worker worker{in, team, thread, size, q, parts, hidden, first_part, activations};
+        Worker worker{in, team, thread, size, q, results, hidden, plan, activations};
         for (int layer = first; layer < stop; layer++) {
             if (halves & ATTENTION) worker.attention(layers[layer], layer);
             if (halves & FEED_FORWARD) worker.feed_forward(layers[layer]);
@@ -94,28 +94,45 @@ extern "C" int is_within_cache(const LayersInput *inputs) {
     return within;
 }
 
-// Attention of tokens [first, first + n) over a layer's cache: y, like q (n_tokens, n_heads, head_dim). Both have the
-// cache's type. No thread waits for another, as tokens of many rows are enough for all.
-extern "C" void attend(const LayersInput *inputs, int layer, int first, int n, void *q) {
+// Attention of a block's query heads of one KV head over a layer's cache, in place of q.
+template <class Op> static void attend_block(const LayersInput &in, int layer, const TokenBlock &block, int head, void *q) {
+    static thread_local PartMemory memory;
+    static thread_local Lines query_storage, result_storage;
+    const CachedHeads cached = cached_heads(in, layer, block, head, 1);
+    const Queries queries = block_queries<Op>(in, block, head, 1, q, in.cache_type, query_storage);
+    const int rows = queries.rows(), size = result_size(in.head_dim);
+    float *results = result_storage.room(size_t(rows) * size * 2), *states = results + size_t(rows) * size;
+    for (int r = 0; r < rows; r++) clear_result(states + size_t(r) * size, in.head_dim);
+    for (int part = queries.first_part(); part < queries.stop_part(); part++) {
+        attend_part<Op>(cached, queries, part, memory, results);
+        for (int r = 0; r < rows; r++) merge(states + size_t(r) * size, results + size_t(r) * size, in.head_dim);
+    }
+    for (int r = 0; r < rows; r++) {
+        const int token = block.first + r / queries.group, index = head * queries.group + r % queries.group;
+        finish(states + size_t(r) * size, in.head_dim, results);
+        write_floats(q, in.cache_type, (size_t(token) * in.n_heads + index) * in.head_dim, in.head_dim, results);
+    }
+}
+
+// Attention of tokens over a layer's cache: y, like q (n_tokens, n_heads, head_dim). Both have the cache's type; where
+// that is bf16, and the processor multiplies pairs of bf16, so are the weights of values. No thread waits for another:
+// the last blocks, which have the most keys, begin first.
+extern "C" void attend(const LayersInput *inputs, int layer, void *q) {
+    constexpr int QUERIES = 60;  // of a block: ten tiles for each panel that is made
     const LayersInput &in = *inputs;
-    const int group = in.n_heads / in.n_kv_heads, values = group * in.head_dim, width = in.head_dim + 2;
+    const std::vector<TokenBlock> blocks = token_blocks(in, 0, in.n_tokens, QUERIES);
     std::atomic<int> next{0};
     parallel(in.threads, [&](int, int) {
-        std::vector<float> heads(values), parts;
-        for (int unit; (unit = next++) < n * in.n_kv_heads;) {
-            const int t = first + unit / in.n_kv_heads, head = unit % in.n_kv_heads;
-            const size_t at = (size_t(t) * in.n_kv_heads + head) * values;
-            const Keys keys(in, t);
-            buffer(parts, size_t(keys.parts()) * group * width);
-            read_floats(q, in.cache_type, at, values, heads.data());
-            for (int part = 0; part < keys.parts(); part++)
-                attend_token(in, layer, t, head, keys, part, heads.data(), parts.data() + part * group * width);
-            for (int h = 0; h < group; h++)
-                merge_parts(
-                    parts.data() + h * width, keys.parts(), size_t(group) * width, in.head_dim,
-                    heads.data() + h * in.head_dim
-                );
-            write_floats(q, in.cache_type, at, values, heads.data());
+        for (int unit; (unit = next++) < int(blocks.size()) * in.n_kv_heads;) {
+            const TokenBlock &block = blocks[blocks.size() - 1 - unit / in.n_kv_heads];
+            const int head = unit % in.n_kv_heads;
+#if defined(HAS_BF16_PAIRS)
+            if (in.cache_type == BF16) {
+                attend_block<Bf16Pairs>(in, layer, block, head, q);
+                continue;
+            }
+#endif
+            attend_block<Fp32>(in, layer, block, head, q);
         }
     });
 }

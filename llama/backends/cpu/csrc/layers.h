@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "threads.h"
+#include "weights.h"
 
 constexpr int MAX_FEW_TOKENS = 64;  // as in ops.py
 
@@ -40,26 +41,67 @@ inline size_t index_of_token(const LayersInput &in, int layer, int t) {
     return index_of(in, layer, slot(pages_of(in, t), in.positions[t]));
 }
 
-// The keys that token t sees, [first, stop), in parts: each ends at a multiple of PART, or at the last key.
-struct Keys {
-    int first, stop;
-    Keys(const LayersInput &in, int t)
-        : first(int(std::max<int64_t>(0, in.positions[t] - in.window + 1))), stop(int(in.positions[t]) + 1) {}
-    int parts() const { return (stop - 1) / PART - first / PART + 1; }
-    int part_start(int part) const { return std::max(first, (first / PART + part) * PART); }
-    int part_stop(int part) const { return std::min(stop, (first / PART + part + 1) * PART); }
+// Tokens of one row at successive positions, which are attended together.
+struct TokenBlock {
+    int first, n;
 };
 
-// Attention of token t's query heads of one KV head, q (group, head_dim), over a part of its keys: see attend_part.
-inline void attend_token(
-    const LayersInput &in, int layer, int t, int head, const Keys &keys, int part, const float *q, float *out
-) {
-    const size_t at = (index_of(in, layer, 0) + size_t(head) * in.head_dim) * value_bytes(in.cache_type);
-    attend_part(
-        q, in.n_heads / in.n_kv_heads, in.head_dim, in.keys + at, in.values + at, in.cache_type,
-        size_t(in.n_kv_heads) * in.head_dim, pages_of(in, t), keys.part_start(part), keys.part_stop(part), out
-    );
+// Cuts tokens [first, stop) to blocks with at most `queries` query heads of a KV head, or of one token.
+inline std::vector<TokenBlock> token_blocks(const LayersInput &in, int first, int stop, int queries) {
+    const int most = std::max(1, queries / (in.n_heads / in.n_kv_heads));
+    std::vector<TokenBlock> blocks;
+    for (int t = first; t < stop; t++) {
+        const bool follows = t > first && in.rows[t] == in.rows[t - 1] && in.positions[t] == in.positions[t - 1] + 1;
+        if (follows && blocks.back().n < most) blocks.back().n++;
+        else blocks.push_back({t, 1});
+    }
+    return blocks;
 }
+
+// What KV heads [head, head + heads) of a block's row have in a layer's cache.
+inline CachedHeads cached_heads(const LayersInput &in, int layer, const TokenBlock &block, int head, int heads) {
+    const int bytes = value_bytes(in.cache_type);
+    const size_t at = (index_of(in, layer, 0) + size_t(head) * in.head_dim) * bytes;
+    const size_t stride = size_t(in.n_kv_heads) * in.head_dim * bytes;
+    return {in.keys + at, in.values + at, in.cache_type, in.head_dim, heads, stride, pages_of(in, block.first)};
+}
+
+// A block's queries of these heads, as Op multiplies them; those of all tokens are q (n_tokens, n_heads, head_dim).
+template <class Op>
+Queries block_queries(
+    const LayersInput &in, const TokenBlock &block, int head, int heads, const void *q, int type, Lines &memory
+) {
+    const int group = in.n_heads / in.n_kv_heads, values = group * in.head_dim, words = in.head_dim / Op::PER_WORD;
+    float *to = memory.room(size_t(heads) * block.n * group * words);
+    for (int h = 0; h < heads; h++)
+        for (int t = 0; t < block.n; t++) {
+            const size_t at = (size_t(block.first + t) * in.n_kv_heads + head + h) * values;
+            float *rows = to + (size_t(h) * block.n + t) * group * words;
+            if (Op::PER_WORD == 1) read_floats(q, type, at, values, rows);
+            else memcpy(rows, (const uint16_t *)q + at, values * 2);
+        }
+    return {to, group, block.n, words, in.positions[block.first], in.window};
+}
+
+// The attention of a step of few tokens: of each block its parts, and of each part some KV heads, are a unit of work.
+struct AttentionPlan {
+    static constexpr int QUERIES = 12;  // of a block: two tiles, so that there are enough blocks for all threads
+    std::vector<TokenBlock> blocks;
+    std::vector<int> parts;  // before each block, and in all
+    std::vector<size_t> results;  // the same
+    int heads;  // of a unit: all where there are parts enough for all threads, as memory is read best in its order
+
+    explicit AttentionPlan(const LayersInput &in)
+        : blocks(token_blocks(in, 0, in.n_tokens, QUERIES)), parts{0}, results{0} {
+        for (const TokenBlock &block : blocks) {
+            const int64_t first = std::max<int64_t>(0, in.positions[block.first] - in.window + 1);
+            const int n = int((in.positions[block.first] + block.n - 1) / PART - first / PART) + 1;
+            parts.push_back(parts.back() + n);
+            results.push_back(results.back() + size_t(n) * block.n * in.n_heads);
+        }
+        heads = parts.back() >= 4 * in.threads ? in.n_kv_heads : 1;
+    }
+};
 
 // Multiplies an adjacent pair, as a complex number, by the complex number of its rotation.
 inline void rotate_pair(const float *rotation, float *pair) {
@@ -86,10 +128,12 @@ template <class T> T *buffer(std::vector<T> &storage, size_t n) {
     return (T *)((uintptr_t(storage.data()) + LINE - 1) / LINE * LINE);
 }
 
-// A thread's own memory for the activations that it multiplies.
+// A thread's own memory for the activations that it multiplies, and for attention.
 struct Activations {
     std::vector<float> values;
     std::vector<uint8_t> rounded;
+    Lines queries;
+    PartMemory part;
 
     // Activations for these weights.
     template <class... Weights> Input input(const float *from, int n, int columns, const Weights &...weights) {
@@ -112,8 +156,8 @@ struct Worker {
     const LayersInput &in;
     Team &team;
     int thread, size;
-    float *q, *parts, *hidden;  // shared by the threads
-    const int *first_part;  // (n_tokens + 1): the parts of the tokens before each
+    float *q, *results, *hidden;  // shared by the threads
+    const AttentionPlan &plan;
     Activations &own;
 
     // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
@@ -151,26 +195,36 @@ struct Worker {
         });
         team.wait(size);
 
-        const int width = in.head_dim + 2;
-        Share share(first_part[n] * in.n_kv_heads, thread, size);
-        for (int unit = share.start, t = 0; unit < share.stop; unit++) {
-            while (unit >= first_part[t + 1] * in.n_kv_heads) t++;
-            int head = unit % in.n_kv_heads, part = unit / in.n_kv_heads;
-            attend_token(
-                in, layer, t, head, Keys(in, t), part - first_part[t],
-                q + size_t(t) * q_dim + size_t(head) * group * in.head_dim,
-                parts + (size_t(part) * in.n_heads + head * group) * width
+        const size_t length = result_size(in.head_dim);
+        const int units = in.n_kv_heads / plan.heads;  // of a part
+        Share share(plan.parts.back() * units, thread, size);
+        for (int unit = share.start, b = 0; unit < share.stop; unit++) {
+            const int part = unit / units, head = unit % units * plan.heads;
+            while (part >= plan.parts[b + 1]) b++;
+            const TokenBlock &block = plan.blocks[b];
+            const Queries queries = block_queries<Fp32>(in, block, head, plan.heads, q, F32, own.queries);
+            const size_t before = (size_t(part - plan.parts[b]) * in.n_kv_heads + head) * queries.rows();
+            attend_part<Fp32>(
+                cached_heads(in, layer, block, head, plan.heads), queries, queries.first_part() + part - plan.parts[b],
+                own.part, results + (plan.results[b] + before) * length
             );
         }
         team.wait(size);
 
-        float *y = buffer(own.values, size_t(n) * q_dim);
-        for (int t = 0; t < n; t++)
+        float *y = buffer(own.values, size_t(n) * q_dim), *state = own.queries.room(length);
+        for (size_t b = 0; b < plan.blocks.size(); b++) {
+            const TokenBlock &block = plan.blocks[b];
             for (int h = 0; h < in.n_heads; h++)
-                merge_parts(
-                    parts + (size_t(first_part[t]) * in.n_heads + h) * width, first_part[t + 1] - first_part[t],
-                    size_t(in.n_heads) * width, in.head_dim, y + size_t(t) * q_dim + h * in.head_dim
-                );
+                for (int t = 0; t < block.n; t++) {
+                    const int row = (h / group * block.n + t) * group + h % group;
+                    clear_result(state, in.head_dim);
+                    for (int part = 0; part < plan.parts[b + 1] - plan.parts[b]; part++) {
+                        const size_t before = size_t(part) * block.n * in.n_heads + row;
+                        merge(state, results + (plan.results[b] + before) * length, in.head_dim);
+                    }
+                    finish(state, in.head_dim, y + size_t(block.first + t) * q_dim + h * in.head_dim);
+                }
+        }
         add(w.wo, own.input(y, n, q_dim, w.wo));
     }
 

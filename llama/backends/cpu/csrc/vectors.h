@@ -194,3 +194,16 @@ inline f32 exponential(f32 x) {
     p = p * r * r + r + 1.0f;
     return p * (f32)((__builtin_convertvector(n, i32) + 127) << 23);
 }
+
+// 2^x to about 2 units in the last place, for x up to 127; 0 below -126.
+inline f32 power_of_two(f32 x) {
+    f32 shifted = x + 12582912.0f;  // rounds to an integer in the low bits of the mantissa
+    f32 r = x - (shifted - 12582912.0f);
+    f32 p = r * 1.32647e-3f + 9.67151e-3f;
+    p = p * r + 5.550734e-2f;
+    p = p * r + 2.4022242e-1f;
+    p = p * r + 6.9314698e-1f;
+    p = p * r + 1.0f;
+    p = (f32)((i32)p + ((i32)shifted << 23));
+    return pick(x < -126.0f, f32{}, p);
+}
