@@ -56,7 +56,7 @@ def activation_bytes(
     The peak is in a step with as many tokens of prompts as one computes, and a new token of each other row. Counted per
     token are a layer's input, the residual after attention, the normalised residual, and what is computed from them.
     Prompts may begin in pages of other texts: then they have a mask, and their pages do not follow each other, so that
-    a layer's keys and values are copied. Triton's kernels need neither, and copy what they leave to torch.
+    a layer's keys and values are copied. Our kernels need neither; Triton's copy what they leave to torch.
     """
     device, kernels = backend.device, backend.own_kernels
     half, size = dtype != torch.float32, dtype.itemsize
@@ -73,9 +73,11 @@ def activation_bytes(
         inputs = 8 * args.head_dim + 32
         layer = 4 * args.dim + 2 * x + max((3 * q + 4 * kv) * size, 3 * hidden)
         once = backend.dequantized_values * size
+    elif kernels:  # one residual, in fp32, and no memory beside the results of norms, rotations and attention
+        layer = 4 * args.dim + 2 * x + max((q + 2 * kv) * size, 2 * hidden)
     else:
         inputs += longest  # the mask
-        n_keys = shape.bsz * (longest if kernels else shape.length)  # without kernels also in steps of new tokens
+        n_keys = shape.bsz * shape.length
         keys = 2 * n_keys * kv * size
         if device.type == "cuda" and args.n_heads != args.n_kv_heads:  # see `attend`
             keys += 2 * n_keys * q * size
@@ -83,14 +85,11 @@ def activation_bytes(
             # For a matrix unit keys and values are packed: without a mask for all query heads.
             keys += 2 * max(n_keys * kv, n_tokens * q) * size
         scores = longest * size + keys // n_tokens  # torch converts the mask
-        if kernels:  # one residual, in fp32, and no memory beside the results of norms and rotations
-            layer = 4 * args.dim + x + max(x + (q + 2 * kv) * size, 2 * q * size + scores, x + 2 * hidden)
-        else:
-            norm = (12 if half else 8) * args.dim * (device.type != "cuda")  # fp32 copies; CUDA's kernel has none
-            rotate_k = (q + 3 * kv) * size + 8 * kv * half
-            rotate_q = 2 * q * size + 8 * q * half
-            attend = max(3 * q * size, 2 * q * size + scores)
-            layer = 2 * x + max(norm, rotate_k, rotate_q, attend, x + 3 * hidden)
+        norm = (12 if half else 8) * args.dim * (device.type != "cuda")  # fp32 copies; CUDA's kernel has none
+        rotate_k = (q + 3 * kv) * size + 8 * kv * half
+        rotate_q = 2 * q * size + 8 * q * half
+        attend = max(3 * q * size, 2 * q * size + scores)
+        layer = 2 * x + max(norm, rotate_k, rotate_q, attend, x + 3 * hidden)
     prefill = n_tokens * (inputs + layer) + once
     sampled = max(shape.bsz, MAX_SPECULATIVE_POSITIONS * shape.speculative) * SAMPLED_LOGIT_BYTES
     scored = min(shape.prompt_len, MAX_SCORED_POSITIONS) * SCORED_LOGIT_BYTES * shape.scored

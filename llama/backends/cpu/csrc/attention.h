@@ -61,12 +61,21 @@ struct CachedHeads {
     int head_bytes() const { return head_dim * value_bytes(type); }
     const uint8_t *at(const uint8_t *from, int position) const { return from + slot(pages, position) * stride; }
 
-    // Prefetches the positions of all heads that are this head's share of [start, stop). Where all heads of the cache
-    // are read together, memory is so read in its order. To L2: rows that lie a power of two apart share few lines of L1.
-    void prefetch(const uint8_t *from, int start, int stop, int head) const {
+    // The cache lines of a head's share of positions [start, stop) of all heads, over `rounds` rounds. Where all heads of
+    // the cache are read together, memory is so read in its order.
+    Ahead ahead(const uint8_t *from, int start, int stop, int head, int rounds, std::vector<const uint8_t *> &room) const {
         const Share share(std::max(0, stop - start), head, heads);
-        for (int position = start + share.start; position < start + share.stop; position++)
-            for (int byte = 0; byte < heads * head_bytes(); byte += 64) __builtin_prefetch(at(from, position) + byte, 0, 2);
+        const int bytes = heads * head_bytes(), lines = (bytes + 63) / 64, n = (share.stop - share.start) * lines;
+        const int rate = (n + rounds - 1) / rounds;
+        if (rate == 0) return {};
+        room.resize(std::max(room.size(), size_t(rate) * rounds));
+        const uint8_t **to = room.data();
+        for (int position = start + share.start; position < start + share.stop; position++) {
+            const uint8_t *row = at(from, position);
+            for (int line = 0; line < lines; line++) *to++ = row + line * 64;
+        }
+        std::fill(to, room.data() + rate * rounds, to[-1]);
+        return {room.data(), rate};
     }
 };
 
@@ -88,10 +97,9 @@ struct Queries {
 inline int result_size(int head_dim) { return LANES + padded(head_dim); }
 inline float score_scale(int head_dim) { return 1.44269504f / std::sqrt(float(head_dim)); }  // of exponents of 2
 
-// Turns the keys of a page to 16 columns of a panel, to[word][key].
-template <class Op> inline void turn_page(const CachedHeads &cached, const uint8_t *page, float *to) {
-    const int words = cached.head_dim * value_bytes(cached.type) / 4;
-    size_t stride = cached.stride;
+// Turns the keys of a page to 16 columns of a panel, to[word][key], as Op multiplies them; TYPE is the cache's.
+template <class Op, int TYPE> inline void turn_page(const uint8_t *page, size_t stride, int head_dim, float *to) {
+    const int words = head_dim * value_bytes(TYPE) / 4;
     alignas(64) uint8_t small[PAGE_SIZE][16] = {};
     if (words < 4) {
         for (int key = 0; key < PAGE_SIZE; key++) memcpy(small[key], page + key * stride, words * 4);
@@ -102,11 +110,11 @@ template <class Op> inline void turn_page(const CachedHeads &cached, const uint8
         for (int key = 0; key < PAGE_SIZE; key += NATIVE) {
             native_words turned[4];
             turn(page + word * 4 + key * stride, stride, turned);
-            for (int i = 0; i < std::min(4, words); i++) {
-                auto put = [&](int row, auto v) { memcpy(to + row * PANEL_KEYS + key, &v, sizeof v); };
-                if (Op::PER_WORD == 2 || cached.type == F32) {
+            auto put = [&](int row, auto v) { memcpy(to + row * PANEL_KEYS + key, &v, sizeof v); };
+            for (int i = 0; i < 4; i++) {
+                if (TYPE == F32 || Op::PER_WORD == 2) {
                     put(word + i, turned[i]);
-                } else if (cached.type == BF16) {
+                } else if (TYPE == BF16) {
                     put(2 * (word + i), turned[i] << 16);
                     put(2 * (word + i) + 1, turned[i] & 0xffff0000);
                 } else {
@@ -126,16 +134,16 @@ inline void copy_values(const CachedHeads &cached, const uint8_t *page, int n, f
         if constexpr (Op::PER_WORD == 1) {
             read_floats(from, cached.type, 0, cached.head_dim, to);
         } else {
-            for (int i = 0; i < cached.head_dim; i += LANES) {
-                const size_t size = std::min(LANES, cached.head_dim - i) * 2;
-                u16 even{}, odd{};
-                auto read = [&](u16 &v, const uint8_t *from) {
-                    if (size == sizeof v) v = load<u16>(from);
+            for (int i = 0; i < cached.head_dim; i += NATIVE) {
+                const size_t size = std::min(NATIVE, cached.head_dim - i) * 2;
+                native_halves even{}, odd{};
+                auto read = [&](native_halves &v, const uint8_t *from) {
+                    if (size == sizeof v) v = load<native_halves>(from);
                     else memcpy(&v, from, size);
                 };
                 read(even, from + i * 2);
                 if (key + 1 < n) read(odd, from + cached.stride + i * 2);
-                u32 both = __builtin_convertvector(even, u32) | __builtin_convertvector(odd, u32) << 16;
+                native_words both = widened(even) | widened(odd) << 16;
                 memcpy(to + i, &both, sizeof both);
             }
         }
@@ -188,11 +196,21 @@ __attribute__((noinline)) void weigh(float *scores, int from, int to, int first,
 // A thread's memory for a part.
 struct PartMemory {
     Lines panel, scores;
+    std::vector<const uint8_t *> lines;
+};
+
+// Keys that will be read after a part.
+struct Following {
+    CachedHeads cached;
+    int start, stop;
 };
 
 // Computes the results of all rows of `queries` over a part of their keys, result_size apart: see above.
 template <class Op>
-inline void attend_part(const CachedHeads &cached, const Queries &queries, int part, PartMemory &memory, float *results) {
+inline void attend_part(
+    const CachedHeads &cached, const Queries &queries, int part, const Following &following, PartMemory &memory,
+    float *results
+) {
     const int rows = queries.rows(), width = padded(cached.head_dim), size = LANES + width, base = part * PART;
     const int first = std::max(base, queries.first_key(0)) / PAGE_SIZE * PAGE_SIZE;
     const int stop = std::min(base + PART, queries.stop_key(rows - 1)), padded_stop = padded(stop);
@@ -202,13 +220,24 @@ inline void attend_part(const CachedHeads &cached, const Queries &queries, int p
     for (int key = first; key < stop; key += PANEL_KEYS) {
         const int n = std::min(PANEL_KEYS, padded_stop - key), next = key + PANEL_KEYS;
         for (int head = 0; head < cached.heads; head++) {
-            if (next < stop) cached.prefetch(cached.keys, next, std::min(stop, next + PANEL_KEYS), head);
-            else cached.prefetch(cached.values, first, std::min(stop, first + PANEL_KEYS), head);
+            const bool is_last = next >= stop;  // values are next
+            const int start = is_last ? first : next;
+            const Ahead ahead = cached.ahead(
+                is_last ? cached.values : cached.keys, start, std::min(stop, start + PANEL_KEYS), head, queries.words,
+                memory.lines
+            );
             const uint8_t *keys = cached.keys + head * cached.head_bytes();
-            for (int i = 0; i < n; i += PAGE_SIZE) turn_page<Op>(cached, cached.at(keys, key + i), panel + i);
+            for (int i = 0; i < n; i += PAGE_SIZE) {
+                const uint8_t *page = cached.at(keys, key + i);
+                switch (cached.type) {
+                    case F32: turn_page<Op, F32>(page, cached.stride, cached.head_dim, panel + i); break;
+                    case BF16: turn_page<Op, BF16>(page, cached.stride, cached.head_dim, panel + i); break;
+                    default: turn_page<Op, F16>(page, cached.stride, cached.head_dim, panel + i);
+                }
+            }
             multiply_panel<Op>(
                 queries.values + size_t(head) * rows * queries.words, rows, queries.words, Panel{panel, PANEL_KEYS},
-                queries.words, n, scores + size_t(head) * rows * PART + key - base, PART, false
+                queries.words, n, scores + size_t(head) * rows * PART + key - base, PART, false, ahead
             );
         }
     }
@@ -219,15 +248,22 @@ inline void attend_part(const CachedHeads &cached, const Queries &queries, int p
         );
     const bool in_place = Op::PER_WORD == 1 && rows <= TILE_QUERIES && width == cached.head_dim && cached.type != F16;
     for (int key = first; key < stop; key += PANEL_KEYS) {
-        const int n = std::min(PANEL_KEYS, stop - key), next = key + PANEL_KEYS;
+        const int n = std::min(PANEL_KEYS, stop - key), words = (n + Op::PER_WORD - 1) / Op::PER_WORD;
+        const int next = key + PANEL_KEYS;
         for (int head = 0; head < cached.heads; head++) {
-            cached.prefetch(cached.values, next, std::min(stop, next + PANEL_KEYS), head);
+            const Ahead ahead =
+                next < stop
+                    ? cached.ahead(cached.values, next, std::min(stop, next + PANEL_KEYS), head, words, memory.lines)
+                    : following.cached.ahead(
+                          following.cached.keys, following.start,
+                          std::min(following.stop, following.start + PANEL_KEYS), head, words, memory.lines
+                      );
             const uint8_t *from = cached.values + head * cached.head_bytes();
             auto multiply = [&](const auto &values) {
                 multiply_panel<Op>(
                     scores + size_t(head) * rows * PART + (key - base) / Op::PER_WORD, rows, PART, values,
-                    (n + Op::PER_WORD - 1) / Op::PER_WORD, width, results + size_t(head) * rows * size + LANES, size,
-                    key != first
+                    words, width, results + size_t(head) * rows * size + LANES, size,
+                    key != first, ahead
                 );
             };
             if (in_place && cached.type == F32) {

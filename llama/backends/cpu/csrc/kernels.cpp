@@ -104,7 +104,8 @@ template <class Op> static void attend_block(const LayersInput &in, int layer, c
     float *results = result_storage.room(size_t(rows) * size * 2), *states = results + size_t(rows) * size;
     for (int r = 0; r < rows; r++) clear_result(states + size_t(r) * size, in.head_dim);
     for (int part = queries.first_part(); part < queries.stop_part(); part++) {
-        attend_part<Op>(cached, queries, part, memory, results);
+        const Following following{cached, (part + 1) * PART, queries.stop_key(rows - 1)};
+        attend_part<Op>(cached, queries, part, following, memory, results);
         for (int r = 0; r < rows; r++) merge(states + size_t(r) * size, results + size_t(r) * size, in.head_dim);
     }
     for (int r = 0; r < rows; r++) {

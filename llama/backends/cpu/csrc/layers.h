@@ -170,6 +170,19 @@ struct Worker {
         }
     }
 
+    // The keys of a unit of attention, of block b or the one after it.
+    Following following(int layer, int unit, int units, int b) {
+        const int part = unit / units;
+        b += part >= plan.parts[b + 1];
+        const TokenBlock &block = plan.blocks[b];
+        const int64_t first = std::max<int64_t>(0, in.positions[block.first] - in.window + 1);
+        const int64_t start = std::max(first / PAGE_SIZE * PAGE_SIZE, (first / PART + part - plan.parts[b]) * PART);
+        return {
+            cached_heads(in, layer, block, unit % units * plan.heads, plan.heads), int(start),
+            int(in.positions[block.first]) + block.n
+        };
+    }
+
     void attention(const Layer &w, int layer) {
         const int n = in.n_tokens, q_dim = in.n_heads * in.head_dim, group = in.n_heads / in.n_kv_heads;
         Input x = own.normalised(in.x, w.attention_norm, n, in.dim, in.eps, w.wq, w.wk, w.wv);
@@ -206,7 +219,8 @@ struct Worker {
             const size_t before = (size_t(part - plan.parts[b]) * in.n_kv_heads + head) * queries.rows();
             attend_part<Fp32>(
                 cached_heads(in, layer, block, head, plan.heads), queries, queries.first_part() + part - plan.parts[b],
-                own.part, results + (plan.results[b] + before) * length
+                following(layer, unit + 1 < share.stop ? unit + 1 : unit, units, b), own.part,
+                results + (plan.results[b] + before) * length
             );
         }
         team.wait(size);
