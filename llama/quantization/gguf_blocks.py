@@ -122,7 +122,8 @@ def values_of(fields: BlockFields, block_type: BlockType) -> Tensor:
         table = torch.tensor(IQ4_VALUES, dtype=torch.int8, device=fields.codes.device)
         codes = table[fields.codes.int()]
     else:
-        codes = fields.codes.view(torch.int8) - layout.offset
+        codes = fields.codes.view(torch.int8)
+        codes = codes - layout.offset if layout.offset else codes
     scales = fields.scales.float().unsqueeze(-2)  # (..., n_blocks, 1, 1 or 2)
     if fields.sub_scales is not None:
         scales = scales * fields.sub_scales
@@ -138,6 +139,8 @@ def unpack_codes(packed: Tensor, bits: int, run: int) -> Tensor:
 
     Of each run of bytes, the codes in their lowest bits come first, then those in the next ones.
     """
+    if bits == 8:
+        return packed
     runs = packed.unflatten(-1, (packed.shape[-1] // run, run))
     mask = (1 << bits) - 1
     return torch.cat([runs >> shift & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)
