@@ -304,10 +304,13 @@ def packed(args: ModelArgs) -> Transformer:
     return model
 
 
+@pytest.mark.parametrize("kind", ["blocks", "bfloat16", "float32"])
 @torch.inference_mode()
-def test_forty_rows_of_blocks_are_each_row_alone() -> None:
+def test_forty_rows_are_each_row_alone(kind: str) -> None:
     """To the bit where there is no matrix unit: there the kernels take up to 64 tokens through all layers."""
-    model = packed(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=96))
+    args = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=96)
+    model = packed(args) if kind == "blocks" else transformer(args).to(getattr(torch, kind))
+    CpuBackend(model.device).bind(model)
     starts, table = list(range(40)), torch.arange(120, dtype=torch.int32).view(40, 3)
     tokens = random_tokens(40, vocab_size=64)
     hidden = model.hidden(tokens, ragged(filled(model, 120), table, starts, [1] * 40))

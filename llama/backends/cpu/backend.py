@@ -151,8 +151,7 @@ class CpuBackend(EagerBackend):
             norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
             described.attention_norm, described.ffn_norm = (ops.vector(weight, self.args.dim) for weight in norms)
             self._norms.append(norms)
-        matrices = [weight for layer in self.layers for weight in layer.modules() if isinstance(weight, PackedWeight)]
-        self._max_few = ops.max_few_tokens(is_packed=len(matrices) == 7 * len(self.layers))
+        self._max_few = ops.max_few_tokens()
         self._c_output = self._describe(self.output)
         self._c_table = self._describe(self.tok_embeddings)
         self._norm_weight = self.norm.weight.float()
@@ -177,7 +176,7 @@ class CpuBackend(EagerBackend):
             return self._run(tokens, rotation, batch, self._run_few)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if hidden.numel() <= ops.max_few_tokens(isinstance(self.output.weight, PackedWeight)) * self.args.dim:
+        if hidden.numel() <= self._max_few * self.args.dim:
             with self._threads:
                 return ops.multiply(self._c_output, hidden)
         return self.output(hidden, torch.float32)

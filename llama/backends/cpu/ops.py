@@ -16,8 +16,8 @@ from torch import Tensor
 
 from llama.backends.cpu.build import library
 
-# Most tokens that the kernels take at once, as in csrc/layers.h, and most for which they beat matrix products that make
-# no dense copy of a weight: see D32.
+# Most tokens that the kernels take at once, as in csrc/layers.h, and most for which they beat a matrix unit's products:
+# see D32.
 MAX_FEW_TOKENS = 64
 FEW_TOKENS = 16
 PAGE_SIZE = 16  # positions of a page of the cache, as in csrc/attention.h and cache.py
@@ -220,9 +220,9 @@ def has_matrix_unit() -> bool:
     return bool(kernels().has_matrix_unit())
 
 
-def max_few_tokens(is_packed: bool) -> int:
-    """Return the number of tokens up to which the kernels beat a matrix product, of packed weights or of floats."""
-    return MAX_FEW_TOKENS if is_packed and not has_matrix_unit() else FEW_TOKENS
+def max_few_tokens() -> int:
+    """Return the number of tokens up to which the kernels' pass over a weight beats a matrix product here."""
+    return FEW_TOKENS if has_matrix_unit() else MAX_FEW_TOKENS
 
 
 def gemm(weight: WeightView, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class PackedWeight(QuantizedWeight):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weight, dtype = self.describe(), dtype or x.dtype
-        is_few = x.numel() <= ops.max_few_tokens(is_packed=True) * x.shape[-1]
+        is_few = x.numel() <= ops.max_few_tokens() * x.shape[-1]
         if is_few or x.dtype == torch.float16 or not ops.has_matrix_unit():
             return ops.multiply(weight, x, dtype)
         return ops.gemm(weight, x).to(dtype)

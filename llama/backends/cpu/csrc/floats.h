@@ -1,4 +1,4 @@
-// Weights that are floats, used as they are stored, row by row: their conversions, and their products with a few tokens.
+// Weights that are floats, used as they are stored, row by row: conversions, and products with a few tokens (see D61).
 // The order of additions for a token does not depend on the number of tokens: see D30.
 #pragma once
 #include <algorithm>
@@ -89,8 +89,8 @@ inline void sums_of_rows(const f32 *v, float *to) {
 #endif
 }
 
-// Multiplies ROWS rows of floats, or the first n of them, by N tokens: y[t * TILE + row]. Inside of other functions GCC 12
-// does not keep all sums in registers.
+// Multiplies ROWS rows of floats, or the first n of them, by N tokens: y[t * TILE + row]. GCC 12 keeps all sums in
+// registers only in a function of its own, with all of its body in one piece.
 template <class T, int N>
 __attribute__((noinline)) void float_rows(const T *weight, int n, const float *x, int columns, float *y) {
     constexpr int LINE = 64 / sizeof(T);  // columns of a cache line
@@ -99,7 +99,7 @@ __attribute__((noinline)) void float_rows(const T *weight, int n, const float *x
     f32 sums[N][ROWS] = {};
     const T *rows[ROWS];
     for (int r = 0; r < ROWS; r++) rows[r] = weight + size_t(r < n ? r : 0) * columns;
-    auto add = [&](int c, auto load) {
+    auto add = [&](int c, auto load) __attribute__((always_inline)) {
         f32 w[ROWS];
         for (int r = 0; r < ROWS; r++) keep_in_register(w[r] = load(rows[r] + c));
         for (int t = 0; t < N; t++) {
@@ -127,7 +127,7 @@ __attribute__((noinline)) void float_rows(const T *weight, int n, const float *x
     }
 }
 
-// Multiplies up to 16 rows of floats by n tokens, x (n, columns), N at a time, and then the last ones: y[t * TILE + row].
+// Multiplies up to 16 rows of floats by n tokens, x (n, columns), N at a time and then the rest: y[t * TILE + row].
 template <class T, int N = TOKENS>
 inline void float_tile_of(const T *weight, int rows, const float *x, int columns, int n, float *y) {
     for (; n >= N; n -= N, x += size_t(N) * columns, y += N * TILE)
