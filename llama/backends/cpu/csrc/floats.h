@@ -60,10 +60,12 @@ template <class T> inline f32 floats(const T *from, int n) {
     return floats(padded);
 }
 
-// Rows and tokens that are multiplied together: their sums, a vector each, fill the registers. A sum is of every 16th
-// column, so that none depends on how many there are.
+// Rows and tokens that are multiplied together: their sums, a vector each, are as many as compilers keep in registers.
+// A sum is of every 16th column, so that none depends on how many there are.
 #if defined(__AVX512F__)
 constexpr int ROWS = 4, TOKENS = 6;
+#elif defined(PAIRS)
+constexpr int ROWS = 1, TOKENS = 4;
 #else
 constexpr int ROWS = 2, TOKENS = 3;
 #endif
