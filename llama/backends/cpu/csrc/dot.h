@@ -38,8 +38,8 @@ inline void quads_of(i32 activations, Quad *to, int stride) {
     memcpy(seconds, &second, 16);
     for (int i = 0; i < 4; i++) to[i * stride] = {firsts[i], seconds[i]};
 }
+constexpr bool DIGITS = true;
 inline Factors factors(u32 codes) { return {codes, codes}; }
-inline i32 total(i32 first, i32 second) { return (first << 8) + second; }
 #else
 // Instructions that multiply two numbers of 16 bits: the words are the even and the odd columns.
 inline void quads_of(i32 activations, Quad *to, int stride) {
@@ -50,7 +50,14 @@ inline void quads_of(i32 activations, Quad *to, int stride) {
     for (int i = 0; i < 4; i++) to[i * stride] = quads[i];
 }
 inline Factors factors(u32 codes) { return {codes & 0x00ff00ff, codes >> 8 & 0x00ff00ff}; }
-inline i32 total(i32 first, i32 second) { return first + second; }
+constexpr bool DIGITS = false;
+#endif
+
+// Tokens that are multiplied together, as many as there are registers for their sums.
+#if defined(__AVX512F__)
+constexpr int MAX_BATCH = 8;
+#else
+constexpr int MAX_BATCH = DIGITS ? 2 : 4;
 #endif
 
 // What is subtracted from bytes that stand for signed numbers: 128, or 0 where instructions take signed bytes alone.
@@ -120,6 +127,22 @@ inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
     return sums + low * int32_t(int16_t(word)) + high * (word >> 16);
 #endif
 #endif
+}
+
+// Adds to each lane the products of four codes with four activations; `high` are those of first digits, if there are
+// digits.
+inline void add_products(i32 &high, i32 &low, const Factors &codes, const Quad &quad) {
+    if constexpr (DIGITS) {
+        high = add_dot(high, codes.first, quad.first);
+        low = add_dot(low, codes.second, quad.second);
+    } else {
+        low = add_dot(add_dot(low, codes.first, quad.first), codes.second, quad.second);
+    }
+}
+
+inline i32 total(i32 high, i32 low) {
+    if constexpr (DIGITS) return (high << 8) + low;
+    return low;
 }
 
 // Looks up each byte, 0 to 15, in a table of 16 bytes.

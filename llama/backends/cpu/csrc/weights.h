@@ -72,16 +72,17 @@ template <int N> inline void round_tokens(const float *x, int columns, void *to)
         for (int g = 0; g < columns / GROUP; g++) round_group(x + size_t(t) * columns + g * GROUP, groups[g], t);
 }
 
-// Calls use(std::integral_constant<int, N>, first token) for tokens [start, stop), N at a time: 8, 4, 2 or 1.
+// Calls use(std::integral_constant<int, N>, first token) for tokens [start, stop), N at a time: MAX_BATCH, or less at the
+// end: 4, 2 or 1.
 template <class Use> inline void in_batches(int start, int stop, Use use) {
     int t = start;
-    for (; t + 8 <= stop; t += 8) use(std::integral_constant<int, 8>(), t);
-    if (t + 4 <= stop) use(std::integral_constant<int, 4>(), t), t += 4;
-    if (t + 2 <= stop) use(std::integral_constant<int, 2>(), t), t += 2;
+    for (; t + MAX_BATCH <= stop; t += MAX_BATCH) use(std::integral_constant<int, MAX_BATCH>(), t);
+    if (MAX_BATCH > 4 && t + 4 <= stop) use(std::integral_constant<int, 4>(), t), t += 4;
+    if (MAX_BATCH > 2 && t + 2 <= stop) use(std::integral_constant<int, 2>(), t), t += 2;
     if (t < stop) use(std::integral_constant<int, 1>(), t);
 }
 
-// Activations of n tokens: values (n, columns), and for packed weights the same rounded, in batches of 8, 4, 2 and 1.
+// Activations of n tokens: values (n, columns), and for packed weights the same rounded, in batches as of in_batches.
 struct Input {
     const float *values;
     const uint8_t *rounded;
@@ -106,35 +107,35 @@ template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int colu
     constexpr int HALVES = GROUP / f.group, FOURS = f.group / 4;
     f32 sums[N] = {};
     const uint8_t *head = tile, *words = tile + heads_bytes(f, columns);
+    // Whole tiles ahead, so that every line of a weight is asked for, heads and words alike.
+    const size_t tile_size = packed_tile_bytes(TYPE, columns), far = (FAR_AHEAD + tile_size - 1) / tile_size * tile_size;
     for (int column = 0; column < columns; column += f.columns, head += f.head_bytes(), words += f.word_bytes()) {
+        for (int i = 0; i < f.head_bytes(); i += 64) __builtin_prefetch(head + i + far, 0, 2);
         const Head<TYPE> scales(head);
         for (int span = 0; span < f.columns / GROUP; span++, x++) {
             const Span<TYPE> from(words, span);
 #pragma GCC unroll 8
             for (int i = 0; i < f.low + f.high; i++) {
                 const uint8_t *line = words + (span * (f.low + f.high) + i) * 64;
-                __builtin_prefetch(line + FAR_AHEAD, 0, 2);
+                __builtin_prefetch(line + far, 0, 2);
                 __builtin_prefetch(line + AHEAD);
             }
 #pragma GCC unroll 2
             for (int half = 0; half < HALVES; half++) {
-                i32 first[N] = {}, second[N];
+                i32 high[N] = {}, low[N];
                 for (int t = 0; t < N; t++) {
                     const int32_t count = HALVES == 1 ? x->counts[0][t] + x->counts[1][t] : x->counts[half][t];
-                    second[t] = (i32{} + count) * -f.offset;
+                    low[t] = (i32{} + count) * -f.offset;
                 }
 #pragma GCC unroll 8
                 for (int four = 0; four < FOURS; four++) {
                     const Factors w = factors(from.codes(half * FOURS + four));
-                    for (int t = 0; t < N; t++) {
-                        const Quad &quad = x->quads[half * FOURS + four][t];
-                        first[t] = add_dot(first[t], w.first, quad.first);
-                        second[t] = add_dot(second[t], w.second, quad.second);
-                    }
+                    for (int t = 0; t < N; t++)
+                        add_products(high[t], low[t], w, x->quads[half * FOURS + four][t]);
                 }
                 const f32 scale = scales.scale(span * HALVES + half);
                 for (int t = 0; t < N; t++)
-                    sums[t] += scale * x->scales[t] * __builtin_convertvector(total(first[t], second[t]), f32);
+                    sums[t] += scale * x->scales[t] * __builtin_convertvector(total(high[t], low[t]), f32);
                 if constexpr (f.minimums) {
                     const f32 minimum = scales.minimum(span * HALVES + half);
                     for (int t = 0; t < N; t++)
