@@ -107,8 +107,11 @@ def test_products_with_blocks_are_those_of_their_values(block_type: BlockType, n
     x, values = torch.randn(n_tokens, COLUMNS), dequantize(blocks, block_type).double()
     expected = (x.double() @ values.t()).float()
     close(BlockWeight(blocks, block_type)(x), expected)
-    close(PackedWeight(blocks, block_type)(x), (in_16_bits(x).double() @ values.t()).float(), bound=1e-5)
-    close(PackedWeight(blocks, block_type)(x), expected, bound=1e-4)
+    if n_tokens > kernels.max_few_tokens() and kernels.has_matrix_unit():  # two bf16 terms in place of 16 bits
+        close(PackedWeight(blocks, block_type)(x), expected)
+    else:
+        close(PackedWeight(blocks, block_type)(x), (in_16_bits(x).double() @ values.t()).float(), bound=1e-5)
+        close(PackedWeight(blocks, block_type)(x), expected, bound=1e-4)
     in_bfloat16 = PackedWeight(blocks, block_type)(x.bfloat16())
     assert in_bfloat16.dtype == torch.bfloat16
     close(in_bfloat16.float(), expected, bound=1e-2)

@@ -156,7 +156,7 @@ inline native_words zip_high(native_words a, native_words b) {
 }
 
 // Four words of every fourth row: of `from`, and of the rows 4, 8 and 12 after it as far as a vector has lanes.
-inline native_words every_fourth(const uint8_t *from, size_t stride) {
+inline native_words every_fourth(const uint8_t *from, [[maybe_unused]] size_t stride) {
 #if defined(__AVX512F__)
     auto row = [&](int i) { return _mm_loadu_si128((const __m128i *)(from + i * stride)); };
     __m512i v = _mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(4), 1);
