@@ -204,6 +204,6 @@ inline f32 power_of_two(f32 x) {
     p = p * r + 2.4022242e-1f;
     p = p * r + 6.9314698e-1f;
     p = p * r + 1.0f;
-    p = (f32)((i32)p + ((i32)shifted << 23));
+    p = (f32)((u32)p + ((u32)shifted << 23));
     return pick(x < -126.0f, f32{}, p);
 }
