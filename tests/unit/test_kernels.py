@@ -332,18 +332,24 @@ def test_forty_rows_are_each_row_alone(kind: str) -> None:
             assert torch.equal(alone[0], hidden[row]) and torch.equal(model.logits(alone)[0], logits[row]), row
 
 
+@pytest.mark.parametrize("head_dim", [10, 64, 128])
 @torch.inference_mode()
-def test_a_prompt_of_blocks_may_be_cut_anywhere() -> None:
-    """In fp32 and without a matrix unit, to the bit: 100 tokens pass as many, and parts of it as few."""
-    model = packed(ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, hidden_dim=96))
+def test_a_prompt_of_blocks_may_be_cut_anywhere(head_dim: int) -> None:
+    """In fp32 and without a matrix unit, to the bit: 100 tokens pass as many, and parts of it as few.
+
+    Rotations are computed in two places, where compilers once rounded another one of the two products of a sum.
+    """
+    args = ModelArgs(dim=64, n_layers=2, n_heads=16, n_kv_heads=16, head_dim=head_dim, vocab_size=64, hidden_dim=96)
+    model = packed(args)
     tokens, table = random_tokens(100, vocab_size=64), torch.arange(20, dtype=torch.int32).view(1, 20)
-    whole = model.hidden(tokens, ragged(filled(model, 20), table, [200], [100]))
-    cache, parts = filled(model, 20), []
+    caches = filled(model, 20), filled(model, 20)
+    whole = model.hidden(tokens, ragged(caches[0], table, [200], [100]))
+    parts = []
     for first, stop in ((0, 70), (70, 90), (90, 91), (91, 100)):
-        parts.append(model.hidden(tokens[first:stop], ragged(cache, table, [200 + first], [stop - first])))
+        parts.append(model.hidden(tokens[first:stop], ragged(caches[1], table, [200 + first], [stop - first])))
     close(torch.cat(parts), whole, bound=1e-3)
     if not kernels.has_matrix_unit():
-        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(torch.cat(parts), whole) and torch.equal(caches[0].keys, caches[1].keys)
 
 
 @pytest.mark.parametrize(("page", "start"), [(120, 0), (-1, 0), (1, 48)], ids=["beyond", "negative", "position"])

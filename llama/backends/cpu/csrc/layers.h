@@ -103,10 +103,20 @@ struct AttentionPlan {
     }
 };
 
+// a * b + c, rounded once where the processor does that: of two products in a sum, compilers choose which one is not
+// rounded, in each place anew.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // Multiplies an adjacent pair, as a complex number, by the complex number of its rotation.
 inline void rotate_pair(const float *rotation, float *pair) {
-    float real = pair[0] * rotation[0] - pair[1] * rotation[1];
-    float imaginary = pair[0] * rotation[1] + pair[1] * rotation[0];
+    float real = fused(pair[0], rotation[0], -(pair[1] * rotation[1]));
+    float imaginary = fused(pair[0], rotation[1], pair[1] * rotation[0]);
     pair[0] = real, pair[1] = imaginary;
 }
 
