@@ -163,6 +163,18 @@ def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockTy
         assert torch.equal(kernels.multiply(packed.describe(), x[:n_tokens]), together[:n_tokens])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("block_type", TYPES, ids=lambda kind: kind.name)
+def test_a_token_that_is_not_a_number_has_no_product_that_is_one(block_type: BlockType, value: float) -> None:
+    """Its whole numbers were anything, and their sums beyond 32 bits. Tokens beside it keep theirs."""
+    packed, x = PackedWeight(random_blocks(block_type), block_type), torch.randn(3, COLUMNS)
+    before = kernels.multiply(packed.describe(), x)
+    x[1, 40] = value
+    after = kernels.multiply(packed.describe(), x)
+    assert after[1].isnan().all()
+    assert torch.equal(after[::2], before[::2])
+
+
 ARCHITECTURES = {
     "grouped": ModelArgs(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=64, hidden_dim=72, max_seq_len=640),
     "odd heads": ModelArgs(dim=40, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=10, vocab_size=64, hidden_dim=50),

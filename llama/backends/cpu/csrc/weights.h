@@ -44,7 +44,8 @@ inline int32_t sum(i32 v) {
     return total;
 }
 
-// Rounds GROUP columns of one token, number t of a group. Not a number stays that, and infinite values become that.
+// Rounds GROUP columns of one token, number t of a group. Where one of them is infinite or not a number, all products are
+// not a number.
 template <int N> inline void round_group(const float *x, Group<N> &to, int t) {
     u32 greatest = (load<u32>(x) & 0x7fffffff), other = load<u32>(x + LANES) & 0x7fffffff;
     greatest = pick(greatest > other, greatest, other);
@@ -59,7 +60,7 @@ template <int N> inline void round_group(const float *x, Group<N> &to, int t) {
     for (int half = 0; half < 2; half++) {
         // Adding this rounds to a whole number in the low bits of the mantissa.
         f32 shifted = load<f32>(x + half * LANES) * inverse + 0x1.8p23f;
-        i32 activations = (i32)shifted - 0x4b400000;
+        i32 activations = pick(shifted == shifted, (i32)shifted - 0x4b400000, i32{});
         quads_of(activations, &to.quads[half * 4][t], N);
         to.counts[half][t] = sum(activations);
         to.sums[half][t] = scale * float(to.counts[half][t]);
