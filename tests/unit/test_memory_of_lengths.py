@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama.backends.cpu import ops as kernels
+from llama.backends.cpu.build import library
+from llama.backends.cpu.packed_weight import PackedWeight
 from llama.config import ModelArgs
+from llama.quantization.gguf_blocks import BLOCK_TYPES, quantize
 from llama.quantization.weights import dense_linear
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_meta
 from tests.models import BYTE_BOS, build
 
 ARGS = ModelArgs(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=BYTE_VOCAB_SIZE, multiple_of=16)
 MORE_MIB = 40  # oneDNN's products for one length alone take 2 to 3
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
 
 
 def private_mib() -> float:
@@ -46,3 +51,30 @@ def test_products_of_few_shapes_are_those_of_the_tokens(n_tokens: int) -> None:
     y = dense_linear(x, weight)
     assert y.dtype == torch.bfloat16 and y.shape == expected.shape
     torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=1e-3)
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
+def test_products_with_blocks_keep_no_copy_of_all_tokens() -> None:
+    """They kept it twice, as floats and rounded, for as long as the process lived: 194 MB of a model of 8B."""
+    weight = PackedWeight(torch.zeros(16, 8192 // 32 * 34, dtype=torch.uint8), BLOCK_TYPES["Q8_0"])
+    x = torch.ones(4096, 8192, dtype=torch.bfloat16)
+    before = private_mib()
+    kernels.multiply(weight.describe(), x)
+    assert private_mib() - before < MORE_MIB
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_tokens", [511, 513, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_many_tokens_with_blocks_are_those_of_each(n_tokens: int, dtype: torch.dtype) -> None:
+    """Tokens are multiplied in parts."""
+    weight = PackedWeight(quantize(torch.randn(48, 64), BLOCK_TYPES["Q8_0"]), BLOCK_TYPES["Q8_0"])
+    x, threads = torch.randn(n_tokens, 64).to(dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = kernels.multiply(weight.describe(), x)
+    finally:
+        torch.set_num_threads(threads)
+    alone = [kernels.multiply(weight.describe(), x[i : i + 1]) for i in range(n_tokens)]
+    assert torch.equal(torch.cat(alone), together)

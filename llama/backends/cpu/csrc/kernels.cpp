@@ -149,36 +149,39 @@ extern "C" void embedding(const Weight *weight, const int64_t *rows, int n, floa
     });
 }
 
-// y (n, rows) = x (n, columns) times the weight transposed, plus its bias; x and y are floats of their types.
+// y (n, rows) = x (n, columns) times the weight transposed, plus its bias; x and y are floats of their types. The tokens
+// are taken some at a time, so that what is kept of them stays small; the weight is read once for each time.
 extern "C" void multiply(const Weight *weight, const void *x, int n, int x_type, void *y, int y_type, int threads) {
     static thread_local std::vector<float> values_storage;
     static thread_local std::vector<uint8_t> rounded_storage;
-    constexpr int AT_ONCE = 512;  // tokens
+    constexpr int AT_ONCE = 512;  // tokens, a multiple of 8
     const Weight &w = *weight;
-    float *values = x_type == F32 ? (float *)x : buffer(values_storage, size_t(n) * w.columns);
-    uint8_t *rounded = w.is_packed() ? buffer(rounded_storage, n * rounded_bytes(w.columns)) : nullptr;
-    const Input input{values, rounded, w.columns, n};
+    const int most = std::min(n, AT_ONCE);
+    float *values = x_type == F32 ? nullptr : buffer(values_storage, size_t(most) * w.columns);
+    uint8_t *rounded = w.is_packed() ? buffer(rounded_storage, most * rounded_bytes(w.columns)) : nullptr;
     Team team;
     parallel(threads, [&](int thread, int size) {
-        const Share batches((n + 7) / 8, thread, size);
-        for (int first = batches.start * 8; first < batches.stop * 8; first += 8) {
-            const int stop = std::min(n, first + 8);
+        std::vector<float> products(most * TILE);
+        for (int first = 0; first < n; first += AT_ONCE) {
+            const int stop = std::min(n, first + AT_ONCE);
             const size_t at = size_t(first) * w.columns;
-            if (x_type != F32) read_floats(x, x_type, at, (stop - first) * w.columns, values + at);
-            if (rounded) round_activations(values, w.columns, first, stop, rounded);
-        }
-        team.wait(size);
-        std::vector<float> products(std::min(n, AT_ONCE) * TILE);
-        const Share share((w.rows + TILE - 1) / TILE, thread, size);
-        for (int tile = share.start; tile < share.stop; tile++)
-            for (int first = 0; first < n; first += AT_ONCE) {
-                const Input part = input.tokens(first, std::min(n, first + AT_ONCE));
+            const Input part{values ? values : (const float *)x + at, rounded, w.columns, stop - first};
+            const Share batches((part.n + 7) / 8, thread, size);
+            for (int t = batches.start * 8; t < std::min(part.n, batches.stop * 8); t += 8) {
+                const int count = std::min(8, part.n - t);
+                const size_t place = size_t(t) * w.columns;
+                if (values) read_floats(x, x_type, at + place, count * w.columns, values + place);
+                if (rounded) round_activations(part.values, w.columns, t, t + count, rounded);
+            }
+            team.wait(size);
+            const Share share((w.rows + TILE - 1) / TILE, thread, size);
+            for (int tile = share.start; tile < share.stop; tile++) {
                 const int rows = std::min(TILE, w.rows - tile * TILE);
                 gemv_tile(w, tile, part, products.data());
-                for (int t = 0; t < part.n; t++) {
-                    const size_t at = size_t(first + t) * w.rows + tile * TILE;
-                    write_floats(y, y_type, at, rows, products.data() + t * TILE);
-                }
+                for (int t = 0; t < part.n; t++)
+                    write_floats(y, y_type, size_t(first + t) * w.rows + tile * TILE, rows, products.data() + t * TILE);
             }
+            if (stop < n) team.wait(size);
+        }
     });
 }

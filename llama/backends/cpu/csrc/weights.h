@@ -88,11 +88,6 @@ struct Input {
     const float *values;
     const uint8_t *rounded;
     int columns, n;
-
-    // Tokens [start, stop), of which `start` begins a batch of 8.
-    Input tokens(int start, int stop) const {
-        return {values + size_t(start) * columns, rounded + start * rounded_bytes(columns), columns, stop - start};
-    }
 };
 
 // Rounds tokens [start, stop), of which `start` begins a batch of 8.
