@@ -26,7 +26,7 @@ from tests.gguf_files import SCALES_AT
 from tests.models import random_tokens
 from tests.models import transformer as on_state
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
 
 TYPES = [block_type for block_type in BLOCK_TYPES.values() if PackedWeight.holds(block_type)]
 # More rows than a tile has and no multiple of it; two blocks of 256 columns.

@@ -31,7 +31,7 @@ from tests.gguf_files import write_gguf_model
 from tests.models import build, one_pass, random_tokens, transformer
 
 CPU = torch.device("cpu")
-needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
 
 # Rows of whole blocks: of 256 values, and of 32 but not of 64. Three blocks of hidden features.
 SUPER = ModelArgs(

@@ -20,7 +20,7 @@ from llama.distributed.threads import allowed_cpus, share_cores, usable_cores, u
 from tests.models import BYTE_BOS
 
 ALLOWED = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
 
 
 @pytest.fixture

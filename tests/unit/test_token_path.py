@@ -17,7 +17,7 @@ PACKAGE = str(Path(llama.__file__).parent)
 MAX_FILES, MAX_CALLS = 10, 50
 
 
-@pytest.mark.skipif(library() is None, reason="no C++ compiler with OpenMP here")
+@pytest.mark.skipif(library() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
 def test_a_decode_token_passes_ten_files_and_fifty_calls_at_most(tiny_folder: Path, options: dict[str, Any]) -> None:
     """It once passed 17 files by 83 calls, speculation's among them though nothing was proposed."""

@@ -54,7 +54,7 @@ PACKED_SIZES = {
 
 
 class WeightView(ctypes.Structure):
-    """WeightView in weights.h: a matrix (rows, columns) and its bias, or null."""
+    """Weight in weights.h: a matrix (rows, columns) and its bias, or null."""
 
     _fields_ = [
         ("type", c_int32),

@@ -121,7 +121,7 @@ template <class Op> static void attend_block(const LayersInput &in, int layer, c
 extern "C" void attend(const LayersInput *inputs, int layer, void *q) {
     constexpr int QUERIES = 60;  // of a block: ten tiles for each panel that is made
     const LayersInput &in = *inputs;
-    const std::vector<TokenBlock> blocks = token_blocks(in, 0, in.n_tokens, QUERIES);
+    const std::vector<TokenBlock> blocks = token_blocks(in, QUERIES);
     std::atomic<int> next{0};
     parallel(in.threads, [&](int, int) {
         for (int unit; (unit = next++) < int(blocks.size()) * in.n_kv_heads;) {

@@ -46,12 +46,12 @@ struct TokenBlock {
     int first, n;
 };
 
-// Cuts tokens [first, stop) to blocks with at most `queries` query heads of a KV head, or of one token.
-inline std::vector<TokenBlock> token_blocks(const LayersInput &in, int first, int stop, int queries) {
+// Cuts the tokens of a step to blocks with at most `queries` query heads of a KV head, or of one token.
+inline std::vector<TokenBlock> token_blocks(const LayersInput &in, int queries) {
     const int most = std::max(1, queries / (in.n_heads / in.n_kv_heads));
     std::vector<TokenBlock> blocks;
-    for (int t = first; t < stop; t++) {
-        const bool follows = t > first && in.rows[t] == in.rows[t - 1] && in.positions[t] == in.positions[t - 1] + 1;
+    for (int t = 0; t < in.n_tokens; t++) {
+        const bool follows = t > 0 && in.rows[t] == in.rows[t - 1] && in.positions[t] == in.positions[t - 1] + 1;
         if (follows && blocks.back().n < most) blocks.back().n++;
         else blocks.push_back({t, 1});
     }
@@ -92,7 +92,7 @@ struct AttentionPlan {
     int heads;  // of a unit: all where there are parts enough for all threads, as memory is read best in its order
 
     explicit AttentionPlan(const LayersInput &in)
-        : blocks(token_blocks(in, 0, in.n_tokens, QUERIES)), parts{0}, results{0} {
+        : blocks(token_blocks(in, QUERIES)), parts{0}, results{0} {
         for (const TokenBlock &block : blocks) {
             const int64_t first = std::max<int64_t>(0, in.positions[block.first] - in.window + 1);
             const int n = int((in.positions[block.first] + block.n - 1) / PART - first / PART) + 1;

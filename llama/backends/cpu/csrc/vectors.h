@@ -62,23 +62,6 @@ inline f32 all(float x) { return x - f32{}; }  // x in every lane
 // In two conversions: GCC 12 splits a direct one from bytes into single lanes.
 inline i32 widened(u8 v) { return __builtin_convertvector(__builtin_convertvector(v, u16), i32); }
 
-// four_bits: the low four bits of every lane plus `offset`; two_bits: the low two bits times 16 plus `offset`. AVX-512
-// does either with one lookup.
-#if defined(__AVX512F__)
-constexpr f32 FOURS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-constexpr f32 TWOS = {0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48, 0, 16, 32, 48};
-#if defined(__clang__)
-inline f32 looked_up(f32 table, u32 v) { return __builtin_ia32_permvarsf512(table, (i32)v); }
-#else
-inline f32 looked_up(f32 table, u32 v) { return __builtin_shuffle(table, (i32)v); }
-#endif
-inline f32 four_bits(u32 v, float offset) { return looked_up(FOURS + offset, v); }
-inline f32 two_bits(u32 v, float offset) { return looked_up(TWOS + offset, v); }
-#else
-inline f32 four_bits(u32 v, float offset) { return __builtin_convertvector((i32)(v & 15), f32) + offset; }
-inline f32 two_bits(u32 v, float offset) { return __builtin_convertvector((i32)((v & 3) << 4), f32) + offset; }
-#endif
-
 // With AVX-512 by its own names: GCC 12 widens one half after the other, and one permutation of bytes does all.
 inline f32 from_bf16(u16 v) {
 #if defined(__AVX512VBMI__)
