@@ -44,6 +44,14 @@ class Rows:
 
     def attend(self, tokens: slice, threads: int = 1) -> Tensor:
         positions, rows, y = self.positions[tokens].clone(), self.rows[tokens].clone(), self.q[tokens].clone()
+        read = {
+            "positions": positions,
+            "rows": rows,
+            "page_table": self.table,
+            "keys": self.keys,
+            "values": self.values,
+        }
+        addresses = kernels.pointers(*((tensor, tensor.dtype, tensor.numel()) for tensor in read.values()))
         inputs = kernels.LayersInput(
             n_tokens=len(rows),
             n_rows=self.table.shape[0],
@@ -55,16 +63,7 @@ class Rows:
             cache_type=kernels.FLOAT_TYPE_IDS[self.dtype],
             window=self.window,
             threads=threads,
-            **{
-                name: tensor.data_ptr()
-                for name, tensor in {
-                    "positions": positions,
-                    "rows": rows,
-                    "page_table": self.table,
-                    "keys": self.keys,
-                    "values": self.values,
-                }.items()
-            },
+            **dict(zip(read, addresses, strict=True)),
         )
         kernels.attend(inputs, 0, y)
         return y

@@ -25,7 +25,7 @@ struct Factors {
     u32 first, second;
 };
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__)) || defined(__ARM_FEATURE_DOTPROD)
 // Instructions that multiply four bytes: an activation is 256 times its first digit plus its second one.
 inline void quads_of(i32 activations, Quad *to, int stride) {
     typedef int8_t i8x16 __attribute__((vector_size(16)));
