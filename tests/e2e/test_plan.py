@@ -60,12 +60,12 @@ def test_a_dry_run_prints_the_plan_and_nothing_else(folder: Path) -> None:
     assert table["fits"] == ["yes", "yes"]
 
 
-def test_a_dry_run_that_does_not_fit_says_what_would(folder: Path) -> None:
+def test_a_dry_run_that_does_not_fit_says_what_would(large: Path) -> None:
     """And its advice is true: within half of that limit all prompts fit at once, within a larger one some."""
     prompts = json.dumps(["abcd"] * 1000)
     flags: tuple[object, ...] = (
         "--ckpt_dir",
-        folder,
+        large,
         "--dry_run",
         "--device",
         "cpu",
@@ -88,13 +88,13 @@ def test_a_dry_run_that_does_not_fit_says_what_would(folder: Path) -> None:
     assert re.fullmatch(r"\d+ at once", rows(done)["fits"][0]), done.stdout
 
 
-def test_under_torchrun_the_first_rank_prints_one_plan(folder: Path) -> None:
+def test_under_torchrun_the_first_rank_prints_one_plan(large: Path) -> None:
     """And all of it: torchrun ends a rank that is about to print when another exits with 1."""
-    done = torchrun(2, CHAT, "--ckpt_dir", folder, "--dry_run", "--device", "cpu", "--max_seq_len", 2**24)
+    done = torchrun(2, CHAT, "--ckpt_dir", large, "--dry_run", "--device", "cpu", "--max_seq_len", 2**24)
     assert done.returncode == 1
     assert done.stdout.count("KV cache") == 1
     assert done.stdout.count("Would fit at once") == 1
-    assert ": 2 ranks, float32, cpu\n" in done.stdout
+    assert ": 2 ranks, bfloat16, cpu\n" in done.stdout
 
 
 def test_one_process_plans_for_ranks_that_are_not_there(folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_quantized_weights_are_in_memory_once(large: Path, tmp_path: Path) -> No
     planned = rank["planned"]
     assert planned["weights"] > 90 * MB
     assert planned["mapped"] == 0 and rank["pages"] < 8 * MB
-    assert max(rank["loading"]["VmHWM"], rank["running"]["VmHWM"]) < 1.25 * planned["needed"], rank
+    assert max(rank["loading"]["VmHWM"], rank["running"]["VmHWM"]) < 1.5 * planned["needed"], rank
 
 
 @linux
