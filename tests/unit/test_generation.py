@@ -51,7 +51,7 @@ def test_greedy_tokens_are_the_greatest_logits_of_one_pass(llama: Llama) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.95, "seed": 3}], ids=str)
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.95, "seed": 4}], ids=str)
 def test_rows_that_end_early_do_not_disturb_the_others(restless_folder: Path, options: dict[str, Any]) -> None:
     """A row that ends gives its place in the cache to the last one; every prompt here ends after another length."""
     llm = build(restless_folder, max_seq_len=48, max_batch_size=7)
@@ -69,13 +69,14 @@ def test_rows_that_end_early_do_not_disturb_the_others(restless_folder: Path, op
         assert alone_scores[row] == pytest.approx(scores[row], abs=1e-5)
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("max_batch_size", [1, 2, 3, 6])
 def test_more_prompts_than_max_batch_size_come_out_in_order(restless_folder: Path, max_batch_size: int) -> None:
-    """With equal tokens: 63 of prompts are few enough for the kernels, where torch's products would differ in last bits."""
-    options = {"temperature": 1.0, "top_p": 0.95, "seed": 3}
-    together = build(restless_folder, max_seq_len=48, max_batch_size=7).generate(PROMPTS[:6], 12, **options)
-    apart = build(restless_folder, max_seq_len=48, max_batch_size=max_batch_size).generate(PROMPTS[:6], 12, **options)
-    assert apart == together
+    options = {"temperature": 1.0, "top_p": 0.95, "seed": 4}
+    together = build(restless_folder, max_seq_len=48, max_batch_size=7).generate(PROMPTS, 12, **options)
+    assert (
+        build(restless_folder, max_seq_len=48, max_batch_size=max_batch_size).generate(PROMPTS, 12, **options)
+        == together
+    )
 
 
 @pytest.mark.parametrize("end", [BYTE_EOS, EOT, 264], ids=["end_of_text", "eot_id", "eom_id"])
