@@ -163,7 +163,7 @@ def test_kernels_compute_the_same_on_other_processors(name: str, tmp_path: Path)
             pytest.skip(f"no {needed} here (Debian: apt install g++-{machine.replace('_', '-')}-linux-gnu qemu-user)")
     flags = ["-std=c++17", "-pthread", "-rdynamic", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *flags]
     subprocess.run([compiler, *flags, TESTS / "emulated_kernels.cpp", "-o", program], check=True)
-    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.emulated_kernels", KERNEL_TESTS[0]]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.emulated_kernels", *KERNEL_TESTS]
     env = {"KERNELS_COMMAND": shlex.join(map(str, command)), "PYTHONPATH": str(TESTS.parent)}
     done = python(*tests, env=env, cwd=TESTS.parent)
     assert done.returncode == 0 and "skipped" not in done.stdout, done

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,22 +81,6 @@ def test_packed_weights_share_memory_and_no_byte_of_it() -> None:
     for weight, blocks in zip(weights, stored, strict=True):
         rows = torch.arange(len(blocks))[-40:]
         assert torch.allclose(weight.rows(rows), dequantize(blocks[rows], block_type), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
-def test_memory_of_packed_weights_is_given_back() -> None:
-    """A chunk that many weights share goes with the last of them."""
-    block_type = BLOCK_TYPES["Q8_0"]
-    blocks = random_blocks(block_type, 1024, 4096)
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    before = resident()
-    weights = [PackedWeight(blocks, block_type) for _ in range(40)]
-    assert resident() - before > 39 * blocks.nbytes
-    del weights
-    assert resident() - before < 8 * blocks.nbytes
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 7, 8, 16, 17, 40, 70])

@@ -78,3 +78,15 @@ def test_products_of_many_tokens_with_blocks_are_those_of_each(n_tokens: int, dt
         torch.set_num_threads(threads)
     alone = [kernels.multiply(weight.describe(), x[i : i + 1]) for i in range(n_tokens)]
     assert torch.equal(torch.cat(alone), together)
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
+def test_memory_of_packed_weights_is_given_back() -> None:
+    """A chunk that many weights share goes with the last of them."""
+    blocks = torch.zeros(1024, 4096 // 32 * 34, dtype=torch.uint8)
+    before, one = private_mib(), blocks.nbytes / 2**20
+    weights = [PackedWeight(blocks, BLOCK_TYPES["Q8_0"]) for _ in range(40)]
+    assert private_mib() - before > 39 * one
+    del weights
+    assert private_mib() - before < 8 * one

@@ -73,7 +73,6 @@ class StepThreads:
         """Give way where torch's number of threads is `share`; look every `seconds`. root: of the file system."""
         self._root, self._seconds = root, seconds
         self._share = self._threads = share
-        self._set_openmp_threads = ops.set_openmp_threads
         self._cpus = allowed_cpus()
         self._look_at = math.inf
         if self._share > 1:
@@ -86,11 +85,11 @@ class StepThreads:
             self._look()
         self._torchs = torch.get_num_threads()
         if self._threads < self._torchs == self._share:
-            self._set_openmp_threads(self._threads)
+            ops.set_openmp_threads(self._threads)
 
     def __exit__(self, *error: object) -> None:
         if self._threads < self._torchs == self._share:
-            self._set_openmp_threads(self._torchs)
+            ops.set_openmp_threads(self._torchs)
 
     def _look(self) -> None:
         self._look_at = time.monotonic() + self._seconds

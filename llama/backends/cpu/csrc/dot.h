@@ -67,15 +67,27 @@ constexpr int BYTE_OFFSET = 0;
 constexpr int BYTE_OFFSET = 128;
 #endif
 
-#if defined(PAIRS)
-// The same of the lanes of one register: see below.
-template <class V, class U> inline V register_dot(V sums, U factors, int32_t word) {
-#if defined(__AVX2__)
-#if defined(__AVXVNNI__)
-    return (V)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)factors, _mm256_set1_epi32(word));
+// Bytes of a register that the instructions below work on; all of a vector where there are none.
+#if defined(__AVX512F__)
+constexpr int DOT_REGISTER = 64;
+#elif defined(__AVX2__)
+constexpr int DOT_REGISTER = 32;
+#elif defined(__ARM_NEON)
+constexpr int DOT_REGISTER = 16;
 #else
-    return sums + (V)_mm256_madd_epi16((__m256i)factors, _mm256_set1_epi32(word));
+constexpr int DOT_REGISTER = 64;
 #endif
+
+// Adds to each lane of a register the products of one word of a quad with that lane's factors.
+template <class V, class U> inline V register_dot(V sums, U factors, int32_t word) {
+#if defined(__AVX512VNNI__)
+    return (V)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)factors, _mm512_set1_epi32(word));
+#elif defined(__AVX512BW__)
+    return sums + (V)_mm512_madd_epi16((__m512i)factors, _mm512_set1_epi32(word));
+#elif defined(__AVX2__) && !defined(__AVX512F__) && defined(__AVXVNNI__)
+    return (V)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)factors, _mm256_set1_epi32(word));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return sums + (V)_mm256_madd_epi16((__m256i)factors, _mm256_set1_epi32(word));
 #elif defined(__ARM_FEATURE_DOTPROD)
     return (V)vdotq_s32((int32x4_t)sums, (int8x16_t)factors, vreinterpretq_s8_s32(vdupq_n_s32(word)));
 #elif defined(__ARM_NEON)
@@ -87,47 +99,27 @@ template <class V, class U> inline V register_dot(V sums, U factors, int32_t wor
     return sums + low * int32_t(int16_t(word)) + high * (word >> 16);
 #endif
 }
-template <class V, class U> inline V add_dot_pairs(V sums, U factors, int32_t word) {
-    if constexpr (!IsPair<V>::value) return register_dot(sums, factors, word);
-    else return {add_dot_pairs(sums.low, factors.low, word), add_dot_pairs(sums.high, factors.high, word)};
-}
-#endif
 
-// Adds to each lane the products of one word of a quad with that lane's factors.
-inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
+// The same of all lanes.
 #if defined(PAIRS)
-    return add_dot_pairs(sums, factors, word);
-#else
-#if defined(__AVX512VNNI__)
-    return (i32)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)factors, _mm512_set1_epi32(word));
-#elif defined(__AVX512BW__)
-    return sums + (i32)_mm512_madd_epi16((__m512i)factors, _mm512_set1_epi32(word));
-#elif defined(__AVX2__)
-    __m256i s[2], f[2], w = _mm256_set1_epi32(word);
-    memcpy(s, &sums, 64);
-    memcpy(f, &factors, 64);
-    for (int i = 0; i < 2; i++)
-#if defined(__AVXVNNI__)
-        s[i] = _mm256_dpbusd_avx_epi32(s[i], f[i], w);
-#else
-        s[i] = _mm256_add_epi32(s[i], _mm256_madd_epi16(f[i], w));
-#endif
-    memcpy(&sums, s, 64);
-    return sums;
-#elif defined(__ARM_FEATURE_DOTPROD)
-    int32x4_t s[4];
-    int8x16_t f[4], w = vreinterpretq_s8_s32(vdupq_n_s32(word));
-    memcpy(s, &sums, 64);
-    memcpy(f, &factors, 64);
-    for (int i = 0; i < 4; i++) s[i] = vdotq_s32(s[i], f[i], w);
-    memcpy(&sums, s, 64);
-    return sums;
-#else
-    i32 low = (i32)(factors << 16) >> 16, high = (i32)factors >> 16;
-    return sums + low * int32_t(int16_t(word)) + high * (word >> 16);
-#endif
-#endif
+template <class V, class U> inline V add_dot(V sums, U factors, int32_t word) {
+    if constexpr (!IsPair<V>::value) return register_dot(sums, factors, word);
+    else return {add_dot(sums.low, factors.low, word), add_dot(sums.high, factors.high, word)};
 }
+#else
+inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
+    if constexpr (DOT_REGISTER == sizeof(i32)) return register_dot(sums, factors, word);
+    typedef int32_t Ints __attribute__((vector_size(DOT_REGISTER)));
+    typedef uint32_t Words __attribute__((vector_size(DOT_REGISTER)));
+    Ints s[sizeof(i32) / DOT_REGISTER];
+    Words f[sizeof(i32) / DOT_REGISTER];
+    memcpy(s, &sums, sizeof s);
+    memcpy(f, &factors, sizeof f);
+    for (size_t i = 0; i < sizeof(i32) / DOT_REGISTER; i++) s[i] = register_dot(s[i], f[i], word);
+    memcpy(&sums, s, sizeof s);
+    return sums;
+}
+#endif
 
 // Adds to each lane the products of four codes with four activations; `high` are those of first digits, if there are
 // digits.

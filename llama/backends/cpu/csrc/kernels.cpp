@@ -154,7 +154,7 @@ extern "C" void embedding(const Weight *weight, const int64_t *rows, int n, floa
 extern "C" void multiply(const Weight *weight, const void *x, int n, int x_type, void *y, int y_type, int threads) {
     static thread_local std::vector<float> values_storage;
     static thread_local std::vector<uint8_t> rounded_storage;
-    constexpr int AT_ONCE = 512;  // tokens, a multiple of 8
+    constexpr int AT_ONCE = 512;  // tokens, a multiple of MAX_BATCH
     const Weight &w = *weight;
     const int most = std::min(n, AT_ONCE);
     float *values = x_type == F32 ? nullptr : buffer(values_storage, size_t(most) * w.columns);
@@ -166,9 +166,9 @@ extern "C" void multiply(const Weight *weight, const void *x, int n, int x_type,
             const int stop = std::min(n, first + AT_ONCE);
             const size_t at = size_t(first) * w.columns;
             const Input part{values ? values : (const float *)x + at, rounded, w.columns, stop - first};
-            const Share batches((part.n + 7) / 8, thread, size);
-            for (int t = batches.start * 8; t < std::min(part.n, batches.stop * 8); t += 8) {
-                const int count = std::min(8, part.n - t);
+            const Share batches((part.n + MAX_BATCH - 1) / MAX_BATCH, thread, size);
+            for (int batch = batches.start; batch < batches.stop; batch++) {
+                const int t = batch * MAX_BATCH, count = std::min(MAX_BATCH, part.n - t);
                 const size_t place = size_t(t) * w.columns;
                 if (values) read_floats(x, x_type, at + place, count * w.columns, values + place);
                 if (rounded) round_activations(part.values, w.columns, t, t + count, rounded);

@@ -90,7 +90,7 @@ struct Input {
     int columns, n;
 };
 
-// Rounds tokens [start, stop), of which `start` begins a batch of 8.
+// Rounds tokens [start, stop), of which `start` begins a batch.
 inline void round_activations(const float *x, int columns, int start, int stop, uint8_t *to) {
     in_batches(start, stop, [&](auto count, int t) {
         round_tokens<count.value>(x + size_t(t) * columns, columns, to + t * rounded_bytes(columns));
