@@ -165,7 +165,8 @@ def test_quantized_weights_are_in_memory_once(large: Path, tmp_path: Path) -> No
     planned = rank["planned"]
     assert planned["weights"] > 90 * MB
     assert planned["mapped"] == 0 and rank["pages"] < 8 * MB
-    assert max(rank["loading"]["VmHWM"], rank["running"]["VmHWM"]) < 1.5 * planned["needed"], rank
+    # Beside what is planned, pages of libraries come into memory, and the tensor that is being copied.
+    assert max(rank["loading"]["VmHWM"], rank["running"]["VmHWM"]) < planned["needed"] + 40 * MB, rank
 
 
 @linux
