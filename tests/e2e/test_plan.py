@@ -165,8 +165,10 @@ def test_quantized_weights_are_in_memory_once(large: Path, tmp_path: Path) -> No
     planned = rank["planned"]
     assert planned["weights"] > 90 * MB
     assert planned["mapped"] == 0 and rank["pages"] < 8 * MB
-    # Beside what is planned, pages of libraries come into memory, and the tensor that is being copied.
-    assert max(rank["loading"]["VmHWM"], rank["running"]["VmHWM"]) < planned["needed"] + 40 * MB, rank
+    # Beside what is planned, libraries' pages come into memory, 30 to 45 MB; the file's would be 97.
+    assert max(rank["loading"]["VmHWM"], rank["running"]["VmHWM"]) < planned["needed"] + 2 / 3 * planned["weights"], (
+        rank
+    )
 
 
 @linux

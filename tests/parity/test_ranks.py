@@ -67,6 +67,15 @@ GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
 ONE_RANK = [(name, 1) for name, _ in GUESSES]
 
 
+def bound(name: str) -> float:
+    """How far ranks' logits may be from each other's.
+
+    The kernels round activations to 16 bits before products with blocks, each to within 2^-16 of the largest of 32
+    (decision D59): sums in another order round some of them the other way. One rank is as far from floats, 3e-4.
+    """
+    return 5e-4 if name in GGUF_MODELS and library() is not None else 1e-5
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Any]]:
     """What every rank of every job computed."""
@@ -100,7 +109,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
 def test_logits_equal_those_of_one_rank(results: dict[tuple[str, int], list[Any]], name: str, size: int) -> None:
     alone = results[name, 1][0]["logits"]
     for rank in results[name, size]:
-        torch.testing.assert_close(rank["logits"], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(rank["logits"], alone, rtol=0, atol=bound(name))
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -111,7 +120,7 @@ def test_tokens_equal_those_of_one_rank(results: dict[tuple[str, int], list[Any]
         assert rank["greedy"][0] == alone["greedy"][0]
         assert rank["sampled"] == alone["sampled"]
         for scores, expected in zip(rank["greedy"][1], alone["greedy"][1], strict=True):
-            assert scores == pytest.approx(expected, abs=1e-5)
+            assert scores == pytest.approx(expected, abs=bound(name))
 
 
 @pytest.mark.skipif(library() is None, reason="no C++ compiler here")
