@@ -51,6 +51,7 @@ class TokenEvent:
     text: str  # that the token adds: a character appears when it is complete, and control tokens add nothing
     logprob: float | None = None
     finish_reason: FinishReason | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens in its place, likeliest first, if asked for
 
 
 def fold_tokens(events: Iterable[TokenEvent], n_prompts: int) -> tuple[list[list[int]], list[list[float]]]:

@@ -255,7 +255,7 @@ def test_log_probs_are_those_of_the_raw_logits() -> None:
         ({"temperature": "1"}, "temperature .* got '1'"),
         ({"temperature": True}, "temperature .* got True"),
         ({"temperature": None}, "temperature .* got None"),
-        ({"top_p": -1e-9}, r"top_p must be in \[0, 1\], got -1e-09"),
+        ({"top_p": -1e-9}, r"top_p must be a number from 0 to 1, got -1e-09"),
         ({"top_p": 1.0001}, "top_p .* got 1.0001"),
         ({"top_p": -1}, "top_p .* got -1"),
         ({"top_p": math.nan}, "top_p .* got nan"),

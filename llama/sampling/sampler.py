@@ -1,65 +1,22 @@
-"""From logits to tokens: pure functions whose randomness is an argument."""
+"""Draws tokens from logits, by temperature and top_p: pure functions whose randomness is an argument."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from llama.sampling.params import SamplingParams
+
 # The token that `sample` returns for a row whose logits are NaN or infinite; it is in no vocabulary.
 INVALID = -1
 
-# Devices take fp32 and int64; from far below on, every token is as likely as any other.
-MAX_TEMPERATURE = 1e15
-
 # How many of the most probable tokens are sorted, unless their mass is too little: see D8.
 TOP_K_PREFIX = 512
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose each next token; wrong values raise ValueError.
-
-    Args:
-        temperature: 0 is greedy; higher is more varied.
-        top_p: probability mass of the nucleus that tokens are drawn from, in [0, 1]; 0 is greedy.
-        max_gen_len: most tokens to generate for a prompt; None is as many as max_seq_len leaves room for.
-        seed: the same seed gives the same texts; None goes on with the model's own sequence of seeds.
-        logprobs: also return the log-probability of every token.
-        echo: repeat the prompt in the completion.
-        stop_token: the one token that ends a completion; None is each of the tokenizer's stop_tokens.
-    """
-
-    temperature: float = 0.6
-    top_p: float = 0.9
-    max_gen_len: int | None = None
-    seed: int | None = None
-    logprobs: bool = False
-    echo: bool = False
-    stop_token: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_gen_len", "seed", "stop_token"):  # numpy's integers are integers, too
-            value = getattr(self, name)
-            if isinstance(value, Integral) and not isinstance(value, bool):
-                object.__setattr__(self, name, int(value))
-        if not _is_number(self.temperature) or not 0 <= self.temperature <= MAX_TEMPERATURE:
-            raise ValueError(f"temperature must be a number from 0 to {MAX_TEMPERATURE:g}, got {self.temperature!r}")
-        if not _is_number(self.top_p) or not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be in [0, 1], got {self.top_p!r}")
-        for name in ("temperature", "top_p"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        if self.max_gen_len is not None and (type(self.max_gen_len) is not int or self.max_gen_len < 0):
-            raise ValueError(f"max_gen_len must be an integer of at least 0, got {self.max_gen_len!r}")
-        for name in ("seed", "stop_token"):
-            value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 def uniforms(seed: int, index: int, count: int) -> Tensor:
@@ -210,7 +167,3 @@ def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the log-probability of each token under its logits, before any temperature: fp32, shaped like tokens."""
     chosen = logits.gather(-1, tokens[..., None])[..., 0]
     return chosen - logits.logsumexp(-1)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
