@@ -28,6 +28,7 @@ from llama.outputs import (
     chat_predictions,
     fold_events,
     fold_tokens,
+    keep_best,
 )
 from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
@@ -144,6 +145,7 @@ class Llama:
         *,
         seed: int | None = None,
         add_prefix_space: bool = False,
+        **sampling: Any,
     ) -> Iterator[TokenEvent]:
         """Complete prompts of any lengths, at most max_batch_size at a time, event by event as tokens come.
 
@@ -157,6 +159,8 @@ class Llama:
             seed: the same seed gives the same tokens; None goes on with the model's own sequence of seeds.
             add_prefix_space: whether the new tokens begin a text, as an answer in a chat does, so that the space which
                 SentencePiece puts before a first word is stripped; else they continue the prompt.
+            sampling: the other fields of `SamplingParams`, such as top_k, stop and n. With n above 1 the completions
+                of a prompt follow each other: the second prompt's first one has the index n.
 
         Raises ValueError for wrong arguments at once, and while iterating where logits are NaN.
 
@@ -166,8 +170,8 @@ class Llama:
         0 30 '.' None
         0 None '' length
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
-        return self._stream(as_token_ids(prompt_tokens, self.model.args), params, add_prefix_space)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo, **sampling)
+        return self.run(as_token_ids(prompt_tokens, self.model.args), params, add_prefix_space)
 
     def generate(
         self,
@@ -180,6 +184,7 @@ class Llama:
         stop_token: int | None = None,
         *,
         seed: int | None = None,
+        **sampling: Any,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Generate the new tokens of each prompt, without the end token, and their log-probabilities when asked for.
 
@@ -189,9 +194,9 @@ class Llama:
         >>> llm.generate(llm.encode_prompts(["The capital of France is"]), max_gen_len=2, temperature=0)
         ([[7042, 30]], None)
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo, stop_token)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo, stop_token, **sampling)
         prompts = as_token_ids(prompt_tokens, self.model.args)
-        tokens, scores = fold_tokens(self._stream(prompts, params), len(prompts))
+        tokens, scores = fold_tokens(self.run(prompts, params), len(prompts) * params.n)
         return tokens, scores if logprobs else None
 
     def text_completion(
@@ -204,6 +209,7 @@ class Llama:
         echo: bool = False,
         *,
         seed: int | None = None,
+        **sampling: Any,
     ) -> list[CompletionPrediction]:
         """Continue each text; `tokens` are the texts of single tokens.
 
@@ -213,7 +219,7 @@ class Llama:
         >>> llm.text_completion(["The capital of France is"], temperature=0, max_gen_len=2)
         [{'generation': ' Paris.', 'tokens': [' Paris', '.'], 'finish_reason': 'length'}]
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, echo, **sampling)
         return self._complete(self.encode_prompts(prompts), params, add_prefix_space=True)
 
     def chat_completion(
@@ -225,6 +231,7 @@ class Llama:
         logprobs: bool = False,
         *,
         seed: int | None = None,
+        **sampling: Any,
     ) -> list[ChatPrediction]:
         """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked.
 
@@ -235,7 +242,7 @@ class Llama:
         >>> answer["generation"]
         {'role': 'assistant', 'content': 'The capital of France is Paris.'}
         """
-        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs)
+        params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, **sampling)
         for dialog in dialogs:
             check_messages(dialog)
         refused = [self.chat_format.is_unsafe(dialog) for dialog in dialogs]
@@ -243,7 +250,7 @@ class Llama:
         answers: list[CompletionPrediction] = []
         if safe or not dialogs:
             answers = self._complete(self.encode_dialogs(safe), params, add_prefix_space=True)
-        return chat_predictions(answers, refused, logprobs)
+        return chat_predictions(answers, [each for each in refused for _ in range(params.n)], logprobs)
 
     def text_infilling(
         self,
@@ -256,6 +263,7 @@ class Llama:
         suffix_first: bool = False,
         *,
         seed: int | None = None,
+        **sampling: Any,
     ) -> list[InfillingPrediction]:
         """Fill the gap between each prefix and its suffix; `full_text` is all three together (arXiv:2308.12950).
 
@@ -274,7 +282,7 @@ class Llama:
             raise ValueError(f"every prefix needs a suffix, got {len(prefixes)} and {len(suffixes)}")
         pairs = list(zip(prefixes, suffixes, strict=True))
         prompts = [infilling_prompt_tokens(self.tokenizer, prefix, suffix, suffix_first) for prefix, suffix in pairs]
-        filled = self._complete(prompts, SamplingParams(temperature, top_p, max_gen_len, seed, logprobs))
+        filled = self._complete(prompts, SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, **sampling))
         return [
             InfillingPrediction(**fill, full_text=prefix + fill["generation"] + suffix)
             for fill, (prefix, suffix) in zip(filled, pairs, strict=True)
@@ -301,15 +309,19 @@ class Llama:
         self, prompt_tokens: Sequence[Sequence[int]], params: SamplingParams, add_prefix_space: bool = False
     ) -> list[CompletionPrediction]:
         prompts = as_token_ids(prompt_tokens, self.model.args)
-        events = self._stream(prompts, params, add_prefix_space)
-        return fold_events(events, len(prompts), self.tokenizer, params.logprobs)
+        events = self.run(prompts, params, add_prefix_space)
+        return fold_events(events, len(prompts) * params.n, self.tokenizer, params.logprobs)
 
-    def _stream(
+    def run(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, add_prefix_space: bool = False
     ) -> Iterator[TokenEvent]:
-        """See `stream`. The engine's own events are returned, so that no token passes through here."""
+        """Complete prompts as `stream` does, from sampling parameters that travel together; the ids are right.
+
+        The engine's own events are returned, so that no token passes through here.
+        """
         first = 0
         if params.seed is None:
             first = self._sequences_seeded
             self._sequences_seeded += len(prompts)
-        return self.engine.run(prompts, params, first, add_prefix_space, interactive=len(prompts) == 1)
+        events = self.engine.run(prompts, params, first, add_prefix_space, interactive=len(prompts) == 1)
+        return events if params.best_of is None else keep_best(events, params.best_of, params.n)

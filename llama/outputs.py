@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 from llama.chat.dialog import Message
@@ -14,12 +15,24 @@ from llama.tokenizer import Tokenizer
 FinishReason = Literal["stop", "length", "error"]
 
 
+class TopToken(TypedDict):
+    """One of the likeliest tokens in the place of another."""
+
+    token: str
+    id: int
+    logprob: float
+
+
 class CompletionPrediction(TypedDict, total=False):
-    """The continuation of a text; tokens are the texts of single tokens, logprobs only where they are asked for."""
+    """The continuation of a text; tokens are the texts of single tokens.
+
+    logprobs and top_logprobs, the likeliest tokens in the place of each, are there where they are asked for.
+    """
 
     generation: str
     tokens: list[str]
     logprobs: list[float]
+    top_logprobs: list[list[TopToken]]
     finish_reason: FinishReason
 
 
@@ -29,6 +42,7 @@ class ChatPrediction(TypedDict, total=False):
     generation: Message
     tokens: list[str]
     logprobs: list[float]
+    top_logprobs: list[list[TopToken]]
     finish_reason: FinishReason
 
 
@@ -39,7 +53,12 @@ class InfillingPrediction(TypedDict, total=False):
     full_text: str
     tokens: list[str]
     logprobs: list[float]
+    top_logprobs: list[list[TopToken]]
     finish_reason: FinishReason
+
+
+# Token ids with their log-probabilities, likeliest first.
+TopTokens = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class TokenEvent:
     text: str  # that the token adds: a character appears when it is complete, and control tokens add nothing
     logprob: float | None = None
     finish_reason: FinishReason | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()  # the likeliest tokens in its place, likeliest first, if asked for
+    top_logprobs: TopTokens = ()  # the likeliest tokens in its place, if they are asked for
 
 
 def fold_tokens(events: Iterable[TokenEvent], n_prompts: int) -> tuple[list[list[int]], list[list[float]]]:
@@ -66,13 +85,39 @@ def fold_tokens(events: Iterable[TokenEvent], n_prompts: int) -> tuple[list[list
 
 
 def fold_events(
-    events: Iterable[TokenEvent], n_prompts: int, tokenizer: Tokenizer, logprobs: bool
+    events: Iterable[TokenEvent], n_completions: int, tokenizer: Tokenizer, logprobs: bool
 ) -> list[CompletionPrediction]:
-    """Fold the events of n_prompts prompts into one prediction each."""
-    by_prompt: list[list[TokenEvent]] = [[] for _ in range(n_prompts)]
+    """Fold the events of completions into one prediction each."""
+    by_index: list[list[TokenEvent]] = [[] for _ in range(n_completions)]
     for event in events:
-        by_prompt[event.index].append(event)
-    return [fold_prompt(prompt_events, tokenizer, logprobs) for prompt_events in by_prompt]
+        by_index[event.index].append(event)
+    return [fold_prompt(of_one, tokenizer, logprobs) for of_one in by_index]
+
+
+def keep_best(events: Iterable[TokenEvent], made: int, kept: int) -> Iterator[TokenEvent]:
+    """Yield the events of the likeliest `kept` of the `made` completions of each prompt, when all of them are there."""
+    by_prompt: defaultdict[int, list[list[TokenEvent]]] = defaultdict(lambda: [[] for _ in range(made)])
+    finished: Counter[int] = Counter()
+    for event in events:
+        prompt, number = divmod(event.index, made)
+        by_prompt[prompt][number].append(event)
+        finished[prompt] += event.finish_reason is not None
+        if finished[prompt] == made:
+            for i, of_one in enumerate(likeliest(by_prompt.pop(prompt), kept)):
+                yield from (replace(each, index=prompt * kept + i) for each in of_one)
+
+
+def likeliest(completions: Iterable[list[TokenEvent]], count: int) -> list[list[TokenEvent]]:
+    """Return the completions, each a list of events, whose tokens have the greatest mean log-probability.
+
+    The likeliest is first, and of equals the first of the list is.
+    """
+    return sorted(completions, key=_mean_logprob, reverse=True)[:count]
+
+
+def _mean_logprob(events: Sequence[TokenEvent]) -> float:
+    scores = [event.logprob for event in events if event.logprob is not None]
+    return sum(scores) / len(scores) if scores else 0.0
 
 
 def chat_predictions(
@@ -92,14 +137,22 @@ def chat_predictions(
 
 def fold_prompt(events: Sequence[TokenEvent], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:
     """Fold the events of one prompt into its prediction."""
-    tokens = [event.token for event in events if event.token is not None]
+
+    def text_of(token: int) -> str:
+        return tokenizer.decode([token]) if token < tokenizer.n_words else ""  # ids beyond are padding of the embedding
+
     prediction = CompletionPrediction(
         generation="".join(event.text for event in events),
-        # Ids beyond the tokenizer's are padding of the embedding.
-        tokens=[tokenizer.decode([token]) if token < tokenizer.n_words else "" for token in tokens],
+        tokens=[text_of(event.token) for event in events if event.token is not None],
     )
     if logprobs:
         prediction["logprobs"] = [event.logprob or 0.0 for event in events if event.token is not None]
+    if any(event.top_logprobs for event in events):
+        prediction["top_logprobs"] = [
+            [TopToken(token=text_of(token), id=token, logprob=score) for token, score in event.top_logprobs]
+            for event in events
+            if event.token is not None
+        ]
     if events[-1].finish_reason is not None:
         prediction["finish_reason"] = events[-1].finish_reason
     return prediction

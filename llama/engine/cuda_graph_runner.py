@@ -10,7 +10,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,11 @@ from torch import Tensor
 from llama.backends.base import Capture
 from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
 from llama.distributed.job import collective
-from llama.engine.runner import EagerRunner, StepOutput
+from llama.engine.runner import EagerRunner, SampledTokens, Scores, StepOutput, host_output
 from llama.engine.sequence import Chunk
 from llama.engine.sequence import Sequence as SequenceState
 from llama.model import Transformer
-from llama.sampling import SamplingParams, SamplingTensors
+from llama.sampling import MAX_TOP_LOGPROBS, SamplingParams, SamplingTensors
 
 log = logging.getLogger("llama")
 
@@ -49,7 +48,7 @@ class CudaGraphRunner(EagerRunner):
         super().__init__(model, cache)
         self._capture = capture
         self._graphs: dict[object, Callable[[], None]] = {}
-        self._in_flight: deque[tuple[list[Tensor], torch.cuda.Event | None, Sequence[Chunk], int]] = deque()
+        self._in_flight: deque[tuple[SampledTokens, torch.cuda.Event | None, Sequence[Chunk], int]] = deque()
         device = model.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -62,14 +61,18 @@ class CudaGraphRunner(EagerRunner):
         self._uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)  # of the token after each position
         self._temperature, self._top_p = (zeros(rows, dtype=torch.float32) for _ in range(2))
         self._announcing, self._told = zeros(1), 0
-        self._sampled = zeros(rows * MAX_STEP_TOKENS + 1)
-        self._logprobs = zeros(rows * MAX_STEP_TOKENS, dtype=torch.float32)
+        # What a step has sampled, in memory that is the same for every graph.
+        places = rows * MAX_STEP_TOKENS
+        self._sampled = zeros(places + 1)
+        self._logprobs = zeros(places, dtype=torch.float32)
+        self._top_tokens = zeros(places, MAX_TOP_LOGPROBS)
+        self._top_logprobs = zeros(places, MAX_TOP_LOGPROBS, dtype=torch.float32)
         # Of the rows, as far as their random numbers and parameters are on the device, and the kinds of these.
         self._sequences: list[SequenceState] = []
         self._n_pages: list[int] = []  # of each row, as far as they are on the device
         self._is_replayed = False  # whether the last step was captured, and has left the next one's tokens here
         self._kinds: frozenset[str] = frozenset()
-        self._key: tuple[int, int, frozenset[str], bool] = (0, 0, self._kinds, False)  # of the last graph
+        self._key: tuple[int, int, frozenset[str], Scores] = (0, 0, self._kinds, Scores())  # of the last graph
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         assert not self._in_flight, "a step in flight is followed by launch_next"
@@ -99,7 +102,7 @@ class CudaGraphRunner(EagerRunner):
         self._upload_sequences(chunks, params)
         self._table[bsz:rows] = 0  # the page of nobody
         self._upload_tables(chunks)
-        self._key = rows, seqlen, self._kinds, any(each.logprobs for each in params)
+        self._key = rows, seqlen, self._kinds, Scores.of(params)
         self._replay(chunks, seqlen)
 
     def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
@@ -116,19 +119,14 @@ class CudaGraphRunner(EagerRunner):
     def wait(self) -> StepOutput:
         if self._outputs:
             return super().wait()
-        (tokens, *logprobs), event, chunks, seqlen = self._in_flight.popleft()
+        sampled, event, chunks, seqlen = self._in_flight.popleft()
         if event is not None:
             collective(event.synchronize)  # on several ranks
-        n = len(chunks) * seqlen
-        *sampled, announced = tokens.tolist()
-        scores = logprobs[0].tolist() if logprobs else []
 
-        def of_chunks(values: list[Any]) -> list[list[Any]]:
-            """What was sampled after the last tokens of each chunk, of `seqlen` places, some of which only pad it."""
-            ends = [(i * seqlen + len(chunk.tokens), chunk.n_sampled) for i, chunk in enumerate(chunks)]
-            return [values[end - count : end] for end, count in ends]
-
-        return StepOutput(of_chunks(sampled[:n]), of_chunks(scores[:n]) if scores else None, announced)
+        # What was sampled after the last tokens of each chunk, of `seqlen` places, some of which only pad it.
+        ends = [i * seqlen + len(chunk.tokens) for i, chunk in enumerate(chunks)]
+        spans = [slice(end - chunk.n_sampled, end) for chunk, end in zip(chunks, ends, strict=True)]
+        return host_output(sampled, spans)
 
     def reset(self) -> None:
         super().reset()
@@ -167,24 +165,28 @@ class CudaGraphRunner(EagerRunner):
 
     def _replay(self, chunks: Sequence[Chunk], seqlen: int) -> None:
         """Launch the graph of a step; capture it first if there is none yet."""
-        rows, _, kinds, logprobs = self._key
+        rows, _, kinds, scores = self._key
         if self._key not in self._graphs:
             start = time.perf_counter()
             state = self._tokens.clone(), self._start_pos.clone()
-            self._graphs[self._key] = self._capture(lambda: self._step(rows, seqlen, kinds, logprobs))
+            self._graphs[self._key] = self._capture(lambda: self._step(rows, seqlen, kinds, scores))
             self._tokens.copy_(state[0])
             self._start_pos.copy_(state[1])
             seconds = time.perf_counter() - start
             if seconds > SLOW_CAPTURE:
                 log.info("compiled and captured a step in %.1f s; Triton caches compiled kernels", seconds)
-        outputs = [self._sampled[: rows * seqlen + 1]]
-        if logprobs:
-            outputs.append(self._logprobs[: rows * seqlen])
+        n, top = rows * seqlen, min(scores.top, self.model.args.vocab_size)
+        outputs = SampledTokens(
+            self._sampled[: n + 1],
+            self._logprobs[:n] if scores.logprobs else None,
+            self._top_tokens[:n, :top] if top else None,
+            self._top_logprobs[:n, :top] if top else None,
+        )
         with torch.cuda.device_of(self._announcing):
             self._graphs[self._key]()
             self._in_flight.append((*_download(outputs), chunks, seqlen))
 
-    def _step(self, rows: int, seqlen: int, kinds: frozenset[str], logprobs: bool) -> None:
+    def _step(self, rows: int, seqlen: int, kinds: frozenset[str], scores: Scores) -> None:
         """Run what a graph captures: compute, sample, and store tokens and positions for a next step of one token."""
         tokens, start_pos = self._tokens[:rows, :seqlen], self._start_pos[:rows]
         batch = ForwardBatch.of_steps(self.cache, start_pos, seqlen, self._table[:rows])
@@ -193,11 +195,15 @@ class CudaGraphRunner(EagerRunner):
         uniform = self._uniforms[:rows].gather(1, positions)
         temperature, top_p = (each[:rows].repeat_interleave(seqlen) for each in (self._temperature, self._top_p))
         params = SamplingTensors(temperature, top_p, kinds)
-        sampled, scores = self._sampler(hidden, uniform.flatten(), params, self._announcing, logprobs)
-        self._sampled[: len(sampled)] = sampled
-        if scores is not None:
-            self._logprobs[: rows * seqlen] = scores
-        self._tokens[:rows, 0] = sampled[:-1].view(rows, seqlen)[:, -1].clamp(min=0)
+        sampled = self._sampler(hidden, uniform.flatten(), params, self._announcing, scores)
+        self._sampled[: len(sampled.tokens)] = sampled.tokens
+        if sampled.logprobs is not None:
+            self._logprobs[: rows * seqlen] = sampled.logprobs
+        if sampled.top_tokens is not None and sampled.top_logprobs is not None:
+            top = sampled.top_tokens.shape[1]
+            self._top_tokens[: rows * seqlen, :top] = sampled.top_tokens
+            self._top_logprobs[: rows * seqlen, :top] = sampled.top_logprobs
+        self._tokens[:rows, 0] = sampled.tokens[:-1].view(rows, seqlen)[:, -1].clamp(min=0)
         self._start_pos[:rows] += seqlen * self._running[:rows]
 
     def _upload(self, values: Sequence[object], dtype: torch.dtype = torch.long) -> Tensor:
@@ -215,13 +221,15 @@ def is_computed_at_once(chunk: Chunk) -> bool:
     return chunk.n_sampled == 0 or chunk.sequence.in_prompt
 
 
-def _download(tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+def _download(sampled: SampledTokens) -> tuple[SampledTokens, torch.cuda.Event | None]:
     """Copy tensors to the host, where they are complete after the event, or at once if the event is None."""
-    if tensors[0].device.type != "cuda":
-        return [tensor.clone() for tensor in tensors], None
-    copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
+    if sampled.tokens.device.type != "cuda":
+        return sampled.map(torch.clone), None
+
+    def copy(values: Tensor) -> Tensor:
+        pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        return pinned.copy_(values, non_blocking=True)
+
+    copies, event = sampled.map(copy), torch.cuda.Event()
     event.record()
     return copies, event

@@ -21,9 +21,9 @@ from llama.engine.sequence import Chunk, Sequence
 from llama.engine.speculative import Speculation
 from llama.engine.step_budget import StepBudget
 from llama.model import Transformer
-from llama.outputs import FinishReason, TokenEvent
+from llama.outputs import FinishReason, TokenEvent, TopTokens
 from llama.sampling import INVALID, SamplingParams
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import CompletionText, Tokenizer
 
 # In what the first rank announces: the bits below are the draft_len, those above the budget of prompt tokens.
 NEWS = 4
@@ -93,6 +93,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         index: int = 0,
+        sample: int = 0,
         add_prefix_space: bool = False,
         interactive: bool = True,
     ) -> int:
@@ -102,6 +103,7 @@ class Engine:
             prompt_tokens: ids of the vocabulary, at least one.
             params: how tokens are chosen, and how many at most; None is the defaults.
             index: the place in the caller's input, from which its random numbers follow together with the seed.
+            sample: the number of this completion among those of the prompt; params.n is the caller's to follow.
             add_prefix_space: whether the new tokens begin a text, as in `Llama.stream`.
             interactive: whether somebody reads along, so that steps stay short while it generates.
 
@@ -109,7 +111,7 @@ class Engine:
         """
         self.last_id += 1
         prompt = prompt_ids(prompt_tokens, "the prompt", self.model.args)
-        return self._wait(prompt, params or SamplingParams(), index, add_prefix_space, interactive).id
+        return self._wait(prompt, params or SamplingParams(), (index, sample), add_prefix_space, interactive).id
 
     def cancel(self, request: int) -> None:
         """End a request without another event; one that has ended already is left as it is."""
@@ -140,19 +142,20 @@ class Engine:
     ) -> abc.Generator[TokenEvent]:
         """Complete prompts, whose ids are right, and yield their events, with params.echo those of their prompts first.
 
-        An event's index is that of its prompt; `first` is added to it for the random numbers. Raise ValueError where
+        An event's index is that of its prompt or, where each has several completions, those of the first prompt come
+        first, then the next one's. `first` is added to the prompt's for the random numbers. Raise ValueError where
         logits are NaN or infinite.
         """
-        waiting = enumerate(prompts)
+        waiting = enumerate(itertools.product(enumerate(prompts, first), range(params.samples)))
         events: list[TokenEvent] = []
         mine: dict[int, int] = {}  # ids of unfinished requests, by index
         max_waiting = self.model.args.max_batch_size
         try:
             while True:
                 room = max_waiting - len(self.scheduler.waiting)
-                for index, prompt in itertools.islice(waiting, max(int(not mine), room)):  # one at least waits
+                for index, ((place, prompt), sample) in itertools.islice(waiting, max(int(not mine), room)):
                     self.last_id += 1
-                    sequence = self._wait(prompt, params, first + index, add_prefix_space, interactive)
+                    sequence = self._wait(prompt, params, (place, sample), add_prefix_space, interactive)
                     sequence.index, sequence.events = index, events
                     mine[index] = sequence.id
                 if not mine:
@@ -171,18 +174,23 @@ class Engine:
                 self.cancel(request)
 
     def _wait(
-        self, prompt: abc.Sequence[int], params: SamplingParams, place: int, add_prefix_space: bool, interactive: bool
+        self,
+        prompt: abc.Sequence[int],
+        params: SamplingParams,
+        place: tuple[int, int],
+        add_prefix_space: bool,
+        interactive: bool,
     ) -> Sequence:
-        """Have a prompt of right ids wait for its turn, as the newest request; the others as for `add`."""
+        """Have a prompt of right ids wait for its turn, as the newest request; place: index and sample, as in `add`."""
         limit = self.model.args.max_seq_len - len(prompt)
         sequence = Sequence(
             self.last_id,
             prompt,
             params,
             limit if params.max_gen_len is None else min(limit, params.max_gen_len),
-            self.tokenizer.stop_tokens if params.stop_token is None else frozenset({params.stop_token}),
-            (self.seed if params.seed is None else params.seed, place),
-            self.tokenizer.stream_decoder(add_prefix_space),
+            self._stop_tokens(params),
+            (self.seed if params.seed is None else params.seed, *place),
+            CompletionText(self.tokenizer.stream_decoder(add_prefix_space), self._silent_tokens, params.stop),
             self._events,
             interactive,
         )
@@ -190,6 +198,13 @@ class Engine:
         self._is_steady = False
         self.scheduler.add(sequence)
         return sequence
+
+    def _stop_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """Return the tokens that end a completion: a stop string that is a control token is one of them."""
+        ends = {*params.stop_token_ids, *self.tokenizer.control_tokens(params.stop)}
+        if params.stop_token is not None:
+            return frozenset({params.stop_token, *ends})
+        return self.tokenizer.stop_tokens | ends if ends else self.tokenizer.stop_tokens
 
     def _step_or_recover(self) -> None:
         """Compute one step, and give its events to its sequences; after an interrupt the next one computes it."""
@@ -229,8 +244,7 @@ class Engine:
             output = self._speculation.accept(chunks, output)
         for i, chunk in enumerate(chunks):
             if not chunk.sequence.finished:
-                scores = output.logprobs[i] if output.logprobs and chunk.sequence.params.logprobs else None
-                self._advance(chunk, output.tokens[i], scores)
+                self._advance(chunk, output, i)
         self._begun = []
         self.scheduler.is_consistent = True
 
@@ -298,9 +312,9 @@ class Engine:
         draft_len = self._speculation.next_draft_len() if self._speculation is not None else 0
         return draft_len | self.has_news << NEWS | self._budget.tokens << NEWS + 1
 
-    def _advance(self, chunk: Chunk, tokens: abc.Sequence[int], scores: abc.Sequence[float] | None) -> None:
-        """Add what a step has sampled for a sequence, and end it where it ends."""
-        sequence = chunk.sequence
+    def _advance(self, chunk: Chunk, output: StepOutput, number: int) -> None:
+        """Add what a step has sampled for a sequence, its chunk with this number, and end it where it ends."""
+        sequence, tokens = chunk.sequence, output.tokens[number]
         sequence.n_cached = chunk.start + len(chunk.tokens) - chunk.n_drafts + max(0, len(tokens) - 1)
         if sequence.in_prompt:
             if sequence.n_cached < len(sequence.prompt):
@@ -316,20 +330,27 @@ class Engine:
                 reason = "stop"
                 break
             sequence.tokens.append(token)
-            text = "" if token in self._silent_tokens else sequence.decoder.push(token)
-            sequence.events.append(TokenEvent(sequence.index, token, text, None if scores is None else scores[i]))
+            text, is_end = sequence.text.push(token)
+            params = sequence.params
+            top: TopTokens = ()
+            score = output.logprobs[number][i] if output.logprobs and params.needs_logprobs else None
+            if output.top_logprobs and params.top_logprobs:
+                top = output.top_logprobs[number][i][: params.top_logprobs]
+            sequence.events.append(TokenEvent(sequence.index, token, text, score, None, top))
+            if is_end:
+                self._end(sequence, "stop", "")
+                return
         if reason is None and len(sequence.tokens) >= sequence.max_len:
             reason = "length"
         if reason is not None:
-            self._end(sequence, reason, sequence.decoder.flush())
+            self._end(sequence, reason, sequence.text.end())
 
     def _echo(self, sequence: Sequence) -> None:
         """Add the events of a prompt, if they are asked for."""
         if sequence.params.echo:
             for i, token in enumerate(sequence.prompt):
-                text = "" if token in self._silent_tokens else sequence.decoder.push(token)
                 score = sequence.scores[i] if sequence.is_scored else None
-                sequence.events.append(TokenEvent(sequence.index, token, text, score))
+                sequence.events.append(TokenEvent(sequence.index, token, sequence.text.echo(token), score))
 
     def _end(self, sequence: Sequence, reason: FinishReason, text: str) -> None:
         self._leave(sequence)
@@ -377,11 +398,8 @@ class Engine:
                 del sequence.tokens[chunk.stop :]
             self.requests[sequence.id] = sequence
             sequence.finished, sequence.in_prompt = False, len(sequence.tokens) == len(sequence.prompt)
-            sequence.decoder.reset()
-            told = sequence.tokens[0 if sequence.params.echo else len(sequence.prompt) :]
-            for token in told if not sequence.in_prompt else []:
-                if token not in self._silent_tokens:
-                    sequence.decoder.push(token)
+            is_echoed = sequence.params.echo and not sequence.in_prompt
+            sequence.text.restart(sequence.prompt if is_echoed else (), sequence.tokens[len(sequence.prompt) :])
         self._begun = []
 
 

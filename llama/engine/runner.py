@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,39 @@ from llama.config import DynamicScaling
 from llama.engine.sequence import Chunk
 from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
-from llama.sampling import SamplingParams, SamplingTensors, log_probs
+from llama.outputs import TopTokens
+from llama.sampling import SamplingParams, SamplingTensors, log_probs, top_log_probs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a step tells of its tokens' probabilities; a graph is captured for each."""
+
+    logprobs: bool = False
+    top: int = 0  # how many of the likeliest tokens
+
+    @staticmethod
+    def of(params: Sequence[SamplingParams]) -> Scores:
+        """Return what all of the rows need together."""
+        return Scores(any(each.needs_logprobs for each in params), max(each.top_logprobs for each in params))
+
+
+class SampledTokens(NamedTuple):
+    """Tensors that a sampler returns for n final states; those that are not asked for are None.
+
+    tokens: (n + 1,), of which the last is what the first rank announces; logprobs: (n,); top_tokens, top_logprobs:
+    (n, k), likeliest first.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    top_tokens: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SampledTokens:
+        """Return what a function makes of each tensor."""
+        rest = [None if each is None else function(each) for each in self[1:]]
+        return SampledTokens(function(self.tokens), *rest)
 
 
 @dataclass(frozen=True)
@@ -28,8 +60,22 @@ class StepOutput:
     """The tokens that a step sampled: a list for each chunk."""
 
     tokens: list[list[int]]  # INVALID where logits are NaN or infinite
-    logprobs: list[list[float]] | None  # where a chunk's sampling parameters ask for them
-    announced: int | None  # what the first rank launched the step with; None if nothing was sampled
+    logprobs: list[list[float]] | None = None  # where a chunk's sampling parameters ask for them
+    announced: int | None = None  # what the first rank launched the step with; None if nothing was sampled
+    top_logprobs: list[list[TopTokens]] | None = None  # as many as any chunk's sampling parameters ask for
+
+    def cut(self, lengths: Sequence[int]) -> StepOutput:
+        """Return the first tokens of each chunk, with their scores."""
+
+        def first(values: list[list[Any]]) -> list[list[Any]]:
+            return [each[:n] for each, n in zip(values, lengths, strict=True)]
+
+        return StepOutput(
+            first(self.tokens),
+            first(self.logprobs) if self.logprobs else None,
+            self.announced,
+            first(self.top_logprobs) if self.top_logprobs else None,
+        )
 
 
 class Runner(Protocol):
@@ -67,9 +113,9 @@ class Sampler:
         self._draw = backend_of(model).token_sampler()
 
     def __call__(
-        self, hidden: Tensor, uniform: Tensor, rows: SamplingTensors, announced: Tensor, logprobs: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return tokens (n,) with `announced` (1,) appended, (n + 1,), and their log-probabilities (n,), if asked for.
+        self, hidden: Tensor, uniform: Tensor, rows: SamplingTensors, announced: Tensor, scores: Scores
+    ) -> SampledTokens:
+        """Return a token for each final state, with `announced` (1,) appended, and the scores that are asked for.
 
         hidden: (n, dim), final states; uniform: (n,), random numbers.
         """
@@ -77,7 +123,8 @@ class Sampler:
         tokens = torch.cat([self._draw(logits, uniform, rows), announced])
         if self.model.parallel.size > 1:
             tokens = self.model.parallel.broadcast(tokens)
-        return tokens, log_probs(logits, tokens[:-1].clamp(min=0)) if logprobs else None
+        logprobs = log_probs(logits, tokens[:-1].clamp(min=0)) if scores.logprobs else None
+        return SampledTokens(tokens, logprobs, *(top_log_probs(logits, scores.top) if scores.top else ()))
 
 
 class EagerRunner:
@@ -100,12 +147,12 @@ class EagerRunner:
         hidden = self._compute(chunks)
         sampled = [chunk for chunk in chunks if chunk.n_sampled]
         if not sampled:
-            self._outputs.append(StepOutput([[] for _ in chunks], None, None))
+            self._outputs.append(StepOutput([[] for _ in chunks]))
             return
         params = [chunk.sequence.params for chunk in sampled for _ in range(chunk.n_sampled)]
         if params != self._params:
-            self._params, self._sampling = params, SamplingTensors.of(params, self.device)
-        self._wants_logprobs = any(each.logprobs for each in params)
+            self._params, self._scores = params, Scores.of(params)
+            self._sampling = SamplingTensors.of(params, self.device)
         self._sample(self._sampled_states(hidden, chunks), chunks, announced)
 
     def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
@@ -175,8 +222,11 @@ class EagerRunner:
             uniform += uniforms_of(chunk)
         numbers = torch.tensor(uniform, dtype=torch.float32, device=self.device)
         told = torch.tensor([announced], device=self.device)
-        tokens, scores = self._sampler(hidden, numbers, self._sampling, told, self._wants_logprobs)
-        output = step_output(tokens.cpu(), None if scores is None else scores.cpu(), chunks)
+        spans, start = [], 0
+        for chunk in chunks:
+            spans.append(slice(start, start + chunk.n_sampled))
+            start += chunk.n_sampled
+        output = host_output(self._sampler(hidden, numbers, self._sampling, told, self._scores), spans)
         self._newest = output.tokens
         self._outputs.append(output)
 
@@ -197,13 +247,15 @@ def uniforms_of(chunk: Chunk) -> list[float]:
     return numbers + [0.0] * (chunk.n_sampled - len(numbers))
 
 
-def step_output(tokens: Tensor, logprobs: Tensor | None, chunks: Sequence[Chunk]) -> StepOutput:
-    """Convert a Sampler's results on the host to a list for each chunk."""
-    rows, scores = tokens.tolist(), None if logprobs is None else logprobs.tolist()
-    tokens_of, scores_of, at = [], [], 0
-    for chunk in chunks:
-        stop = at + chunk.n_sampled
-        tokens_of.append(rows[at:stop])
-        scores_of.append([] if scores is None else scores[at:stop])
-        at = stop
-    return StepOutput(tokens_of, None if scores is None else scores_of, rows[-1])
+def host_output(sampled: SampledTokens, spans: Sequence[slice]) -> StepOutput:
+    """Convert what was sampled to lists; spans: the places of each chunk in it."""
+    *tokens, announced = sampled.tokens.tolist()
+    of_chunks, logprobs, top = [tokens[span] for span in spans], None, None
+    if sampled.logprobs is not None:
+        scores = sampled.logprobs.tolist()
+        logprobs = [scores[span] for span in spans]
+    if sampled.top_tokens is not None and sampled.top_logprobs is not None:
+        ids, scores = sampled.top_tokens.tolist(), sampled.top_logprobs.tolist()
+        rows = [tuple(zip(*row, strict=True)) for row in zip(ids, scores, strict=True)]
+        top = [rows[span] for span in spans]
+    return StepOutput(of_chunks, logprobs, announced, top)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llama.engine.page_pool import ROOT
 from llama.outputs import TokenEvent
 from llama.sampling import SamplingParams, uniforms
-from llama.tokenizer import StreamDecoder
+from llama.tokenizer import CompletionText
 
 
 @dataclass(eq=False)
@@ -24,8 +24,8 @@ class Sequence:
     params: SamplingParams
     max_new_tokens: int
     stop_tokens: frozenset[int]
-    seeds: tuple[int, int]  # the seed, and the place in the input, which together decide its random numbers
-    decoder: StreamDecoder
+    seeds: tuple[int, int, int]  # what decides its random numbers: seed, place in the input, number among n samples
+    text: CompletionText
     events: list[TokenEvent]  # where its events go
     interactive: bool  # whether somebody reads along
 
@@ -52,7 +52,8 @@ class Sequence:
     @cached_property
     def uniforms(self) -> list[float]:
         """The random number of each new token."""
-        numbers: list[float] = uniforms(*self.seeds, self.max_new_tokens).tolist()
+        seed, place, sample = self.seeds
+        numbers: list[float] = uniforms(seed, place, self.max_new_tokens, sample=sample).tolist()
         return numbers
 
     @property

@@ -189,17 +189,15 @@ class Speculation:
         """Return the tokens of a step up to each sequence's first draft token that was not sampled."""
         if any(chunk.n_sampled <= chunk.n_drafts or chunk.sequence.in_prompt for chunk in chunks):
             return output  # a step with tokens of prompts has no draft tokens
-        tokens, logprobs = [], []
-        for i, chunk in enumerate(chunks):
+        lengths = []
+        for chunk, sampled in zip(chunks, output.tokens, strict=True):
             drafts = chunk.tokens[len(chunk.tokens) - chunk.n_drafts :]
-            n = accepted_len(drafts, output.tokens[i], chunk.sequence.stop_tokens) + 1
-            tokens.append(output.tokens[i][:n])
-            logprobs.append(output.logprobs[i][:n] if output.logprobs else [])
-        proposed, accepted = sum(chunk.n_drafts for chunk in chunks), sum(map(len, tokens)) - len(chunks)
+            lengths.append(accepted_len(drafts, sampled, chunk.sequence.stop_tokens) + 1)
+        proposed, accepted = sum(chunk.n_drafts for chunk in chunks), sum(lengths) - len(chunks)
         seconds = time.perf_counter() - self._began
         self.controller.record(seconds, len(chunks), proposed, accepted)
         self._metrics.add_speculation(seconds, len(chunks), proposed, accepted, self._backs_off)
-        return StepOutput(tokens, logprobs if output.logprobs else None, output.announced)
+        return output.cut(lengths)
 
 
 def accepted_len(proposal: Sequence[int], sampled: Sequence[int], stop_tokens: Collection[int]) -> int:

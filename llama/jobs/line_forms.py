@@ -33,9 +33,9 @@ class LineRequest:
 
 @dataclass(frozen=True)
 class LineResult:
-    """The completion of a line; prompt_tokens and completion_tokens are counts."""
+    """The completions of a line; prompt_tokens and completion_tokens, of all together, are counts."""
 
-    prediction: CompletionPrediction
+    predictions: list[CompletionPrediction]
     prompt_tokens: int
     completion_tokens: int
 
@@ -72,20 +72,21 @@ class PlainForm:
         return request_of(self._fields, dataclasses.replace(defaults, **options))
 
     def result(self, result: LineResult) -> dict[str, Any]:
-        found = result.prediction
-        fields = {
-            "id": self._fields.get("id"),
-            "generation": found["generation"],
-            "finish_reason": found["finish_reason"],
-            "prompt_tokens": result.prompt_tokens,
-            "completion_tokens": result.completion_tokens,
-        }
-        if "logprobs" in found:
-            fields |= {"tokens": found["tokens"], "logprobs": found["logprobs"]}
-        return fields
+        counts = {"prompt_tokens": result.prompt_tokens, "completion_tokens": result.completion_tokens}
+        choices = [_choice(each) for each in result.predictions]
+        fields: dict[str, Any] = choices[0] if len(choices) == 1 else {"choices": choices}
+        return {"id": self._fields.get("id"), **fields, **counts}
 
     def error(self, message: str) -> dict[str, Any]:
         return {"id": self._fields.get("id"), "error": message}
+
+
+def _choice(found: CompletionPrediction) -> dict[str, Any]:
+    fields: dict[str, Any] = {"generation": found["generation"], "finish_reason": found["finish_reason"]}
+    for name in ("logprobs", "top_logprobs"):
+        if name in found:
+            fields |= {"tokens": found["tokens"], name: found[name]}
+    return fields
 
 
 def request_of(fields: Mapping[str, Any], params: SamplingParams) -> LineRequest:

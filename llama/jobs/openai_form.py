@@ -21,23 +21,20 @@ OPTIONS = {
     "seed": "seed",
     "max_tokens": "max_gen_len",
     "max_completion_tokens": "max_gen_len",
+    "n": "n",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "stop": "stop",
+    "logit_bias": "logit_bias",
 }
 # Fields that change no text.
 IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
 # Fields that ask for nothing with these values, or with null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "stream": (False,),
-    "stop": ([],),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (False, True),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 
@@ -64,7 +61,7 @@ class OpenAIForm:
             raise ValueError(f"url must be {CHAT} or {COMPLETIONS}, got {fields['url']!r:.80}")
         if fields.get("method") not in (None, "POST"):
             raise ValueError(f"method must be POST, got {fields['method']!r:.80}")
-        own = ("messages", "logprobs") if self._is_chat else ("prompt", "logprobs", "echo")
+        own = ("messages", "top_logprobs") if self._is_chat else ("prompt", "echo", "best_of")
         options: dict[str, Any] = {}
         for name, value in body.items():
             if name in OPTIONS:
@@ -73,12 +70,15 @@ class OpenAIForm:
             elif name in NEUTRAL:
                 if value is not None and value not in NEUTRAL[name]:
                     raise ValueError(f"{name} is not supported, got {value!r:.80}: leave it out")
-            elif name not in own and name not in IGNORED:
+            elif name not in (*own, "logprobs", "response_format") and name not in IGNORED:
                 raise ValueError(f"unknown field {name!r:.80} in body")
         if body.get("logprobs") is not None:
-            options["logprobs"] = self._wants_logprobs(body["logprobs"])
-        if body.get("echo") is not None:
-            options["echo"] = body["echo"]
+            options |= self._scores(body["logprobs"])
+        if body.get("response_format") is not None:
+            options |= _format(body["response_format"])
+        for name in ("echo", "best_of", "top_logprobs"):
+            if name in own and body.get(name) is not None:
+                options[name] = body[name]
         params = dataclasses.replace(defaults, **options)
         if self._is_chat:
             return request_of({"messages": body.get("messages")}, params)
@@ -86,20 +86,12 @@ class OpenAIForm:
         return request_of({"prompt": prompt} if isinstance(prompt, str) else {"tokens": prompt}, params)
 
     def result(self, result: LineResult) -> dict[str, Any]:
-        found = result.prediction
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": found["finish_reason"]}
-        if self._is_chat:
-            choice |= {"message": {"role": "assistant", "content": found["generation"], "refusal": None}}
-        else:
-            choice |= {"text": found["generation"]}
-        if "logprobs" in found:
-            choice["logprobs"] = _chat_logprobs(found) if self._is_chat else _completion_logprobs(found)
         body = {
             "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{self._number}",
             "object": "chat.completion" if self._is_chat else "text_completion",
             "created": 0,  # so that the same job gives the same file
             "model": self._model,
-            "choices": [choice],
+            "choices": [self._choice(*each) for each in enumerate(result.predictions)],
             "usage": {
                 "prompt_tokens": result.prompt_tokens,
                 "completion_tokens": result.completion_tokens,
@@ -107,6 +99,16 @@ class OpenAIForm:
             },
         }
         return self._answer({"status_code": 200, "request_id": f"req_{self._number}", "body": body}, None)
+
+    def _choice(self, index: int, found: CompletionPrediction) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": found["finish_reason"]}
+        if self._is_chat:
+            choice |= {"message": {"role": "assistant", "content": found["generation"], "refusal": None}}
+        else:
+            choice |= {"text": found["generation"]}
+        if "logprobs" in found:
+            choice["logprobs"] = _chat_logprobs(found) if self._is_chat else _completion_logprobs(found)
+        return choice
 
     def error(self, message: str) -> dict[str, Any]:
         return self._answer(None, {"code": "invalid_request", "message": message})
@@ -119,16 +121,28 @@ class OpenAIForm:
             "error": error,
         }
 
-    def _wants_logprobs(self, value: Any) -> bool:
-        """Return whether the tokens are to be scored; a completion's number is of likelier tokens beside each."""
+    def _scores(self, value: Any) -> dict[str, Any]:
+        """Return the options that `logprobs` stands for; a completion's number is of the likeliest tokens."""
         if isinstance(value, bool) and self._is_chat:
-            return value
-        if type(value) is int and value == 0 and not self._is_chat:
-            return True
-        raise ValueError(
-            f"logprobs must be {'true or false' if self._is_chat else '0, the scores of the tokens alone'}, got "
-            f"{value!r:.80}"
-        )
+            return {"logprobs": value}
+        if type(value) is int and not self._is_chat:
+            return {"logprobs": True, "top_logprobs": value}
+        raise ValueError(f"logprobs must be {'true or false' if self._is_chat else 'a number'}, got {value!r:.80}")
+
+
+def _format(value: Any) -> dict[str, Any]:
+    """Return the options that a response_format stands for."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    described = value.get("json_schema") if kind == "json_schema" else None
+    if isinstance(described, Mapping) and isinstance(described.get("schema"), Mapping):
+        return {"json_schema": described["schema"]}
+    raise ValueError(
+        f"response_format must have the type text, json_object, or json_schema with a schema, got {value!r:.80}"
+    )
 
 
 def line_form(content: bytes, is_json: bool, number: int, model: str) -> LineForm:
@@ -142,20 +156,26 @@ def line_form(content: bytes, is_json: bool, number: int, model: str) -> LineFor
 
 
 def _chat_logprobs(found: CompletionPrediction) -> dict[str, Any]:
-    scored = zip(found["tokens"], found["logprobs"], strict=True)
+    likeliest = found.get("top_logprobs") or [[]] * len(found["tokens"])
+    scored = zip(found["tokens"], found["logprobs"], likeliest, strict=True)
     content = [
-        {"token": token, "logprob": score, "bytes": list(token.encode()), "top_logprobs": []} for token, score in scored
+        _scored(token, score) | {"top_logprobs": [_scored(each["token"], each["logprob"]) for each in top]}
+        for token, score, top in scored
     ]
     return {"content": content, "refusal": None}
 
 
+def _scored(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
 def _completion_logprobs(found: CompletionPrediction) -> dict[str, Any]:
-    starts = [0]
+    starts, likeliest = [0], found.get("top_logprobs")
     for token in found["tokens"]:
         starts.append(starts[-1] + len(token))
     return {
         "tokens": found["tokens"],
         "token_logprobs": found["logprobs"],
-        "top_logprobs": None,
+        "top_logprobs": [{each["token"]: each["logprob"] for each in top} for top in likeliest] if likeliest else None,
         "text_offset": starts[:-1],
     }

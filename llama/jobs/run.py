@@ -19,7 +19,7 @@ from llama.jobs.line_forms import LineForm, LineRequest, LineResult, PlainForm
 from llama.jobs.lines import BUNDLE_LINES, InputLine
 from llama.jobs.openai_form import line_form
 from llama.jobs.result_file import result_line
-from llama.outputs import CompletionPrediction, TokenEvent, fold_prompt
+from llama.outputs import CompletionPrediction, TokenEvent, fold_prompt, likeliest
 from llama.sampling import SamplingParams
 
 # In the order of the input a result waits for those before it: no more lines are begun when so many wait.
@@ -38,6 +38,7 @@ class JobEngine(Protocol):
         params: SamplingParams,
         *,
         index: int,
+        sample: int,
         add_prefix_space: bool,
         interactive: bool,
     ) -> int: ...
@@ -66,14 +67,14 @@ class JobOptions:
 
 @dataclass
 class _Running:
-    """A line whose completion is under way."""
+    """A line whose completions are under way."""
 
     line: InputLine
     form: LineForm
     n_prompt: int
     params: SamplingParams
-    events: list[TokenEvent] = field(default_factory=list)
-    n_new: int = 0
+    events: list[list[TokenEvent]] = field(default_factory=list)  # of each completion
+    n_unfinished: int = 0
 
 
 class LineRunner:
@@ -96,7 +97,7 @@ class LineRunner:
         done: Callable[[int, bool], None],
     ) -> None:
         self._llm, self._engine, self._options, self._write, self._done = llm, engine, options, write, done
-        self._running: dict[int, _Running] = {}  # by the id of the request
+        self._running: dict[int, tuple[_Running, int]] = {}  # by the id of the request, with the completion's number
         self._begun: deque[int] = deque()  # numbers of lines in order, from the first that is not written
         self._held: dict[int, bytes] = {}  # results that wait for those before them
 
@@ -134,18 +135,25 @@ class LineRunner:
                 refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
                 if request.params.logprobs:
                     refusal["logprobs"] = []
-                self._finish(line, form.result(LineResult(refusal, 0, 0)), 0)
+                self._finish(line, form.result(LineResult([refusal] * request.params.n, 0, 0)), 0)
                 return
             prompt = self._prompt_tokens(request)
-            params = request.params
+            running = _Running(line, form, len(prompt), request.params)
             is_text = request.tokens is None  # of its own, as in Llama.text_completion
-            request_id = self._engine.add(
-                prompt, params, index=line.number, add_prefix_space=is_text, interactive=False
-            )
+            for sample in range(request.params.samples):
+                request_id = self._engine.add(
+                    prompt,
+                    request.params,
+                    index=line.number,
+                    sample=sample,
+                    add_prefix_space=is_text,
+                    interactive=False,
+                )
+                self._running[request_id] = running, sample
+                running.events.append([])
+                running.n_unfinished += 1
         except ValueError as error:
             self._fail(line, form, error)
-            return
-        self._running[request_id] = _Running(line, form, len(prompt), params)
 
     def _prompt_tokens(self, request: LineRequest) -> list[int]:
         """Return the tokens of a request; ValueError where there are none, or more than fit.
@@ -161,19 +169,23 @@ class LineRunner:
         return prompt_ids(tokens, "the prompt", self._llm.model.args)
 
     def _add(self, event: TokenEvent) -> None:
-        running = self._running[event.index]
-        running.events.append(event)
-        if event.token is not None:
-            running.n_new += 1
+        running, sample = self._running[event.index]
+        running.events[sample].append(event)
+        if event.finish_reason is None:
             return
         del self._running[event.index]
-        if event.finish_reason == "error":
-            self._fail(running.line, running.form, ValueError(event.text))
+        running.n_unfinished -= 1
+        if running.n_unfinished:
+            return
+        wrong = next((each[-1].text for each in running.events if each[-1].finish_reason == "error"), None)
+        if wrong is not None:
+            self._fail(running.line, running.form, ValueError(wrong))
             return
         params = running.params
-        prediction = fold_prompt(running.events, self._llm.tokenizer, params.logprobs)
-        n_new = running.n_new - (running.n_prompt if params.echo else 0)
-        self._finish(running.line, running.form.result(LineResult(prediction, running.n_prompt, n_new)), n_new)
+        n_new = sum(len(each) - 1 - (running.n_prompt if params.echo else 0) for each in running.events)
+        kept = likeliest(running.events, params.n) if params.best_of is not None else running.events
+        predictions = [fold_prompt(each, self._llm.tokenizer, params.logprobs) for each in kept]
+        self._finish(running.line, running.form.result(LineResult(predictions, running.n_prompt, n_new)), n_new)
 
     def _fail(self, line: InputLine, form: LineForm, error: ValueError) -> None:
         message = one_line(str(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama.sampling.params import MAX_TEMPERATURE, SamplingParams
+from llama.sampling.params import MAX_TEMPERATURE, MAX_TOP_LOGPROBS, SamplingParams
 from llama.sampling.sampler import (
     INVALID,
     TOP_K_PREFIX,
@@ -15,10 +15,12 @@ from llama.sampling.sampler import (
     probabilities,
     sample,
     sample_top_p,
+    top_log_probs,
     uniforms,
 )
 
 __all__ = [
-    "INVALID", "MAX_TEMPERATURE", "TOP_K_PREFIX", "SamplingParams", "SamplingTensors", "TokenSampler", "TorchSampler",
-    "draw", "log_probs", "nucleus", "probabilities", "sample", "sample_top_p", "uniforms",
+    "INVALID", "MAX_TEMPERATURE", "MAX_TOP_LOGPROBS", "TOP_K_PREFIX", "SamplingParams", "SamplingTensors",
+    "TokenSampler", "TorchSampler", "draw", "log_probs", "nucleus", "probabilities", "sample", "sample_top_p",
+    "top_log_probs", "uniforms",
 ]  # fmt: skip

@@ -160,6 +160,11 @@ class SamplingParams:
         return self.n if self.best_of is None else self.best_of
 
     @property
+    def needs_logprobs(self) -> bool:
+        """Whether the log-probabilities of its tokens have to be known."""
+        return self.logprobs or self.top_logprobs > 0 or self.best_of is not None
+
+    @property
     def is_constrained(self) -> bool:
         """Whether completions are those of a schema, an expression or a grammar."""
         return any(getattr(self, name) is not None for name in GRAMMARS)

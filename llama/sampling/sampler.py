@@ -19,12 +19,14 @@ INVALID = -1
 TOP_K_PREFIX = 512
 
 
-def uniforms(seed: int, index: int, count: int) -> Tensor:
+def uniforms(seed: int, index: int, count: int, sample: int = 0) -> Tensor:
     """Return `count` random numbers in [0, 1) for the prompt with this index: (count,), fp32, on the CPU.
 
-    They are the same on every machine, and a longer series begins with a shorter one (see D8).
+    They are the same on every machine, and a longer series begins with a shorter one (see D8). sample: the number of
+    the completion among those of one prompt.
     """
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    key = f"{seed}:{index}:{sample}" if sample else f"{seed}:{index}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
 
@@ -167,3 +169,9 @@ def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the log-probability of each token under its logits, before any temperature: fp32, shaped like tokens."""
     chosen = logits.gather(-1, tokens[..., None])[..., 0]
     return chosen - logits.logsumexp(-1)
+
+
+def top_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the likeliest tokens of each row, likeliest first, and their log-probabilities: both (bsz, count)."""
+    top, tokens = logits.topk(min(count, logits.shape[-1]), dim=-1)
+    return tokens, top - logits.logsumexp(-1, keepdim=True)

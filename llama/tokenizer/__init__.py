@@ -3,10 +3,10 @@
 import importlib
 from typing import Any
 
-from llama.tokenizer.stream import StreamDecoder
+from llama.tokenizer.stream import CompletionText, StreamDecoder
 from llama.tokenizer.tokenizer import Tokenizer, find_tokenizer
 
-__all__ = ["StreamDecoder", "Tokenizer", "find_tokenizer"]
+__all__ = ["CompletionText", "StreamDecoder", "Tokenizer", "find_tokenizer"]
 
 # Names that Meta's Llama 3 keeps here, and the rooms above in which they are.
 _ELSEWHERE = {

@@ -175,6 +175,10 @@ class Tokenizer(MetaNames):
         """Return a decoder of one text, token by token, whose ids must be in range; see `StreamDecoder`."""
         return StreamDecoder(self._vocab, add_prefix_space)
 
+    def control_tokens(self, texts: Iterable[str]) -> list[int]:
+        """Return the ids of those texts that are control tokens."""
+        return [self.special_tokens[text] for text in texts if text in self.special_tokens]
+
     def has_tokens_of(self, other: "Tokenizer") -> bool:
         """Return whether every id means the same in both."""
         return (self.n_words, self.special_tokens) == (other.n_words, other.special_tokens) and all(

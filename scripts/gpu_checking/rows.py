@@ -13,7 +13,7 @@ from llama.engine.sequence import Chunk, Sequence
 from llama.model import Transformer
 from llama.sampling import SamplingParams
 
-NO_DECODER = cast(Any, None)  # tokens stay tokens here
+NO_TEXT = cast(Any, None)  # tokens stay tokens here
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Rows:
         runner = CudaGraphRunner(model, cache, recorder, len(prompts), width)
         sequences = []
         for row, prompt in enumerate(prompts):
-            sequence = Sequence(row, prompt, params, n_tokens, frozenset(), (0, row), NO_DECODER, [], False)
+            sequence = Sequence(row, prompt, params, n_tokens, frozenset(), (0, row, 0), NO_TEXT, [], False)
             sequence.begin(width)
             for page in range(width):
                 sequence.add_page(1 + row * width + page)

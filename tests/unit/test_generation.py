@@ -261,9 +261,9 @@ def test_random_numbers_are_drawn_batch_by_batch(tiny_folder: Path, monkeypatch:
     drawn: list[int] = []
     draw = sampling.uniforms
 
-    def counted(seed: int, index: int, count: int) -> torch.Tensor:
+    def counted(seed: int, index: int, count: int, sample: int) -> torch.Tensor:
         drawn.append(index)
-        return draw(seed, index, count)
+        return draw(seed, index, count, sample)
 
     monkeypatch.setattr(sequence, "uniforms", counted)
     events = llm.stream([[5]] * 10, 3, temperature=1.0)

@@ -156,11 +156,12 @@ OPENAI = '{"custom_id": "a", "body": {"prompt": "x", %s}}'
         ('{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', "url must be /v1/chat/completions or"),
         ('{"custom_id": "a", "method": "GET", "body": {}}', "method must be POST"),
         ('{"custom_id": "a", "body": {}, "prompt": "x"}', "unknown fields 'prompt' beside"),
-        (OPENAI % '"n": 2', "n is not supported, got 2"),
+        (OPENAI % '"n": 0', "n must be an integer of at least 1, got 0"),
         ('{"prompt": "x", "logprobs": "no"}', "logprobs must be true or false, got 'no'"),
         (OPENAI % '"echo": 1', "echo must be true or false, got 1"),
-        (OPENAI % '"stop": ["."]', "stop is not supported"),
-        (OPENAI % '"logprobs": 3', "logprobs must be 0"),
+        (OPENAI % '"stop": [""]', "stop must be a text or a list of texts, none of them empty"),
+        (OPENAI % '"logprobs": true', "logprobs must be a number, got True"),
+        (OPENAI % '"response_format": {"type": "xml"}', "response_format must have the type text, json_object, or"),
         (OPENAI % '"surprise": 3', "unknown field 'surprise' in body"),
         (OPENAI % '"temperature": 1e300', "temperature must be a number"),
     ],
@@ -172,7 +173,7 @@ def test_a_wrong_line_is_told_what_is_wrong(line: str, words: str) -> None:
 
 def test_answers_have_the_shape_that_their_lines_have() -> None:
     prediction: Any = {"generation": "é!", "tokens": ["é", "!"], "logprobs": [-1.0, -2.0], "finish_reason": "length"}
-    result = LineResult(prediction, 5, 2)
+    result = LineResult([prediction], 5, 2)
     plain = line_form(b'{"prompt": "x", "id": {"a": 1}}', True, 3, "model")
     assert plain.result(result) == {
         "id": {"a": 1}, "generation": "é!", "finish_reason": "length", "prompt_tokens": 5, "completion_tokens": 2,

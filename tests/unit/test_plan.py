@@ -39,7 +39,7 @@ from llama.sampling import SamplingParams
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 
-NO_DECODER = cast(Any, None)  # tokens stay tokens here
+NO_TEXT = cast(Any, None)  # tokens stay tokens here
 CPU = torch.device("cpu")
 ODD = dataclasses.replace(TINY, vocab_size=515)  # padded on 2 ranks and more
 BLOCKS = dataclasses.replace(TINY, hidden_dim=192)  # rows of whole Q8_0 blocks
@@ -232,7 +232,7 @@ def test_planned_activations_are_what_a_run_allocates(
 def read_prompts(scheduler: Scheduler, runner: EagerRunner, prompts: list[list[int]], params: SamplingParams) -> None:
     """Have prompts computed, and a token sampled after each."""
     for i, prompt in enumerate(prompts, len(scheduler.requests)):
-        scheduler.add(Sequence(i, prompt, params, 8, frozenset(), (1, i), NO_DECODER, [], False))
+        scheduler.add(Sequence(i, prompt, params, 8, frozenset(), (1, i, 0), NO_TEXT, [], False))
     while any(sequence.n_cached < len(sequence.prompt) for sequence in (*scheduler.waiting, *scheduler.running)):
         chunks = scheduler.schedule(backend_of(runner.model).max_prefill_tokens)
         runner.launch(chunks)
