@@ -151,8 +151,9 @@ class EagerRunner:
             return
         params = [chunk.sequence.params for chunk in sampled for _ in range(chunk.n_sampled)]
         if params != self._params:
-            self._params, self._scores = params, Scores.of(params)
-            self._sampling = SamplingTensors.of(params, self.device)
+            # The parameters last: after an interrupt they are not taken for those of the tensors.
+            self._scores, self._sampling = Scores.of(params), SamplingTensors.of(params, self.device)
+            self._params = params
         self._sample(self._sampled_states(hidden, chunks), chunks, announced)
 
     def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
