@@ -83,6 +83,8 @@ def as_request(llm: Llama, row: Mapping[str, Any], params: SamplingParams) -> Ro
         raise ValueError(f"index must be an integer, got {row.get('index')!r}")
     own = {name: row[name] for name in SAMPLING_COLUMNS if row.get(name) is not None}
     params = replace(params, **{"seed": llm.seed if params.seed is None else params.seed, **own})
+    if params.samples > 1:
+        raise ValueError(f"a row has one completion, got n {params.n}, best_of {params.best_of}: repeat the row")
     value = row[given[0]]
     if given == ["prompt"]:
         [value] = llm.encode_prompts([value])
