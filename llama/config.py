@@ -250,12 +250,12 @@ def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int
 
 
 # Limits above those of any LLaMA model, so that a corrupt file cannot ask for terabytes.
-_MAX_INT = 1 << 24
+MAX_INT = 1 << 24
 _MAX_LAYERS = 1 << 12
 _MAX_NUMBER = 1e15
 
 
-def check_int(name: str, value: Any, most: int = _MAX_INT) -> None:
+def check_int(name: str, value: Any, most: int = MAX_INT) -> None:
     """Raise ValueError unless a value is an integer from 1 to `most`."""
     if type(value) is not int or not 0 < value <= most:
         raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")

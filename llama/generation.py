@@ -86,7 +86,7 @@ class Llama:
     def build(
         ckpt_dir: str | os.PathLike[str],
         tokenizer_path: str | os.PathLike[str] | None = None,
-        max_seq_len: int = 2048,
+        max_seq_len: int | None = None,
         max_batch_size: int = 32,
         model_parallel_size: int | None = None,
         seed: int = 1,
@@ -99,7 +99,7 @@ class Llama:
         Args:
             ckpt_dir: a Meta or Hugging Face folder, or a GGUF file.
             tokenizer_path: the tokenizer's file; None looks for it beside or inside the weights.
-            max_seq_len: the most tokens of a prompt and its completion together.
+            max_seq_len: the most tokens of a prompt and its completion together; None is the model's own context.
             max_batch_size: the most prompts to run at once; more are run in turn.
             model_parallel_size: how many ranks share one copy of the model; None is all.
             seed: what the sampling of all calls begins with.

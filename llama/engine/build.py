@@ -15,6 +15,7 @@ from llama.backends.base import Backend, choose_backend
 from llama.chat.formats import choose_chat_format, find_chat_format
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.base import dtype_name
+from llama.checkpoint.context import trained_context_len
 from llama.checkpoint.load import WeightFormat, check_vocab_size, check_weights
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
@@ -46,7 +47,7 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | No
         choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
     check_alike(source)
     context_len = source.checkpoint.context_len
-    if context_len is not None and options.max_seq_len > context_len:
+    if options.max_seq_len is not None and context_len is not None and options.max_seq_len > context_len:
         log.warning(
             "max_seq_len is %d, and %s was trained for %d tokens: what goes beyond may make no sense",
             options.max_seq_len,
@@ -56,7 +57,12 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | No
     ranks = source.with_ffn_multiple(join_model_parallel(options.model_parallel_size, source.device, options.timeout))
     # In a context of its own, so that no rank loads before all have read the free memory.
     with agree():
-        source.planner(ranks, free_bytes(source.device, local_world_size())).check_can_run()
+        planner = source.planner(ranks, free_bytes(source.device, local_world_size()))
+        planner.check_can_run()
+    if options.max_seq_len is None:
+        source = source.with_context(min(from_all_ranks(planner.longest())))
+        if source.args.max_seq_len < planner.args.max_seq_len:
+            log.warning("%s", source.context_note(planner.args.max_seq_len))
     with agree():
         with torch.device("meta"):
             model = Transformer(source.args, ranks)
@@ -101,12 +107,18 @@ def plan_run(
             raise ValueError(f"model_parallel_size must divide the {world_size} ranks of this job, got {size!r}")
         free = free_bytes(source.device, size if world_size == 1 else local_world_size(), local_world_size())
     # The last rank is the one whose share may be padded.
-    planner = source.planner(source.with_ffn_multiple(ModelParallel(size - 1, size)), min(from_all_ranks(free)))
+    ranks, free = source.with_ffn_multiple(ModelParallel(size - 1, size)), min(from_all_ranks(free))
+    planner = source.planner(ranks, free)
     with agree():
+        note = ""
+        if options.max_seq_len is None:
+            context_len = source.args.max_seq_len
+            source = source.with_context(planner.longest() or context_len)
+            planner, note = source.planner(ranks, free), "\n" + source.context_note(context_len)
         shapes = {"at most": planner.limits()}
         if prompts:
             shapes = {"these prompts": source.batch_shape(prompts, max_gen_len, scored), **shapes}
-        return table(planner, shapes), planner.at_once(next(iter(shapes.values()))) > 0
+        return table(planner, shapes) + note, planner.at_once(next(iter(shapes.values()))) > 0
 
 
 def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer) -> Transformer:
@@ -178,6 +190,17 @@ class Source:
         """Return the ranks with hidden features split as the blocks of the weights allow."""
         return self.weight_format.with_ffn_multiple(self.checkpoint, ranks)
 
+    def with_context(self, max_seq_len: int) -> Source:
+        """Return the same source for texts of at most so many tokens."""
+        return dataclasses.replace(self, args=dataclasses.replace(self.args, max_seq_len=max_seq_len))
+
+    def context_note(self, context_len: int) -> str:
+        """Say how max_seq_len was chosen for a model that was trained for context_len tokens."""
+        length = self.args.max_seq_len
+        if length == context_len:
+            return f"max_seq_len is {length}, the model's context."
+        return f"max_seq_len is {length}: there is no memory for all of the model's context, {context_len} tokens."
+
     def planner(self, ranks: ModelParallel, free: int) -> Planner:
         """Return a planner of this model's memory on a rank with `free` bytes."""
         return Planner(self.checkpoint, self.args, ranks, self.weight_format, self.backend, free)
@@ -203,7 +226,7 @@ def open_source(options: BuildOptions) -> Source:
     args = dataclasses.replace(
         checkpoint.args,
         vocab_size=vocab_size,
-        max_seq_len=options.max_seq_len,
+        max_seq_len=options.max_seq_len or trained_context_len(checkpoint),
         max_batch_size=options.max_batch_size,
     )
     dtype = choose_dtype(

@@ -146,7 +146,7 @@ class CudaGraphRunner(EagerRunner):
         for row, sequence in enumerate(sequences):
             if row >= len(self._sequences) or self._sequences[row] is not sequence:
                 first = len(sequence.prompt) - 1
-                numbers = self._upload(sequence.uniforms, torch.float32)
+                numbers = self._pinned(sequence.uniforms)
                 self._uniforms[row, first : first + len(numbers)] = numbers
         given = SamplingTensors.of(params, "cpu")
         self._temperature[: len(params)] = self._pinned(given.temperature)

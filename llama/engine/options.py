@@ -20,7 +20,7 @@ class BuildOptions:
     Args:
         ckpt_dir: Meta or Hugging Face folder, or .gguf file.
         tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
-        max_seq_len: most tokens of a prompt and its completion together.
+        max_seq_len: most tokens of a prompt and its completion together; default: the model's context.
         max_batch_size: most prompts to run at once; more are run in turn.
         model_parallel_size: ranks that share one copy of the model; default: all.
         seed: the same seed gives the same texts.
@@ -39,7 +39,7 @@ class BuildOptions:
 
     ckpt_dir: str | os.PathLike[str]
     tokenizer_path: str | os.PathLike[str] | None = None
-    max_seq_len: int = 2048
+    max_seq_len: int | None = None
     max_batch_size: int = 32
     model_parallel_size: int | None = None
     seed: int = 1
@@ -54,7 +54,8 @@ class BuildOptions:
     timeout: float = TIMEOUT
 
     def __post_init__(self) -> None:
-        check_int("max_seq_len", self.max_seq_len)
+        if self.max_seq_len is not None:
+            check_int("max_seq_len", self.max_seq_len)
         check_int("max_batch_size", self.max_batch_size)
         for name in ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir"):
             if getattr(self, name) == "":  # an unset variable; as a path it would be the current folder

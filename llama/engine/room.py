@@ -14,14 +14,14 @@ from llama.engine.cuda_graph_runner import CudaGraphRunner
 from llama.engine.metrics import Metrics
 from llama.engine.page_pool import PagePool
 from llama.engine.runner import EagerRunner, Runner
-from llama.engine.scheduler import MOST_CLAIMED, Scheduler
+from llama.engine.scheduler import KEPT_TEXTS, MOST_CLAIMED, Scheduler
 from llama.engine.sequence import Sequence
 from llama.memory.estimate import BatchShape
 from llama.memory.plan import page_limit
 from llama.model import Transformer
 
-# Pages that nobody holds are kept for as many texts of max_seq_len tokens.
-KEPT_TEXTS = 2
+# A cache is made for as many of the tokens that a sequence may have beside its prompt; it grows when there are more.
+USUAL_COMPLETION = 2048
 
 # Where memory is taken as soon as it is allocated, a cache that is too small grows by this factor.
 CACHE_GROWTH = 1.5
@@ -47,7 +47,11 @@ class Room:
         return min(backend_of(model).max_prefill_tokens for model in self._models)
 
     def check(self, sequence: Sequence, n_others: int, speculative: bool) -> None:
-        """Raise ValueError, on every rank, where there is no memory for a sequence, beside n_others or alone."""
+        """Raise ValueError, on every rank, where there is no memory for a sequence, beside n_others or alone.
+
+        Those that ask for no length are shortened to what there is memory for.
+        """
+        others = self.scheduler.requests.values()
         rows = min(self.scheduler.max_rows, 1 << n_others.bit_length())
         before = self._checked if n_others else BatchShape(0, 0, 0)
         shape = BatchShape(
@@ -57,15 +61,19 @@ class Room:
             before.scored or sequence.is_scored,
             speculative,
         )
-        if shape != before:
+        if shape != before or pages_for(sequence.least_len) > self._limit:
             if n_others:  # else it was done when the last of them ended
                 self.rest()
             pool = self.scheduler.pool
             pages = pool.n_pages if self.grows else pool.n_used
-            self._limit = page_limit(self.model, shape, pages, self.draft)
+            least = max(each.least_len for each in (sequence, *others))
+            self._limit = page_limit(self.model, shape, pages, self.draft, least)
             self._checked = shape
             if not self.grows:
                 pool.limit(1 + self._limit)
+            for other in others:
+                other.shorten(self._limit * PAGE_SIZE)
+        sequence.shorten(self._limit * PAGE_SIZE)
 
     def open(self) -> None:
         """Make caches and runners, or larger ones, if what waits and runs needs them; no step may be in flight."""
@@ -116,8 +124,7 @@ class Room:
         caches = [runner.cache for runner in self.runners]
         for cache in caches:
             cache.discard(0, cache.n_pages)
-        most_kept = KEPT_TEXTS * self.scheduler.most_pages
-        pool = PagePool(caches[0].n_pages, most_kept)
+        pool = PagePool(caches[0].n_pages, self.scheduler.most_kept)
         if not self.grows:
             pool.limit(1 + self._limit)
         self.scheduler.restart(pool, caches)
@@ -127,7 +134,9 @@ class Room:
         scheduler = self.scheduler
         most = min((scheduler.max_rows + KEPT_TEXTS) * scheduler.most_pages, self._limit)
         next_ones = list(itertools.islice(scheduler.waiting, max(0, scheduler.max_rows - len(scheduler.running))))
-        least = max((pages_for(sequence.max_len) for sequence in next_ones), default=0)  # alone, it has to fit
+        # Alone, each has to fit.
+        lengths = (min(each.max_len, len(each.tokens) + USUAL_COMPLETION) for each in next_ones)
+        least = pages_for(max(lengths, default=0))
         if not self.grows:
             # A cache that was made when there was little memory is made again when there is twice as much.
             return n_pages if n_pages > max(least, most // 2) else 1 + max(least, most)

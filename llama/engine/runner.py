@@ -244,7 +244,7 @@ def uniforms_of(chunk: Chunk) -> list[float]:
     """Return the random numbers of the tokens that a chunk samples: any for those beyond the limit of a sequence."""
     sequence = chunk.sequence
     first = chunk.start + len(chunk.tokens) - chunk.n_sampled + 1 - len(sequence.prompt)
-    numbers = sequence.uniforms[first : first + chunk.n_sampled]
+    numbers: list[float] = sequence.uniforms[first : first + chunk.n_sampled].tolist()
     return numbers + [0.0] * (chunk.n_sampled - len(numbers))
 
 

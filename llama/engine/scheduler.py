@@ -17,6 +17,9 @@ from llama.engine.sequence import Chunk, Sequence
 # Most pages of a completion for which a sequence claims a place next to its prompt: 256 tokens.
 MOST_CLAIMED = 256 // PAGE_SIZE
 
+# Pages that nobody holds are kept for as many texts as long as the longest so far, or as USUAL_TEXT tokens.
+KEPT_TEXTS, USUAL_TEXT = 2, 2048
+
 
 class Scheduler:
     """Sequences that wait and that run, each at its own length.
@@ -32,6 +35,7 @@ class Scheduler:
         scaling = args.rope_scaling
         # Beyond its context, dynamic scaling rotates keys by the length of their text: others cannot use them.
         self._longest_shared = scaling.old_context_len if isinstance(scaling, DynamicScaling) else args.max_seq_len
+        self.most_kept = KEPT_TEXTS * min(self.most_pages, pages_for(USUAL_TEXT))
         self.pool, self.caches = PagePool(0, 0), list[KVCache]()
         self.requests: dict[int, Sequence] = {}  # those that wait or run, by id
         self.waiting: deque[Sequence] = deque()
@@ -202,5 +206,6 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        self.most_kept = self.pool.most_kept = max(self.most_kept, KEPT_TEXTS * len(sequence.pages))
         self.pool.release(sequence.pages, sequence.n_claimed)
         sequence.begin(self.most_pages)

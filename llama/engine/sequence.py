@@ -49,12 +49,22 @@ class Sequence:
         self.tokens = list(self.prompt)
         self.max_len = len(self.tokens) + self.max_new_tokens
 
+    @property
+    def least_len(self) -> int:
+        """How many tokens it must have room for: all that are asked for or, if it takes what there is, one more."""
+        return self.max_len if self.params.max_gen_len is not None else min(self.max_len, len(self.tokens) + 1)
+
+    def shorten(self, max_len: int) -> None:
+        """Have it end at max_len tokens, least_len or more, if it takes what room there is."""
+        if self.params.max_gen_len is None:
+            self.max_len = min(self.max_len, max_len)
+            self.max_new_tokens = self.max_len - len(self.prompt)
+
     @cached_property
-    def uniforms(self) -> list[float]:
-        """The random number of each new token."""
+    def uniforms(self) -> Tensor:
+        """The random number of each new token: (max_new_tokens,), fp32, on the CPU."""
         seed, place, sample = self.seeds
-        numbers: list[float] = uniforms(seed, place, self.max_new_tokens, sample=sample).tolist()
-        return numbers
+        return uniforms(seed, place, self.max_new_tokens, sample=sample)
 
     @property
     def is_reading(self) -> bool:

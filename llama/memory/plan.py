@@ -87,6 +87,15 @@ class Planner:
         length = length or self.args.max_seq_len
         return BatchShape(bsz or self.args.max_batch_size, length, length)
 
+    def longest(self) -> int:
+        """Return up to how many tokens a text of one request may have, at most max_seq_len; 0 where nothing can run.
+
+        All is in memory at once or, where it never is, mapped weights are read again.
+        """
+        limit = self.args.max_seq_len + 1
+        fitting = largest(lambda n: self.plan(self.limits(1, n)).fits, limit)
+        return fitting or largest(lambda n: self.plan(self.limits(1, n)).can_run, limit)
+
     @property
     def device(self) -> torch.device:
         return self.backend.device
@@ -224,11 +233,17 @@ def _fits(at_once: int, bsz: int) -> str:
     return "yes" if at_once == bsz else f"{at_once} at once" if at_once else "no"
 
 
-def page_limit(model: Transformer, shape: BatchShape, n_pages: int = 0, draft: Transformer | None = None) -> int:
+def page_limit(
+    model: Transformer,
+    shape: BatchShape,
+    n_pages: int = 0,
+    draft: Transformer | None = None,
+    least: int | None = None,
+) -> int:
     """Return how many pages a model and its draft model have room for, beside what a batch needs at once.
 
     The same on every rank. n_pages: those that are in memory already. Raise ValueError where not even one of the
-    batch's sequences has room.
+    batch's sequences has room, or `least` of its tokens.
     """
     models = [model] if draft is None else [model, draft]
     page = sum(cache_bytes(each.args, each.parallel, each.dtype, BatchShape(1, 1, PAGE_SIZE)) for each in models)
@@ -239,13 +254,21 @@ def page_limit(model: Transformer, shape: BatchShape, n_pages: int = 0, draft: T
         return model.parallel.least((free - activations) // page)
 
     limit = pages(shape)
-    needed = pages_for(shape.length)
-    if limit < needed and shape.bsz > 1:
-        limit = pages(dataclasses.replace(shape, bsz=1))
-    if limit < needed:
+    if limit < pages_for(shape.length) and shape.bsz > 1:
+        shape = dataclasses.replace(shape, bsz=1)
+        limit = pages(shape)
+    if limit < pages_for(shape.length) and least is not None and least < shape.length:
+        one = shape
+
+        def shorter(length: int) -> BatchShape:
+            return dataclasses.replace(one, length=length)
+
+        shape = shorter(max(least, largest(lambda n: pages(shorter(n)) >= pages_for(n), one.length)))
+        limit = pages(shape)
+    if limit < pages_for(shape.length):
         raise ValueError(
-            f"a prompt of {shape.prompt_len} tokens, {shape.length} with what follows, needs {readable(needed * page)} "
-            f"of cache per rank, there is room for {readable(max(0, limit) * page)}: use a smaller --max_seq_len or "
-            "--max_gen_len"
+            f"a prompt of {shape.prompt_len} tokens, {shape.length} with what follows, needs "
+            f"{readable(pages_for(shape.length) * page)} of cache per rank, there is room for "
+            f"{readable(max(0, limit) * page)}: shorten the prompt, or use a smaller --max_gen_len"
         )
     return limit

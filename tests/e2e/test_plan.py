@@ -54,9 +54,9 @@ def test_a_dry_run_prints_the_plan_and_nothing_else(folder: Path) -> None:
     assert done.stderr == ""
     table = rows(done)
     assert table["per rank"] == ["these prompts", "at most"]
-    assert table["requests x tokens"] == ["1 x 69", "32 x 2048"]  # a begin token and --max_gen_len 64
+    assert table["requests x tokens"] == ["1 x 69", "32 x 4096"]  # a begin token and --max_gen_len 64
     assert table["weights"] == ["615.68 KB", "615.68 KB"]
-    assert table["KV cache"] == ["20.48 KB", "16.78 MB"]
+    assert table["KV cache"] == ["20.48 KB", "33.55 MB"]
     assert table["fits"] == ["yes", "yes"]
 
 

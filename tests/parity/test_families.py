@@ -168,7 +168,7 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     theirs: Any = made(name, vocab_size=BYTE_VOCAB_SIZE)
     theirs.save_pretrained(tmp_path)
     write_byte_tokenizer(tmp_path)
-    llm = build(tmp_path)
+    llm = build(tmp_path, max_seq_len=64)
     llm.tokenizer.stop_tokens = frozenset()
     tokens = random_tokens(2, 30, vocab_size=BYTE_VOCAB_SIZE)
     expected = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=None)

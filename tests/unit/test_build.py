@@ -56,7 +56,7 @@ def test_a_model_parallel_size_that_does_not_divide_the_job_is_told(tiny_folder:
 
 
 @pytest.mark.parametrize("name", ["max_seq_len", "max_batch_size"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, None, "8"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
 def test_impossible_limits_are_told(tiny_folder: Path, name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} must be an integer from 1"):
         build(tiny_folder, **{name: value})

@@ -389,7 +389,7 @@ def test_what_can_never_fit_is_refused_before_it_starts(tiny_folder: Path, monke
     monkeypatch.setattr("llama.memory.plan.free_bytes", lambda *args: 250_000_000)
     llm = build(tiny_folder, max_seq_len=2**22)
     with pytest.raises(ValueError, match=r"a prompt of 40 tokens, 4194304 with what follows, needs .* of cache"):
-        llm.engine.add(SHARED)
+        llm.engine.add(SHARED, SamplingParams(max_gen_len=2**22))
     assert llm.engine.unfinished == 0
     assert len(llm.generate([SHARED], 5)[0][0]) <= 5
 

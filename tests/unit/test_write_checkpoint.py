@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from llama import Llama
 from llama.checkpoint import Checkpoint, open_checkpoint
+from llama.checkpoint.context import recognised
 from llama.checkpoint.export.huggingface import HuggingFaceWriter, hf_config
 from llama.checkpoint.export.meta import meta_params
-from llama.checkpoint.export.plan import ExportPlan, recognised
+from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import ALIGNMENT, PickleFile, TensorEntry, new_path
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import Progress, dtype_name, quantized_type
-from llama.checkpoint.export.plan import ExportPlan, recognised
+from llama.checkpoint.context import recognised
+from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.hf_config import BLOCKS_METHOD, CONFIG_FLAGS, OPTIONAL_CONFIG_KEYS, REQUIRED_CONFIG_KEYS

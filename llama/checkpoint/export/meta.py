@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from llama.checkpoint.base import Progress, shard_dim
-from llama.checkpoint.export.plan import ExportPlan, recognised
+from llama.checkpoint.context import recognised
+from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import PickleFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.load import global_shapes

@@ -1,4 +1,4 @@
-"""Hold what all written formats share: the checkpoint, in which dtype it goes, and what about it can be recognised."""
+"""Hold what all written formats share: the checkpoint, its context, and in which dtype it goes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from llama.checkpoint.base import Checkpoint, read_in_turn
 from llama.checkpoint.export.tokenizer import TokenizerSource
 from llama.checkpoint.names import stored_name
-from llama.config import FactorScaling, Llama3Scaling, ModelArgs, RopeScaling
-from llama.rope import scaled_frequencies
+from llama.config import ModelArgs
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,3 @@ class ExportPlan:
                     f"float16 cannot hold {self.own_name(name)}, whose largest value is {largest:g}: use bfloat16"
                 )
         return tensor.to(dtype)
-
-
-def recognised(args: ModelArgs) -> RopeScaling | None:
-    """Return the RoPE scaling, with GGUF's factors for each pair as Llama 3.1's rule where they came from it."""
-    if not isinstance(args.rope_scaling, FactorScaling):
-        return args.rope_scaling
-    found = scaled_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)
-    scaling = Llama3Scaling(factor=float(max(args.rope_scaling.factors)))  # that of the longest wavelengths
-    # GGUF has the factors in fp32.
-    if torch.allclose(found, scaled_frequencies(args.head_dim, args.rope_theta, scaling), rtol=1e-6, atol=0):
-        return scaling
-    return args.rope_scaling
-
-
-def usual_context_len(args: ModelArgs) -> int:
-    """Return the context that models of this kind were trained for, where a format does not say it, as Meta's."""
-    scaling = recognised(args)
-    if isinstance(scaling, Llama3Scaling):
-        return 131072
-    if args.sliding_window is not None:
-        return 32768
-    return {500000.0: 8192, 1000000.0: 16384}.get(args.rope_theta, 2048 if args.norm_eps == 1e-6 else 4096)

@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 
 from llama.checkpoint.base import Checkpoint, Progress, dtype_name, same_matrix
+from llama.checkpoint.context import trained_context_len
 from llama.checkpoint.export.gguf import GGUF_FILE_TYPES, GGUFFileWriter
 from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.meta import MetaWriter
-from llama.checkpoint.export.plan import ExportPlan, usual_context_len
+from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import new_path
 from llama.checkpoint.export.tokenizer import TokenizerSource
 from llama.checkpoint.load import check_vocab_size, check_weights
@@ -79,7 +80,7 @@ def writer(
         args=_args(checkpoint, tokenizer.tokenizer, pads_vocab=format == "hf"),
         tokenizer=tokenizer,
         dtype=DTYPES.get(name, torch.float32),
-        context_len=context_len or checkpoint.context_len or usual_context_len(checkpoint.args),
+        context_len=context_len or trained_context_len(checkpoint),
     )
     if format == "meta":
         return MetaWriter(plan, shards)
