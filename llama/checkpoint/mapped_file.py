@@ -104,7 +104,7 @@ class MappedMemory:
     def __init__(self) -> None:
         """Take down what is mapped now; only of tensors that are there already may pages be released."""
         try:
-            maps = Path("/proc/self/maps").read_text()
+            maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
         except OSError:
             maps = ""
         found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r..p [0-9a-f]+ \S+ [1-9]\d* ", maps, re.MULTILINE)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from llama.cli.flags import REQUIRED, Flag, flags_of, placeholder, section
 
-MOST_COLUMNS = 100
+# Of a line: as many as the terminal has, or as most have where help goes elsewhere.
+MOST_COLUMNS, USUAL_COLUMNS = 100, 80
 OF_THIS_RUN = "this run"
 # What a reader looks for elsewhere than beside the rest of its object: after the flags there.
 HEADINGS = {"seed": "sampling", "logprobs": "output", "echo": "output", "json": "output"}
@@ -18,16 +19,17 @@ HEADINGS = {"seed": "sampling", "logprobs": "output", "echo": "output", "json": 
 
 def page(command: Callable[..., None], name: str) -> str:
     """The help of a command, which the user calls by `name`: "llama complete", or a script's file."""
-    columns = min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns)
+    columns = min(MOST_COLUMNS, shutil.get_terminal_size((USUAL_COLUMNS, 24)).columns)
     flags = flags_of(command)
     summary = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-    parts = [_usage(flags, name), *(textwrap.fill(" ".join(text.split()), columns) for text in summary.split("\n\n"))]
+    usage = textwrap.fill(_usage(flags, name), columns, subsequent_indent="    ", break_on_hyphens=False)
+    parts = [usage, *(textwrap.fill(" ".join(text.split()), columns) for text in summary.split("\n\n"))]
     indent = 4 + max((len(_left(flag)) for flag in flags.values()), default=0)
     for heading, group in _by_heading(flags).items():
         parts.append("\n".join([f"{heading}:", *(_entry(flag, indent, columns) for flag in group)]))
     examples = section(command, "Examples")
     if examples:
-        parts.append("\n".join(["examples:", *(f"  {_called(line, name)}" for line in examples)]))
+        parts.append("\n".join(["examples:", *(_example(_called(line, name), columns) for line in examples)]))
     return "\n\n".join(parts)
 
 
@@ -64,6 +66,17 @@ def _entry(flag: Flag, indent: int, columns: int) -> str:
 
 def _left(flag: Flag) -> str:
     return f"{flag.shown} {placeholder(flag)}".strip() if flag.shown.startswith("--") else flag.shown
+
+
+def _example(line: str, columns: int) -> str:
+    """An example in lines that a shell takes as one; what is quoted stays together."""
+    lines = ["  "]
+    for word in re.findall(r"""(?:"[^"]*"|'[^']*'|\S)+""", line):
+        if len(lines[-1]) + len(word) > columns - 3 and lines[-1].strip():  # room for a space and a backslash
+            lines[-1] += "\\"
+            lines.append("      ")
+        lines[-1] += word + " "
+    return "\n".join(lines).rstrip()
 
 
 def _called(example: str, name: str) -> str:

@@ -31,6 +31,9 @@ COMMANDS = {
         "convert": "convert a checkpoint to Meta's shards or to a Hugging Face folder",
         "make": "make a checkpoint of a released model's shape, with random weights",
     },
+    "the shell": {
+        "completion": "print a script that has bash, zsh or fish complete commands",
+    },
 }
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 EXAMPLES = """\

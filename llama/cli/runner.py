@@ -62,12 +62,7 @@ def supervise(job: Callable[[], None]) -> None:
         _fail(error_line(error))
     handler = TerminalHandler(shows_progress=first)
     logging.basicConfig(handlers=[handler], level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # In the C locale Python takes ASCII alone, which is UTF-8 as well, and makes characters of all other bytes.
-        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
-        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else sys.stdin.encoding, errors="strict")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a character the terminal lacks shall not lose the rest
+    _use_utf_8()
     try:
         try:
             job()
@@ -89,6 +84,20 @@ def supervise(job: Callable[[], None]) -> None:
         if not is_caused_by_user(error):
             raise
         _fail(error_line(error))
+
+
+def _use_utf_8() -> None:
+    """Have texts be UTF-8 whatever the locale says, but for a terminal's own encoding and what PYTHONIOENCODING names."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # In the C locale Python takes ASCII alone, and makes characters of all other bytes. On Windows a file or a
+            # pipe has the code page that the country had in 1985; what is read from one may be in it (`decode_text`).
+            is_ours = codecs.lookup(stream.encoding).name == "ascii" or (
+                stream is not sys.stdin and not stream.isatty() and not os.environ.get("PYTHONIOENCODING")
+            )
+            # A character that the terminal lacks shall not lose the rest.
+            errors = "strict" if stream is sys.stdin else "backslashreplace"
+            stream.reconfigure(encoding="utf-8" if is_ours else stream.encoding, errors=errors)
 
 
 def discard_stdout() -> None:

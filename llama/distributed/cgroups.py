@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -11,7 +12,7 @@ def cgroup_folders(controller: str, root: Path) -> list[Path]:
     controller: what is limited, such as "memory" or "cpu"; root: the root of the file system.
     """
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = os.fsdecode((root / "proc/self/cgroup").read_bytes()).splitlines()
     except OSError:
         return []
     found: list[Path] = []

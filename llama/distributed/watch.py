@@ -286,7 +286,7 @@ class Watch:
     def _process_state(self, rank: int) -> str:
         """Return Linux' letter for the state of a rank's process; nothing where it is not known, as on another host."""
         beat = self._beats.get(rank)
-        if beat is None or beat.host != self._host:
+        if beat is None or beat.host != self._host or sys.platform == "win32":  # whose os.kill sends Ctrl-C for 0
             return ""
         try:
             os.kill(beat.pid, 0)

@@ -84,9 +84,7 @@ def test_a_long_context_takes_no_memory_of_its_own(folder: Path) -> None:
     assert llm.metrics.reused_tokens - reused >= 4999, "the longest text is kept as a whole"
 
 
-def test_a_text_that_asks_for_no_length_takes_what_room_there_is(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_that_asks_for_no_length_takes_what_room_there_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was refused: with what might follow, a prompt of 40 tokens needed the pages of the whole context."""
     llm = build(folder)
     llm.tokenizer.stop_tokens = frozenset()

@@ -91,7 +91,7 @@ def _load(compiler: list[str], arch: str | None) -> ctypes.CDLL:
     failure = path.with_suffix(".failed")
     with _locked(path.with_suffix(".lock")):  # the ranks of a host wait for one of them
         if failure.is_file() and time.time() - failure.stat().st_mtime < SECONDS_TO_REMEMBER:
-            raise KnownFailure(failure.read_text(errors="replace"))
+            raise KnownFailure(failure.read_text(encoding="utf-8", errors="replace"))
         try:
             if whole is None and not is_whole(path):  # another rank may have compiled it by now
                 compile_library(compiler, arch, path)
@@ -105,7 +105,7 @@ def _load(compiler: list[str], arch: str | None) -> ctypes.CDLL:
                 raise
             message = f"{error}; not tried again for a day, or until {failure} is removed"
             with contextlib.suppress(OSError):
-                failure.write_text(message)
+                failure.write_text(message, encoding="utf-8")
                 path.unlink(missing_ok=True)
             raise ValueError(message) from error
 
@@ -194,9 +194,9 @@ def compile_library(compiler: list[str], arch: str | None, path: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file, if its file system can be written and has locks: else each process compiles."""
-    import fcntl
-
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
             fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
         yield
