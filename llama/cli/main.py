@@ -17,7 +17,7 @@ from llama.cli.runner import call, is_first_rank, supervise
 COMMANDS = {
     "run a model": {
         "complete": "complete prompts, or fill the gaps in them (Code Llama)",
-        "batch": "complete the lines of a file, millions of them, and go on after any end",
+        "batch": "complete millions of lines of a file, and go on after any end",
         "chat": "talk with a model on the terminal, or answer lines from a pipe",
     },
     "measure": {
@@ -83,7 +83,7 @@ def overview() -> str:
     """The help of `llama` itself."""
     parts = [
         "usage: llama COMMAND [--flag value]...",
-        "Run LLaMA models with PyTorch: on one GPU, several GPUs, several hosts, a Mac or a CPU.",
+        "Run LLaMA models with PyTorch: on GPUs of one or several hosts, a Mac or a CPU.",
     ]
     for heading, commands in COMMANDS.items():
         parts.append("\n".join([f"{heading}:", *(f"  {name:<12}{what}" for name, what in commands.items())]))

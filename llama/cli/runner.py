@@ -62,7 +62,7 @@ def supervise(job: Callable[[], None]) -> None:
         _fail(error_line(error))
     handler = TerminalHandler(shows_progress=first)
     logging.basicConfig(handlers=[handler], level=logging.INFO if first else logging.ERROR, format="%(message)s")
-    _use_utf_8()
+    use_utf_8()
     try:
         try:
             job()
@@ -86,18 +86,19 @@ def supervise(job: Callable[[], None]) -> None:
         _fail(error_line(error))
 
 
-def _use_utf_8() -> None:
-    """Have texts be UTF-8 whatever the locale says, but for a terminal's own encoding and what PYTHONIOENCODING names."""
+def use_utf_8() -> None:
+    """Have texts be UTF-8 whatever the locale, but for a terminal's own encoding and that of PYTHONIOENCODING."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # In the C locale Python takes ASCII alone, and makes characters of all other bytes. On Windows a file or a
             # pipe has the code page that the country had in 1985; what is read from one may be in it (`decode_text`).
-            is_ours = codecs.lookup(stream.encoding).name == "ascii" or (
-                stream is not sys.stdin and not stream.isatty() and not os.environ.get("PYTHONIOENCODING")
-            )
+            name = codecs.lookup(stream.encoding).name
+            is_file = stream is not sys.stdin and not stream.isatty() and not os.environ.get("PYTHONIOENCODING")
+            is_ours = name == "ascii" or (is_file and name != "utf-8")
             # A character that the terminal lacks shall not lose the rest.
             errors = "strict" if stream is sys.stdin else "backslashreplace"
-            stream.reconfigure(encoding="utf-8" if is_ours else stream.encoding, errors=errors)
+            if is_ours or stream.errors != errors:
+                stream.reconfigure(encoding="utf-8" if is_ours else None, errors=errors)
 
 
 def discard_stdout() -> None:

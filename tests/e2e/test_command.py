@@ -42,14 +42,14 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 NO_POSIX = """
-import builtins, importlib, os, pkgutil, signal, socket, sys
+import builtins, importlib, mmap, os, pkgutil, signal, socket, sys
 import torch
 
-ABSENT = ("fcntl", "termios", "resource", "readline", "pwd", "grp", "tty", "pty")
+ABSENT = ("fcntl", "termios", "resource", "readline", "pwd", "grp", "tty", "pty", "syslog", "prompt_toolkit")
 builtin_import = builtins.__import__
 
 def windows_import(name, globals=None, *args, **kwargs):
-    if name in ABSENT and (globals or {}).get("__name__", "").startswith("llama."):
+    if name.partition(".")[0] in ABSENT and (globals or {}).get("__name__", "").startswith("llama."):
         raise ImportError(f"no module {name} here")
     return builtin_import(name, globals, *args, **kwargs)
 
@@ -57,9 +57,13 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "llama"]:
     del sys.modules[name]
 builtins.__import__ = windows_import
 os.environ["LLAMA_KERNELS"] = "0"  # as kernels are built on Linux alone
-del signal.SIGHUP, socket.if_nameindex
-for name in ("geteuid", "statvfs", "getpriority", "sched_getaffinity", "set_blocking"):
+del signal.SIGHUP, signal.SIGKILL, signal.SIGUSR1, signal.SIGALRM, signal.setitimer, socket.if_nameindex
+for name in ("geteuid", "getuid", "statvfs", "getpriority", "sched_getaffinity", "set_blocking", "fork", "killpg"):
     delattr(os, name)
+for name in ("sysconf", "getloadavg", "uname", "setsid", "getpgid", "mkfifo", "posix_fadvise", "lockf", "chown"):
+    delattr(os, name)
+for name in [name for name in dir(mmap) if name.startswith("MAP_")]:
+    delattr(mmap, name)
 import llama
 for found in pkgutil.walk_packages(llama.__path__, "llama."):
     if "__main__" not in found.name and ".cuda" not in found.name:
@@ -75,6 +79,28 @@ def test_the_package_imports_and_completes_without_what_windows_lacks(tiny_folde
     (tmp_path / "windows.py").write_text(NO_POSIX)
     done = python(tmp_path / "windows.py", *flags)
     assert done.json_lines == llama("complete", *flags).json_lines
+
+
+def test_no_escape_codes_reach_a_pipe(tmp_path: Path) -> None:
+    """Nor a line that is written over: colours and bars are for terminals."""
+    a, b, newline = b"ab\n"
+    write_meta(tmp_path / "model", TINY, state=chain_state(TINY, {newline: a, a: b, b: a}))
+    folder = tmp_path / "model"
+    model = ["--ckpt_dir", folder, "--max_gen_len", "5", "--temperature", "0"]
+    (tmp_path / "in.txt").write_text("a\nab\n")
+    for words in (
+        ["complete", *model, "--prompt", "a", "--logprobs"],
+        ["chat", *model],
+        ["batch", tmp_path / "in.txt", tmp_path / "out.jsonl", *model],
+        ["plan", "--ckpt_dir", folder],
+        ["verify", folder, "--deep"],
+        ["convert", folder, tmp_path / "hf", "--format", "hf"],
+        ["perplexity", "--ckpt_dir", folder, "--max_tokens", "40", "--text", tmp_path / "in.txt"],
+        ["complete", "--ckpt_dir", tmp_path / "none", "--prompt", "hello"],
+    ):
+        done = llama(*words, stdin="hello\n" if words[0] == "chat" else "")
+        assert done.stdout + done.stderr, words
+        assert [char for char in done.stdout + done.stderr if char < " " and char != "\n"] == [], words
 
 
 def test_the_example_and_the_command_are_one(tiny_folder: Path) -> None:

