@@ -27,8 +27,8 @@ def main(
     """Print a table of the memory that each rank needs and has; exit code 1 when not even one request fits.
 
     The plan is for the most that --max_seq_len and --max_batch_size allow and, where prompts are given, for these. It
-    says how many requests fit at once; others wait for them. One
-    process plans for any number of ranks, which --model_parallel_size says.
+    says how many requests fit at once; others wait for them. Without --max_seq_len it says which context it assumes.
+    One process plans for any number of ranks, which --model_parallel_size says.
 
     Args:
         prompt: text to complete, or - for stdin; repeat the flag or give a JSON list for several.

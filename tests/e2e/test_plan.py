@@ -102,7 +102,7 @@ def test_one_process_plans_for_ranks_that_are_not_there(folder: Path) -> None:
     alone, eight = (python(CHAT, *flags, "--model_parallel_size", size) for size in (1, 8))
     assert ": 8 ranks, float32, cpu\n" in eight.stdout
     assert rows(eight)["KV cache"] == ["262.14 KB"]  # a quarter of it: 8 ranks hold 4 KV heads, each of them twice
-    assert rows(alone)["KV cache"] == ["524.29 KB"]
+    assert rows(alone)["KV cache"] == ["1.05 MB"]
     wrong = python(CHAT, *flags, "--model_parallel_size", 3)
     assert wrong.returncode == 1
     assert wrong.errors == ["error: 16 heads cannot be split over 3 ranks: use one of 1, 2, 4, 8, 16"]
