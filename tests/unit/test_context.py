@@ -140,3 +140,21 @@ def test_a_context_that_memory_has_no_room_for_is_cut_and_told(
     assert caplog.messages == [f"max_seq_len is {length}: {cut.rpartition(': ')[2]}"]
     given, fits = plan_run(dataclasses.replace(options, max_seq_len=131072))
     assert not fits and "max_seq_len is" not in given
+
+
+def test_where_memory_is_taken_at_once_a_cache_grows_with_its_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a chat without max_gen_len would take pages for the whole context at once, 17 GB for 8B."""
+    monkeypatch.setattr("llama.engine.room.USUAL_COMPLETION", 32)
+    texts, sizes = [], []
+    for grows in (False, True):
+        llm = build(folder, max_batch_size=2)
+        llm.tokenizer.stop_tokens = frozenset()
+        llm.engine.room.grows = grows
+        events = llm.stream(PROMPTS[:2], temperature=0)
+        texts.append([next(events).token for _ in range(1000)])
+        sizes.append(llm.engine.room.runners[0].cache.n_pages)
+        events.close()  # type: ignore[attr-defined]
+    assert texts[0] == texts[1]
+    assert sizes[1] <= 2 * 2 * (40 + 500) / 16 < sizes[0]

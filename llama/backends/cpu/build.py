@@ -179,7 +179,7 @@ def compile_library(compiler: list[str], arch: str | None, path: Path) -> None:
     _progress.debug("compiling CPU kernels, once ...")
     command = [*compiler, *_flags(arch), str(SOURCES / "kernels.cpp"), "-o", str(partial)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_COMPILE)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS_TO_COMPILE)
         if done.returncode:
             why = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
             command = [*compiler, *([f"for LLAMA_KERNELS_ARCH={arch}"] if arch else [])]
