@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +17,22 @@ INVALID = -1
 # How many of the most probable tokens are sorted, unless their mass is too little: see D8.
 TOP_K_PREFIX = 512
 
+# The random numbers of XTC are others than those that draw tokens.
+XTC_STREAM = "xtc"
 
-def uniforms(seed: int, index: int, count: int, sample: int = 0) -> Tensor:
+# What is smaller is 0 on a device: devices differ in whether they take it for 0.
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def uniforms(seed: int, index: int, count: int, sample: int = 0, stream: str = "") -> Tensor:
     """Return `count` random numbers in [0, 1) for the prompt with this index: (count,), fp32, on the CPU.
 
     They are the same on every machine, and a longer series begins with a shorter one (see D8). sample: the number of
-    the completion among those of one prompt.
+    the completion among those of one prompt; stream: what the numbers decide: "" the tokens, XTC_STREAM whether XTC
+    acts at a place.
     """
     key = f"{seed}:{index}:{sample}" if sample else f"{seed}:{index}"
+    key = f"{key}:{stream}" if stream else key
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
@@ -35,7 +42,8 @@ def uniforms(seed: int, index: int, count: int, sample: int = 0) -> Tensor:
 class SamplingTensors:
     """Sampling parameters of the rows that are drawn together, on their device.
 
-    temperature, top_p: (n,), fp32; what is too small for a normal number there is 0.
+    temperature, top_p: (n,), fp32; what is too small for a normal number there is 0. Where a row's tokens are filtered
+    before they are drawn, top_p is 1 here: the filters apply it (see FilterTensors).
     kinds: which kinds of draws occur among the rows, so which operations run: "greedy" at temperature 0 or top_p 0,
     else "whole" at top_p 1, where every token can come, else "nucleus".
     """
@@ -47,10 +55,9 @@ class SamplingTensors:
     @staticmethod
     def of(params: Sequence[SamplingParams], device: torch.device | str) -> SamplingTensors:
         """Take the parameters of each row to a device."""
-        given = [[each.temperature for each in params], [each.top_p for each in params]]
+        given = [[each.temperature for each in params], [1 if is_filtered(each) else each.top_p for each in params]]
         values = torch.tensor(given, dtype=torch.float32, device="cpu")
-        # Devices differ in whether they take a smaller number for 0.
-        values = values.where(values >= torch.finfo(torch.float32).tiny, 0)
+        values = values.where(values >= SMALLEST, 0)
         kinds = {
             "greedy" if temperature == 0 or top_p == 0 else "whole" if top_p == 1 else "nucleus"
             for temperature, top_p in values.T.tolist()
@@ -79,19 +86,15 @@ class SamplingTensors:
         return (self.temperature == 0) | (self.top_p == 0) if kind == "greedy" else self.top_p == 1
 
 
-class TokenSampler(Protocol):
-    """Draws tokens from logits; a backend may have one of its own."""
-
-    def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
-        """Draw one token for each row, (bsz,); see `sample`."""
-        ...
+def is_filtered(params: SamplingParams) -> bool:
+    """Tell whether tokens are left out by more than top_p before one is drawn; a greedy choice leaves out none."""
+    others = params.top_k > 0 or params.min_p > 0 or params.typical_p < 1
+    return (others or has_xtc(params)) and params.temperature >= SMALLEST and params.top_p >= SMALLEST
 
 
-class TorchSampler:
-    """Draws tokens with torch's operations, on any device."""
-
-    def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
-        return sample(logits, uniform, rows)
+def has_xtc(params: SamplingParams) -> bool:
+    """Tell whether XTC can act: two tokens have to reach its threshold."""
+    return params.xtc_probability > 0 and params.xtc_threshold <= 0.5
 
 
 def sample(logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
@@ -129,18 +132,28 @@ def nucleus(probs: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     probs: (bsz, vocab_size); top_p: (bsz,). A token stays while the mass before it is <= top_p, so one stays at 0; the
     others get probability 0. Tokens are in order of falling probability, and of ids among equals (see D19).
     """
-    top_p, vocab_size = top_p[:, None], probs.shape[-1]
-    top_probs, tokens = probs.topk(min(TOP_K_PREFIX, vocab_size))
-    # Which of the tokens that tie with the last are among the top k is not defined: the mass above must exceed top_p.
-    above = top_probs.where(top_probs > top_probs[:, -1:], 0).sum(-1, keepdim=True)
-    if top_probs.shape[-1] < vocab_size and bool((above <= top_p).any()):
-        top_probs, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    return first_in_order(probs, probs, top_p[:, None])
+
+
+def first_in_order(ranks: Tensor, masses: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens in order of falling rank, and of ids among equals, and their masses, both (bsz, n).
+
+    ranks, masses: (bsz, vocab_size); limit: (bsz, 1). A token whose predecessors have more mass than the limit gets 0.
+    """
+    vocab_size = ranks.shape[-1]
+    top, tokens = ranks.topk(min(TOP_K_PREFIX, vocab_size))
+    held = top if masses is ranks else masses.gather(-1, tokens)
+    # Which of the tokens that tie with the last are among the top k is not defined: the mass above must exceed the
+    # limit.
+    above = held.where(top > top[:, -1:], 0).sum(-1, keepdim=True)
+    if top.shape[-1] < vocab_size and bool((above <= limit).any()):
+        top, tokens = ranks.sort(dim=-1, descending=True, stable=True)
     else:
         tokens, by_id = tokens.sort(dim=-1)
-        top_probs, by_prob = top_probs.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-        tokens = tokens.gather(-1, by_prob)
-    before = top_probs.cumsum(-1) - top_probs
-    return tokens, top_probs.where(before <= top_p, 0)
+        top, by_rank = top.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
+        tokens = tokens.gather(-1, by_rank)
+    held = top if masses is ranks else masses.gather(-1, tokens)
+    return tokens, held.where(held.cumsum(-1) - held <= limit, 0)
 
 
 def sample_top_p(probs: Tensor, p: float) -> Tensor:

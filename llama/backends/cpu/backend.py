@@ -26,7 +26,7 @@ from llama.cache import ForwardBatch
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.distributed.threads import allowed_cpus, user_chose_threads
 from llama.model import Transformer, TransformerBlock
-from llama.sampling import SamplingTensors, TokenSampler, TorchSampler
+from llama.sampling import FilterTensors, SamplingTensors, TokenSampler, sample
 
 # A sliding window longer than any cache.
 NO_WINDOW = 1 << 40
@@ -104,7 +104,7 @@ class StepThreads:
             self._threads, self._times = max(1, min(self._share, free)), now
 
 
-class CpuSampler(TorchSampler):
+class CpuSampler:
     """Draws tokens with torch's operations on the threads of a step; a single row is not worth waking others."""
 
     def __init__(self, threads: StepThreads) -> None:
@@ -113,13 +113,20 @@ class CpuSampler(TorchSampler):
     def __call__(self, logits: Tensor, uniform: Tensor, rows: SamplingTensors) -> Tensor:
         if len(logits) > 1:
             with self._threads:
-                return super().__call__(logits, uniform, rows)
+                return sample(logits, uniform, rows)
         threads = torch.get_num_threads()
         ops.set_openmp_threads(1)
         try:
-            return super().__call__(logits, uniform, rows)
+            return sample(logits, uniform, rows)
         finally:
             ops.set_openmp_threads(threads)
+
+    def filter(
+        self, logits: Tensor, filters: FilterTensors, temperature: Tensor, xtc_uniform: Tensor | None = None
+    ) -> Tensor:
+        """See `TokenSampler`."""
+        with self._threads:
+            return filters.apply(logits, temperature, xtc_uniform)
 
 
 class CpuBackend(EagerBackend):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llama.backends.cuda import sampling
 from llama.backends.cuda.available import LARGEST_VOCAB
+from llama.backends.cuda.filters import filter_logits
 from llama.backends.cuda.graphs import CudaGraphs
 from llama.backends.cuda.layers import GpuLayers, held
 from llama.backends.cuda.matmul import matmul
@@ -14,7 +15,7 @@ from llama.backends.eager import EagerBackend, is_nccl
 from llama.cache import ForwardBatch
 from llama.model import Transformer
 from llama.quantization.planar import MAX_DEQUANTIZED_GPU_VALUES, PlanarWeight
-from llama.sampling import SamplingTensors, TokenSampler, TorchSampler
+from llama.sampling import FilterTensors, SamplingTensors, TokenSampler, TorchSampler
 
 MAX_HEAD_DIM = 256  # the kernels hold a whole head
 
@@ -68,3 +69,10 @@ class CudaSampler:
                 lambda: sampling.sample_all(logits, rows.temperature, uniform),
                 lambda: sampling.sample_nucleus(logits, rows.temperature, rows.top_p, uniform),
             )
+
+    def filter(
+        self, logits: Tensor, filters: FilterTensors, temperature: Tensor, xtc_uniform: Tensor | None = None
+    ) -> Tensor:
+        """See `TokenSampler`."""
+        with torch.cuda.device_of(logits):
+            return filter_logits(logits, filters, temperature, xtc_uniform)

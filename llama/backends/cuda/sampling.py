@@ -17,12 +17,12 @@ def greedy(logits: Tensor) -> Tensor:
 
     logits: (bsz, vocab_size), fp32, and no more than 2**18 tokens here and below.
     """
-    bsz, chunks = _grid(logits)
+    bsz, chunks = grid_of(logits)
     row = logits.stride(0), logits.shape[1]
     maxima = logits.new_empty(bsz, chunks)
     tokens = logits.new_empty(bsz, dtype=torch.int64)
     kernels.maxima[bsz, chunks](logits, *row, maxima, maxima, ZEROS=0, num_warps=WARPS)
-    kernels.first_of_maximum[(bsz,)](logits, *row, maxima, tokens, chunks, CHUNKS=_padded(chunks), num_warps=WARPS)
+    kernels.first_of_maximum[(bsz,)](logits, *row, maxima, tokens, chunks, CHUNKS=padded(chunks), num_warps=WARPS)
     return tokens
 
 
@@ -32,8 +32,8 @@ def sample_nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: 
     logits: (bsz, vocab_size), fp32; temperature, top_p, uniform: (bsz,), fp32; at temperature 0 any token may come.
     At top_p 1 llama.sampling draws in the order of the vocabulary: there `sample_all` gives the same tokens.
     """
-    bsz, chunks = _grid(logits)
-    _check_rows(bsz, top_p)
+    bsz, chunks = grid_of(logits)
+    check_rows(bsz, top_p)
     steps = 2 * kernels.DIGITS.value - 1  # two searches, which begin with the same masses
     masses = logits.new_empty(steps, bsz, kernels.BINS.value, dtype=torch.int64)
     states = logits.new_empty(steps + 1, bsz, kernels.STATE.value, dtype=torch.int64)
@@ -54,17 +54,17 @@ def sample_nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: 
     counts = logits.new_empty(bsz, chunks, dtype=torch.int64)
     tokens = logits.new_empty(bsz, dtype=torch.int64)
     kernels.count[bsz, chunks](keys, masses[-1], states[-2], states[-1], counts, num_warps=WARPS)
-    kernels.pick_equal[(bsz,)](keys, states[-1], counts, tokens, chunks, CHUNKS=_padded(chunks), num_warps=WARPS)
+    kernels.pick_equal[(bsz,)](keys, states[-1], counts, tokens, chunks, CHUNKS=padded(chunks), num_warps=WARPS)
     return tokens
 
 
 def sample_all(logits: Tensor, temperature: Tensor, uniform: Tensor) -> Tensor:
     """`sample_nucleus` at top_p 1: every token can come, and they are drawn in the order of the vocabulary."""
-    bsz, chunks = _grid(logits)
+    bsz, chunks = grid_of(logits)
     masses = logits.new_empty(1, bsz, chunks, dtype=torch.int64)
     tokens = logits.new_empty(bsz, dtype=torch.int64)
     keys = _weigh(logits, temperature, uniform, masses, by_digit=False)
-    kernels.pick[(bsz,)](keys, uniform, masses, tokens, chunks, CHUNKS=_padded(chunks), num_warps=WARPS)
+    kernels.pick[(bsz,)](keys, uniform, masses, tokens, chunks, CHUNKS=padded(chunks), num_warps=WARPS)
     return tokens
 
 
@@ -73,28 +73,28 @@ def _weigh(logits: Tensor, temperature: Tensor, uniform: Tensor, masses: Tensor,
 
     masses: (any, bsz, kernels.BINS.value), of the first digit's values, or (1, bsz, chunks).
     """
-    bsz, chunks = _grid(logits)
-    _check_rows(bsz, temperature, uniform)
+    bsz, chunks = grid_of(logits)
+    check_rows(bsz, temperature, uniform)
     row = logits.stride(0), logits.shape[1]
     maxima = logits.new_empty(bsz, chunks)
     keys = logits.new_empty(bsz, chunks, kernels.CHUNK.value, dtype=torch.int32)
     zeros = len(masses) * kernels.BINS.value if by_digit else 0
     kernels.maxima[bsz, chunks](logits, *row, maxima, masses, ZEROS=zeros, num_warps=WARPS)
     kernels.weigh[bsz, chunks](
-        logits, *row, temperature, maxima, keys, masses, BY_DIGIT=by_digit, CHUNKS=_padded(chunks), num_warps=WARPS
+        logits, *row, temperature, maxima, keys, masses, BY_DIGIT=by_digit, CHUNKS=padded(chunks), num_warps=WARPS
     )
     return keys
 
 
-def _grid(logits: Tensor) -> tuple[int, int]:
-    """(bsz, chunks)."""
+def grid_of(logits: Tensor) -> tuple[int, int]:
+    """Return (bsz, chunks) of logits (bsz, vocab_size), fp32."""
     bsz, vocab_size = logits.shape
     assert logits.dtype == torch.float32 and logits.stride(1) == 1 and vocab_size <= LARGEST_VOCAB, logits.shape
     return bsz, triton.cdiv(vocab_size, kernels.CHUNK.value)
 
 
-def _check_rows(bsz: int, *values: Tensor) -> None:
-    """Kernels read a number of each row, fp32."""
+def check_rows(bsz: int, *values: Tensor) -> None:
+    """Assert what kernels read: a number of each row, fp32."""
     for each in values:
         assert each.dtype == torch.float32 and each.shape == (bsz,) and each.is_contiguous(), (
             each.shape,
@@ -102,5 +102,6 @@ def _check_rows(bsz: int, *values: Tensor) -> None:
         )
 
 
-def _padded(chunks: int) -> int:
+def padded(chunks: int) -> int:
+    """Return the power of two that a program reads the chunks' values by."""
     return max(16, triton.next_power_of_2(chunks))
