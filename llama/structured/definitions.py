@@ -36,7 +36,7 @@ def check_constraint(params: SamplingParams) -> None:
 
 def definition(params: SamplingParams) -> str:
     """Return the constraint of a request in llguidance's own form; ValueError where its text cannot be read."""
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     for name in GRAMMARS:
         if len(getattr(params, name) or "") > MAX_DEFINITION:
@@ -46,7 +46,7 @@ def definition(params: SamplingParams) -> str:
             _schema(params.json_schema), defaults={"whitespace_pattern": JSON_WHITESPACE}
         )
     if params.regex is not None:
-        return LLMatcher.grammar_from_regex(params.regex)
+        return LLMatcher.grammar_from_regex(regex_to_lark(params.regex, "d"))  # \d is 0 to 9, as in JSON schemas
     assert params.grammar is not None
     if not params.grammar.strip():
         raise ValueError("grammar is empty")

@@ -2,7 +2,7 @@
 
 llguidance cuts a text into lexemes, each as long as it can be, before it looks at rules; GBNF knows characters alone.
 A lexeme a character is always right, but masks then take milliseconds. So a part of a rule becomes one lexeme where
-nothing else can be going on while it is read, and where it is never both going on and over: see D64.
+nothing else can be going on while it is read, and where it is never both going on and over: see D71.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ class Places:
             for place in state:
                 for other, nodes in self._next[place].items():
                     after.setdefault(other, set()).update(nodes)
-            left -= 1 + sum(len(self._next[place]) for place in state) + sum(len(self._ranges[place]) for place in after)
+            left -= 1 + sum(len(self._next[place]) for place in state)
+            left -= sum(len(self._ranges[place]) for place in after)
             if left < 0:
                 return False
             for target, nodes in self._steps(after):
