@@ -11,7 +11,19 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "llama").rglob("*.py"))
 # A room may import those before it: the layers of docs/architecture.md, from the leaves to the command line.
 ROOMS: tuple[str, ...] = (
-    *("errors", "files", "config", "sampling", "cache", "rope", "tokenizer", "chat", "outputs", "quantization"),
+    *(
+        "errors",
+        "files",
+        "config",
+        "sampling",
+        "cache",
+        "rope",
+        "tokenizer",
+        "structured",
+        "chat",
+        "outputs",
+        "quantization",
+    ),
     *("distributed", "model", "backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
     *("jobs", "integrations", "benchmark", "cli", "__main__"),
 )
@@ -26,7 +38,7 @@ LAZY: tuple[str, ...] = (
     "sentencepiece",
     "tiktoken",
 )
-LAZY += ("pyarrow", "ray", "tokenizers", "transformers")
+LAZY += ("llguidance", "pyarrow", "ray", "tokenizers", "transformers")
 
 
 def room_of(path: Path) -> str:

@@ -1,0 +1,8 @@
+"""Completions of a JSON schema, a regular expression or a grammar: which tokens may come next, through llguidance."""
+
+from __future__ import annotations
+
+from llama.structured.constraint import Constraint, ConstraintCompiler, apply_mask, unpack
+from llama.structured.definitions import check_constraint
+
+__all__ = ["Constraint", "ConstraintCompiler", "apply_mask", "check_constraint", "unpack"]
