@@ -54,10 +54,10 @@ def _schema(rng: random.Random, depth: int, refs: bool) -> dict[str, Any]:
         bounds = {"minLength": least, "maxLength": least + rng.randint(0, 10)}
         return {"type": kind} | rng.choice((bounds, {"pattern": rng.choice(PATTERNS), "maxLength": 12}))
     if kind in ("integer", "number"):
-        least = rng.choice((-1000, -3, 0, 7, 99, -0.5 if kind == "number" else -1))
-        limits = {"minimum": least, "maximum": least + rng.choice((0, 1, 25, 1234))}
-        above = {"exclusiveMinimum": least, "exclusiveMaximum": least + 40}
-        return {"type": kind} | rng.choice((limits, above, {"minimum": least}, {}))
+        lowest = rng.choice((-1000, -3, 0, 7, 99, -0.5 if kind == "number" else -1))
+        limits = {"minimum": lowest, "maximum": lowest + rng.choice((0, 1, 25, 1234))}
+        above = {"exclusiveMinimum": lowest, "exclusiveMaximum": lowest + 40}
+        return {"type": kind} | rng.choice((limits, above, {"minimum": lowest}, {}))
     return {"type": kind}
 
 
@@ -100,7 +100,7 @@ TYPES = {
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
     "number": _is_number,
-    "integer": lambda v: _is_number(v) and v == int(v),
+    "integer": lambda v: _is_number(v) and (isinstance(v, int) or v.is_integer()),
 }
 CHECKS = {
     "type": lambda v, kind: TYPES[kind](v),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import itertools
 import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +42,7 @@ MERGED = (
     "é",
     "ö",
 )
+RandomRule = tuple[Any, ...]  # what it is, of what, and how often
 ROWS_BEYOND = 5  # that weights have and the tokenizer has not
 
 
@@ -167,12 +170,12 @@ def test_random_tokens_that_a_grammar_allows_are_of_it(
         assert re.fullmatch(regex, text), text
 
 
-def random_grammar(rng: random.Random) -> dict[str, tuple]:
+def random_grammar(rng: random.Random) -> dict[str, RandomRule]:
     names = ["root", "x", "y-z"][: rng.randint(1, 3)]
     return {name: random_rule(rng, 3, names) for name in names}
 
 
-def random_rule(rng: random.Random, depth: int, names: list[str]) -> tuple:
+def random_rule(rng: random.Random, depth: int, names: list[str]) -> RandomRule:
     kind = rng.choice(("text", "class", "rule", "turn", "either", "repeat") if depth else ("text", "class"))
     if kind == "text":
         return kind, "".join(rng.choices("abc", k=rng.randint(1, 3)))
@@ -185,7 +188,7 @@ def random_rule(rng: random.Random, depth: int, names: list[str]) -> tuple:
     return kind, [random_rule(rng, depth - 1, names) for _ in range(rng.randint(2, 3))]
 
 
-def written(rule: tuple) -> str:
+def written(rule: RandomRule) -> str:
     kind, inner, *counts = rule
     if kind == "repeat":
         return f"({written(inner)}){counts[0]}"
@@ -198,13 +201,13 @@ LONGEST = 5
 COUNTS = {"*": (0, LONGEST), "+": (1, LONGEST), "?": (0, 1), "{2}": (2, 2), "{1,3}": (1, 3), "{0,2}": (0, 2)}
 
 
-def texts_of(rules: dict[str, tuple]) -> set[str]:
+def texts_of(rules: dict[str, RandomRule]) -> set[str]:
     """All texts of a grammar up to a length: what its rules give, again and again, until nothing is new."""
 
     def joined(ones: set[str], others: set[str]) -> set[str]:
         return {one + other for one in ones for other in others if len(one + other) <= LONGEST}
 
-    def of(rule: tuple) -> set[str]:
+    def of(rule: RandomRule) -> set[str]:
         kind, inner, *counts = rule
         if kind in ("text", "class"):
             return {inner} if kind == "text" else set(inner)
@@ -340,9 +343,7 @@ def test_masks_leave_no_more_than_the_allowed_logits(compiler: ConstraintCompile
     constraint = compiler.compile(SamplingParams(regex="[ab]"))
     masks = torch.stack([constraint.mask(), torch.full_like(constraint.mask(), -1)])
     logits = torch.arange(2.0 * compiler.vocab_size).view(2, -1)
-    bits = torch.tensor(
-        [[masks[0, i // 32].item() >> i % 32 & 1 for i in range(compiler.vocab_size)]], dtype=torch.bool
-    )
+    bits = torch.tensor([[int(masks[0, i // 32]) >> i % 32 & 1 for i in range(compiler.vocab_size)]], dtype=torch.bool)
     assert torch.equal(unpack(masks, compiler.vocab_size)[:1], bits) and 0 < bits.sum() < 9
     masked = apply_mask(logits, masks)
     assert torch.equal(masked[0].isfinite(), bits[0]) and torch.equal(masked[1], logits[1])
@@ -404,8 +405,9 @@ def test_a_number_of_line_breaks_cannot_go_on_for_ever(compiler: ConstraintCompi
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_before_there_is_a_tokenizer(field: str, text: str, words: str) -> None:
+    options: dict[str, Any] = {field: text}
     with pytest.raises(ValueError, match=words) as caught:
-        check_constraint(SamplingParams(**{field: text}))
+        check_constraint(dataclasses.replace(SamplingParams(), **options))
     assert "\n" not in str(caught.value)
 
 
