@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from torch import Tensor
 from llama.backends.base import Capture
 from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
 from llama.distributed.job import collective
-from llama.engine.runner import EagerRunner, SampledTokens, Scores, StepOutput, host_output
+from llama.engine.logit_changes import LogitChanges
+from llama.engine.runner import EagerRunner, host_output
 from llama.engine.sequence import Chunk
 from llama.engine.sequence import Sequence as SequenceState
+from llama.engine.step_data import SampledTokens, Scores, StepOutput, StepParams
 from llama.model import Transformer
-from llama.sampling import MAX_TOP_LOGPROBS, SamplingParams, SamplingTensors
+from llama.sampling import MAX_TOP_LOGPROBS, FilterTensors, SamplingParams, SamplingTensors
 
 log = logging.getLogger("llama")
 
@@ -35,6 +38,28 @@ ROWS_MULTIPLE = 8
 SLOW_CAPTURE = 1.0
 
 
+# The fields of filters that are a number of each row.
+FILTER_NUMBERS = ("top_k", "top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold")
+
+# Of filters: to look at a few of the greatest logits alone, the host would wait for whether they are enough.
+ANY_WIDTH = 0
+
+
+@dataclass(frozen=True)
+class StepKinds:
+    """What a graph is captured for: kinds of draws and of filters, and scores."""
+
+    draws: frozenset[str]
+    filters: frozenset[str] | None
+    scores: Scores
+
+    @staticmethod
+    def of(params: StepParams) -> StepKinds:
+        """Return the kinds of the rows of a step."""
+        filters = None if params.filters is None else params.filters.kinds
+        return StepKinds(params.tensors.kinds, filters, params.scores)
+
+
 class CudaGraphRunner(EagerRunner):
     """Replays a graph for each number of rows, number of tokens a row, and kind of sampling (see D37); see `Runner`.
 
@@ -43,11 +68,14 @@ class CudaGraphRunner(EagerRunner):
 
     runs_ahead = True
 
-    def __init__(self, model: Transformer, cache: KVCache, capture: Capture, rows: int, width: int) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, capture: Capture, rows: int, width: int, is_draft: bool = False
+    ) -> None:
         """Bind the runner to a cache as it is; rows, width: the most sequences of a step, and pages of one."""
-        super().__init__(model, cache)
+        super().__init__(model, cache, is_draft)
         self._capture = capture
         self._graphs: dict[object, Callable[[], None]] = {}
+        self._states: dict[object, Tensor] = {}  # final states, where a graph does not sample
         self._in_flight: deque[tuple[SampledTokens, torch.cuda.Event | None, Sequence[Chunk], int]] = deque()
         device = model.device
 
@@ -59,7 +87,10 @@ class CudaGraphRunner(EagerRunner):
         self._running = zeros(rows)  # 1, or 0 for rows that only pad a graph
         self._table = zeros(rows, width, dtype=torch.int32)
         self._uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)  # of the token after each position
+        self._xtc_uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)
         self._temperature, self._top_p = (zeros(rows, dtype=torch.float32) for _ in range(2))
+        self._filters = {field: zeros(rows, dtype=torch.float32) for field in FILTER_NUMBERS}
+        self._is_filtered = zeros(rows, dtype=torch.bool)
         self._announcing, self._told = zeros(1), 0
         # What a step has sampled, in memory that is the same for every graph.
         places = rows * MAX_STEP_TOKENS
@@ -71,8 +102,8 @@ class CudaGraphRunner(EagerRunner):
         self._sequences: list[SequenceState] = []
         self._n_pages: list[int] = []  # of each row, as far as they are on the device
         self._is_replayed = False  # whether the last step was captured, and has left the next one's tokens here
-        self._kinds: frozenset[str] = frozenset()
-        self._key: tuple[int, int, frozenset[str], Scores] = (0, 0, self._kinds, Scores())  # of the last graph
+        self._kinds = StepKinds(frozenset(), None, Scores())
+        self._key = (0, 0, self._kinds)  # of the last step: its rows, and the tokens of each
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         assert not self._in_flight, "a step in flight is followed by launch_next"
@@ -102,7 +133,8 @@ class CudaGraphRunner(EagerRunner):
         self._upload_sequences(chunks, params)
         self._table[bsz:rows] = 0  # the page of nobody
         self._upload_tables(chunks)
-        self._key = rows, seqlen, self._kinds, Scores.of(params)
+        self._key = rows, seqlen, self._kinds
+        self._is_controlled = not self._is_draft and any(chunk.sequence.controls is not None for chunk in chunks)
         self._replay(chunks, seqlen)
 
     def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
@@ -113,7 +145,7 @@ class CudaGraphRunner(EagerRunner):
             self._tell(announced)
         if [len(chunk.sequence.pages) for chunk in chunks] != self._n_pages:
             self._upload_tables(chunks)
-        self._key = (self._key[0], 1, *self._key[2:])
+        self._key = self._key[0], 1, self._kinds
         self._replay(chunks, 1)
 
     def wait(self) -> StepOutput:
@@ -123,10 +155,7 @@ class CudaGraphRunner(EagerRunner):
         if event is not None:
             collective(event.synchronize)  # on several ranks
 
-        # What was sampled after the last tokens of each chunk, of `seqlen` places, some of which only pad it.
-        ends = [i * seqlen + len(chunk.tokens) for i, chunk in enumerate(chunks)]
-        spans = [slice(end - chunk.n_sampled, end) for chunk, end in zip(chunks, ends, strict=True)]
-        return host_output(sampled, spans)
+        return host_output(sampled, [slice(end - chunk.n_sampled, end) for chunk, end in _ends(chunks, seqlen)])
 
     def reset(self) -> None:
         super().reset()
@@ -148,10 +177,17 @@ class CudaGraphRunner(EagerRunner):
                 first = len(sequence.prompt) - 1
                 numbers = self._pinned(sequence.uniforms)
                 self._uniforms[row, first : first + len(numbers)] = numbers
-        given = SamplingTensors.of(params, "cpu")
-        self._temperature[: len(params)] = self._pinned(given.temperature)
-        self._top_p[: len(params)] = self._pinned(given.top_p)
-        self._sequences, self._kinds = sequences, given.kinds
+                if sequence.params.xtc_probability > 0:
+                    numbers = self._pinned(sequence.xtc_uniforms)
+                    self._xtc_uniforms[row, first : first + len(numbers)] = numbers
+        n, given = len(params), StepParams.of(params, torch.device("cpu"))
+        self._temperature[:n] = self._pinned(given.tensors.temperature)
+        self._top_p[:n] = self._pinned(given.tensors.top_p)
+        if given.filters is not None:
+            for field, values in self._filters.items():
+                values[:n] = self._pinned(getattr(given.filters, field))
+            self._is_filtered[:n] = self._pinned(given.filters.is_filtered)
+        self._sequences, self._kinds = sequences, StepKinds.of(given)
 
     def _upload_tables(self, chunks: Sequence[Chunk]) -> None:
         """Have the pages of each row on the device."""
@@ -164,17 +200,17 @@ class CudaGraphRunner(EagerRunner):
         self._told = announced
 
     def _replay(self, chunks: Sequence[Chunk], seqlen: int) -> None:
-        """Launch the graph of a step; capture it first if there is none yet."""
-        rows, _, kinds, scores = self._key
-        if self._key not in self._graphs:
-            start = time.perf_counter()
-            state = self._tokens.clone(), self._start_pos.clone()
-            self._graphs[self._key] = self._capture(lambda: self._step(rows, seqlen, kinds, scores))
-            self._tokens.copy_(state[0])
-            self._start_pos.copy_(state[1])
-            seconds = time.perf_counter() - start
-            if seconds > SLOW_CAPTURE:
-                log.info("compiled and captured a step in %.1f s; Triton caches compiled kernels", seconds)
+        """Launch the graph of a step; capture it first if there is none yet.
+
+        Where requests have controls, the graph only computes final states, and what follows them is sampled after it.
+        """
+        rows, scores = self._key[0], self._kinds.scores
+        graph: object = (rows, seqlen) if self._is_controlled else self._key
+        changes = None
+        if self._is_controlled and self._changes is not None:
+            changes = self._changes.begin(chunks, [end - c.n_sampled for c, end in _ends(chunks, seqlen)])
+        if graph not in self._graphs:
+            self._graphs[graph] = self._captured(graph, seqlen)
         n, top = rows * seqlen, min(scores.top, self.model.args.vocab_size)
         outputs = SampledTokens(
             self._sampled[: n + 1],
@@ -183,19 +219,59 @@ class CudaGraphRunner(EagerRunner):
             self._top_logprobs[:n, :top] if top else None,
         )
         with torch.cuda.device_of(self._announcing):
-            self._graphs[self._key]()
+            self._graphs[graph]()
+            if self._is_controlled:
+                self._sample_rows(self._states[graph], seqlen, changes() if changes is not None else None)
             self._in_flight.append((*_download(outputs), chunks, seqlen))
 
-    def _step(self, rows: int, seqlen: int, kinds: frozenset[str], scores: Scores) -> None:
-        """Run what a graph captures: compute, sample, and store tokens and positions for a next step of one token."""
+    def _captured(self, graph: object, seqlen: int) -> Callable[[], None]:
+        """Capture a step of the rows and the kind that the key says, and leave tokens and positions as they were."""
+        rows, start = self._key[0], time.perf_counter()
+        state = self._tokens.clone(), self._start_pos.clone()
+
+        def step() -> None:
+            hidden = self._compute_rows(rows, seqlen)
+            if self._is_controlled:
+                self._states[graph] = hidden
+            else:
+                self._sample_rows(hidden, seqlen)
+
+        captured = self._capture(step)
+        self._tokens.copy_(state[0])
+        self._start_pos.copy_(state[1])
+        seconds = time.perf_counter() - start
+        if seconds > SLOW_CAPTURE:
+            log.info("compiled and captured a step in %.1f s; Triton caches compiled kernels", seconds)
+        return captured
+
+    def _compute_rows(self, rows: int, seqlen: int) -> Tensor:
+        """Return the final states of a step's tokens, (rows * seqlen, dim)."""
         tokens, start_pos = self._tokens[:rows, :seqlen], self._start_pos[:rows]
         batch = ForwardBatch.of_steps(self.cache, start_pos, seqlen, self._table[:rows])
-        hidden = self.model.hidden(tokens.flatten(), batch)
-        positions = batch.positions.view(rows, seqlen).clamp(max=self._uniforms.shape[1] - 1)
-        uniform = self._uniforms[:rows].gather(1, positions)
-        temperature, top_p = (each[:rows].repeat_interleave(seqlen) for each in (self._temperature, self._top_p))
-        params = SamplingTensors(temperature, top_p, kinds)
-        sampled = self._sampler(hidden, uniform.flatten(), params, self._announcing, scores)
+        return self.model.hidden(tokens.flatten(), batch)
+
+    def _sample_rows(self, hidden: Tensor, seqlen: int, changes: LogitChanges | None = None) -> None:
+        """Sample after final states, and store tokens and positions for a next step of one token."""
+        rows, _, kinds = self._key
+        start_pos = self._start_pos[:rows]
+        positions = start_pos[:, None] + torch.arange(seqlen, device=start_pos.device)
+        positions = positions.clamp(max=self._uniforms.shape[1] - 1)
+        uniform, xtc_uniform = self._uniforms[:rows].gather(1, positions).flatten(), None
+
+        def of_places(values: Tensor) -> Tensor:
+            return values[:rows].repeat_interleave(seqlen)
+
+        filters = None
+        if kinds.filters is not None:
+            numbers = {field: of_places(values) for field, values in self._filters.items()}
+            filters = FilterTensors(
+                **numbers, is_filtered=of_places(self._is_filtered), kinds=kinds.filters, width=ANY_WIDTH
+            )
+            if "xtc" in kinds.filters:
+                xtc_uniform = self._xtc_uniforms[:rows].gather(1, positions).flatten()
+        tensors = SamplingTensors(of_places(self._temperature), of_places(self._top_p), kinds.draws)
+        params = StepParams(tensors, filters, kinds.scores, xtc_uniform is not None)
+        sampled = self._sampler(hidden, (uniform, xtc_uniform), params, self._announcing, changes)
         self._sampled[: len(sampled.tokens)] = sampled.tokens
         if sampled.logprobs is not None:
             self._logprobs[: rows * seqlen] = sampled.logprobs
@@ -219,6 +295,11 @@ class CudaGraphRunner(EagerRunner):
 def is_computed_at_once(chunk: Chunk) -> bool:
     """Tell whether a chunk is part of a prompt, of which there is no graph."""
     return chunk.n_sampled == 0 or chunk.sequence.in_prompt
+
+
+def _ends(chunks: Sequence[Chunk], seqlen: int) -> list[tuple[Chunk, int]]:
+    """Return each chunk with the place after its last token in a step of `seqlen` places a row, some only padding."""
+    return [(chunk, i * seqlen + len(chunk.tokens)) for i, chunk in enumerate(chunks)]
 
 
 def _download(sampled: SampledTokens) -> tuple[SampledTokens, torch.cuda.Event | None]:

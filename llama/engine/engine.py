@@ -12,14 +12,15 @@ from collections import abc
 import torch
 
 from llama.cache import PAGE_SIZE
+from llama.engine.controls import ControlsMaker
 from llama.engine.metrics import Metrics
 from llama.engine.options import check_speculation
 from llama.engine.prompts import prompt_ids
 from llama.engine.room import Room
-from llama.engine.runner import StepOutput
 from llama.engine.sequence import Chunk, Sequence
 from llama.engine.speculative import Speculation
 from llama.engine.step_budget import StepBudget
+from llama.engine.step_data import StepOutput
 from llama.model import Transformer
 from llama.outputs import FinishReason, TokenEvent, TopTokens
 from llama.sampling import INVALID, SamplingParams
@@ -66,6 +67,7 @@ class Engine:
         self._prompt_tokens = self._budget.tokens  # the first rank's, which all keep to
         # Control tokens, and the ids of padding in an embedding, add nothing to a text.
         self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
+        self._controls = ControlsMaker(tokenizer, model.args.vocab_size)
         self.requests = self.scheduler.requests
         self.last_id = -1  # of the newest request
         self._events: list[TokenEvent] = []
@@ -182,17 +184,18 @@ class Engine:
         interactive: bool,
     ) -> Sequence:
         """Have a prompt of right ids wait for its turn, as the newest request; place: index and sample, as in `add`."""
-        limit = self.model.args.max_seq_len - len(prompt)
+        limit, ends = self.model.args.max_seq_len - len(prompt), self._stop_tokens(params)
         sequence = Sequence(
             self.last_id,
             prompt,
             params,
             limit if params.max_gen_len is None else min(limit, params.max_gen_len),
-            self._stop_tokens(params),
+            ends,
             (self.seed if params.seed is None else params.seed, *place),
             CompletionText(self.tokenizer.stream_decoder(add_prefix_space), self._silent_tokens, params.stop),
             self._events,
             interactive,
+            self._controls.make(prompt, params, ends),
         )
         self.room.check(sequence, len(self.requests), self._speculation is not None)
         self._is_steady = False
@@ -202,7 +205,7 @@ class Engine:
     def _stop_tokens(self, params: SamplingParams) -> frozenset[int]:
         """Return the tokens that end a completion: a stop string that is a control token is one of them."""
         ends = {*params.stop_token_ids, *self.tokenizer.control_tokens(params.stop)}
-        if params.stop_token is not None:
+        if params.stop_token is not None and not params.is_constrained:
             return frozenset({params.stop_token, *ends})
         return self.tokenizer.stop_tokens | ends if ends else self.tokenizer.stop_tokens
 
@@ -284,7 +287,7 @@ class Engine:
         """Launch the step after these chunks, where every sequence is sure to need it and nothing else can run."""
         if self._speculation is not None or self.scheduler.can_admit:
             return []
-        if any(chunk.is_of_prompt or chunk.sequence.finished for chunk in chunks):
+        if any(chunk.is_of_prompt or chunk.sequence.finished or chunk.sequence.controls for chunk in chunks):
             return []
         # The newest token of each is not known yet, and the one after it is about to be computed.
         lengths = [chunk.stop + 1 for chunk in chunks]
@@ -324,7 +327,7 @@ class Engine:
         reason: FinishReason | None = None
         for i, token in enumerate(tokens):
             if token == INVALID:
-                self._end(sequence, "error", invalid_logits(sequence))
+                self._end(sequence, "error", no_next_token(sequence))
                 return
             if token in sequence.stop_tokens:
                 reason = "stop"
@@ -403,8 +406,11 @@ class Engine:
         self._begun = []
 
 
-def invalid_logits(sequence: Sequence) -> str:
-    """Say which request's logits cannot be sampled from."""
+def no_next_token(sequence: Sequence) -> str:
+    """Say which request has no token that could be sampled, and why."""
+    if sequence.controls is not None:
+        why = sequence.controls.error or "penalties, biases and its constraint leave no token, or its logits are NaN"
+        return f"prompt {sequence.index} cannot go on after {len(sequence.tokens)} tokens: {why}"
     return (
         f"the logits of prompt {sequence.index} are NaN or infinite after {len(sequence.tokens)} tokens: the weights "
         "are damaged, or too large for this dtype (try --dtype float32)"

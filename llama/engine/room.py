@@ -152,11 +152,11 @@ class Room:
         """Make a runner for each model: of CUDA graphs, if its backend captures them."""
         self._backends, runners = [backend_of(model) for model in self._models], list[Runner]()
         captures = [backend.graph_capture() for backend in self._backends if backend.captures_graphs]
-        for model, cache, backend in zip(self._models, caches, self._backends, strict=True):
+        for number, (model, cache, backend) in enumerate(zip(self._models, caches, self._backends, strict=True)):
             if backend.captures_graphs:
                 # One capture for all, so that their graphs share one pool of memory.
                 rows, width = self.scheduler.max_rows, self.scheduler.most_pages
-                runners.append(CudaGraphRunner(model, cache, captures[0], rows, width))
+                runners.append(CudaGraphRunner(model, cache, captures[0], rows, width, number > 0))
             else:
-                runners.append(EagerRunner(model, cache))
+                runners.append(EagerRunner(model, cache, number > 0))
         self.runners = runners

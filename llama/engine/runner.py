@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,65 +16,12 @@ from torch import Tensor
 from llama.backends.base import backend_of
 from llama.cache import ForwardBatch, KVCache
 from llama.config import DynamicScaling
+from llama.engine.logit_changes import ChangesOfSteps, LogitChanges, WaitForChanges
 from llama.engine.sequence import Chunk
+from llama.engine.step_data import SampledTokens, StepOutput, StepParams
 from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
-from llama.outputs import TopTokens
-from llama.sampling import SamplingParams, SamplingTensors, log_probs, top_log_probs
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a step tells of its tokens' probabilities; a graph is captured for each."""
-
-    logprobs: bool = False
-    top: int = 0  # how many of the likeliest tokens
-
-    @staticmethod
-    def of(params: Sequence[SamplingParams]) -> Scores:
-        """Return what all of the rows need together."""
-        return Scores(any(each.needs_logprobs for each in params), max(each.top_logprobs for each in params))
-
-
-class SampledTokens(NamedTuple):
-    """Tensors that a sampler returns for n final states; those that are not asked for are None.
-
-    tokens: (n + 1,), of which the last is what the first rank announces; logprobs: (n,); top_tokens, top_logprobs:
-    (n, k), likeliest first.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor | None = None
-    top_tokens: Tensor | None = None
-    top_logprobs: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> SampledTokens:
-        """Return what a function makes of each tensor."""
-        rest = [None if each is None else function(each) for each in self[1:]]
-        return SampledTokens(function(self.tokens), *rest)
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """The tokens that a step sampled: a list for each chunk."""
-
-    tokens: list[list[int]]  # INVALID where logits are NaN or infinite
-    logprobs: list[list[float]] | None = None  # where a chunk's sampling parameters ask for them
-    announced: int | None = None  # what the first rank launched the step with; None if nothing was sampled
-    top_logprobs: list[list[TopTokens]] | None = None  # as many as any chunk's sampling parameters ask for
-
-    def cut(self, lengths: Sequence[int]) -> StepOutput:
-        """Return the first tokens of each chunk, with their scores."""
-
-        def first(values: list[list[Any]]) -> list[list[Any]]:
-            return [each[:n] for each, n in zip(values, lengths, strict=True)]
-
-        return StepOutput(
-            first(self.tokens),
-            first(self.logprobs) if self.logprobs else None,
-            self.announced,
-            first(self.top_logprobs) if self.top_logprobs else None,
-        )
+from llama.sampling import SamplingParams, log_probs, top_log_probs
 
 
 class Runner(Protocol):
@@ -113,14 +59,23 @@ class Sampler:
         self._draw = backend_of(model).token_sampler()
 
     def __call__(
-        self, hidden: Tensor, uniform: Tensor, rows: SamplingTensors, announced: Tensor, scores: Scores
+        self,
+        hidden: Tensor,
+        uniforms: tuple[Tensor, Tensor | None],
+        params: StepParams,
+        announced: Tensor,
+        changes: LogitChanges | None = None,
     ) -> SampledTokens:
         """Return a token for each final state, with `announced` (1,) appended, and the scores that are asked for.
 
-        hidden: (n, dim), final states; uniform: (n,), random numbers.
+        hidden: (n, dim), final states; uniforms: (n,) each, the random numbers that draw tokens, and XTC's; changes: of
+        logits, before tokens are drawn.
         """
-        logits = self.model.logits(hidden)
-        tokens = torch.cat([self._draw(logits, uniform, rows), announced])
+        logits, scores = self.model.logits(hidden), params.scores
+        changed = logits if changes is None else changes.apply(logits)
+        if params.filters is not None:
+            changed = self._draw.filter(changed, params.filters, params.tensors.temperature, uniforms[1])
+        tokens = torch.cat([self._draw(changed, uniforms[0], params.tensors), announced])
         if self.model.parallel.size > 1:
             tokens = self.model.parallel.broadcast(tokens)
         logprobs = log_probs(logits, tokens[:-1].clamp(min=0)) if scores.logprobs else None
@@ -132,10 +87,14 @@ class EagerRunner:
 
     runs_ahead = False
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, is_draft: bool = False) -> None:
+        """Bind the runner to a model and its cache; a draft model samples without the controls of requests."""
         self.model, self.cache = model, cache
         self.device = model.device
         self._sampler = Sampler(model)
+        self._is_draft, self._is_controlled = is_draft, False
+        # Every rank gets the first rank's tokens, so only its logits are changed.
+        self._changes = ChangesOfSteps(self.device, model.args.vocab_size) if model.parallel.rank == 0 else None
         self._outputs: deque[StepOutput] = deque()
         # Of the last step: its batch, if a next one can follow it, its tokens, and its rows' sampling parameters.
         self._batch: ForwardBatch | None = None
@@ -144,6 +103,8 @@ class EagerRunner:
         self._is_dynamic = isinstance(model.args.rope_scaling, DynamicScaling)
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
+        self._is_controlled = not self._is_draft and any(chunk.sequence.controls is not None for chunk in chunks)
+        changes = self._begin_changes(chunks) if self._is_controlled else None
         hidden = self._compute(chunks)
         sampled = [chunk for chunk in chunks if chunk.n_sampled]
         if not sampled:
@@ -151,10 +112,10 @@ class EagerRunner:
             return
         params = [chunk.sequence.params for chunk in sampled for _ in range(chunk.n_sampled)]
         if params != self._params:
-            # The parameters last: after an interrupt they are not taken for those of the tensors.
-            self._scores, self._sampling = Scores.of(params), SamplingTensors.of(params, self.device)
+            # In this order: after an interrupt they are not taken for those of the tensors.
+            self._step_params = StepParams.of(params, self.device)
             self._params = params
-        self._sample(self._sampled_states(hidden, chunks), chunks, announced)
+        self._sample(self._sampled_states(hidden, chunks), chunks, announced, changes)
 
     def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         """See `Runner`. What the step before has looked up of the rows is used again: their pages are the same."""
@@ -164,14 +125,22 @@ class EagerRunner:
             self.launch(known, announced)
             return
         self._batch = self._batch.next_positions()
+        changes = self._begin_changes(chunks) if self._is_controlled else None
         hidden = self.model.hidden(torch.tensor(newest, device=self.device), self._batch)
-        self._sample(hidden, chunks, announced)
+        self._sample(hidden, chunks, announced, changes)
 
     def wait(self) -> StepOutput:
         return self._outputs.popleft()
 
     def reset(self) -> None:
         self._outputs.clear()
+
+    def _begin_changes(self, chunks: Sequence[Chunk]) -> WaitForChanges | None:
+        """Have the changes of a step's logits worked out, and return what waits for them."""
+        if self._changes is None:
+            return None
+        rows = itertools.accumulate((chunk.n_sampled for chunk in chunks[:-1]), initial=0)
+        return self._changes.begin(chunks, list(rows))
 
     def _compute(self, chunks: Sequence[Chunk]) -> Tensor:
         """Return the final states of all tokens, (n_tokens, dim), cache them, and score prompts that are scored."""
@@ -216,18 +185,25 @@ class EagerRunner:
         at = [i for chunk, stop in zip(chunks, stops, strict=True) for i in range(stop - chunk.n_sampled, stop)]
         return hidden[torch.tensor(at, device=self.device)]
 
-    def _sample(self, hidden: Tensor, chunks: Sequence[Chunk], announced: int) -> None:
+    def _sample(self, hidden: Tensor, chunks: Sequence[Chunk], announced: int, changes: WaitForChanges | None) -> None:
         """Sample the tokens that follow final states hidden (n_sampled of all chunks, dim)."""
-        uniform = []
+        uniform: list[float] = []
         for chunk in chunks:
-            uniform += uniforms_of(chunk)
-        numbers = torch.tensor(uniform, dtype=torch.float32, device=self.device)
+            uniform += uniforms_of(chunk, chunk.sequence.uniforms)
+        numbers, xtc_numbers = torch.tensor(uniform, dtype=torch.float32, device=self.device), None
+        if self._step_params.has_xtc:
+            each = [uniforms_of(chunk, chunk.sequence.xtc_uniforms) for chunk in chunks]
+            xtc_numbers = torch.tensor(
+                list(itertools.chain.from_iterable(each)), dtype=torch.float32, device=self.device
+            )
         told = torch.tensor([announced], device=self.device)
         spans, start = [], 0
         for chunk in chunks:
             spans.append(slice(start, start + chunk.n_sampled))
             start += chunk.n_sampled
-        output = host_output(self._sampler(hidden, numbers, self._sampling, told, self._scores), spans)
+        changed = changes() if changes is not None else None
+        sampled = self._sampler(hidden, (numbers, xtc_numbers), self._step_params, told, changed)
+        output = host_output(sampled, spans)
         self._newest = output.tokens
         self._outputs.append(output)
 
@@ -240,11 +216,13 @@ class EagerRunner:
         return scores
 
 
-def uniforms_of(chunk: Chunk) -> list[float]:
-    """Return the random numbers of the tokens that a chunk samples: any for those beyond the limit of a sequence."""
-    sequence = chunk.sequence
-    first = chunk.start + len(chunk.tokens) - chunk.n_sampled + 1 - len(sequence.prompt)
-    numbers: list[float] = sequence.uniforms[first : first + chunk.n_sampled].tolist()
+def uniforms_of(chunk: Chunk, of_sequence: Tensor) -> list[float]:
+    """Return the random numbers of the tokens that a chunk samples, from those of all new tokens of its sequence.
+
+    Those beyond the limit of a sequence are any.
+    """
+    first = chunk.start + len(chunk.tokens) - chunk.n_sampled + 1 - len(chunk.sequence.prompt)
+    numbers: list[float] = of_sequence[first : first + chunk.n_sampled].tolist()
     return numbers + [0.0] * (chunk.n_sampled - len(numbers))
 
 

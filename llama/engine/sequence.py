@@ -9,9 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from llama.engine.controls import TokenControls
 from llama.engine.page_pool import ROOT
 from llama.outputs import TokenEvent
-from llama.sampling import SamplingParams, uniforms
+from llama.sampling import XTC_STREAM, SamplingParams, uniforms
 from llama.tokenizer import CompletionText
 
 
@@ -28,6 +29,7 @@ class Sequence:
     text: CompletionText
     events: list[TokenEvent]  # where its events go
     interactive: bool  # whether somebody reads along
+    controls: TokenControls | None = None
 
     index: int = field(init=False)  # of its events
     tokens: list[int] = field(init=False)  # prompt and completion; the newest is cached by the next step
@@ -65,6 +67,12 @@ class Sequence:
         """The random number of each new token: (max_new_tokens,), fp32, on the CPU."""
         seed, place, sample = self.seeds
         return uniforms(seed, place, self.max_new_tokens, sample=sample)
+
+    @cached_property
+    def xtc_uniforms(self) -> Tensor:
+        """The random number that decides whether XTC acts, of each new token: (max_new_tokens,), fp32."""
+        seed, place, sample = self.seeds
+        return uniforms(seed, place, self.max_new_tokens, sample, XTC_STREAM)
 
     @property
     def is_reading(self) -> bool:

@@ -15,9 +15,9 @@ from typing import Protocol
 from llama.engine.metrics import Metrics
 from llama.engine.page_pool import common_prefix_len
 from llama.engine.room import Room
-from llama.engine.runner import StepOutput
 from llama.engine.scheduler import Scheduler
 from llama.engine.sequence import Chunk
+from llama.engine.step_data import StepOutput
 from llama.memory.estimate import MAX_SPECULATIVE_POSITIONS
 
 # Most draft tokens of one sequence: with its newest token they are 8, which the kernels compute in one pass.

@@ -77,6 +77,10 @@ class Constraint:
         self._check()
         return packed
 
+    def nothing(self) -> Tensor:
+        """Return the mask that allows no token."""
+        return torch.zeros(-(-self._vocab_size // BITS), dtype=torch.int32, device="cpu")
+
     def accept(self, token: int) -> None:
         """Go on by a token; ValueError for one that the mask does not allow."""
         if self.must_end:

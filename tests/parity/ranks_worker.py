@@ -38,6 +38,12 @@ from llama.quantization.weights import QuantizedWeight
 from llama.sampling import SamplingParams
 
 DRAFT = {"draft": True}
+# Of the ranks, the first alone has penalties and masks, and its tokens are everybody's.
+CONTROLLED: tuple[dict[str, Any], ...] = (
+    {"temperature": 0, "repetition_penalty": 1.5, "stop": ["e", "a"]},
+    {"temperature": 1.0, "top_k": 20, "xtc_probability": 0.5, "xtc_threshold": 0.01, "n": 2},
+    {"temperature": 1.0, "regex": "[a-f]{2,4}[0-9]+", "min_p": 0.01},
+)
 
 
 class RepeatingBackend(EagerBackend):
@@ -65,6 +71,8 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
             result["logits"] = llm.model(tokens, start_pos, llm.model.new_cache(*tokens.shape))
         result["greedy"] = llm.generate(job["prompts"], 6, temperature=0, logprobs=True)
         result["sampled"] = llm.generate(job["prompts"], 6, temperature=1.0, top_p=0.95)
+        if job.get("guess"):
+            result["controlled"] = [llm.generate(job["prompts"], 12, **options) for options in CONTROLLED]
         if llm.model.parallel.group is not None and llm.model.parallel.size > 1:
             result["one_shot"] = open_one_shot(llm.model.parallel.group, 64, torch.device("cpu"), job["size"])
         if job.get("guess"):

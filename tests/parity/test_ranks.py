@@ -159,6 +159,14 @@ def test_ranks_guess_alike_whatever_their_clocks_say(
 
 
 @pytest.mark.parametrize(("name", "size"), GUESSES)
+def test_ranks_penalize_and_constrain_alike(results: dict[tuple[str, int], list[Any]], name: str, size: int) -> None:
+    alone = results[name, 1][0]["controlled"]
+    assert all(len(tokens) > 1 for tokens, _ in alone)
+    for rank in results[name, size]:
+        assert rank["controlled"] == alone
+
+
+@pytest.mark.parametrize(("name", "size"), GUESSES)
 def test_requests_that_join_on_several_ranks_are_those_of_one(
     results: dict[tuple[str, int], list[Any]], name: str, size: int
 ) -> None:
