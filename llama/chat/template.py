@@ -172,6 +172,8 @@ class TemplateChat:
         self._placed |= {*new} - {*left_out}
         if call is not None and "tool_calls" in left_out:
             raise no_place_for_calls(call, self._name)
+        if "tool_calls" in self._placed:  # many templates write calls and results in order, without their ids
+            left_out = tuple(key for key in left_out if key != "tool_call_id")
         tell_left_out(self._name, left_out)
 
     def _render_continued(self, context: dict[str, Any]) -> tuple[str, dict[int, str]]:

@@ -61,7 +61,9 @@ def asked(text: str, *calls: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TOOL_TEMPLATES)
-def test_tools_reach_a_template_as_in_transformers_and_control_tokens_in_them_stay_text(name: str) -> None:
+def test_tools_reach_a_template_as_in_transformers_and_control_tokens_in_them_stay_text(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Tools were left out of every prompt. Who describes a tool, or answers for it, must not speak as the system."""
     template, specials = TOOL_TEMPLATES[name]
     ours, theirs = tokenizer_pair(template, specials)
@@ -75,6 +77,7 @@ def test_tools_reach_a_template_as_in_transformers_and_control_tokens_in_them_st
             dialog, tools=tools, tokenize=False, add_generation_prompt=True
         )
         assert control_ids(ours, ids) == wanted, text
+    assert not [each for each in caplog.messages if "tool_call_id" in each], "it only says which call a result is of"
     with_tools = ours.decode(chat.encode(asked("hello", call()), plain))
     assert with_tools.count("forecast") and "forecast" not in ours.decode(chat.encode(asked("hello", call())))
 
