@@ -6,13 +6,14 @@ Knows nothing of file formats, of process groups or of terminals.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from llama.chat.dialog import Dialog, Message, Role, check_messages
 from llama.chat.formats import DialogFormat, Llama3Chat, choose_chat_format
 from llama.chat.infilling import infilling_prompt_tokens
 from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR
+from llama.chat.tools import Tools, check_echo
 from llama.distributed.job import mute_later_ranks
 from llama.engine.build import build_draft, build_model
 from llama.engine.engine import Engine
@@ -21,14 +22,17 @@ from llama.engine.options import BuildOptions
 from llama.engine.prompts import as_token_ids, check_texts, encode_dialogs, encode_texts
 from llama.model import Transformer
 from llama.outputs import (
+    AnswerPrediction,
     ChatPrediction,
     CompletionPrediction,
     InfillingPrediction,
     TokenEvent,
     chat_predictions,
+    fold_answer,
     fold_events,
     fold_tokens,
     keep_best,
+    split_events,
 )
 from llama.sampling import SamplingParams, sample_top_p
 from llama.tokenizer import Tokenizer
@@ -54,11 +58,12 @@ class Llama:
         *,
         seed: int = 1,
         chat_format: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         speculate: str | None = None,
         draft: Transformer | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.chat_format: DialogFormat = choose_chat_format(tokenizer, chat_format)
+        self.chat_format: DialogFormat = choose_chat_format(tokenizer, chat_format, template_kwargs)
         self.engine = Engine(model, tokenizer, seed=seed, speculate=speculate, draft=draft)
         self._sequences_seeded = 0
 
@@ -130,6 +135,7 @@ class Llama:
             tokenizer,
             seed=options.seed,
             chat_format=chat_format,
+            template_kwargs=options.template_arguments,
             speculate=options.speculate,
             draft=draft,
         )
@@ -231,25 +237,38 @@ class Llama:
         logprobs: bool = False,
         *,
         seed: int | None = None,
+        tools: Tools | None = None,
+        continue_final_message: bool = False,
         **sampling: Any,
     ) -> list[ChatPrediction]:
         """Answer each dialog. One that spells out Llama 2's tags is answered with Meta's error text, unasked.
 
-        Args: dialogs, each a list of messages with a role and a content, the last the user's; the others as for
-        `stream`.
+        Args:
+            dialogs: each a list of messages with a role and a content, the last the user's.
+            tools: what the model may call, by JSON schemas, as transformers takes them. The answers' messages have
+                tool_calls where it does, whose arguments are dictionaries, as chat templates take them back.
+            continue_final_message: whether answers go on where the last messages, the assistant's, end. They do not
+                repeat these.
+            temperature, top_p, max_gen_len, logprobs, seed, sampling: as for `stream`.
 
         >>> [answer] = llm.chat_completion([[{"role": "user", "content": "What is the capital of France?"}]], 0)
         >>> answer["generation"]
         {'role': 'assistant', 'content': 'The capital of France is Paris.'}
         """
         params = SamplingParams(temperature, top_p, max_gen_len, seed, logprobs, **sampling)
+        check_echo(params, tools)
         for dialog in dialogs:
             check_messages(dialog)
         refused = [self.chat_format.is_unsafe(dialog) for dialog in dialogs]
         safe = [dialog for dialog, is_refused in zip(dialogs, refused, strict=True) if not is_refused]
-        answers: list[CompletionPrediction] = []
+        answers: list[AnswerPrediction] = []
         if safe or not dialogs:
-            answers = self._complete(self.encode_dialogs(safe), params, add_prefix_space=True)
+            encoded = self.encode_dialogs(safe, tools, continue_final_message)
+            prompts = as_token_ids(encoded, self.model.args)
+            events = self.run(prompts, params, add_prefix_space=not continue_final_message)
+            streams = [self.chat_format.call_stream(tools, each) for each in prompts for _ in range(params.n)]
+            told = zip(split_events(events, len(streams)), streams, strict=True)
+            answers = [fold_answer(each, self.tokenizer, params.logprobs, stream) for each, stream in told]
         return chat_predictions(answers, [each for each in refused for _ in range(params.n)], logprobs)
 
     def text_infilling(
@@ -288,14 +307,18 @@ class Llama:
             for fill, (prefix, suffix) in zip(filled, pairs, strict=True)
         ]
 
-    def encode_dialogs(self, dialogs: Sequence[Dialog]) -> list[list[int]]:
+    def encode_dialogs(
+        self, dialogs: Sequence[Dialog], tools: Tools | None = None, continue_final_message: bool = False
+    ) -> list[list[int]]:
         """Encode dialogs up to where each answer begins; raise ValueError where one does not fit the format.
+
+        Args: as for `chat_completion`.
 
         >>> [tokens] = llm.encode_dialogs([[{"role": "user", "content": "Hi"}]])
         >>> llm.tokenizer.decode(tokens[-7:])
         'Hi<|im_end|>\\n<|im_start|>assistant\\n'
         """
-        return encode_dialogs(self.chat_format, self.model.parallel, dialogs)
+        return encode_dialogs(self.chat_format, self.model.parallel, dialogs, tools, continue_final_message)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Encode texts to continue; an empty text is the begin token, as nothing cannot be continued.

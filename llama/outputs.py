@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from llama.chat.dialog import Message
 from llama.chat.llama2_tags import UNSAFE_ERROR
+from llama.chat.tool_calls import ToolCallStream
 from llama.tokenizer import Tokenizer
 
 # An end token was sampled, or a limit of tokens is reached; of the engine's events alone: logits are NaN or infinite.
@@ -36,8 +37,14 @@ class CompletionPrediction(TypedDict, total=False):
     finish_reason: FinishReason
 
 
+class AnswerPrediction(CompletionPrediction, total=False):
+    """The text of an answer to a dialog, without its calls of tools; tool_calls is there where there are some."""
+
+    tool_calls: list[dict[str, Any]]
+
+
 class ChatPrediction(TypedDict, total=False):
-    """The answer to a dialog; other keys as in `CompletionPrediction`."""
+    """The answer to a dialog, with its tool_calls in the message; other keys as in `CompletionPrediction`."""
 
     generation: Message
     tokens: list[str]
@@ -88,10 +95,15 @@ def fold_events(
     events: Iterable[TokenEvent], n_completions: int, tokenizer: Tokenizer, logprobs: bool
 ) -> list[CompletionPrediction]:
     """Fold the events of completions into one prediction each."""
+    return [fold_prompt(of_one, tokenizer, logprobs) for of_one in split_events(events, n_completions)]
+
+
+def split_events(events: Iterable[TokenEvent], n_completions: int) -> list[list[TokenEvent]]:
+    """Return the events of each completion."""
     by_index: list[list[TokenEvent]] = [[] for _ in range(n_completions)]
     for event in events:
         by_index[event.index].append(event)
-    return [fold_prompt(of_one, tokenizer, logprobs) for of_one in by_index]
+    return by_index
 
 
 def keep_best(events: Iterable[TokenEvent], made: int, kept: int) -> Iterator[TokenEvent]:
@@ -121,18 +133,36 @@ def _mean_logprob(events: Sequence[TokenEvent]) -> float:
 
 
 def chat_predictions(
-    answers: Iterable[CompletionPrediction], refused: Iterable[bool], logprobs: bool
+    answers: Iterable[AnswerPrediction], refused: Iterable[bool], logprobs: bool
 ) -> list[ChatPrediction]:
     """Return a prediction for each dialog: the next of the answers, or Meta's error text where it was refused."""
-    refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
+    refusal = AnswerPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
     if logprobs:
         refusal["logprobs"] = []
     answered = iter(answers)
-    predictions = [refusal if is_refused else next(answered) for is_refused in refused]
-    return [
-        ChatPrediction(**{**each, "generation": Message(role="assistant", content=each["generation"])})
-        for each in predictions
-    ]
+    return [_chat_prediction(refusal if is_refused else next(answered)) for is_refused in refused]
+
+
+def _chat_prediction(answer: AnswerPrediction) -> ChatPrediction:
+    message = Message(role="assistant", content=answer["generation"])
+    if "tool_calls" in answer:
+        message["tool_calls"] = answer["tool_calls"]
+    rest = {key: value for key, value in answer.items() if key != "tool_calls"}
+    return cast(ChatPrediction, {**rest, "generation": message})
+
+
+def fold_answer(
+    events: Sequence[TokenEvent], tokenizer: Tokenizer, logprobs: bool, stream: ToolCallStream | None
+) -> AnswerPrediction:
+    """Fold the events of one answer into its prediction; stream: what tells its calls, if there can be any."""
+    answer = cast(AnswerPrediction, fold_prompt(events, tokenizer, logprobs))
+    if stream is not None:
+        shown = "".join([stream.push(event.token, event.text) for event in events])
+        rest, calls = stream.end()
+        answer["generation"] = shown + rest
+        if calls:
+            answer["tool_calls"] = calls
+    return answer
 
 
 def fold_prompt(events: Sequence[TokenEvent], tokenizer: Tokenizer, logprobs: bool) -> CompletionPrediction:

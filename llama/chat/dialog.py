@@ -105,24 +105,49 @@ def check_roles(dialog: Sequence[Mapping[str, Any]], chat_format: str) -> None:
         )
 
 
-def plain_messages(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a copy of the messages as JSON holds it, with lone surrogates as U+FFFD.
+def check_continued(dialog: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text that an answer is to continue; raise ValueError unless it is an assistant's, at the end.
 
-    Reasoning gets all the names that templates know, as in transformers. Raises ValueError for what is no message, and
-    for a value that is no JSON.
+    Of a content that is a list it is the last text.
+    """
+    check_messages(dialog)
+    role, content = dialog[-1]["role"], dialog[-1].get("content")
+    if role != "assistant":
+        raise ValueError(f"continue_final_message needs a dialog that ends with an 'assistant' message, got {role!r}")
+    parts = [{"text": content}] if isinstance(content, str) else content or []
+    texts = [part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    if not texts:
+        raise ValueError("continue_final_message needs a text in the last message, which has none")
+    text: str = texts[-1]
+    return text
+
+
+def plain_messages(dialog: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a copy of the messages as JSON holds it, without keys that are None, as in transformers.
+
+    Reasoning gets all the names that templates know. Raises ValueError for what is no message, and as `plain_json`.
     """
     check_messages(dialog)
     messages = []
     for i, message in enumerate(dialog):
-        try:
-            message = json.loads(json.dumps(message))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"message {i} holds a value that JSON has no form for: {error}") from None
-        reasoning = next((message[key] for key in REASONING_KEYS if message.get(key) is not None), None)
+        message = plain_json({key: each for key, each in message.items() if each is not None}, f"message {i} holds")
+        reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        messages.append(map_texts(message, _valid_unicode))
+        messages.append(message)
     return messages
+
+
+def plain_json(value: Any, has: str) -> Any:
+    """Return a copy of JSON data, with lone surrogates as U+FFFD; raise ValueError for a value that is none.
+
+    has: what the error begins with, such as "message 0 holds".
+    """
+    try:
+        copied = json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{has} a value that JSON has no form for: {error}") from None
+    return map_texts(copied, _valid_unicode)
 
 
 def map_texts(value: Any, change: Callable[[str], str], keep: Mapping[str, Collection[str]] | None = None) -> Any:

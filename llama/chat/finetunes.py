@@ -40,12 +40,13 @@ class Turns:
             "{% endif %}"
             + ("{% if system is not none %}{{ " + system + " }}{% endif %}" if self.system_in is None else "")
             + "{% for message in turns %}{% set text = message.content %}"
-            "{% if message.role != ('user', 'assistant')[loop.index0 % 2] or loop.last and loop.index0 % 2 %}"
+            "{% if message.role != ('user', 'assistant')[loop.index0 % 2]"
+            " or add_generation_prompt and loop.last and loop.index0 % 2 %}"
             "{{ raise_exception('roles are an optional system, then user and assistant in turn, ending with user') }}"
             "{% endif %}{% if message.role == 'user' %}"
             "{% if " + begins + " %}{% set text = " + system + " ~ text %}{% endif %}"
             "{{ " + _written(self.user) + " }}{% else %}{{ " + _written(self.answer) + " }}{% endif %}{% endfor %}"
-            "{{ " + _written(self.opening) + " }}"
+            "{% if add_generation_prompt %}{{ " + _written(self.opening) + " }}{% endif %}"
         )  # fmt: skip
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from llama.chat.dialog import Dialog, Message, check_contents, check_roles
+from llama.chat.dialog import Dialog, Message, check_contents, check_continued, check_roles
 from llama.chat.finetunes import FINETUNES, known_finetune
 from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS
 from llama.chat.template import TemplateChat
+from llama.chat.tool_calls import ToolCallStream
+from llama.chat.tools import Tools, no_place_for_tools
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
@@ -22,23 +24,67 @@ log = logging.getLogger("llama")
 class DialogFormat(Protocol):
     """The format of dialogs that a model was tuned on."""
 
-    def encode(self, dialog: Dialog) -> list[int]:
-        """Encode a dialog up to where the answer begins; raise ValueError where its roles do not fit the format."""
+    def encode(self, dialog: Dialog, tools: Tools | None = None, continue_final_message: bool = False) -> list[int]:
+        """Encode a dialog up to where the answer begins, or where its last message ends, which the answer continues.
+
+        tools: what the model may call. Raise ValueError where roles do not fit, and where there is no place for tools.
+        """
         ...
 
     def is_unsafe(self, dialog: Dialog) -> bool:
         """Tell whether a message spells out tags that, as text, would still steer the model."""
         ...
 
+    def call_stream(self, tools: Tools | None, prompt: Sequence[int]) -> ToolCallStream | None:
+        """Return what tells calls in an answer to a prompt, None where there can be none."""
+        ...
 
-class Llama2Chat:
-    """[INST] user [/INST] answer, with the system prompt inside the first turn; its tags are plain text."""
+
+class TextChat:
+    """A format of roles and texts alone, without a place for tools.
+
+    name: that of the format; alternates: whether user and assistant speak in turn.
+    """
+
+    name: str
+    alternates = False
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def encode(self, dialog: Dialog) -> list[int]:
-        check_roles(dialog, "chat format llama2")
+    def encode(self, dialog: Dialog, tools: Tools | None = None, continue_final_message: bool = False) -> list[int]:
+        chat_format, begun = f"chat format {self.name}", ""
+        if tools:
+            raise no_place_for_tools(chat_format)
+        check_contents(dialog, chat_format)
+        if continue_final_message:
+            begun = check_continued(dialog)
+            dialog = dialog[:-1]
+        if self.alternates:
+            check_roles(dialog, chat_format)
+        return self.prompt(dialog, begun)
+
+    def prompt(self, dialog: Dialog, begun: str) -> list[int]:
+        """Encode a dialog that was checked, and the beginning of the answer."""
+        raise NotImplementedError
+
+    def is_unsafe(self, dialog: Dialog) -> bool:
+        return False
+
+    def call_stream(self, tools: Tools | None, prompt: Sequence[int]) -> ToolCallStream | None:
+        return None
+
+    def text(self, text: str) -> list[int]:
+        """Encode a text of its own."""
+        return self.tokenizer.encode(text, bos=False, eos=False)
+
+
+class Llama2Chat(TextChat):
+    """[INST] user [/INST] answer, with the system prompt inside the first turn; its tags are plain text."""
+
+    name, alternates = "llama2", True
+
+    def prompt(self, dialog: Dialog, begun: str) -> list[int]:
         system, turns = "", list(dialog)
         if turns[0]["role"] == "system":
             system = B_SYS + turns.pop(0)["content"] + E_SYS
@@ -49,11 +95,11 @@ class Llama2Chat:
             if i + 1 < len(turns):
                 ids += self.tokenizer.encode(f"{text} {turns[i + 1]['content'].strip()} ", bos=True, eos=True)
             else:
-                ids += self.tokenizer.encode(text, bos=True, eos=False)
+                ids += self.tokenizer.encode(f"{text} {begun.strip()}".strip(), bos=True, eos=False)
         return ids
 
     def is_unsafe(self, dialog: Dialog) -> bool:
-        check_roles(dialog, "chat format llama2")
+        check_contents(dialog, "chat format llama2")
         return any(tag in message["content"] for message in dialog for tag in SPECIAL_TAGS)
 
 
@@ -62,31 +108,26 @@ class GuessedChat(Llama2Chat):
 
     warned = False
 
-    def encode(self, dialog: Dialog) -> list[int]:
+    def prompt(self, dialog: Dialog, begun: str) -> list[int]:
         if not self.warned:
             self.warned = True
             log.warning(
                 "this model brings no chat template and no chat tokens: if it is a base model, its answers will make "
                 "no sense; assuming Llama 2's format, which chat_format llama2 confirms"
             )
-        return super().encode(dialog)
+        return super().prompt(dialog, begun)
 
 
-class Llama3Chat:
+class Llama3Chat(TextChat):
     """Llama 3's format: a header with the role, the message, <|eot_id|>; roles in any order.
 
     It is `llama.tokenizer.ChatFormat` in Meta's Llama 3, whose names of methods it has.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    name = "llama3"
 
-    def encode(self, dialog: Dialog) -> list[int]:
-        check_contents(dialog, "chat format llama3")
-        return self.encode_dialog_prompt(dialog)
-
-    def is_unsafe(self, dialog: Dialog) -> bool:
-        return False
+    def prompt(self, dialog: Dialog, begun: str) -> list[int]:
+        return [*self.encode_dialog_prompt(dialog), *self.text(begun.strip())]
 
     def encode_header(self, message: Message) -> list[int]:
         """Encode what begins a message: its role between control tokens, and a blank line."""
@@ -107,54 +148,38 @@ class Llama3Chat:
         return [self.tokenizer.special_tokens["<|begin_of_text|>"], *messages, *answer]
 
 
-class ChatML:
+class ChatML(TextChat):
     """The ChatML format: <|im_start|>role, the message, <|im_end|>."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    name = "chatml"
 
-    def encode(self, dialog: Dialog) -> list[int]:
-        check_contents(dialog, "chat format chatml")
+    def prompt(self, dialog: Dialog, begun: str) -> list[int]:
         start, end = (self.tokenizer.special_tokens[name] for name in ("<|im_start|>", "<|im_end|>"))
-        newline = self._text("\n")
+        newline = self.text("\n")
         ids: list[int] = []
         for message in dialog:
-            ids += [start, *self._text(f"{message['role']}\n{message['content']}"), end, *newline]
-        return [*ids, start, *self._text("assistant\n")]
-
-    def is_unsafe(self, dialog: Dialog) -> bool:
-        return False
-
-    def _text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, bos=False, eos=False)
+            ids += [start, *self.text(f"{message['role']}\n{message['content']}"), end, *newline]
+        return [*ids, start, *self.text(f"assistant\n{begun}")]
 
 
-class CodeLlama70BChat:
+class CodeLlama70BChat(TextChat):
     """Code Llama 70B Instruct's format: "Source: role", the message, <step>; always with a system message's header."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    name, alternates = "codellama70b", True
 
-    def encode(self, dialog: Dialog) -> list[int]:
-        check_roles(dialog, "chat format codellama70b")
+    def prompt(self, dialog: Dialog, begun: str) -> list[int]:
         if dialog[0]["role"] != "system":
             dialog = [Message(role="system", content=""), *dialog]
         ids = [self.tokenizer.bos_id]
         for message in dialog:
             ids += self._header(message["role"])
             if message["content"]:
-                ids += self._text("\n\n " + message["content"].strip())
+                ids += self.text("\n\n " + message["content"].strip())
             ids.append(self.tokenizer.special_tokens["<step>"])
-        return [*ids, *self._header("assistant"), *self._text("\n\n ")]
-
-    def is_unsafe(self, dialog: Dialog) -> bool:
-        return False
+        return [*ids, *self._header("assistant"), *self.text("\n\n " + begun.strip())]
 
     def _header(self, role: str) -> list[int]:
-        return self._text(f" Source: {role}" + ("\nDestination: user" if role == "assistant" else ""))
-
-    def _text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, bos=False, eos=False)
+        return self.text(f" Source: {role}" + ("\nDestination: user" if role == "assistant" else ""))
 
 
 CHAT_FORMATS: dict[str, Callable[[Tokenizer], DialogFormat]] = {
@@ -206,14 +231,27 @@ def find_chat_format(tokenizer: Tokenizer, model_names: Iterable[str] = ()) -> s
     return known[0]
 
 
-def choose_chat_format(tokenizer: Tokenizer, name: str | None = None) -> DialogFormat:
+def choose_chat_format(
+    tokenizer: Tokenizer, name: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> DialogFormat:
     """Return the format named, else the one that `find_chat_format` finds, else a GuessedChat.
 
-    Raise ValueError where the tokenizer lacks tokens of the format named.
+    template_kwargs: what a chat template reads beside messages and tools. Raise ValueError where it is no template that
+    would read them, and where the tokenizer lacks tokens of the format named.
     """
     name = find_chat_format(tokenizer) if name is None else name
-    if name is None:
-        return GuessedChat(tokenizer)
+    chat_format = GuessedChat(tokenizer) if name is None else _named_format(tokenizer, name)
+    if template_kwargs:
+        if not isinstance(chat_format, TemplateChat):
+            raise ValueError(
+                f"template_kwargs are for a chat template, and chat format {name or 'llama2'} is none: leave them out, "
+                "or give a chat_template"
+            )
+        chat_format.set_arguments(template_kwargs)
+    return chat_format
+
+
+def _named_format(tokenizer: Tokenizer, name: str) -> DialogFormat:
     if name not in CHAT_FORMATS:
         raise ValueError(f"chat_format must be one of {', '.join(CHAT_FORMATS)}, got {name!r}")
     missing = _missing_tokens(tokenizer, name)

@@ -69,38 +69,34 @@ def new_environment() -> Environment:
 
 @functools.lru_cache(maxsize=1)
 def compile_template(source: str) -> tuple[Template, list[str]]:
-    """Return the template and the texts that it spells as constants, which it may look for in a message."""
+    """Return the template, and the texts that it spells as constants or names of keys, which it may look for."""
     environment = new_environment()
-    constants = {node.value for node in environment.parse(source).find_all(nodes.Const)}
+    parsed = environment.parse(source)
+    constants = {node.value for node in parsed.find_all(nodes.Const)}
+    constants |= {node.attr for node in parsed.find_all(nodes.Getattr)}
     texts = [text for text in constants if isinstance(text, str) and 0 < len(text) <= MAX_CONSTANT_CHARS]
     return environment.from_string(source), sorted(texts)[:MAX_CONSTANTS]
 
 
-def render(template: Template, messages: list[dict[str, Any]], now: datetime, variables: dict[str, str]) -> str:
-    """Render the prompt of a dialog; raise OverflowError where it is longer than MAX_PROMPT_CHARS."""
-    text = template.render(
-        messages=messages,
-        tools=None,
-        documents=None,
-        add_generation_prompt=True,
-        strftime_now=now.strftime,
-        **variables,
-    )
+def render(template: Template, context: dict[str, Any], now: datetime) -> str:
+    """Render a prompt from what a template may read; raise OverflowError where it is over MAX_PROMPT_CHARS."""
+    given = {"tools": None, "documents": None, "add_generation_prompt": True, "strftime_now": now.strftime}
+    text = template.render(given | context)
     if len(text) > MAX_PROMPT_CHARS:
         raise OverflowError(f"the prompt has {len(text)} characters, the most is {MAX_PROMPT_CHARS}")
     return text
 
 
 def render_all(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the prompts of all dialogs, None for a later one that fails, or the error of the first."""
+    """Return the prompts of all contexts, None for a later one that fails, or the error of the first."""
     now = datetime.now()  # the same for all
     prompts: list[str | None] = []
     constants: list[str] = []
     try:
         template, constants = compile_template(request["source"])
-        for messages in request["dialogs"]:
+        for context in request["contexts"]:
             try:
-                prompts.append(render(template, messages, now, request["variables"]))
+                prompts.append(render(template, context, now))
             except Exception:
                 if not prompts:
                     raise
@@ -134,7 +130,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     # Load what Python and jinja2 read from files when it is first needed; this template ends in an error, too.
     first = "{{ lipsum() | wordwrap | striptags | pprint }}{{ strftime_now('%c') }}{{ undefined.name }}"
-    render_all({"source": first, "variables": {}, "dialogs": [[]]})
+    render_all({"source": first, "contexts": [{"messages": []}]})
     limit_process()
     print("ready", flush=True)
     for line in sys.stdin:

@@ -15,6 +15,7 @@ from llama.cli.prompts import on_first_rank
 from llama.cli.report import report
 from llama.cli.runner import is_first_rank
 from llama.cli.signals import before_end
+from llama.cli.tools import read_tools
 from llama.distributed.job import add_up, agree, ends_with_others, from_all_ranks
 from llama.distributed.torchrun_env import read_torchrun_env
 from llama.engine.leader import follow, lead
@@ -37,6 +38,7 @@ def main(
     ordered: bool = False,
     strict: bool = False,
     text: bool = False,
+    tools: Path | None = None,
 ) -> None:
     """Complete each line of INPUT, and append a line of JSON to OUTPUT as soon as it is complete.
 
@@ -50,6 +52,7 @@ def main(
         ordered: write results in the order of the input.
         strict: stop at a line that cannot be completed; else its result has an error in place of a text.
         text: take each line of the input as a prompt, verbatim.
+        tools: a file with a JSON list of what the model may call, for lines with messages and no tools of their own.
 
     Examples:
         llama batch prompts.txt completions.jsonl
@@ -65,6 +68,7 @@ def main(
         )
     digest = line_digest(dataclasses.replace(params, seed=options.seed))
     job = _Job(input, output, text)
+    offered = on_first_rank(lambda: read_tools(tools), options.timeout)
     finished, left = on_first_rank(lambda: job.resume(digest), options.timeout)
     if left == 0:
         log.info("%s has the results of all %d lines already", output, finished.count)
@@ -94,7 +98,8 @@ def main(
             progress.close()
             log.info("ended: %s has all that is complete, and the same command goes on from there", results.name)
 
-        job_options = JobOptions(params, digest, Path(options.ckpt_dir).name, ordered and n_replicas == 1, strict)
+        name = Path(options.ckpt_dir).name
+        job_options = JobOptions(params, digest, name, ordered and n_replicas == 1, strict, offered)
         with before_end(finish):
             try:
                 waits = nullcontext() if source.is_file else ends_with_others()  # for more lines

@@ -9,14 +9,19 @@ from llama.cli.flags import Fields, Late
 from llama.cli.get import demo_model
 
 # What chooses, proposes or words tokens: no flags of commands that only read them, or take any.
-GENERATION = ("seed", "chat_format", "speculate", "draft_ckpt_dir", "draft_quantize")
+CHAT = ("chat_format", "chat_template", "template_kwargs")
+GENERATION = ("seed", *CHAT, "speculate", "draft_ckpt_dir", "draft_quantize")
 SIZES = ("max_seq_len", "max_batch_size")
 
 DEMO_MODEL = Late("the demo model", demo_model)
 
 
 def build_flags(*hidden: str, words: Sequence[str] = (), **defaults: Any) -> Fields:
-    """Flags of BuildOptions but for `hidden`; the demo model is the default of --ckpt_dir."""
+    """Flags of BuildOptions but for `hidden`; the demo model is the default of --ckpt_dir.
+
+    Whoever takes no chat_format takes no template either.
+    """
+    hidden = (*hidden, *(CHAT if "chat_format" in hidden else ()))
     return Fields("the model", hidden, words, {"ckpt_dir": DEMO_MODEL, **defaults})
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from llama.backends.base import Backend, choose_backend
 from llama.chat.formats import choose_chat_format, find_chat_format
+from llama.chat.template import TemplateChat, read_template
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
 from llama.checkpoint.base import dtype_name
 from llama.checkpoint.context import trained_context_len
@@ -44,7 +45,9 @@ def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | No
         chat_format = options.chat_format
         if chat_format is None:
             chat_format = find_chat_format(source.tokenizer, source.model_names)
-        choose_chat_format(source.tokenizer, chat_format)  # checked before gigabytes are read
+        chosen = choose_chat_format(source.tokenizer, chat_format, options.template_arguments)
+        if options.chat_template is not None and isinstance(chosen, TemplateChat):
+            chosen.check()  # before gigabytes are read
     check_alike(source)
     context_len = source.checkpoint.context_len
     if options.max_seq_len is not None and context_len is not None and options.max_seq_len > context_len:
@@ -131,6 +134,8 @@ def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer)
         model_parallel_size=model.parallel.size,
         device=model.device,
         chat_format=None,
+        chat_template=None,
+        template_kwargs=None,
         quantize=options.draft_quantize,
         speculate=None,
         draft_ckpt_dir=None,
@@ -223,6 +228,8 @@ def open_source(options: BuildOptions) -> Source:
     tokenizer = Tokenizer(path) if path is not None else checkpoint.tokenizer()
     vocab_size = check_vocab_size(checkpoint, tokenizer)
     tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens, vocab_size)
+    if options.chat_template is not None:
+        tokenizer.chat_template = read_template(options.chat_template)
     args = dataclasses.replace(
         checkpoint.args,
         vocab_size=vocab_size,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,6 +32,8 @@ class BuildOptions:
         chat_format: template (the model's own), llama2, llama3, chatml, codellama70b, or vicuna, alpaca, zephyr,
             openchat, tulu, solar, koala, mistral-v1, mistral-v3 or mistral-v7; default: what the files tell, or else
             the model's name.
+        chat_template: a file with a jinja template in place of the model's own; in Python also its text.
+        template_kwargs: what the template reads beside messages and tools, as JSON: {"enable_thinking": false}.
         quantize: int8, int4 or, on GPUs, fp8: 8.5, 5 or 8 bits a value; blocks that are no larger stay as they are.
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup proposes tokens from what the text said before; texts stay the same, some come faster.
@@ -46,6 +51,8 @@ class BuildOptions:
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     chat_format: str | None = None
+    chat_template: str | os.PathLike[str] | None = None
+    template_kwargs: str | Mapping[str, Any] | None = None
     quantize: str | None = None
     compile: bool = False
     speculate: str | None = None
@@ -57,9 +64,13 @@ class BuildOptions:
         if self.max_seq_len is not None:
             check_int("max_seq_len", self.max_seq_len)
         check_int("max_batch_size", self.max_batch_size)
-        for name in ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir"):
+        for name in ("ckpt_dir", "tokenizer_path", "chat_template", "draft_ckpt_dir"):
             if getattr(self, name) == "":  # an unset variable; as a path it would be the current folder
                 raise ValueError(f"{name} must be a path, got ''")
+        if self.chat_template is not None and self.chat_format not in (None, "template"):
+            raise ValueError(f"chat_format {self.chat_format} and a chat_template exclude each other: give one of them")
+        if self.template_kwargs is not None:
+            _json_object("template_kwargs", self.template_kwargs)
         for name in ("quantize", "draft_quantize"):
             mode = getattr(self, name)
             if mode is not None and mode not in QUANTIZE_MODES:
@@ -73,6 +84,24 @@ class BuildOptions:
         ):
             raise ValueError(f"timeout must be a number of seconds, more than 0, at most a week, got {self.timeout!r}")
         check_speculation(self.speculate, self.draft_ckpt_dir is not None)
+
+    @property
+    def template_arguments(self) -> dict[str, Any] | None:
+        """template_kwargs as a dictionary."""
+        return None if self.template_kwargs is None else _json_object("template_kwargs", self.template_kwargs)
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any]:
+    """Return an object from itself or from its JSON; raise ValueError where it is none."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = None
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f'{name} must be a JSON object, as {{"enable_thinking": false}} is, got {value!r:.80}')
+    return dict(found)
 
 
 def check_speculation(speculate: str | None, has_draft: bool) -> None:

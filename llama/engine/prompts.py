@@ -8,6 +8,7 @@ from typing import SupportsIndex
 
 from llama.chat.dialog import Dialog
 from llama.chat.formats import DialogFormat
+from llama.chat.tools import Tools
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.tokenizer import Tokenizer
@@ -66,15 +67,21 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
             raise ValueError(f"{name} must be a list of texts, number {index} is {text!r:.40}")
 
 
-def encode_dialogs(chat_format: DialogFormat, parallel: ModelParallel, dialogs: Sequence[Dialog]) -> list[list[int]]:
-    """Encode dialogs up to where each answer begins; raise ValueError where one does not fit the format.
+def encode_dialogs(
+    chat_format: DialogFormat,
+    parallel: ModelParallel,
+    dialogs: Sequence[Dialog],
+    tools: Tools | None = None,
+    continue_final_message: bool = False,
+) -> list[list[int]]:
+    """Encode dialogs as `DialogFormat.encode` does; raise ValueError where one does not fit the format.
 
     The first of the ranks that share the model encodes for all: a template may look at the clock.
     """
     encoded: list[list[int]] | ValueError = []
     if parallel.rank == 0:
         try:
-            encoded = [chat_format.encode(dialog) for dialog in dialogs]
+            encoded = [chat_format.encode(dialog, tools, continue_final_message) for dialog in dialogs]
         except ValueError as error:
             encoded = error
     encoded = parallel.share(encoded)

@@ -12,30 +12,38 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from llama.outputs import CompletionPrediction
+from llama.chat.tools import Tools
+from llama.outputs import AnswerPrediction
 from llama.sampling import SamplingParams
 
 SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 # One of them is what a line is about.
 PROMPT_FIELDS = ("prompt", "messages", "tokens")
-FIELDS = [*PROMPT_FIELDS, "id", *SAMPLING_FIELDS]
+# What a line with messages may say beside them.
+CHAT_FIELDS = ("tools", "continue_final_message")
+FIELDS = [*PROMPT_FIELDS, "id", *CHAT_FIELDS, *SAMPLING_FIELDS]
 
 
 @dataclass(frozen=True)
 class LineRequest:
-    """What is to be completed: the one that is given of a text, a dialog and token ids; and how."""
+    """What is to be completed: the one that is given of a text, a dialog and token ids; and how.
+
+    tools and continue_final_message are those of a dialog, as in `Llama.chat_completion`.
+    """
 
     params: SamplingParams
     prompt: str | None = None
     messages: list[Any] | None = None
     tokens: list[Any] | None = None
+    tools: Tools | None = None
+    continue_final_message: bool = False
 
 
 @dataclass(frozen=True)
 class LineResult:
     """The completions of a line; prompt_tokens and completion_tokens, of all together, are counts."""
 
-    predictions: list[CompletionPrediction]
+    predictions: list[AnswerPrediction]
     prompt_tokens: int
     completion_tokens: int
 
@@ -81,8 +89,10 @@ class PlainForm:
         return {"id": self._fields.get("id"), "error": message}
 
 
-def _choice(found: CompletionPrediction) -> dict[str, Any]:
+def _choice(found: AnswerPrediction) -> dict[str, Any]:
     fields: dict[str, Any] = {"generation": found["generation"], "finish_reason": found["finish_reason"]}
+    if "tool_calls" in found:
+        fields["tool_calls"] = found["tool_calls"]
     for name in ("logprobs", "top_logprobs"):
         if name in found:
             fields |= {"tokens": found["tokens"], name: found[name]}
@@ -103,7 +113,15 @@ def request_of(fields: Mapping[str, Any], params: SamplingParams) -> LineRequest
     value = fields[name]
     if not isinstance(value, str if name == "prompt" else list):
         raise ValueError(f"{name} must be a {'text' if name == 'prompt' else 'list'}, got {value!r:.80}")
-    return LineRequest(params, **{name: value})  # type: ignore[arg-type]  # which is looked at above
+    if name != "messages" and (beside := [each for each in CHAT_FIELDS if fields.get(each)]):
+        raise ValueError(f"{' and '.join(beside)} must come with messages, this line has {name}")
+    tools, continues = fields.get("tools"), fields.get("continue_final_message")
+    if not isinstance(tools, list | None):
+        raise ValueError(f"tools must be a list, got {tools!r:.80}")
+    if not isinstance(continues, bool | None):
+        raise ValueError(f"continue_final_message must be true or false, got {continues!r:.80}")
+    # The value is of the type of its field, as is looked at above.
+    return LineRequest(params, **{name: value}, tools=tools, continue_final_message=bool(continues))  # type: ignore[arg-type]
 
 
 def load_json(content: bytes) -> Any:

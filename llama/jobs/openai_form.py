@@ -6,11 +6,12 @@ What cannot be done here is refused, as long as its value asks for anything. Kno
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama.jobs.line_forms import LineForm, LineRequest, LineResult, PlainForm, load_json, names_of, request_of, text_of
-from llama.outputs import CompletionPrediction
+from llama.outputs import AnswerPrediction, CompletionPrediction
 from llama.sampling import SamplingParams
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -27,14 +28,12 @@ OPTIONS = {
     "stop": "stop",
     "logit_bias": "logit_bias",
 }
+CHAT_BODY_FIELDS = ("messages", "top_logprobs", "continue_final_message", "tools", "tool_choice", "parallel_tool_calls")
 # Fields that change no text.
 IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier")
 # Fields that ask for nothing with these values, or with null.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (False, True),
     "suffix": ("",),
 }
 
@@ -61,7 +60,7 @@ class OpenAIForm:
             raise ValueError(f"url must be {CHAT} or {COMPLETIONS}, got {fields['url']!r:.80}")
         if fields.get("method") not in (None, "POST"):
             raise ValueError(f"method must be POST, got {fields['method']!r:.80}")
-        own = ("messages", "top_logprobs") if self._is_chat else ("prompt", "echo", "best_of")
+        own = CHAT_BODY_FIELDS if self._is_chat else ("prompt", "echo", "best_of")
         options: dict[str, Any] = {}
         for name, value in body.items():
             if name in OPTIONS:
@@ -81,7 +80,8 @@ class OpenAIForm:
                 options[name] = body[name]
         params = dataclasses.replace(defaults, **options)
         if self._is_chat:
-            return request_of({"messages": body.get("messages")}, params)
+            asked = {"messages": _as_templates_read(body.get("messages")), "tools": self._tools()}
+            return request_of(asked | {"continue_final_message": body.get("continue_final_message")}, params)
         prompt = body.get("prompt")
         return request_of({"prompt": prompt} if isinstance(prompt, str) else {"tokens": prompt}, params)
 
@@ -100,10 +100,16 @@ class OpenAIForm:
         }
         return self._answer({"status_code": 200, "request_id": f"req_{self._number}", "body": body}, None)
 
-    def _choice(self, index: int, found: CompletionPrediction) -> dict[str, Any]:
+    def _choice(self, index: int, found: AnswerPrediction) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": found["finish_reason"]}
         if self._is_chat:
-            choice |= {"message": {"role": "assistant", "content": found["generation"], "refusal": None}}
+            message: dict[str, Any] = {"role": "assistant", "content": found["generation"], "refusal": None}
+            if calls := [_as_openai_writes(call) for call in found.get("tool_calls", [])]:
+                message["content"] = found["generation"] or None
+                message["tool_calls"] = calls[:1] if self._body.get("parallel_tool_calls") is False else calls
+                if found["finish_reason"] == "stop":
+                    choice["finish_reason"] = "tool_calls"
+            choice["message"] = message
         else:
             choice |= {"text": found["generation"]}
         if "logprobs" in found:
@@ -121,6 +127,15 @@ class OpenAIForm:
             "error": error,
         }
 
+    def _tools(self) -> Any:
+        """Return the tools that the answer may call, None where the body does not say."""
+        choice, parallel = self._body.get("tool_choice"), self._body.get("parallel_tool_calls")
+        if choice not in (None, "none", "auto"):
+            raise ValueError(f"tool_choice must be none or auto, as nothing makes a model call, got {choice!r:.80}")
+        if not isinstance(parallel, bool | None):
+            raise ValueError(f"parallel_tool_calls must be true or false, got {parallel!r:.80}")
+        return [] if choice == "none" else self._body.get("tools")
+
     def _scores(self, value: Any) -> dict[str, Any]:
         """Return the options that `logprobs` stands for; a completion's number is of the likeliest tokens."""
         if isinstance(value, bool) and self._is_chat:
@@ -128,6 +143,43 @@ class OpenAIForm:
         if type(value) is int and not self._is_chat:
             return {"logprobs": True, "top_logprobs": value}
         raise ValueError(f"logprobs must be {'true or false' if self._is_chat else 'a number'}, got {value!r:.80}")
+
+
+def _as_templates_read(messages: Any) -> Any:
+    """Return messages with the arguments of calls as objects, where they are texts of JSON, as OpenAI has them."""
+    if not isinstance(messages, list):
+        return messages
+    read = []
+    for message in messages:
+        calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+        if isinstance(calls, list):
+            message = {**message, "tool_calls": [_with_arguments(call, _read_arguments) for call in calls]}
+        read.append(message)
+    return read
+
+
+def _as_openai_writes(call: Any) -> Any:
+    return _with_arguments(call, lambda arguments: json.dumps(arguments, ensure_ascii=False))
+
+
+def _with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a call with its arguments changed; as it is where it has none."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "arguments" not in function:
+        return call
+    return {**call, "function": {**function, "arguments": change(function["arguments"])}}
+
+
+def _read_arguments(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"the arguments of a call must be a JSON object, as a text, got {arguments!r:.80}")
+    return found
 
 
 def _format(value: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from llama.chat.llama2_tags import UNSAFE_ERROR
+from llama.chat.tools import Tools, check_echo
 from llama.engine.prompts import prompt_ids
 from llama.errors import one_line
 from llama.generation import Llama
@@ -19,7 +20,7 @@ from llama.jobs.line_forms import LineForm, LineRequest, LineResult, PlainForm
 from llama.jobs.lines import BUNDLE_LINES, InputLine
 from llama.jobs.openai_form import line_form
 from llama.jobs.result_file import result_line
-from llama.outputs import CompletionPrediction, TokenEvent, fold_prompt, likeliest
+from llama.outputs import AnswerPrediction, TokenEvent, fold_answer, likeliest
 from llama.sampling import SamplingParams
 
 # In the order of the input a result waits for those before it: no more lines are begun when so many wait.
@@ -56,6 +57,7 @@ class JobOptions:
         model_name: what answers call the model, where their lines do not.
         ordered: whether results come in the order of the lines.
         strict: whether a line that cannot be completed is an error of the job.
+        tools: what the model may call where a line with messages has no tools of its own.
     """
 
     params: SamplingParams
@@ -63,6 +65,7 @@ class JobOptions:
     model_name: str
     ordered: bool = False
     strict: bool = False
+    tools: Tools | None = None
 
 
 @dataclass
@@ -71,8 +74,8 @@ class _Running:
 
     line: InputLine
     form: LineForm
-    n_prompt: int
-    params: SamplingParams
+    prompt: list[int]
+    request: LineRequest
     events: list[list[TokenEvent]] = field(default_factory=list)  # of each completion
     n_unfinished: int = 0
 
@@ -131,15 +134,19 @@ class LineRunner:
         try:
             form = line_form(line.content, is_json, line.number, self._options.model_name)
             request = form.request(self._options.params)
+            if request.messages is not None and request.tools is None:
+                request = replace(request, tools=self._options.tools)
+            check_echo(request.params, request.tools)
             if request.messages is not None and self._llm.chat_format.is_unsafe(request.messages):
-                refusal = CompletionPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
+                refusal = AnswerPrediction(generation=UNSAFE_ERROR, tokens=[], finish_reason="stop")
                 if request.params.logprobs:
                     refusal["logprobs"] = []
                 self._finish(line, form.result(LineResult([refusal] * request.params.n, 0, 0)), 0)
                 return
             prompt = self._prompt_tokens(request)
-            running = _Running(line, form, len(prompt), request.params)
-            is_text = request.tokens is None  # of its own, as in Llama.text_completion
+            running = _Running(line, form, prompt, request)
+            # A text of its own, as in Llama.text_completion.
+            is_text = request.tokens is None and not request.continue_final_message
             for sample in range(request.params.samples):
                 request_id = self._engine.add(
                     prompt,
@@ -161,7 +168,7 @@ class LineRunner:
         Only the rank that leads comes here, so a dialog is encoded without asking the others.
         """
         if request.messages is not None:
-            tokens = self._llm.chat_format.encode(request.messages)
+            tokens = self._llm.chat_format.encode(request.messages, request.tools, request.continue_final_message)
         elif request.prompt is not None:
             [tokens] = self._llm.encode_prompts([request.prompt])
         else:
@@ -181,11 +188,17 @@ class LineRunner:
         if wrong is not None:
             self._fail(running.line, running.form, ValueError(wrong))
             return
-        params = running.params
-        n_new = sum(len(each) - 1 - (running.n_prompt if params.echo else 0) for each in running.events)
+        params, n_prompt = running.request.params, len(running.prompt)
+        n_new = sum(len(each) - 1 - (n_prompt if params.echo else 0) for each in running.events)
         kept = likeliest(running.events, params.n) if params.best_of is not None else running.events
-        predictions = [fold_prompt(each, self._llm.tokenizer, params.logprobs) for each in kept]
-        self._finish(running.line, running.form.result(LineResult(predictions, running.n_prompt, n_new)), n_new)
+        predictions = [self._prediction(running, each) for each in kept]
+        self._finish(running.line, running.form.result(LineResult(predictions, n_prompt, n_new)), n_new)
+
+    def _prediction(self, running: _Running, events: list[TokenEvent]) -> AnswerPrediction:
+        request, stream = running.request, None
+        if request.messages is not None and not request.params.echo:
+            stream = self._llm.chat_format.call_stream(request.tools, running.prompt)
+        return fold_answer(events, self._llm.tokenizer, request.params.logprobs, stream)
 
     def _fail(self, line: InputLine, form: LineForm, error: ValueError) -> None:
         message = one_line(str(error))

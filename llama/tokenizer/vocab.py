@@ -59,7 +59,16 @@ CONTROL_TOKENS = END_TOKENS | {"▁<PRE>", "▁<MID>", "▁<SUF>", "<|im_start|>
 
 
 def default_template(templates: Mapping[str, Any], where: str) -> Any:
-    """Return the chat template that is called "default", else the one for tools, as llama.cpp does, else None."""
+    """Return the chat template that is called "default", else the one for tools, as llama.cpp does, else None.
+
+    Where there are both, it is one that reads "tool_use" where tools are given, as transformers does.
+    """
+    if all(isinstance(templates.get(name), str) for name in ("default", "tool_use")):
+        # Where a block begins or ends, jinja drops newlines, and at the end of a template one; {{ "" }} keeps them.
+        plain, for_tools = (
+            '{{ "" }}' + templates[name].removesuffix("\n") + '{{ "" }}' for name in ("default", "tool_use")
+        )
+        return "{% if tools %}" + for_tools + "{% else %}" + plain + "{% endif %}"
     for name in ("default", "tool_use"):
         if templates.get(name) is not None:
             return templates[name]

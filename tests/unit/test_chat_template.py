@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import logging
 import random
 import subprocess
@@ -17,27 +16,18 @@ import jinja2
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llama.chat import template as chat_template
+from llama.chat import template_renderer
 from llama.chat.formats import CHAT_FORMATS, GuessedChat, Llama2Chat, check_system, choose_chat_format
 from llama.chat.template import TemplateChat
 from llama.tokenizer import Tokenizer
+from tests.chat_tokenizers import TEXTS, Pair, control_ids, tokenizer_pair
 
 Dialogs = list[list[dict[str, str]]]
-Pair = tuple[Tokenizer, PreTrainedTokenizerFast]
 Chats = dict[str, tuple[TemplateChat, PreTrainedTokenizerFast]]
 
-TEXTS = [
-    "What is the capital of France? It's Paris, isn't it?",
-    "def f(x):\n    return x ** 2  # {{ ok }} {% raw %} &lt;b&gt; \"quoted\" 'single' \\ back\\slash",
-    "Zürich 北京 Привет 👋🏽 e\u0301 İstanbul ﬁle \u2028 12345",
-]
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
@@ -267,63 +257,14 @@ TOOLS = {
 
 
 @pytest.fixture(scope="module")
-def base() -> dict[str, Any]:
-    """Vocabulary and merges of a small byte-level BPE."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([*TEXTS, *[template for template, _ in SPECIAL.values()]], trainer)
-    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
-    return model
-
-
-def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-@pytest.fixture(scope="module")
-def pair(base: dict[str, Any]) -> Callable[..., Pair]:
-    def make(template: str | None, specials: list[str]) -> Pair:
-        """Our tokenizer, through GGUF metadata, and transformers', with the same tokens and template."""
-        texts = sorted(base["vocab"], key=base["vocab"].__getitem__)
-        merges = [tuple(merge) for merge in base["merges"]]
-        theirs = tokenizers.Tokenizer(models.BPE(vocab=dict(base["vocab"]), merges=merges))
-        theirs.pre_tokenizer = pre_tokenizer()
-        theirs.decoder = decoders.ByteLevel()
-        theirs.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
-        fast = PreTrainedTokenizerFast(tokenizer_object=theirs, bos_token=specials[0], eos_token=specials[1])
-        fast.chat_template = template
-        metadata = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "dbrx",
-            "tokenizer.ggml.tokens": [*texts, *specials],
-            "tokenizer.ggml.token_type": [1] * len(texts) + [3] * len(specials),
-            "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
-            "tokenizer.ggml.bos_token_id": len(texts),
-            "tokenizer.ggml.eos_token_id": len(texts) + 1,
-        }
-        if template is not None:
-            metadata["tokenizer.chat_template"] = template
-        return Tokenizer.from_gguf(metadata), fast
-
-    return make
+def pair() -> Callable[..., Pair]:
+    return tokenizer_pair
 
 
 @pytest.fixture(scope="module")
 def chats(pair: Callable[..., Pair]) -> Chats:
     made = {name: pair(template, specials) for name, (template, specials) in SPECIAL.items()}
     return {name: (TemplateChat(ours), theirs) for name, (ours, theirs) in made.items()}
-
-
-def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    return [token for token in ids if token in tokenizer.special_tokens.values()]
 
 
 # The same prompts as transformers
@@ -667,7 +608,7 @@ def test_hostile_templates_end_in_one_line(
     pair: Callable[..., Pair], template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "stop" in HOSTILE[template]:
-        monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+        monkeypatch.setattr(template_renderer, "SECONDS", 0.3)
     ours, _ = pair(template, ["<s>", "</s>"])
     start = time.perf_counter()
     with pytest.raises(ValueError, match=HOSTILE[template]) as raised:
@@ -711,7 +652,7 @@ def test_a_renderer_that_was_killed_is_replaced_and_none_outlives_its_format(
             started.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Noted)
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(template_renderer, "SECONDS", 0.3)
     ids = chat.encode(dialog("hello"))
     with pytest.raises(ValueError, match=r"more than 0\.3 s"):
         chat.encode(dialog("hello", "hello"))

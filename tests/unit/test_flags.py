@@ -14,6 +14,7 @@ from llama.cli.complete import main as complete
 from llama.cli.flags import Fields, Late, decode_text, flags_of, parse, section
 from llama.cli.help import page
 from llama.cli.main import NAMES, overview
+from llama.cli.options import CHAT
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
 
@@ -239,7 +240,7 @@ def test_every_flag_of_every_command_has_a_meaning(name: str) -> None:
 def test_completing_takes_every_option_of_building_and_sampling() -> None:
     """A new field of the options is a flag at once: no list of them is kept in the command."""
     fields = {each.name for kind in (BuildOptions, SamplingParams) for each in dataclasses.fields(kind)}
-    assert fields - flags_of(complete).keys() == {"chat_format", "stop_token"}
+    assert fields - flags_of(complete).keys() == {*CHAT, "stop_token"}
     assert parse(complete, ["--ckpt_dir", "a", "--seed", "3", "--top_p", "0.5", "--compile"]) == {
         "options": BuildOptions("a", seed=3, compile=True),
         "params": SamplingParams(top_p=0.5, max_gen_len=64),

@@ -21,9 +21,9 @@ QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "ma
 class Job:
     """What a runner writes for lines, with the model of the tests."""
 
-    def __init__(self, llm: Llama, lines: list[Any], **options: Any) -> None:
+    def __init__(self, llm: Llama, lines: list[Any], temperature: float = 0.9, **options: Any) -> None:
         contents = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-        self.options = JobOptions(SamplingParams(0.9, 1.0, 6, seed=3), DIGEST, "model", **options)
+        self.options = JobOptions(SamplingParams(temperature, 1.0, 6, seed=3), DIGEST, "model", **options)
         self.order: list[int] = []
         self.counts: list[tuple[int, bool]] = []
         self.results: dict[int, dict[str, Any]] = {}

@@ -434,7 +434,10 @@ def test_the_older_map_of_special_tokens_has_the_last_word(
         ({}, None),
         ({"tokenizer_config.json": {"chat_template": None}}, None),
         ({"tokenizer_config.json": {"chat_template": "{{ a }}"}}, "{{ a }}"),
-        ({"tokenizer_config.json": {"chat_template": {"default": "{{ a }}", "tool_use": "b"}}}, "{{ a }}"),
+        (
+            {"tokenizer_config.json": {"chat_template": {"default": "{{ a }}", "tool_use": "b"}}},
+            '{% if tools %}{{ "" }}b{{ "" }}{% else %}{{ "" }}{{ a }}{{ "" }}{% endif %}',
+        ),
         (
             {"tokenizer_config.json": {"chat_template": [{"name": n, "template": n} for n in ("rag", "default")]}},
             "default",
