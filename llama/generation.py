@@ -6,7 +6,7 @@ Knows nothing of file formats, of process groups or of terminals.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from llama.chat.dialog import Dialog, Message, Role, check_messages
@@ -14,6 +14,7 @@ from llama.chat.formats import DialogFormat, Llama3Chat, choose_chat_format
 from llama.chat.infilling import infilling_prompt_tokens
 from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR
 from llama.chat.tools import Tools, check_echo
+from llama.config import ModelArgs
 from llama.distributed.job import mute_later_ranks
 from llama.engine.build import build_draft, build_model
 from llama.engine.engine import Engine
@@ -123,12 +124,15 @@ class Llama:
         return llm
 
     @staticmethod
-    def from_options(options: BuildOptions) -> Llama:
+    def from_options(options: BuildOptions, *, check: Callable[[Tokenizer, ModelArgs], None] | None = None) -> Llama:
         """Load a checkpoint as `build` does, from choices that travel together.
+
+        check: called before weights are read; a ValueError of it, as for a prompt that does not fit, is one on every
+        rank.
 
         >>> llm = Llama.from_options(BuildOptions("models/SmolLM2-135M-Instruct.Q4_1.gguf", quantize="int8"))
         """
-        model, tokenizer, chat_format = build_model(options)
+        model, tokenizer, chat_format = build_model(options, check)
         draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
         return Llama(
             model,

@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,12 @@ from pathlib import Path
 from typing import Any
 
 REQUIRED = inspect.Parameter.empty
+# What asks for help, and for all of it.
+HELP = ("--help", "-h", "--help_all", "--help-all")
+# Types whose flags may be repeated, and may hold a JSON list.
+TEXTS = (list[str], tuple[str, ...])
+IDS = tuple[int, ...]
+BIASES = Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class Fields:
         hidden: fields that are no flags.
         words: fields that may come without their flag, too, in this order.
         defaults: values of fields that are not given, hidden ones included, where they are not the dataclass's own.
+        rare: fields whose flags a short help only names.
     """
 
     heading: str
     hidden: Sequence[str] = ()
     words: Sequence[str] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    rare: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Flag:
         parameter: the function's parameter that gets the value, or the object with the value in it.
         is_word: whether the value may come without the flag.
         heading: what help puts above it.
+        is_rare: whether a short help only names it.
     """
 
     name: str
@@ -71,6 +82,12 @@ class Flag:
     parameter: str
     is_word: bool
     heading: str | None = None
+    is_rare: bool = False
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether it may be repeated for several texts."""
+        return any(kind in TEXTS for kind in self.types)
 
     @property
     def shown(self) -> str:
@@ -101,16 +118,17 @@ def flags_of(command: Callable[..., None]) -> dict[str, Flag]:
                     parameter.name,
                     each.name in fields.words,
                     fields.heading,
+                    each.name in fields.rare,
                 )
     return flags
 
 
-def parse(command: Callable[..., None], argv: Sequence[str]) -> dict[str, Any] | None:
-    """The arguments of a command, or None where help is asked for. ValueError names the flag that is wrong."""
+def parse(command: Callable[..., None], argv: Sequence[str]) -> dict[str, Any] | str:
+    """The arguments of a command, or the flag that asks for help. ValueError names the flag that is wrong."""
     flags = flags_of(command)
     texts = _read(flags, argv)
-    if texts is None:
-        return None
+    if isinstance(texts, str):
+        return texts
     missing = [flag.shown for flag in flags.values() if flag.default is REQUIRED and flag.name not in texts]
     if missing:
         raise ValueError(f"{' and '.join(missing)} must be given: see --help")
@@ -159,16 +177,16 @@ def _dataclass(hint: Any) -> tuple[Any, Fields]:
 
 def _types(hint: Any) -> tuple[Any, ...]:
     """The types of a union, and a type that is none as it is."""
-    return (hint,) if hint == list[str] else typing.get_args(hint) or (hint,)
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _read(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any] | None:
-    """The text of each flag that is given, a list of them for a list of texts; None where help is asked for."""
+def _read(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any] | str:
+    """The text of each flag that is given, a list of them where it may be repeated; or the flag that asks for help."""
     texts: dict[str, Any] = {}
     rest = iter(argv)
     for word in rest:
-        if word in ("--help", "-h"):
-            return None
+        if word in HELP:
+            return word
         if not word.startswith("--"):
             name = next((flag.name for flag in flags.values() if flag.is_word and flag.name not in texts), None)
             if name is None:
@@ -190,8 +208,10 @@ def _read(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any] | No
                 text = next(rest)
             except StopIteration:
                 raise ValueError(f"--{said} needs a value") from None
-        if list[str] in flags[name].types:
+        if flags[name].takes_texts:
             texts[name] = texts.get(name, []) + _verbatim(name, text)
+        elif IDS in flags[name].types:
+            texts[name] = texts.get(name, []) + [text]
         else:
             texts[name] = text
     return texts
@@ -242,10 +262,16 @@ def _value(flag: Flag, text: Any) -> Any:
         text = os.path.expanduser(text)  # a shell does not look behind the = of --name=~/x
     elif str in flag.types:
         return _typed_text(flag.name, text)
-    if list[str] in flag.types or str in flag.types:
+    if flag.takes_texts:
+        return text if list[str] in flag.types else tuple(text)
+    if str in flag.types:
         return text
+    if IDS in flag.types:
+        return tuple(token for part in text for token in _ids(flag, part))
     if type(None) in flag.types and text == "None":
         return None
+    if BIASES in flag.types:
+        return _biases(flag, text)
     if Path in flag.types:
         return Path(text)
     if bool in flag.types:
@@ -260,7 +286,29 @@ def _value(flag: Flag, text: Any) -> Any:
         raise ValueError(f"--{flag.name} must be {what}, got {text!r}") from None
 
 
+def _ids(flag: Flag, text: str) -> list[int]:
+    """Token ids from 1,2,3 or from a JSON list."""
+    inside = text.strip().removeprefix("[").removesuffix("]")
+    try:
+        return [int(each) for each in inside.split(",")] if inside.strip() else []
+    except ValueError:
+        raise ValueError(f"--{flag.name} must be token ids, as 1,2,3 or [1, 2, 3] are, got {text!r}") from None
+
+
+def _biases(flag: Flag, text: str) -> dict[int, float]:
+    """Numbers for token ids from a JSON object."""
+    try:
+        found = {int(token): float(bias) for token, bias in json.loads(text).items()}
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        found = {0: math.nan}
+    if any(math.isnan(bias) for bias in found.values()):
+        example = '\'{"504": -2.5, "30": 1}\''
+        raise ValueError(f"--{flag.name} must be a JSON object of token ids and numbers, as {example}, got {text!r}")
+    return found
+
+
 def placeholder(flag: Flag) -> str:
     """What help puts in the place of a value: nothing for a switch."""
-    words = {bool: "", list[str]: "TEXT", Path: "PATH", os.PathLike[str]: "PATH", float: "X", int: "N"}
+    words: dict[Any, str] = {bool: "", **dict.fromkeys(TEXTS, "TEXT"), IDS: "IDS", BIASES: "JSON"}
+    words |= {Path: "PATH", os.PathLike[str]: "PATH", float: "X", int: "N"}
     return next((word for kind, word in words.items() if kind in flag.types), "VALUE")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shutil
 import textwrap
@@ -14,19 +15,31 @@ from llama.cli.flags import REQUIRED, Flag, flags_of, placeholder, section
 MOST_COLUMNS, USUAL_COLUMNS = 100, 80
 OF_THIS_RUN = "this run"
 # What a reader looks for elsewhere than beside the rest of its object: after the flags there.
-HEADINGS = {"seed": "sampling", "logprobs": "output", "echo": "output", "json": "output"}
+HEADINGS = {
+    "seed": "sampling",
+    **dict.fromkeys(("logprobs", "top_logprobs", "echo", "n", "json", "show_probs", "html"), "output"),
+}
 
 
-def page(command: Callable[..., None], name: str) -> str:
-    """The help of a command, which the user calls by `name`: "llama complete", or a script's file."""
+def page(command: Callable[..., None], name: str, is_short: bool = False) -> str:
+    """The help of a command, which the user calls by `name`: "llama complete", or a script's file.
+
+    is_short: rare flags are only named, below the others of their heading.
+    """
     columns = min(MOST_COLUMNS, shutil.get_terminal_size((USUAL_COLUMNS, 24)).columns)
     flags = flags_of(command)
     summary = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
     usage = textwrap.fill(_usage(flags, name), columns, subsequent_indent="    ", break_on_hyphens=False)
     parts = [usage, *(textwrap.fill(" ".join(text.split()), columns) for text in summary.split("\n\n"))]
-    indent = 4 + max((len(_left(flag)) for flag in flags.values()), default=0)
+    shown = [flag for flag in flags.values() if not (is_short and flag.is_rare)]
+    indent = 4 + max((len(_left(flag)) for flag in shown), default=0)
     for heading, group in _by_heading(flags).items():
-        parts.append("\n".join([f"{heading}:", *(_entry(flag, indent, columns) for flag in group)]))
+        entries = [_entry(flag, indent, columns) for flag in group if flag in shown]
+        if unshown := [flag.shown for flag in group if flag not in shown]:
+            more = f"and, told by --help_all: {', '.join(unshown)}"
+            wrapped = textwrap.wrap(more, columns - 4, break_on_hyphens=False)
+            entries.append("  " + "\n    ".join(wrapped))
+        parts.append("\n".join([f"{heading}:", *entries]))
     examples = section(command, "Examples")
     if examples:
         parts.append("\n".join(["examples:", *(_example(_called(line, name), columns) for line in examples)]))
@@ -34,11 +47,11 @@ def page(command: Callable[..., None], name: str) -> str:
 
 
 def _by_heading(flags: dict[str, Flag]) -> dict[str, list[Flag]]:
-    """The command's own flags first; one that has no others needs no headings."""
+    """The command's own flags first, and rare ones last; one that has no others needs no headings."""
     if not any(flag.heading for flag in flags.values()):
         return {"flags": list(flags.values())} if flags else {}
     groups: dict[str, list[Flag]] = {OF_THIS_RUN: []}
-    for flag in sorted(flags.values(), key=lambda flag: flag.name in HEADINGS):
+    for flag in sorted(flags.values(), key=lambda flag: (flag.is_rare, flag.name in HEADINGS)):
         groups.setdefault(HEADINGS.get(flag.name, flag.heading or OF_THIS_RUN), []).append(flag)
     return {heading: group for heading, group in groups.items() if group}
 
@@ -57,8 +70,14 @@ def _usage(flags: dict[str, Flag], name: str) -> str:
 def _entry(flag: Flag, indent: int, columns: int) -> str:
     """A flag and its meaning beside it; "; default: what" in the docstring and the default's value look alike."""
     meaning, _, default = flag.meaning.rstrip(".").partition("; default: ")
-    if not default and flag.default is not REQUIRED and flag.default is not None and flag.default is not False:
-        default = str(flag.default)
+    if (
+        not default
+        and flag.default is not REQUIRED
+        and flag.default is not None
+        and flag.default is not False
+        and flag.default != ()
+    ):
+        default = json.dumps(flag.default) if isinstance(flag.default, tuple) else str(flag.default)
     text = meaning + (f" (default: {default})" if default else "")
     lines = textwrap.wrap(text, max(columns - indent, 24), break_on_hyphens=False, break_long_words=False)
     return f"  {_left(flag):{indent - 2}}" + ("\n" + " " * indent).join(lines)

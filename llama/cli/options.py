@@ -13,6 +13,14 @@ CHAT = ("chat_format", "chat_template", "template_kwargs")
 GENERATION = ("seed", *CHAT, "speculate", "draft_ckpt_dir", "draft_quantize")
 SIZES = ("max_seq_len", "max_batch_size")
 
+# What most people never touch, for whom a long help is a bad one.
+RARE = (
+    *("typical_p", "presence_penalty", "frequency_penalty", "penalty_last_n"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_last_n", "dry_breakers"),
+    *("xtc_probability", "xtc_threshold", "logit_bias", "banned_tokens", "min_tokens", "ignore_eos"),
+    *("stop_token_ids", "best_of", "regex", "grammar"),
+)
+
 DEMO_MODEL = Late("the demo model", demo_model)
 
 
@@ -27,4 +35,4 @@ def build_flags(*hidden: str, words: Sequence[str] = (), **defaults: Any) -> Fie
 
 def sampling_flags(*hidden: str, **defaults: Any) -> Fields:
     """Flags of SamplingParams but for `hidden` and stop_token, an id; --seed is that of BuildOptions."""
-    return Fields("sampling", ("seed", "stop_token", *hidden), (), defaults)
+    return Fields("sampling", ("seed", "stop_token", *hidden), (), defaults, RARE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import sys
 import threading
 from collections import defaultdict
@@ -12,6 +13,11 @@ from typing import Any
 
 from llama.cli.runner import is_first_rank
 from llama.outputs import CompletionPrediction, InfillingPrediction, TokenEvent
+
+Prediction = CompletionPrediction | InfillingPrediction
+# What makes of an event the text that is printed of it, and of a prediction what is printed below it.
+Paint = Callable[[TokenEvent], str]
+Table = Callable[[Prediction], str]
 
 RULE = "\n==================================\n\n"
 
@@ -28,38 +34,58 @@ def json_line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=not is_utf8)
 
 
+def plain_text(event: TokenEvent) -> str:
+    """Return the text of an event."""
+    return event.text
+
+
+def no_table(result: Prediction) -> str:
+    """Return nothing."""
+    return ""
+
+
 class ResultPrinter:
     """Prints results in the order of their prompts, each when it and those before it are complete.
 
-    On a terminal the text of the prompt whose turn it is appears as it comes, unless it is JSON.
+    The text of the result whose turn it is appears as it comes where somebody may read along: on a terminal, and in a
+    pipe where it is the only one, unless it is JSON.
 
     Args:
         prompts: the texts, as users gave them.
-        predict: what makes a prediction of all events of the prompt with an index.
+        predict: what makes a prediction of all events of the result with an index.
         json: print one JSON object a line.
+        n: results of each prompt, which follow each other.
+        paint: what makes the text of an event one that a terminal shows.
+        table: what is printed below a result that is not JSON.
     """
 
     def __init__(
         self,
         prompts: Sequence[str],
-        predict: Callable[[int, list[TokenEvent]], CompletionPrediction | InfillingPrediction],
+        predict: Callable[[int, list[TokenEvent]], Prediction],
         json: bool,
+        n: int = 1,
+        paint: Paint = plain_text,
+        table: Table = no_table,
     ) -> None:
-        self._prompts, self._predict, self._json = prompts, predict, json
-        self._live = not json and sys.stdout.isatty()
-        self._events: defaultdict[int, list[TokenEvent]] = defaultdict(list)  # of prompts that are not printed
+        self._prompts, self._predict, self._json, self._n = prompts, predict, json, n
+        self._paint, self._table = paint, table
+        self._count = len(prompts) * n
+        self._live = not json and (sys.stdout.isatty() or self._count == 1)
+        self._events: defaultdict[int, list[TokenEvent]] = defaultdict(list)  # of results that are not printed
         self._turn = 0
+        self._prompt: int | None = None  # whose text was printed last
         self._lock = threading.Lock()
         self._show_turn()
 
     def add(self, event: TokenEvent) -> None:
-        """Take the next event of any prompt, and print what can be printed."""
+        """Take the next event of any result, and print what can be printed."""
         with self._lock:
             self._events[event.index].append(event)
             if event.index != self._turn:
                 return
             if self._live:
-                say(event.text)
+                say(self._paint(event))
             while self._is_complete(self._turn):
                 self._print(self._turn, begun=self._live)
                 self._turn += 1
@@ -68,7 +94,7 @@ class ResultPrinter:
     def finish(self) -> None:
         """Print the complete results that waited for those before them, as nothing more will come."""
         with self._lock:
-            if self._live and self._turn < len(self._prompts):
+            if self._live and self._turn < self._count:
                 say("\n")
             for index in sorted(self._events):
                 if self._is_complete(index):
@@ -79,18 +105,47 @@ class ResultPrinter:
         return events is not None and events[-1].finish_reason is not None
 
     def _show_turn(self) -> None:
-        """On a terminal, show the prompt whose turn it is, and what there is of its text."""
-        if self._live and self._turn < len(self._prompts):
-            text = "".join(event.text for event in self._events.get(self._turn, ()))
-            say(f"{self._prompts[self._turn]}\n> {text}")
+        """Where somebody may read along, show the prompt whose turn it is, and what there is of its text."""
+        if self._live and self._turn < self._count:
+            say(self._opening(self._turn) + self._text(self._events.get(self._turn, ())))
+
+    def _text(self, events: Sequence[TokenEvent]) -> str:
+        return "".join(map(self._paint, events))
+
+    def _opening(self, index: int) -> str:
+        """Return what comes before a result's text: its prompt, once for all of its results, and its number."""
+        prompt, sample = divmod(index, self._n)
+        is_new, self._prompt = prompt != self._prompt, prompt
+        number = f"[{sample + 1} of {self._n}] " if self._n > 1 else ""
+        return f"{self._prompts[prompt]}\n" * is_new + f"{number}> "
 
     def _print(self, index: int, begun: bool = False) -> None:
         """Print a result and forget its events; begun: but for its prompt and text, which are there."""
-        result = self._predict(index, self._events.pop(index))
+        events = self._events.pop(index)
+        result = self._predict(index, events)
+        prompt, sample = divmod(index, self._n)
         if self._json:
-            say(json_line({"prompt": self._prompts[index], **result}) + "\n")
+            number = {"sample": sample} if self._n > 1 else {}
+            say(json_line({"prompt": self._prompts[prompt], **number, **result}) + "\n")
             return
-        scores = zip(result["tokens"], result.get("logprobs", ()), strict=False)
-        table = "".join(f"{logprob:10.4f}  {token!r}\n" for token, logprob in scores)
-        text = "" if begun else f"{self._prompts[index]}\n> {result['generation']}"
-        say(f"{text}\n{table}{RULE}")
+        text = "" if begun else self._opening(index) + self._text(events)
+        say(f"{text}\n{self._table(result)}{RULE if sample == self._n - 1 else ''}")
+
+
+def score_table(result: Prediction, *, logprobs: bool = False, probabilities: bool = False) -> str:
+    """Return a line for each token of a prediction that has scores, with the likeliest in its place where it has them.
+
+    logprobs, probabilities: which of the two a line begins with, or both. Those in its place have what it begins with.
+    """
+    lines = []
+    likeliest = result.get("top_logprobs", [])
+    for i, (token, score) in enumerate(zip(result["tokens"], result.get("logprobs", ()), strict=False)):
+        line = f"{score:10.4f}" * logprobs + f"{math.exp(score):9.2%}" * probabilities + f"  {token!r}"
+        if likeliest and likeliest[i]:
+            found = [(each["token"], each["logprob"]) for each in likeliest[i]]
+            line += "  of " + ", ".join(
+                f"{other!r} {logprob:.4f}" if logprobs else f"{other!r} {math.exp(logprob):.2%}"
+                for other, logprob in found
+            )
+        lines.append(line + "\n")
+    return "".join(lines)

@@ -10,11 +10,19 @@ from llama.generation import Llama
 log = logging.getLogger("llama")
 
 
-def report(llm: Llama) -> None:
-    """Log speeds, bandwidth and peak memory of this rank, and what speculation gave."""
+def report(llm: Llama, longest: tuple[int, int] | None = None) -> None:
+    """Log speeds, bandwidth and peak memory of this rank, how full the context is, and what speculation gave.
+
+    longest: tokens of the prompt and of the completion of the longest text.
+    """
     metrics = llm.metrics
+    context = ""
+    if longest is not None:
+        limit = llm.model.args.max_seq_len
+        context = f"; context: prompt {longest[0]} + completion {longest[1]} of {limit} tokens"
     log.info(
-        "prefill %d tokens%s at %.1f tok/s; decode %d tokens at %.1f tok/s, %.2f GB/s of weights; peak memory %.0f MiB",
+        "prefill %d tokens%s at %.1f tok/s; decode %d tokens at %.1f tok/s, %.2f GB/s of weights; "
+        "peak memory %.0f MiB%s",
         metrics.prompt_tokens,
         f" ({metrics.reused_tokens} more reused)" if metrics.reused_tokens else "",
         metrics.prefill_tok_s,
@@ -22,6 +30,7 @@ def report(llm: Llama) -> None:
         metrics.decode_tok_s,
         metrics.bandwidth_gb_s(llm.model.weight_bytes),
         peak_memory_mib(llm.model.device),
+        context,
     )
     if metrics.proposed:
         log.info(

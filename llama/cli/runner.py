@@ -42,10 +42,10 @@ def run(command: Callable[..., None]) -> None:
 def call(command: Callable[..., None], name: str, argv: Sequence[str]) -> None:
     """Call a command with flags, or print its help; ValueError where a flag is wrong."""
     arguments = parse(command, argv)
-    if arguments is not None:
+    if not isinstance(arguments, str):
         command(**arguments)
     elif is_first_rank():
-        print(page(command, name))
+        print(page(command, name, is_short=arguments in ("--help", "-h")))
 
 
 def supervise(job: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,13 @@ SAME_FILES = "give every host the same files"
 FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, or set LLAMA_KERNELS=0 on all"}
 
 
-def build_model(options: BuildOptions) -> tuple[Transformer, Tokenizer, str | None]:
-    """Load this rank's share of a model; return it with its tokenizer and, where it has one, its chat format's name."""
+def build_model(
+    options: BuildOptions, check: Callable[[Tokenizer, ModelArgs], None] | None = None
+) -> tuple[Transformer, Tokenizer, str | None]:
+    """Load this rank's share of a model; return it with its tokenizer and, where it has one, its chat format's name.
+
+    check: as for `Llama.from_options`.
+    """
     start = time.perf_counter()
     join_job(options.timeout)
     with agree():
