@@ -20,7 +20,7 @@ from llama.engine.build import build_draft, build_model
 from llama.engine.engine import Engine
 from llama.engine.metrics import Metrics
 from llama.engine.options import BuildOptions
-from llama.engine.prompts import as_token_ids, check_texts, encode_dialogs, encode_texts
+from llama.engine.prompts import as_token_ids, check_texts, check_token_ids, encode_dialogs, encode_texts
 from llama.model import Transformer
 from llama.outputs import (
     AnswerPrediction,
@@ -346,6 +346,7 @@ class Llama:
 
         The engine's own events are returned, so that no token passes through here.
         """
+        check_token_ids(params, self.model.args)
         first = 0
         if params.seed is None:
             first = self._sequences_seeded

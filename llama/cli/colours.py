@@ -67,7 +67,7 @@ class Colours:
 
     def legend(self) -> str:
         """Return what the colours mean, in colours."""
-        words = [self.paint(f" {name} ", least) + f" from {least:.0%}" for least, name, *_ in SHADES[:-1]]
+        words = [self.paint(f" {name} ", least) + f" from {100 * least:.0f} %" for least, name, *_ in SHADES[:-1]]
         return f"probability of a token: {', '.join(words)}, {self.paint(f' {SHADES[-1][1]} ', 0)} below"
 
     def _code(self, what: int, shade: Shade) -> str:

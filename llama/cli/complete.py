@@ -25,7 +25,7 @@ from llama.cli.signals import before_end
 from llama.cli.token_page import check_writable, token_page, write_whole
 from llama.config import ModelArgs
 from llama.engine.options import BuildOptions
-from llama.engine.prompts import encode_texts, prompt_ids
+from llama.engine.prompts import check_token_ids, encode_texts, prompt_ids
 from llama.outputs import CompletionPrediction, InfillingPrediction, TokenEvent, fold_prompt
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
@@ -80,7 +80,12 @@ def main(
     if html is not None:
         on_first_rank(lambda: check_writable(html), options.timeout)
     tokens: list[list[int]] = []
-    llm = Llama.from_options(options, check=lambda tokenizer, args: tokens.extend(encode(prompts, tokenizer, args)))
+
+    def check(tokenizer: Tokenizer, args: ModelArgs) -> None:
+        check_token_ids(params, args)
+        tokens.extend(encode(prompts, tokenizer, args))
+
+    llm = Llama.from_options(options, check=check)
     fills = has_gaps(prompts, llm.tokenizer)
     is_page = html is not None
     run_params = dataclasses.replace(

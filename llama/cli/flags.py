@@ -303,7 +303,7 @@ def _biases(flag: Flag, text: str) -> dict[int, float]:
         found = {0: math.nan}
     if any(math.isnan(bias) for bias in found.values()):
         example = '\'{"504": -2.5, "30": 1}\''
-        raise ValueError(f"--{flag.name} must be a JSON object of token ids and numbers, as {example}, got {text!r}")
+        raise ValueError(f"--{flag.name} must be a JSON object of token ids and numbers, as {example} is, got {text!r}")
     return found
 
 

@@ -5,7 +5,9 @@ It needs nothing from elsewhere, and nothing in it that a model or a user wrote 
 
 from __future__ import annotations
 
+import errno
 import html
+import json
 import math
 import os
 import re
@@ -28,10 +30,10 @@ ENDS = {
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fdfdfb; --card: #fff; --faint: #6e6e73; --line: #dcdcd6;
-  --mark: #a0a09a; --shade: 62%; }
+  --mark: rgb(0 0 0 / .42); --shade: 90% 62%; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #ececea; --paper: #161618; --card: #212124; --faint: #a2a2a8; --line: #3a3a3f; --mark: #77777d;
-    --shade: 42%; }
+  :root { --ink: #ececea; --paper: #161618; --card: #212124; --faint: #a2a2a8; --line: #3a3a3f;
+    --mark: rgb(255 255 255 / .5); --shade: 68% 40%; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 54rem; padding: 2rem 1.25rem 9rem; background: var(--paper); color: var(--ink);
@@ -46,14 +48,14 @@ section { margin-top: 1.6rem; padding: 1rem 1.2rem 1.2rem; background: var(--car
   "DejaVu Sans Mono", monospace; }
 .prompt { border-left: 3px solid var(--line); padding-left: .8rem; color: var(--faint); }
 .t { position: relative; border-radius: .2rem; padding: .12em 0; cursor: default;
-  background: hsl(calc(4 + 44 * var(--p)) 92% var(--shade) / calc(.9 * (1 - var(--p)))); }
+  background: hsl(calc(4 + 44 * var(--p)) var(--shade) / calc(.9 * (1 - var(--p)))); }
 .t:hover, .t:focus { outline: 2px solid var(--ink); outline-offset: 0; z-index: 1; }
 .k { border: 1px dashed var(--mark); border-radius: .25rem; padding: 0 .25em; font-size: .85em; }
-.s, .tab, .nl::before, .u { color: var(--mark); font-weight: 400; font-style: normal; }
-.s { background: radial-gradient(circle, var(--mark) .08em, transparent .1em) no-repeat center; }
+.s, .tab, .nl::before { color: var(--mark); font-weight: 400; }
+.s { background: radial-gradient(circle, var(--mark) .1em, transparent .12em) no-repeat center; }
 .nl::before { content: "\\21b5"; }
 .tab { background: linear-gradient(var(--mark), var(--mark)) no-repeat center / calc(100% - .3em) 1px; }
-.u { font-size: .75em; border: 1px solid; border-radius: .2rem; padding: 0 .2em; }
+.u { font-size: .75em; border: 1px solid var(--mark); border-radius: .2rem; padding: 0 .2em; }
 .a { display: none; position: absolute; left: -.3rem; top: calc(100% + .3rem); z-index: 2; width: max-content;
   max-width: min(24rem, 90vw); padding: .45rem .6rem; background: var(--card); color: var(--ink); line-height: 1.5;
   border: 1px solid var(--line); border-radius: .5rem; box-shadow: 0 .4rem 1.4rem rgb(0 0 0 / .28); font-size: .82rem;
@@ -110,7 +112,7 @@ def token_page(
     ended, as many for each prompt, those of the first prompt first.
     """
     n = len(results) // len(prompts)
-    said = ", ".join(f"{name} {value}" for name, value in settings.items())
+    said = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())
     shades = "".join(
         f'<span class="t" style="--p:{p}">{html.escape(percent(p))}</span>' for p in (1, 0.75, 0.5, 0.25, 0.1, 0.01)
     )
@@ -175,8 +177,8 @@ def _row(name: str, probability: float, is_chosen: bool) -> str:
     """Return a token that was likely, with a bar as long as it was."""
     kind = "r c" if is_chosen else "r"
     bar = f'<span class="bar" style="--p:{probability:.3g}"></span>'
-    cells = f'<span class="n">{visible(name)}</span>{bar}<span class="q">{html.escape(percent(probability))}</span>'
-    return f'<span class="{kind}">{cells}</span>'
+    number = f'<span class="q">{html.escape(percent(probability))}</span>'
+    return f'<span class="{kind}"><span class="n">{visible(name, all_blanks=True)}</span>{bar}{number}</span>'
 
 
 def percent(probability: float) -> str:
@@ -184,15 +186,22 @@ def percent(probability: float) -> str:
     if probability < 0.0001:
         return "< 0.01 %"
     hundred = 100 * probability
-    return f"{hundred:.0f} %" if hundred >= 9.95 else f"{hundred:.1f} %" if hundred >= 0.95 else f"{hundred:.2f} %"
+    return (
+        f"{hundred:.0f} %"
+        if hundred >= 9.95
+        else f"{hundred:.1f} %".replace(".0", "")
+        if hundred >= 0.95
+        else f"{hundred:.2f} %"
+    )
 
 
-def visible(text: str) -> str:
-    """Return a text as HTML that is nothing but text: blanks that one would miss are marked, as are line ends.
+def visible(text: str, all_blanks: bool = False) -> str:
+    """Return a text as HTML that is nothing but text: line ends and blanks that one would miss are marked.
 
-    What a browser copies is the text, but for characters that cannot be shown, which are named.
+    What a browser copies is the text, but for characters that cannot be shown, which are named. all_blanks: single
+    spaces are marked, too.
     """
-    return re.sub(r"\A +\Z|  +|[^ ]", _visible, text)
+    return re.sub(r"(?s)." if all_blanks else r"\A +\Z|  +|[^ ]", _visible, text)
 
 
 def _visible(found: re.Match[str]) -> str:
@@ -210,19 +219,19 @@ def _visible(found: re.Match[str]) -> str:
 
 def check_writable(path: Path) -> None:
     """Raise OSError or ValueError where no page could be written to a path; nothing is left there."""
-    if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise ValueError(f"--html {path} is {kind}: give the path of a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--html {path}: there is no folder {path.parent}: make it, or give another path")
     partial = _partial(path)
     try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise ValueError(f"--html {path} is {kind}: give the path of a file")
+        if not path.parent.is_dir():
+            raise ValueError(f"--html {path}: there is no folder {path.parent}: make it, or give another path")
         if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError("it is read-only")
+            raise PermissionError(errno.EACCES, "read-only")
         partial.touch()
         partial.unlink()
     except OSError as error:
-        raise OSError(f"--html {path} cannot be written ({error.strerror or error}): give another path") from None
+        raise OSError(f"--html {path} cannot be written ({error.strerror}): give another path") from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from llama.chat.formats import DialogFormat
 from llama.chat.tools import Tools
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
+from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
 
 
@@ -39,6 +40,13 @@ def prompt_ids(prompt: Iterable[SupportsIndex], name: str, args: ModelArgs) -> l
             f"{name} has {len(found)} tokens, max_seq_len is {args.max_seq_len}: raise it or shorten the prompt"
         )
     return found
+
+
+def check_token_ids(params: SamplingParams, args: ModelArgs) -> None:
+    """Raise ValueError where sampling parameters name a token that the vocabulary lacks."""
+    for name in ("logit_bias", "banned_tokens", "stop_token_ids"):
+        for token in getattr(params, name) or ():
+            _token_id(token, name, args.vocab_size)
 
 
 def _token_id(token: SupportsIndex, name: str, vocab_size: int) -> int:

@@ -124,7 +124,7 @@ def test_a_text_that_was_typed_as_utf_8_is_read_as_it_in_any_locale() -> None:
     """In the C locale Python takes no byte beyond ASCII for a character, and valid prompts were called invalid."""
     typed = "caf\udcc3\udca9"
     arguments = parse(drive, ["--fuel", typed, "--to", typed, "--to", f'["{typed}", "x"]'])
-    assert arguments is not None
+    assert isinstance(arguments, dict)
     assert (arguments["engine"], arguments["to"]) == (Engine("café"), ["café", "café", "x"])
     for words in (["--fuel=gas", "--to", "caf\udce9"], ["--fuel", "caf\udce9"]):
         with pytest.raises(ValueError, match=rf"{words[-2]} is not valid UTF-8: 'caf\\udce9'"):
@@ -147,7 +147,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(words: list[str], monkeypatch:
         "map": Path("/home/ada/x"),
     }
     arguments = parse(complete, ["--ckpt_dir=~/a", "--tokenizer_path=~/b", "--draft_ckpt_dir=~nobody-here/c"])
-    assert arguments is not None
+    assert isinstance(arguments, dict)
     expected = BuildOptions("/home/ada/a", "/home/ada/b", draft_ckpt_dir="~nobody-here/c")
     assert arguments["options"] == expected
 
@@ -167,10 +167,11 @@ def test_a_default_is_looked_up_where_its_flag_is_missing() -> None:
         parse(drive, [])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["petrol", "--speed", "9", "--help"]], ids=str)
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["petrol", "--speed", "9", "--help_all"]], ids=str)
 def test_help_is_asked_for_only_in_a_flags_place(words: list[str]) -> None:
-    assert parse(drive, words) is None
-    assert parse(drive, ["petrol", "--to", "--help"]) == parse(drive, ["petrol", "--to=--help"]) is not None
+    assert parse(drive, words) == words[-1]
+    given = parse(drive, ["petrol", "--to", "--help"])
+    assert given == parse(drive, ["petrol", "--to=--help"]) and isinstance(given, dict)
 
 
 def test_a_help_page_names_flags_values_defaults_and_examples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +236,66 @@ def test_every_flag_of_every_command_has_a_meaning(name: str) -> None:
     text = page(command, f"llama {name}")
     assert text.startswith(f"usage: llama {name}")
     assert [flag.shown for flag in flags_of(command).values() if text.count(f"\n  {flag.shown} ") != 1] == []
+
+
+def sampling(*words: str) -> SamplingParams:
+    arguments = parse(complete, ["--ckpt_dir", "a", *words])
+    assert isinstance(arguments, dict)
+    params = arguments["params"]
+    assert isinstance(params, SamplingParams)
+    return params
+
+
+def test_flags_of_several_texts_and_of_token_ids_are_repeated_or_are_lists() -> None:
+    """They were read as one value, or as the number that the first of their types is."""
+    assert sampling("--stop", "a,b", "--stop", '["\\n", "None"]').stop == ("a,b", "\n", "None")
+    assert sampling("--dry_breakers", "[]").dry_breakers == ()
+    for words in (["1,2,3"], ["[1, 2, 3]"], ["1", "--stop_token_ids", "2,3"], ["1, 2,3 "]):
+        assert sampling("--stop_token_ids", *words).stop_token_ids == (1, 2, 3)
+    assert sampling("--banned_tokens", "7").banned_tokens == (7,)
+    assert sampling("--banned_tokens=").banned_tokens == ()
+
+
+def test_biases_are_a_json_object() -> None:
+    biases = '{"504": -2.5, "30": 1}'
+    assert sampling("--logit_bias", biases).logit_bias == {504: -2.5, 30: 1.0}
+    assert sampling("--logit_bias", "None").logit_bias is None
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--stop_token_ids", "1,x"], "--stop_token_ids must be token ids, as 1,2,3 or [1, 2, 3] are, got '1,x'"),
+        (
+            ["--banned_tokens", "[1, [2]]"],
+            "--banned_tokens must be token ids, as 1,2,3 or [1, 2, 3] are, got '[1, [2]]'",
+        ),
+        (["--stop", ""], "stop must be a text or a list of texts, none of them empty, got ('',)"),
+        *(
+            (
+                ["--logit_bias", text],
+                f"--logit_bias must be a JSON object of token ids and numbers, as {{}}, got {text!r}",
+            )
+            for text in ("[1]", "504", '{"a": 1}', '{"504": null}', '{"504": NaN}', "{504: 1}", "[" * 9999)
+        ),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_a_list_or_an_object_that_is_none_is_told_in_one_line(words: list[str], error: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        sampling(*words)
+    assert str(caught.value) == error.replace("{}", """'{"504": -2.5, "30": 1}' is""")
+
+
+def test_a_short_help_names_rare_flags_and_a_long_one_tells_them() -> None:
+    """All flags of sampling were four screens, with those that everybody needs between them."""
+    short, long = page(complete, "llama complete", is_short=True), page(complete, "llama complete")
+    flags = flags_of(complete).values()
+    told = [flag.name for flag in flags if f"\n  --{flag.name} " in short]
+    assert {"temperature", "top_k", "min_p", "stop", "n", "seed"} <= set(told)
+    assert [flag.name for flag in flags if flag.name not in told] == [flag.name for flag in flags if flag.is_rare] != []
+    assert [flag.name for flag in flags if f"--{flag.name}" not in short or f"\n  --{flag.name} " not in long] == []
+    assert len(long.splitlines()) - len(short.splitlines()) > 15
 
 
 def test_completing_takes_every_option_of_building_and_sampling() -> None:
