@@ -121,7 +121,7 @@ def token_page(
         heading = f"Prompt {i + 1}" if len(prompts) > 1 else "Prompt"
         texts = "".join(_result(*results[i * n + k], f"[{k + 1} of {n}] " if n > 1 else "") for k in range(n))
         sections.append(
-            f'<section>\n<h2>{heading}</h2>\n<div class="prompt">{visible(prompt)}</div>\n{texts}</section>'
+            f'<section>\n<h2>{heading}</h2>\n<div class="prompt">{as_html(prompt)}</div>\n{texts}</section>'
         )
     return f"""<!doctype html>
 <html lang="en">
@@ -168,7 +168,7 @@ def _token(token: ShownToken) -> str:
     shown = "".join(_row(name, p, name == token.name) for name, p in rows)
     probability = 1.0 if token.probability is None else token.probability
     return (
-        f'<span class="{kind}" tabindex="0" style="--p:{probability:.3g}">{visible(text)}'
+        f'<span class="{kind}" tabindex="0" style="--p:{probability:.3g}">{as_html(text)}'
         f'<span class="a" role="tooltip">{shown or "no probability is known"}</span></span>'
     )
 
@@ -178,7 +178,7 @@ def _row(name: str, probability: float, is_chosen: bool) -> str:
     kind = "r c" if is_chosen else "r"
     bar = f'<span class="bar" style="--p:{probability:.3g}"></span>'
     number = f'<span class="q">{html.escape(percent(probability))}</span>'
-    return f'<span class="{kind}"><span class="n">{visible(name, all_blanks=True)}</span>{bar}{number}</span>'
+    return f'<span class="{kind}"><span class="n">{as_html(name, all_blanks=True)}</span>{bar}{number}</span>'
 
 
 def percent(probability: float) -> str:
@@ -195,16 +195,16 @@ def percent(probability: float) -> str:
     )
 
 
-def visible(text: str, all_blanks: bool = False) -> str:
+def as_html(text: str, all_blanks: bool = False) -> str:
     """Return a text as HTML that is nothing but text: line ends and blanks that one would miss are marked.
 
     What a browser copies is the text, but for characters that cannot be shown, which are named. all_blanks: single
     spaces are marked, too.
     """
-    return re.sub(r"(?s)." if all_blanks else r"\A +\Z|  +|[^ ]", _visible, text)
+    return re.sub(r"(?s)." if all_blanks else r"\A +\Z|  +|[^ ]", _marked, text)
 
 
-def _visible(found: re.Match[str]) -> str:
+def _marked(found: re.Match[str]) -> str:
     text = found[0]
     if text == "\n":
         return '<span class="nl"></span>\n'

@@ -259,7 +259,7 @@ def no_tokenizer_beside_the_weights(folder: Path) -> Flags:
 # --- what is asked of the model ------------------------------------------------------------------------------------
 
 
-@case("prompt 1 has 18 tokens, max_seq_len is 16", "raise it or shorten the prompt")
+@case("prompt 2 of 2 has 18 tokens, max_seq_len is 16", "raise it or shorten the prompt")
 def prompt_longer_than_max_seq_len(folder: Path) -> Flags:
     return good(folder, "--prompt", "a", "--prompt", "hello hello hello", "--max_seq_len", 16)
 

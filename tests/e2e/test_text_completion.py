@@ -19,7 +19,7 @@ LOADED = re.compile(
 )
 REPORT = re.compile(
     r"prefill \d+ tokens at [\d.]+ tok/s; decode \d+ tokens at [\d.]+ tok/s, [\d.]+ GB/s of weights; "
-    r"peak memory \d+ MiB"
+    r"peak memory \d+ MiB; context: prompt 5 \+ completion 8 of \d+ tokens"
 )
 # What fire by itself turns into tuples, sets, numbers, flags or nothing, and what shells and encodings trip over.
 VERBATIM = [
@@ -148,6 +148,7 @@ def test_help_names_every_flag_once_and_loads_nothing() -> None:
             *("ckpt_dir", "tokenizer_path", "prompt", "max_seq_len", "max_batch_size", "max_gen_len", "temperature"),
             *("top_p", "seed", "device", "dtype", "quantize", "compile", "timeout", "speculate", "draft_ckpt_dir"),
             *("draft_quantize", "logprobs", "echo", "json", "model_parallel_size", "dry_run", "prompt_file"),
+            *("top_k", "min_p", "repetition_penalty", "stop", "json_schema", "n", "top_logprobs", "show_probs", "html"),
         ]
     )
     assert "python example_text_completion.py --prompt" in done.stdout  # its examples are its own

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama.cli.shown_tokens import ShownToken, TokenNames, shown_tokens
-from llama.cli.token_page import check_writable, percent, token_page, visible, write_whole
+from llama.cli.token_page import as_html, check_writable, percent, token_page, write_whole
 from llama.outputs import TokenEvent
 from llama.tokenizer import Tokenizer
 from tests.checkpoints import write_byte_tokenizer
@@ -94,10 +94,10 @@ def test_a_token_shows_what_was_likely_in_its_place_and_itself() -> None:
 
 def test_what_cannot_be_shown_is_named() -> None:
     r"""\x1b is no character of HTML, and a lone surrogate none of UTF-8, so that the page could not be written."""
-    assert visible("a\x1b[0m\u202e\ud800") == (
+    assert as_html("a\x1b[0m\u202e\ud800") == (
         'a<span class="u">U+001B</span>[0m<span class="u">U+202E</span><span class="u">U+D800</span>'
     )
-    assert visible(" ") == '<span class="s"> </span>' and visible(" a b") == " a b"
+    assert as_html(" ") == '<span class="s"> </span>' and as_html(" a b") == " a b"
 
 
 def test_percentages_have_two_digits() -> None:
