@@ -113,9 +113,7 @@ def token_page(
     """
     n = len(results) // len(prompts)
     said = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in settings.items())
-    shades = "".join(
-        f'<span class="t" style="--p:{p}">{html.escape(percent(p))}</span>' for p in (1, 0.75, 0.5, 0.25, 0.1, 0.01)
-    )
+    shades = "".join(f'<span class="t" style="--p:{p}">{100 * p:.0f} %</span>' for p in (1, 0.75, 0.5, 0.25, 0.1, 0.01))
     sections = []
     for i, prompt in enumerate(prompts):
         heading = f"Prompt {i + 1}" if len(prompts) > 1 else "Prompt"
@@ -186,13 +184,7 @@ def percent(probability: float) -> str:
     if probability < 0.0001:
         return "< 0.01 %"
     hundred = 100 * probability
-    return (
-        f"{hundred:.0f} %"
-        if hundred >= 9.95
-        else f"{hundred:.1f} %".replace(".0", "")
-        if hundred >= 0.95
-        else f"{hundred:.2f} %"
-    )
+    return f"{hundred:.0f} %" if hundred >= 9.95 else f"{hundred:.1f} %" if hundred >= 0.95 else f"{hundred:.2f} %"
 
 
 def as_html(text: str, all_blanks: bool = False) -> str:

@@ -33,7 +33,7 @@ MODULES = [*(f"llama.cli.{name}" for name in NAMES), "example_ray_data"]
 COMMANDS = [importlib.import_module(name).main for name in MODULES]
 # torchrun's, pip's and pytest's, and gpu_check's, which needs a GPU to say.
 OF_OTHER_PROGRAMS = {"nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_endpoint"}
-OF_OTHER_PROGRAMS |= {"editable", "help", "version"}
+OF_OTHER_PROGRAMS |= {"editable", "help", "help_all", "version"}
 
 
 def decisions() -> list[tuple[str, str]]:
