@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import typing
 from collections.abc import Sequence
@@ -16,10 +17,14 @@ from llama.engine.build import plan_run
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
 
+# Whatever else is asked of tokens needs no memory to speak of.
+UNNEEDED = [each.name for each in dataclasses.fields(SamplingParams)]
+UNNEEDED = [name for name in UNNEEDED if name not in ("max_gen_len", "logprobs", "echo", "n", "best_of")]
+
 
 def main(
     options: Annotated[BuildOptions, build_flags(*GENERATION, "compile")],
-    params: Annotated[SamplingParams, sampling_flags("temperature", "top_p", max_gen_len=64)],
+    params: Annotated[SamplingParams, sampling_flags(*UNNEEDED, max_gen_len=64)],
     *,
     prompt: list[str] | None = None,
     prompt_file: Path | None = None,
@@ -46,6 +51,7 @@ def end_with_plan(
 ) -> typing.NoReturn:
     """Print the plan of a run and exit, with code 1 when not even one request fits."""
     params = params or SamplingParams()
+    prompts = [prompt for prompt in prompts for _ in range(params.samples)]
     table, fits = plan_run(options, prompts, params.max_gen_len, params.echo and params.logprobs)
     with agree():  # all ranks wait: torchrun ends them when the first exits with 1
         if is_first_rank():
