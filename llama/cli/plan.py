@@ -17,14 +17,14 @@ from llama.engine.build import plan_run
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
 
-# Whatever else is asked of tokens needs no memory to speak of.
-UNNEEDED = [each.name for each in dataclasses.fields(SamplingParams)]
-UNNEEDED = [name for name in UNNEEDED if name not in ("max_gen_len", "logprobs", "echo", "n", "best_of")]
+COUNTED = ("max_gen_len", "logprobs", "echo", "n", "best_of")
+# What needs no memory to speak of.
+UNCOUNTED = [each.name for each in dataclasses.fields(SamplingParams) if each.name not in COUNTED]
 
 
 def main(
     options: Annotated[BuildOptions, build_flags(*GENERATION, "compile")],
-    params: Annotated[SamplingParams, sampling_flags(*UNNEEDED, max_gen_len=64)],
+    params: Annotated[SamplingParams, sampling_flags(*UNCOUNTED, max_gen_len=64)],
     *,
     prompt: list[str] | None = None,
     prompt_file: Path | None = None,
