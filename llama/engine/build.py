@@ -72,6 +72,8 @@ def build_model(
         if source.args.max_seq_len < planner.args.max_seq_len:
             log.warning("%s", source.context_note(planner.args.max_seq_len))
     with agree():
+        if check is not None:
+            check(source.tokenizer, source.args)
         with torch.device("meta"):
             model = Transformer(source.args, ranks)
         if options.quantize is not None:
