@@ -14,6 +14,7 @@ from typing import Annotated
 from llama import Llama
 from llama.chat.infilling import FILL_MARK, can_infill, infilling_prompt_tokens, split_at_gap
 from llama.cli.colours import Colours, colour_depth
+from llama.cli.constraints import read_constraints
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.plan import end_with_plan
 from llama.cli.printing import Paint, ResultPrinter, Table, no_table, score_table
@@ -77,6 +78,7 @@ def main(
     prompts = read_prompts(prompt, prompt_file, options.timeout, needed=not dry_run) or PROMPTS
     if dry_run:
         end_with_plan(options, prompts, params)
+    params = read_constraints(params, options.timeout)
     if html is not None:
         on_first_rank(lambda: check_writable(html), options.timeout)
     tokens: list[list[int]] = []

@@ -279,7 +279,7 @@ def temperature_that_is_no_number(folder: Path) -> Flags:
     return good(folder, "--temperature", "nan")
 
 
-@case("top_p must be in [0, 1], got -0.1")
+@case("top_p must be a number from 0 to 1, got -0.1")
 def top_p_below_nothing(folder: Path) -> Flags:
     return good(folder, "--top_p", -0.1)
 
@@ -289,7 +289,7 @@ def temperature_that_no_device_holds(folder: Path) -> Flags:
     return good(folder, "--temperature", "1e300")
 
 
-@case("top_p must be in [0, 1], got 1.5")
+@case("top_p must be a number from 0 to 1, got 1.5")
 def top_p_above_one(folder: Path) -> Flags:
     return good(folder, "--top_p", 1.5)
 
