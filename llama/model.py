@@ -17,7 +17,7 @@ from llama.cache import ForwardBatch, KVCache, RowGroup, pages_for
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from llama.quantization.weights import Weight
+from llama.quantization.weights import LowRank, Weight
 from llama.rope import Rotary, precompute_freqs_cis, rotate
 
 __all__ = ["ModelArgs", "Transformer", "precompute_freqs_cis"]
@@ -245,8 +245,9 @@ class Transformer(nn.Module):
         return [name for name, _ in counts.most_common()]
 
     def _weights(self) -> list[Weight]:
-        """Return every weight and bias once, also where two modules share one."""
+        """Return every weight, bias and adapter once, also where two modules share one."""
         found = [getattr(module, name, None) for module in self.modules() for name in ("weight", "bias")]
+        found += [each for module in self.modules() if isinstance(module, LowRank) for each in module.buffers()]
         return list({id(weight): weight for weight in found if weight is not None}.values())
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:

@@ -68,10 +68,12 @@ class GGUFCheckpoint:
             if number == 0:
                 self._metadata = header.metadata
             _check_split(file, header, number, len(files))
-            for name, tensor in _map_tensors(file, header).items():
+            for name, tensor in map_tensors(file, header).items():
                 if name in tensors:
                     raise ValueError(f"{file}: tensor {name} is in an earlier file of the split, too")
                 tensors[name] = tensor
+        if self._metadata.get("general.type") == "adapter":
+            raise ValueError(f"{path} is an adapter: give its base model as --ckpt_dir, and this file as --lora")
         factors = tensors.pop(ROPE_FACTORS, None)
         ignored = ignored_keys(self._metadata)
         if ignored:
@@ -82,7 +84,7 @@ class GGUFCheckpoint:
             self.args = read_metadata(
                 self._metadata,
                 tied="output.weight" not in self._tensors,
-                rope_factors=None if factors is None else tuple(_decode_rows(factors, 0, factors.shape[0]).tolist()),
+                rope_factors=None if factors is None else tuple(decode_rows(factors, 0, factors.shape[0]).tolist()),
             )
         except ValueError as error:
             keys = {field: key for field, key in FIELD_KEYS.items() if key in self._metadata}
@@ -123,8 +125,8 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         stop = tensor.shape[dim] if stop is None else stop
         if dim == 0:
-            return _decode_rows(tensor, start, stop)
-        return _decode_rows(tensor, 0, tensor.shape[0]).narrow(dim, start, stop - start)
+            return decode_rows(tensor, start, stop)
+        return decode_rows(tensor, 0, tensor.shape[0]).narrow(dim, start, stop - start)
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         dtype = self._tensors[name].dtype
@@ -188,7 +190,7 @@ def _check_split(file: Path, header: Header, number: int, count: int) -> None:
         )
 
 
-def _map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
+def map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
     """Map a file's tensors, by the names they have there.
 
     Raise ValueError unless their types are known, their rows whole blocks, all their bytes in the file and each where
@@ -237,7 +239,7 @@ def _check_decodable(file: Path, info: TensorInfo, block_type: BlockType) -> Non
         raise ValueError(f"{file}: tensor {info.name} has type {block_type.name}, which cannot be decoded") from None
 
 
-def _decode_rows(tensor: _StoredTensor, start: int, stop: int) -> Tensor:
+def decode_rows(tensor: _StoredTensor, start: int, stop: int) -> Tensor:
     """Return rows [start, stop) of a tensor: in its own dtype, or fp32 where it is blocks."""
     row_bytes = len(tensor.raw) // tensor.shape[0]
     raw = tensor.raw[start * row_bytes : stop * row_bytes]

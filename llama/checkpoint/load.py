@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, quantized_type, shard_dim, some_of
+from llama.checkpoint.lora import AdaptedCheckpoint
 from llama.checkpoint.names import module_name, stored_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
@@ -21,13 +22,13 @@ from llama.distributed.layers import set_quantized_weight, tie_output
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
 from llama.quantization.planar import Fp8Weight
-from llama.quantization.weights import BlockWeight, QuantizedWeight, Weight
+from llama.quantization.weights import BlockWeight, LowRank, QuantizedWeight, Weight
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
 # What wrappers of a model put into its tensors' names: whose that is, and what to do.
-_PEFT = ("a peft adapter", "save model.merge_and_unload(), which is the whole model")
+_PEFT = ("a peft adapter", "save model.merge_and_unload(), or the adapter alone, which --lora reads")
 WRAPPERS = {
     "_orig_mod.": ("torch.compile", "save the state of model._orig_mod"),
     "base_model.model.": _PEFT,
@@ -97,7 +98,8 @@ def load_weights(
             setattr(module, attribute, held)
         else:
             held = _read_quantized(checkpoint, name, model, device, weight_format, block_type)
-            set_quantized_weight(module, held)
+            low_rank = _read_low_rank(checkpoint, name, model, device, weight_format.dtype, block_type)
+            set_quantized_weight(module, held, low_rank)
         checkpoint.release(name)
         assert held.shape == parameter.shape, (name, held.shape, parameter.shape)
         if len(shape) > 1:
@@ -126,6 +128,29 @@ def _read_quantized(
             return Fp8Weight.of(values)
         blocks = quantize(values, block_type)
     return weight_format.weight_cls(blocks, block_type)
+
+
+def _read_low_rank(
+    checkpoint: StoredCheckpoint,
+    name: str,
+    model: Transformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_type: BlockType,
+) -> LowRank | None:
+    """Return this rank's part of what adapters add beside a matrix in blocks; None where they add nothing, or inside.
+
+    Where ranks split the rows of the matrix, they split those of b, and where its columns, those of a.
+    """
+    if not isinstance(checkpoint, AdaptedCheckpoint) or not checkpoint.rank_beside(name, block_type):
+        return None
+    splits = 0 if shard_dim(name) == 1 else 1  # a or b
+    parts = list(checkpoint.low_rank(name))
+    parts[splits] = _part(
+        lambda *part: checkpoint.low_rank(*part)[splits], checkpoint, name, model.args, model.parallel
+    )
+    a, b = (part.to(device, dtype).contiguous() for part in parts)
+    return LowRank(a, b)
 
 
 def check_vocab_size(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int:
@@ -204,7 +229,20 @@ def read_part(
 
     With the block_type that it is stored in, return the raw blocks: uint8 (rows, row_bytes).
     """
-    read = checkpoint.read if block_type is None else checkpoint.read_blocks
+    if block_type is None:
+        return _part(checkpoint.read, checkpoint, name, args, parallel)
+    return _part(checkpoint.read_blocks, checkpoint, name, args, parallel, block_type)
+
+
+def _part(
+    read: Callable[..., Tensor],
+    checkpoint: StoredCheckpoint,
+    name: str,
+    args: ModelArgs,
+    parallel: ModelParallel,
+    block_type: BlockType | None = None,
+) -> Tensor:
+    """Return this rank's part of what `read` returns for slices of a tensor, as a checkpoint's `read` does."""
     dim = shard_dim(name)
     if dim is None or parallel.size == 1:
         return read(name)

@@ -60,7 +60,7 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
         return HuggingFaceCheckpoint(folder)  # which says what it looked for
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"ckpt_dir {folder} is a peft adapter: save model.merge_and_unload(), which is the whole model"
+            f"ckpt_dir {folder} is a peft adapter: give its base model as --ckpt_dir, and this folder as --lora"
         )
     raise FileNotFoundError(
         f"ckpt_dir {folder} has no checkpoint: looked for consolidated.*.pth with params.json, for config.json "

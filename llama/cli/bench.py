@@ -79,6 +79,8 @@ def main(
         return
     if read_torchrun_env().world_size > 1:
         raise ValueError("--compare, --plot and several checkpoints start processes of their own: leave torchrun out")
+    if options.lora:
+        raise ValueError("others do not read adapters: llama convert --lora makes a whole model to compare")
     pythons = [sys.executable, *(peer_python or [])]
     found = find_peers(pythons) if compare is not None else {}
     peers = [] if compare is None else choose_peers(compare, found, pythons)

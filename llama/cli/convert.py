@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llama.checkpoint import open_checkpoint
+from llama.checkpoint import open_checkpoint, with_adapters
 from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import Writer, write_checkpoint, writer
+from llama.checkpoint.lora import adapters_of
 from llama.cli.signals import signals_raise
 
 log = logging.getLogger("llama")
@@ -25,6 +26,7 @@ def main(
     shards: int = 1,
     dtype: str | None = None,
     quantize: str | None = None,
+    lora: tuple[str, ...] = (),
     tokenizer_path: Path | None = None,
 ) -> None:
     """Convert the checkpoint SRC to a new folder DST, which appears when it is complete.
@@ -36,6 +38,7 @@ def main(
         shards: number of Meta's files, each an equal part of every weight.
         dtype: float32, bfloat16 or float16; default: as stored, and bfloat16 for quantized weights.
         quantize: int8 or int4, for --format hf: linear weights in blocks of 32 values, of 8.5 or 5 bits each.
+        lora: adapter to merge, as PATH or PATH:SCALE, a folder of peft's or a GGUF file; may be given several times.
         tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
 
     Examples:
@@ -45,7 +48,9 @@ def main(
     if format not in ("meta", "hf"):
         raise ValueError(f"--format must be meta or hf, got {format!r}")
     check_new(dst)
-    checkpoint = open_checkpoint(src)
+    checkpoint = with_adapters(open_checkpoint(src), lora)
+    for adapter in adapters_of(checkpoint):
+        log.info("lora %s", adapter)
     tokenizer = tokenizer_source(checkpoint, tokenizer_path)
     made = writer(
         checkpoint,
@@ -54,7 +59,7 @@ def main(
         shards=shards,
         dtype=dtype,
         quantize=quantize,
-        reopen=lambda: open_checkpoint(checkpoint.path),
+        reopen=lambda: with_adapters(open_checkpoint(checkpoint.path), lora),
     )
     if checkpoint.is_quantized and dtype is None and quantize is None:
         log.info("the weights are quantized: they are written in bfloat16, unless --dtype or --quantize says otherwise")

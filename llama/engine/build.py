@@ -14,10 +14,11 @@ import torch.distributed as dist
 from llama.backends.base import Backend, choose_backend
 from llama.chat.formats import choose_chat_format, find_chat_format
 from llama.chat.template import TemplateChat, read_template
-from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint
+from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint, with_adapters
 from llama.checkpoint.base import dtype_name
 from llama.checkpoint.context import trained_context_len
 from llama.checkpoint.load import WeightFormat, check_vocab_size, check_weights
+from llama.checkpoint.lora import adapters_of
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel, join_model_parallel
@@ -27,6 +28,7 @@ from llama.memory.available import free_bytes
 from llama.memory.estimate import BatchShape
 from llama.memory.plan import Planner, table
 from llama.model import Transformer
+from llama.quantization.weights import LowRank
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
@@ -82,6 +84,11 @@ def build_model(
         source.backend.bind(model)
     if options.compile and source.backend.own_kernels:
         log.info("--compile changes nothing: the package's own kernels, which are compiled, run the layers")
+    for adapter in adapters_of(source.checkpoint):
+        log.info("lora %s", adapter)
+    beside = sum(isinstance(module, LowRank) for module in model.modules())
+    if beside:
+        log.info("lora: %d matrices stay quantized, with what is added to their products beside them", beside)
     for (stored, loaded), count in sorted(changes.items()):
         log.info("%s loaded as %s: %d matrices", stored, loaded, count)
     log.info(
@@ -144,6 +151,7 @@ def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer)
         chat_template=None,
         template_kwargs=None,
         quantize=options.draft_quantize,
+        lora=(),
         speculate=None,
         draft_ckpt_dir=None,
         draft_quantize=None,
@@ -167,6 +175,7 @@ def check_alike(source: Source) -> None:
         "quantize": str(source.weight_format.quantize),
         "kernels": "own kernels" if source.backend.own_kernels else "none",
         "architecture": str(source.args),
+        "lora": ", ".join(map(str, adapters_of(source.checkpoint))) or "no adapters",
         "tokenizer": f"{source.tokenizer.n_words} tokens, ending at {sorted(source.tokenizer.stop_tokens)}",
     }
     everywhere = from_all_ranks(choices)
@@ -252,5 +261,7 @@ def open_source(options: BuildOptions) -> Source:
             f"quantize {options.quantize} needs a CUDA device and Triton kernels, got {device}: use int8 instead"
         )
     check_weights(checkpoint, args)
+    checkpoint = with_adapters(checkpoint, options.lora, requantizes=options.quantize is not None)
+    args = dataclasses.replace(args, tied_embeddings=checkpoint.args.tied_embeddings)
     weight_format = WeightFormat(dtype, options.quantize, backend.weight_cls, backend.keeps_stored_blocks)
     return Source(checkpoint, tokenizer, args, backend, weight_format)

@@ -35,6 +35,8 @@ class BuildOptions:
         chat_template: a file with a jinja template in place of the model's own; in Python also its text.
         template_kwargs: what the template reads beside messages and tools, as JSON: {"enable_thinking": false}.
         quantize: int8, int4 or, on GPUs, fp8: 8.5, 5 or 8 bits a value; blocks that are no larger stay as they are.
+        lora: adapter of the model, PATH or PATH:SCALE, a folder of peft's or a GGUF file; may be given several times.
+            It is merged into floats, and stays beside quantized weights unless quantize is given, too.
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup proposes tokens from what the text said before; texts stay the same, some come faster.
         draft_ckpt_dir: a smaller model of the same vocabulary, which proposes tokens instead.
@@ -54,6 +56,7 @@ class BuildOptions:
     chat_template: str | os.PathLike[str] | None = None
     template_kwargs: str | Mapping[str, Any] | None = None
     quantize: str | None = None
+    lora: tuple[str, ...] = ()
     compile: bool = False
     speculate: str | None = None
     draft_ckpt_dir: str | os.PathLike[str] | None = None
@@ -71,6 +74,8 @@ class BuildOptions:
             raise ValueError(f"chat_format {self.chat_format} and a chat_template exclude each other: give one of them")
         if self.template_kwargs is not None:
             _json_object("template_kwargs", self.template_kwargs)
+        if isinstance(self.lora, str):
+            raise ValueError(f"lora must be a list of adapters, got the text {self.lora!r}: put it into one")
         for name in ("quantize", "draft_quantize"):
             mode = getattr(self, name)
             if mode is not None and mode not in QUANTIZE_MODES:

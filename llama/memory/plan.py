@@ -16,6 +16,7 @@ from llama.backends.base import Backend, backend_of
 from llama.cache import PAGE_SIZE, pages_for
 from llama.checkpoint.base import Reading, StoredCheckpoint, shard_dim
 from llama.checkpoint.load import WeightFormat, check_weights, part_length, part_span
+from llama.checkpoint.lora import AdaptedCheckpoint
 from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
@@ -116,6 +117,9 @@ class Planner:
             block_type = self.weight_format.block_type(self.checkpoint, name, self.parallel)
             if block_type is not None:
                 part, on_the_way = self._blocks(name, parameter.shape, block_type)
+                if isinstance(self.checkpoint, AdaptedCheckpoint):
+                    rank = self.checkpoint.rank_beside(name, block_type)
+                    part += rank * sum(parameter.shape) * self.dtype.itemsize
                 is_mapped = False
             else:
                 part = parameter.numel() * self.dtype.itemsize

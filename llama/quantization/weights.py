@@ -121,6 +121,36 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+class LowRank(nn.Module):
+    """What adapters add to a quantized matrix (out, in), B A, beside it as two thin ones (arXiv:2106.09685)."""
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        """Hold a (r, in) and b (out, r), of one dtype; the adapters' scales are in b."""
+        super().__init__()
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+        self.matmul: MatMul = float_matmul
+        self.add: Callable[[Tensor, Tensor], object] | None = None  # a kernel in the place of `add_to`
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add x (..., in) times B A transposed to y (..., out), in place."""
+        if self.add is not None:
+            self.add(y, x)
+        else:
+            y += self.matmul(self.matmul(x, self.a, None), self.b, y.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Look up rows of B A by index: fp32 (*ids.shape, in)."""
+        return self.matmul(F.embedding(ids, self.b), self.a.t().contiguous(), torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+        self.matmul, self.add = float_matmul, None  # a backend's kernels point at the memory that it had
+        return super()._apply(fn, recurse)
+
+
 def quantized_embedding(ids: Tensor, weight: QuantizedWeight) -> Tensor:
     """Look up rows of a quantized weight (n, dim) by index: fp32 (*ids.shape, dim)."""
     return weight.rows(ids)

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.config import ModelArgs
 from llama.testing.model_presets import PRESETS, Preset
 from llama.testing.random_checkpoint import RandomCheckpoint
+from tests.adapters import random_halves, write_gguf_adapter, write_peft
 from tests.e2e.processes import ROOT, TORCHRUN, Finished, forked_python, run
 
 pytestmark = pytest.mark.slow
@@ -59,6 +61,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint = RandomCheckpoint(name, preset, seed)
         made = writer(checkpoint, tokenizer_source(checkpoint), form, shards=shards, dtype="bfloat16")
         write_checkpoint(made, root / name, lambda n_bytes: None)
+    base = open_checkpoint(root / "Llama-3.1-8B")
+    halves = random_halves(base.args, {name: base.read(name) for name in base.names()})
+    write_peft(root / "my-adapter", base.args, halves)
+    write_gguf_adapter(root / "style.gguf", halves)
     return root
 
 

@@ -61,7 +61,8 @@ def run_rank(job: dict[str, Any], rank: int) -> None:
     if rank in job.get("without_kernels", []):
         os.environ["LLAMA_KERNELS"] = "0"
     try:
-        llm = Llama.build(job["folder"], job.get("tokenizer"), max_seq_len=32, device="cpu", dtype="float32")
+        options = {"max_seq_len": 32, "device": "cpu", "dtype": "float32", **job.get("options", {})}
+        llm = Llama.build(job["folder"], job.get("tokenizer"), **options)
         modules = llm.model.named_modules()
         blocks = [name for name, module in modules if isinstance(module, QuantizedWeight)]
         result["blocks"] = {module_name(name) for name in blocks}

@@ -22,6 +22,7 @@ from llama.distributed.layers import set_quantized_weight
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, quantize
 from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
+from llama.quantization.weights import LowRank
 from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import build, random_tokens, transformer
 
@@ -261,3 +262,23 @@ def test_a_checkpoint_is_built_and_completed_as_on_a_cpu(tmp_path: Path, monkeyp
     assert tokens == expected[0]
     for row, wanted in zip(scores or [], expected[1] or [], strict=True):
         assert row == pytest.approx(wanted, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_adapters_beside_quantized_weights_give_the_same_logits() -> None:
+    """Of q and w3 alone: products of joined weights get them in their rows. Of the table and the output, too."""
+    args = dataclasses.replace(ARGS, n_layers=1)
+    generator = torch.Generator().manual_seed(1)
+    without, plain, other = (transformer(args, state_of(args)).to(DEVICE) for _ in range(3))
+    names = ("layers.0.attention.wq", "layers.0.feed_forward.w3", "layers.0.attention.wo", "output", "tok_embeddings")
+    for name in names:
+        rows, columns = plain.get_submodule(name).weight.shape  # type: ignore[union-attr, misc]
+        a, b = torch.randn(3, columns, generator=generator), torch.randn(rows, 3, generator=generator) / 5
+        for model in (plain, other):
+            module, block_type = model.get_submodule(name), BLOCK_TYPES["Q8_0"]
+            held = PlanarWeight(quantize(module.weight, block_type), block_type)  # type: ignore[arg-type]
+            set_quantized_weight(module, held, LowRank(a.to(DEVICE), b.to(DEVICE)))
+    CudaBackend(other.device).bind(other)
+    for expected, found, before in zip(logits(plain), logits(other), logits(without), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+        assert (expected - before).abs().max() > 0.1

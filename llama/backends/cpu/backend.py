@@ -8,6 +8,8 @@ rotations, the gates of feed-forwards, and attention.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import math
 import os
 import time
@@ -144,7 +146,9 @@ class CpuBackend(EagerBackend):
     def bind(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
         self.tok_embeddings, self.norm, self.output = model.tok_embeddings, model.norm, model.output
-        self._biases: list[Tensor] = []  # fp32 copies, which the C structures point at
+        # What the C structures point at: fp32 copies of biases, and descriptions of adapters.
+        self._biases: list[Tensor] = []
+        self._low_ranks: list[ops.LowRankView] = []
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._c_layers = (ops.Layer * len(self.layers))()
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -182,7 +186,7 @@ class CpuBackend(EagerBackend):
             return self._run(tokens, rotation, batch, self._run_few)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        if hidden.numel() <= self._max_few * self.args.dim:
+        if hidden.numel() <= self._max_few * self.args.dim and self.output.low_rank is None:
             with self._threads:
                 return ops.multiply(self._c_output, hidden)
         return self.output(hidden, torch.float32)
@@ -198,7 +202,7 @@ class CpuBackend(EagerBackend):
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens (n_tokens,) in new memory, fp32: layers add to them in place."""
         table = self.tok_embeddings.weight
-        if self.parallel.size > 1:
+        if self.parallel.size > 1 or self.tok_embeddings.low_rank is not None:
             return self.tok_embeddings(tokens).to(torch.float32, copy=True)
         if isinstance(table, Tensor):
             return F.embedding(tokens, table).float()
@@ -252,6 +256,11 @@ class CpuBackend(EagerBackend):
         if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
             self._biases.append(bias.float())
             described.bias = ops.vector(self._biases[-1], weight.shape[0])
+        if (adapters := module.low_rank) is not None:
+            view = ops.low_rank(adapters.a, adapters.b)
+            adapters.matmul, adapters.add = ops.multiply_floats, functools.partial(ops.add_low_rank, view)
+            self._low_ranks.append(view)
+            described.low_rank = ctypes.addressof(view)
         return described
 
     def _inputs(self, x: Tensor, rotation: Tensor, batch: ForwardBatch) -> ops.LayersInput:

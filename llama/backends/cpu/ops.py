@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama.backends.cpu.build import library
@@ -54,7 +55,7 @@ PACKED_SIZES = {
 
 
 class WeightView(ctypes.Structure):
-    """Weight in weights.h: a matrix (rows, columns) and its bias, or null."""
+    """Weight in weights.h: a matrix (rows, columns), its bias, or null, and its LowRankView, or null."""
 
     _fields_ = [
         ("type", c_int32),
@@ -62,7 +63,15 @@ class WeightView(ctypes.Structure):
         ("columns", c_int32),
         ("data", c_void_p),
         ("bias", c_void_p),
+        ("low_rank", c_void_p),
     ]
+
+
+class LowRankView(ctypes.Structure):
+    """LowRank in weights.h: what adapters add to a matrix (rows, columns)."""
+
+    _fields_ = [("a", WeightView), ("b", c_void_p), ("stride", c_int32)]
+    tiles: Tensor  # what b points at
 
 
 class Layer(ctypes.Structure):
@@ -212,6 +221,31 @@ def multiply(weight: WeightView, x: Tensor, dtype: torch.dtype = torch.float32) 
     types = FLOAT_TYPE_IDS[x.dtype], FLOAT_TYPE_IDS[dtype]
     kernels().multiply(ctypes.byref(weight), from_x, n_tokens, types[0], to_y, types[1], torch.get_num_threads())
     return y
+
+
+def multiply_floats(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiply x (..., in) by floats (out, in) transposed: (..., out) in `dtype`, by default x's; see `multiply`."""
+    return multiply(float_weight(weight), x, dtype or x.dtype)
+
+
+def low_rank(a: Tensor, b: Tensor) -> LowRankView:
+    """Describe adapters, a (r, in) and b (out, r); a must outlive the description, which keeps what it needs of b."""
+    tiles = F.pad(b.t().float(), (0, -len(b) % TILE_ROWS)).contiguous()  # (r, whole tiles of rows)
+    view = LowRankView(float_weight(a), *pointers((tiles, torch.float32, tiles.numel())), tiles.shape[1])
+    view.tiles = tiles
+    return view
+
+
+def add_low_rank(adapters: LowRankView, y: Tensor, x: Tensor) -> None:
+    """Add x (..., in) times what adapters add to a weight, transposed, to its products y (..., out), in place."""
+    x = x.contiguous()
+    n_tokens, rows = x.numel() // adapters.a.columns, y.shape[-1]
+    assert -(-rows // TILE_ROWS) * TILE_ROWS == adapters.stride, (rows, adapters.stride)
+    from_x, to_y = pointers((x, x.dtype, n_tokens * adapters.a.columns), (y, y.dtype, n_tokens * rows))
+    types = FLOAT_TYPE_IDS[x.dtype], FLOAT_TYPE_IDS[y.dtype]
+    kernels().add_low_rank(
+        ctypes.byref(adapters), rows, from_x, n_tokens, types[0], to_y, types[1], torch.get_num_threads()
+    )
 
 
 @functools.cache

@@ -10,11 +10,12 @@ from llama.backends.cuda.available import LARGEST_VOCAB
 from llama.backends.cuda.filters import filter_logits
 from llama.backends.cuda.graphs import CudaGraphs
 from llama.backends.cuda.layers import GpuLayers, held
-from llama.backends.cuda.matmul import matmul
+from llama.backends.cuda.matmul import matmul, matmul_in
 from llama.backends.eager import EagerBackend, is_nccl
 from llama.cache import ForwardBatch
 from llama.model import Transformer
 from llama.quantization.planar import MAX_DEQUANTIZED_GPU_VALUES, PlanarWeight
+from llama.quantization.weights import LowRank
 from llama.sampling import FilterTensors, SamplingTensors, TokenSampler, TorchSampler
 
 MAX_HEAD_DIM = 256  # the kernels hold a whole head
@@ -32,6 +33,9 @@ class CudaBackend(EagerBackend):
     dequantized_values = MAX_DEQUANTIZED_GPU_VALUES
 
     def bind(self, model: Transformer) -> None:
+        for module in model.modules():
+            if isinstance(module, LowRank):
+                module.matmul = matmul_in
         self._layers = GpuLayers(model)
         super().bind(model)
 
@@ -48,7 +52,10 @@ class CudaBackend(EagerBackend):
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.cuda.device_of(hidden):
-            y = matmul(hidden.reshape(-1, hidden.shape[-1]), held(self.model.output), dtype=torch.float32)
+            output, hidden_rows = self.model.output, hidden.reshape(-1, hidden.shape[-1])
+            y = matmul(hidden_rows, held(output), dtype=torch.float32)
+            if output.low_rank is not None:
+                output.low_rank.add_to(y, hidden_rows)
         return y.view(*hidden.shape[:-1], -1)
 
     def token_sampler(self) -> TokenSampler:

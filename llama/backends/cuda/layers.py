@@ -24,6 +24,7 @@ from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import Transformer, TransformerBlock, attend
 from llama.quantization.planar import MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
+from llama.quantization.weights import LowRank
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,18 @@ class Joined:
 
     weights: list[GpuWeight]
     bias: Tensor | None
+    low_ranks: list[tuple[int, LowRank]]  # adapters, each with the first of the outputs that it is added to
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (n_tokens, in) times all weights, plus the bias: (n_tokens, all outputs); fp32 of few tokens and floats."""
         if len(self.weights) == 1:
-            return matmul(x, self.weights[0], self.bias)
-        y = torch.cat([matmul(x, weight) for weight in self.weights], dim=-1)
-        return y if self.bias is None else y + self.bias
+            y = matmul(x, self.weights[0], self.bias)
+        else:
+            y = torch.cat([matmul(x, weight) for weight in self.weights], dim=-1)
+            y = y if self.bias is None else y + self.bias
+        for first, low_rank in self.low_ranks:
+            low_rank.add_to(y[:, first : first + len(low_rank.b)], x)
+        return y
 
 
 class GpuLayers:
@@ -121,13 +127,16 @@ class GpuLayers:
     def _gated(self, h: Tensor, gates: Joined) -> Tensor:
         """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
         weight = gates.weights[0]
-        if len(gates.weights) == 1 and gates.bias is None and not isinstance(weight, Tensor) and is_few(h, weight):
+        plain = len(gates.weights) == 1 and gates.bias is None and not gates.low_ranks
+        if plain and not isinstance(weight, Tensor) and is_few(h, weight):
             return gemv.gated_gemv(h, weight) if len(h) == 1 else gemm.gated_gemm(h, weight)
         return elementwise.silu_and_mul(gates(h), self.dtype)
 
     def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""
         delta = matmul(x, held(last), few_dtype=torch.float32)
+        if last.low_rank is not None:
+            last.low_rank.add_to(delta, x)
         if sums is not None and sums.takes(delta):
             delta = sums(delta)
         else:
@@ -150,7 +159,9 @@ def join(linears: Sequence[ColumnParallelLinear]) -> Joined:
         else:
             runs.append([each])
     biases: list[Tensor] = [each.bias for each in linears if each.bias is not None]
-    return Joined([_join_run(run) for run in runs], torch.cat(biases) if biases else None)
+    starts = itertools.accumulate((held(each).shape[0] for each in linears), initial=0)
+    low_ranks = [(at, each.low_rank) for at, each in zip(starts, linears, strict=False) if each.low_rank is not None]
+    return Joined([_join_run(run) for run in runs], torch.cat(biases) if biases else None, low_ranks)
 
 
 def _stored_as(weight: GpuWeight) -> object:

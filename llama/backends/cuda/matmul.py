@@ -54,6 +54,12 @@ def matmul(
     return y if bias is None else y + bias
 
 
+def matmul_in(x: Tensor, weight: GpuWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiply x (..., in) by weight (out, in) transposed, as linears do: (..., out) in `dtype`, by default x's."""
+    y = matmul(x.reshape(-1, x.shape[-1]), weight, dtype=dtype)
+    return y.to(dtype or x.dtype).view(*x.shape[:-1], -1)
+
+
 def padded_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply x (n_tokens, in) by floats (out, in) transposed as MAX_GEMV_TOKENS rows: (n_tokens, out), fp32.
 

@@ -185,3 +185,32 @@ extern "C" void multiply(const Weight *weight, const void *x, int n, int x_type,
         }
     });
 }
+
+// Adds to y (n, rows) the products of x (n, columns) with adapters; x and y are floats of their types.
+extern "C" void add_low_rank(
+    const LowRank *adapters, int rows, const void *x, int n, int x_type, void *y, int y_type, int threads
+) {
+    constexpr int AT_ONCE = 12;  // tokens of a unit of work
+    const LowRank &w = *adapters;
+    const int columns = w.a.columns;
+    parallel(threads, [&](int thread, int size) {
+        std::vector<float> values(size_t(AT_ONCE) * columns), low(size_t(AT_ONCE) * w.a.rows);
+        float added[AT_ONCE * TILE], sums[TILE];
+        const Share share((n + AT_ONCE - 1) / AT_ONCE, thread, size);
+        for (int unit = share.start; unit < share.stop; unit++) {
+            const int first = unit * AT_ONCE, count = std::min(AT_ONCE, n - first);
+            read_floats(x, x_type, size_t(first) * columns, count * columns, values.data());
+            low_rank_input(w, {values.data(), nullptr, columns, count}, low.data());
+            for (int row = 0; row < rows; row += TILE) {
+                low_rank_tile(w, row / TILE, low.data(), count, added);
+                const int wide = std::min(TILE, rows - row);
+                for (int t = 0; t < count; t++) {
+                    const size_t at = size_t(first + t) * rows + row;
+                    read_floats(y, y_type, at, wide, sums);
+                    for (int r = 0; r < wide; r++) sums[r] += added[t * TILE + r];
+                    write_floats(y, y_type, at, wide, sums);
+                }
+            }
+        }
+    });
+}

@@ -4,8 +4,6 @@
 #include "threads.h"
 #include "weights.h"
 
-constexpr int MAX_FEW_TOKENS = 64;  // as in ops.py
-
 struct Layer {
     Weight wq, wk, wv, wo, w1, w2, w3;
     const float *attention_norm, *ffn_norm;
@@ -142,6 +140,7 @@ template <class T> T *buffer(std::vector<T> &storage, size_t n) {
 struct Activations {
     std::vector<float> values;
     std::vector<uint8_t> rounded;
+    std::vector<float> low[2];
     Lines queries;
     PartMemory part;
 
@@ -151,6 +150,15 @@ struct Activations {
         uint8_t *to = buffer(rounded, n * rounded_bytes(columns));
         round_activations(from, columns, 0, n, to);
         return {from, to, columns, n};
+    }
+
+    // What a weight's adapters make of all tokens at first, (n, rank), or null where it has none; number: of two such
+    // weights that are multiplied at once. Each thread makes all of it, so that none waits.
+    const float *low_rank(const Weight &w, const Input &x, int number = 0) {
+        if (!w.low_rank) return nullptr;
+        float *to = buffer(low[number], size_t(x.n) * w.low_rank->a.rows);
+        low_rank_input(*w.low_rank, x, to);
+        return to;
     }
 
     template <class... Weights>
@@ -173,9 +181,10 @@ struct Worker {
     // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
     template <class Use> void tiles(const Weight &w, const Input &x, Use use) {
         float y[MAX_FEW_TOKENS * TILE];
+        const float *low = own.low_rank(w, x);
         Share share((w.rows + TILE - 1) / TILE, thread, size);
         for (int tile = share.start; tile < share.stop; tile++) {
-            gemv_tile(w, tile, x, y);
+            gemv_tile(w, tile, x, y, low);
             use(tile * TILE, std::min(TILE, w.rows - tile * TILE), y);
         }
     }
@@ -256,8 +265,9 @@ struct Worker {
         const int n = in.n_tokens;
         Input x = own.normalised(in.x, w.ffn_norm, n, in.dim, in.eps, w.w1, w.w3);
         float up[MAX_FEW_TOKENS * TILE];
+        const float *low = own.low_rank(w.w3, x, 1);
         tiles(w.w1, x, [&](int row, int rows, float *y) {
-            gemv_tile(w.w3, row / TILE, x, up);
+            gemv_tile(w.w3, row / TILE, x, up, low);
             for (int t = 0; t < n; t++) {
                 f32 gated = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
                 memcpy(hidden + size_t(t) * in.hidden_dim + row, &gated, rows * 4);

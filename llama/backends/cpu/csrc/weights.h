@@ -9,13 +9,25 @@
 #include "blocks.h"
 #include "floats.h"
 
+constexpr int MAX_FEW_TOKENS = 64;  // as in ops.py
+
+struct LowRank;
+
 struct Weight {
     int32_t type;
     int32_t rows, columns;
     const uint8_t *data;
     const float *bias;  // or null
+    const LowRank *low_rank;  // or null
 
     bool is_packed() const { return type > F16; }
+};
+
+// What adapters add to a weight (rows, columns): b (rows, rank) times a (rank, columns).
+struct LowRank {
+    Weight a;  // floats
+    const float *b;  // transposed, (rank, stride): zeros fill the last tile
+    int32_t stride;
 };
 
 inline size_t tile_bytes(int type, int columns) {
@@ -143,8 +155,19 @@ template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int colu
     for (int t = 0; t < N; t++) store(y + t * TILE, sums[t]);
 }
 
-// Multiplies a tile of rows by all tokens and adds the bias: y[t * TILE + row].
-inline void gemv_tile(const Weight &w, int tile, const Input &x, float *y) {
+// Multiplies a tile of adapters' b by what their a has made of n tokens, low (n, rank): y[t * TILE + row]. In one place, so
+// that all who add it round alike.
+__attribute__((noinline)) inline void low_rank_tile(const LowRank &w, int tile, const float *low, int n, float *y) {
+    for (int t = 0; t < n; t++, low += w.a.rows) {
+        f32 sum = {};
+        for (int i = 0; i < w.a.rows; i++) sum += low[i] * load<f32>(w.b + size_t(i) * w.stride + tile * TILE);
+        store(y + t * TILE, sum);
+    }
+}
+
+// Multiplies a tile of rows by all tokens and adds the bias: y[t * TILE + row]. low: what the weight's adapters have made
+// of the tokens, of which there are at most MAX_FEW_TOKENS then: (tokens, rank).
+inline void gemv_tile(const Weight &w, int tile, const Input &x, float *y, const float *low = nullptr) {
     const uint8_t *data = w.data + tile * tile_bytes(w.type, w.columns);
     const int rows = w.rows - tile * TILE < TILE ? w.rows - tile * TILE : TILE;
     if (!w.is_packed()) float_tile(w.type, data, rows, x.values, x.columns, x.n, y);
@@ -155,7 +178,23 @@ inline void gemv_tile(const Weight &w, int tile, const Input &x, float *y) {
                 packed_tile<type.value, count.value>(data, x.columns, groups, y + t * TILE);
             });
         });
+    if (low) {
+        float added[MAX_FEW_TOKENS * TILE];
+        low_rank_tile(*w.low_rank, tile, low, x.n, added);
+        for (int t = 0; t < x.n; t++)
+            for (int r = 0; r < rows; r++) y[t * TILE + r] += added[t * TILE + r];
+    }
     if (w.bias)
         for (int t = 0; t < x.n; t++)
             for (int r = 0; r < rows; r++) y[t * TILE + r] += w.bias[tile * TILE + r];
+}
+
+// Multiplies adapters' a by all tokens, at most MAX_FEW_TOKENS: (n, rank).
+inline void low_rank_input(const LowRank &w, const Input &x, float *to) {
+    float y[MAX_FEW_TOKENS * TILE];
+    for (int row = 0; row < w.a.rows; row += TILE) {
+        gemv_tile(w.a, row / TILE, x, y);
+        const int rows = w.a.rows - row < TILE ? w.a.rows - row : TILE;
+        for (int t = 0; t < x.n; t++) memcpy(to + size_t(t) * w.a.rows + row, y + t * TILE, rows * 4);
+    }
 }
