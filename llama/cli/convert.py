@@ -13,6 +13,7 @@ from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import Writer, write_checkpoint, writer
 from llama.cli.signals import signals_raise
+from llama.hub.find import local_path
 
 log = logging.getLogger("llama")
 
@@ -30,13 +31,14 @@ def main(
     """Convert the checkpoint SRC to a new folder DST, which appears when it is complete.
 
     Args:
-        src: a folder of Meta's or Hugging Face's format, or a GGUF file.
+        src: a folder of Meta's or Hugging Face's format, a GGUF file, or a model's name.
         dst: the folder to make; one that exists must be empty.
         format: meta (consolidated.XX.pth and params.json) or hf (safetensors and config.json).
         shards: number of Meta's files, each an equal part of every weight.
         dtype: float32, bfloat16 or float16; default: as stored, and bfloat16 for quantized weights.
         quantize: int8 or int4, for --format hf: linear weights in blocks of 32 values, of 8.5 or 5 bits each.
-        tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
+        tokenizer_path: tokenizer.model or tokenizer.json, or a model's name; default: the one beside or inside the
+            weights.
 
     Examples:
         llama convert Llama-2-13b-hf Llama-2-13b --format meta --shards 2
@@ -46,7 +48,8 @@ def main(
         raise ValueError(f"--format must be meta or hf, got {format!r}")
     check_new(dst)
     checkpoint = open_checkpoint(src)
-    tokenizer = tokenizer_source(checkpoint, tokenizer_path)
+    own = None if tokenizer_path is None else Path(local_path(tokenizer_path, tokenizer_only=True))
+    tokenizer = tokenizer_source(checkpoint, own)
     made = writer(
         checkpoint,
         tokenizer,
