@@ -72,8 +72,12 @@ def choose(name: ModelName, files: Collection[str]) -> Choice:
 
 
 def choose_tokenizer(name: ModelName, files: Collection[str]) -> Choice:
-    """Return the files of a repository's tokenizer; ValueError where it has none. Its folder is what is opened."""
-    folder = f"{name.part}/" if name.part else ""
+    """Return the files of a repository's tokenizer, whose folder is opened, or one file if the name's part is one.
+
+    Raise ValueError where it has none.
+    """
+    top = name.part.rpartition("/")[0] if name.part in files else name.part
+    folder = f"{top}/" if top else ""
     found = [file for file in files if file.startswith(folder) and NEEDED_OF_TOKENIZERS.fullmatch(file[len(folder) :])]
     if not any(re.search(r"(tokenizer|tekken)\.(json|model)", file) for file in found):
         raise ValueError(f"{name} has no tokenizer.json, tokenizer.model or tekken.json: it has {listed(_tops(files))}")

@@ -112,7 +112,7 @@ def _have(files: Sequence[_File], name: ModelName, commit: str) -> None:
         return
     _check_room(wanted, folder, name)
     download = _Download(name, commit, wanted)
-    log.warning("downloading %s: %s to %s", name, download.amount(), cache_folder())  # a script shows warnings alone
+    log.warning("downloading %s to %s: %s", name, cache_folder(), download.amount())  # a script shows warnings alone
     started = time.monotonic()
     download.run()
     log.info("downloaded %s in %.0f s", name, time.monotonic() - started)
@@ -185,6 +185,9 @@ class _Download:
                 if error is not None:
                     raise error
                 self._show(time.monotonic() - started, already)
+        except (KeyboardInterrupt, SystemExit):
+            log.info("what has come of %s stays, and the next download of it goes on from there", self._name)
+            raise
         finally:
             self._stop.set()
             deadline = time.monotonic() + SECONDS_TO_STOP
@@ -204,10 +207,11 @@ class _Download:
             done.put(error)
 
     def _show(self, seconds: float, already: int) -> None:
+        stage = str(self._name).replace("%", "%%")
         rate = (self._received - already) / max(seconds, 1e-3)
         left = (self._total - self._received) / rate if rate else 0
         words = megabytes(self._received), megabytes(self._total), rate / 1e6, int(left) // 60, int(left) % 60
-        _progress.debug(f"downloading {self._name}: %s of %s, %.1f MB/s, %d:%02d left", *words)
+        _progress.debug(f"downloading {stage}: %s of %s, %.1f MB/s, %d:%02d left", *words)
         if not _progress.isEnabledFor(logging.DEBUG) and seconds - self._shown > SECONDS_TO_LOG:
             self._shown = seconds
             log.info("downloading %s: %s of %s, %.1f MB/s, %d:%02d left", self._name, *words)

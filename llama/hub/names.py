@@ -61,5 +61,5 @@ def parse_name(text: str | os.PathLike[str]) -> ModelName | None:
 
 def names_model(text: str | os.PathLike[str]) -> bool:
     """Tell whether a text names a model and no path: a path that exists wins."""
-    text = os.fspath(text)
-    return not Path(os.path.expanduser(text)).exists() and (text == DEMO or parse_name(text) is not None)
+    is_name = os.fspath(text) == DEMO or parse_name(text) is not None
+    return is_name and not Path(os.path.expanduser(text)).exists()

@@ -33,7 +33,7 @@ def test_two_ranks_download_once_and_say_what_one_says(hub: Hub) -> None:
     assert done.returncode == 0, done.stderr
     files = hub.repos["org/tiny"]
     assert {name: hub.sent[name] for name in files} == {name: len(files[name]) for name in files}
-    assert done.stderr.count("downloading org/tiny: ") == 1 and "HTTP" not in done.stderr
+    assert done.stderr.count("downloading org/tiny to ") == 1 and "HTTP" not in done.stderr
     assert llama("complete", "--ckpt_dir", "org/tiny", *FLAGS).stdout == done.stdout
 
 

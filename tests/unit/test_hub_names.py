@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama.hub.choice import choose, choose_tokenizer, gguf_type
+from llama.hub.choice import Choice, choose, choose_tokenizer, gguf_type
 from llama.hub.find import local_path, meant
 from llama.hub.names import ModelName, names_model, parse_name
 
@@ -168,6 +168,8 @@ def test_a_tokenizers_files_are_chosen_without_weights() -> None:
         sorted(file for file in BESIDE if file != "generation_config.json")
     )
     assert choose_tokenizer(ModelName("org/name", "original"), LLAMA).opened == "original"
+    one = choose_tokenizer(ModelName("org/name", "original/tokenizer.model"), LLAMA)
+    assert one == Choice(("original/tokenizer.model",), "original/tokenizer.model")
     with pytest.raises(ValueError, match=r"org/name has no tokenizer.json, .* it has Q6_K/, README.md"):
         choose_tokenizer(ModelName("org/name"), GGUFS)
 
