@@ -26,7 +26,7 @@ COMMANDS = {
         "perplexity": "measure how well a model predicts a text",
     },
     "checkpoints": {
-        "get": "download models by name, or the demo model, SmolLM2-135M-Instruct (98 MB)",
+        "get": "download models by name, or the demo model (98 MB)",
         "list": "list the models on this disk that have names",
         "rm": "remove models by name",
         "verify": "check a checkpoint's files before they are used",
