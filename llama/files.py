@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+
+GGUF_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 LOOKED_AT = 256  # bytes
 WEB_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
@@ -33,3 +37,14 @@ def cannot_map(file: Path, error: Exception) -> OSError:
         f"{file} of {size:.1f} GB cannot be mapped ({error}): it needs a machine with more memory, or on Linux "
         "sysctl vm.overcommit_memory=1"
     )
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return the first of some names, for an error message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "nothing"
+
+
+def folder_listing(folder: Path) -> str:
+    """Return the first names in a folder, for an error message."""
+    return listed(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir()))

@@ -16,7 +16,7 @@ from llama.chat.llama2_tags import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, U
 from llama.chat.tools import Tools, check_echo
 from llama.config import ModelArgs
 from llama.distributed.job import mute_later_ranks
-from llama.engine.build import build_draft, build_model
+from llama.engine.build import build_draft, build_model, with_local_files
 from llama.engine.engine import Engine
 from llama.engine.metrics import Metrics
 from llama.engine.options import BuildOptions
@@ -103,7 +103,7 @@ class Llama:
         """Load a checkpoint on this process, or split over torchrun's ranks, of which only each host's first prints on.
 
         Args:
-            ckpt_dir: a Meta or Hugging Face folder, or a GGUF file.
+            ckpt_dir: a Meta or Hugging Face folder, a GGUF file, or a model's name (see docs/guides/checkpoints.md).
             tokenizer_path: the tokenizer's file; None looks for it beside or inside the weights.
             max_seq_len: the most tokens of a prompt and its completion together; None is the model's own context.
             max_batch_size: the most prompts to run at once; more are run in turn.
@@ -132,6 +132,7 @@ class Llama:
 
         >>> llm = Llama.from_options(BuildOptions("models/SmolLM2-135M-Instruct.Q4_1.gguf", quantize="int8"))
         """
+        options = with_local_files(options)
         model, tokenizer, chat_format = build_model(options, check)
         draft = build_draft(options, model, tokenizer) if options.draft_ckpt_dir is not None else None
         return Llama(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llama import Llama
-from llama.cli import get
 from llama.config import ModelArgs
+from llama.hub import demo
 from tests.checkpoints import write_meta
 from tests.models import build
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def demo_model() -> Path:
     """The real model that scripts/test gets: tests that need it fail there without it, and are skipped elsewhere."""
     try:
-        return get.demo_model()
+        return demo.demo_model()
     except FileNotFoundError as error:
         if os.environ.get("LLAMA_REQUIRE_DEMO_MODEL"):
             raise

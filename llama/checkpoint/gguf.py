@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import MappedMemory
 from llama.checkpoint.names import NamingScheme, meta_name, module_name
 from llama.config import with_keys_of_file
-from llama.files import cannot_map
+from llama.files import GGUF_SPLIT, cannot_map
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 from llama.tokenizer import Tokenizer
 
@@ -33,8 +32,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 # Values decoded or encoded at once by a thread, whose temporaries stay in its cache: see D10.
 CONVERTED_AT_ONCE = 1 << 18
-
-SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ def split_files(path: Path) -> list[Path]:
 
     Raise FileNotFoundError when one is missing.
     """
-    split = SPLIT_NAME.fullmatch(path.name)
+    split = GGUF_SPLIT.fullmatch(path.name)
     if split is None:
         return [path]
     count = int(split[3])
@@ -176,7 +173,7 @@ def split_files(path: Path) -> list[Path]:
 
 def is_later_split(path: Path) -> bool:
     """Tell whether a file's name is that of a split's second file, or a later one."""
-    split = SPLIT_NAME.fullmatch(path.name)
+    split = GGUF_SPLIT.fullmatch(path.name)
     return split is not None and int(split[2]) != 1
 
 

@@ -11,23 +11,24 @@ from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split
 from llama.checkpoint.gguf_header import is_gguf
 from llama.checkpoint.huggingface import LAYOUTS, HuggingFaceCheckpoint
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, MetaCheckpoint
-from llama.files import check_content
+from llama.files import check_content, folder_listing
+from llama.hub.find import local_path, meant
 
 log = logging.getLogger("llama")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> StoredCheckpoint:
-    """Open a folder of Meta shards, a Hugging Face folder, a GGUF file, or a folder with one GGUF model.
+    """Open a folder of Meta shards, a Hugging Face folder, a GGUF file, a folder with one GGUF model, or one by name.
 
-    Raise FileNotFoundError or ValueError that say what was looked for and what was found.
+    Raise OSError or ValueError that say what was looked for and what was found.
     """
-    path = Path(os.path.expanduser(path))
+    path = Path(os.path.expanduser(local_path(path)))
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
         parent = path.parent
-        beside = f"{parent} has {_listing(parent)}" if parent.is_dir() else f"neither does {parent}"
-        raise FileNotFoundError(f"ckpt_dir {path} does not exist; {beside}")
+        beside = f"{parent} has {folder_listing(parent)}" if parent.is_dir() else f"neither does {parent}"
+        raise FileNotFoundError(f"ckpt_dir {path} does not exist; {beside}{meant(path)}")
     if path.is_file():
         check_content(path, is_binary=path.suffix != ".json")
         if is_gguf(path):
@@ -64,12 +65,5 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
         )
     raise FileNotFoundError(
         f"ckpt_dir {folder} has no checkpoint: looked for consolidated.*.pth with params.json, for config.json "
-        f"with safetensors or .bin files, for consolidated.safetensors, and for *.gguf; found {_listing(folder)}"
+        f"with safetensors or .bin files, for consolidated.safetensors, and for *.gguf; found {folder_listing(folder)}"
     )
-
-
-def _listing(folder: Path, most: int = 8) -> str:
-    """Return the first names in a folder, for an error message."""
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "nothing"

@@ -14,6 +14,7 @@ from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import Writer, write_checkpoint, writer
 from llama.checkpoint.lora import adapters_of
 from llama.cli.signals import signals_raise
+from llama.hub.find import local_path
 
 log = logging.getLogger("llama")
 
@@ -32,14 +33,15 @@ def main(
     """Convert the checkpoint SRC to a new folder DST, which appears when it is complete.
 
     Args:
-        src: a folder of Meta's or Hugging Face's format, or a GGUF file.
+        src: a folder of Meta's or Hugging Face's format, a GGUF file, or a model's name.
         dst: the folder to make; one that exists must be empty.
         format: meta (consolidated.XX.pth and params.json) or hf (safetensors and config.json).
         shards: number of Meta's files, each an equal part of every weight.
         dtype: float32, bfloat16 or float16; default: as stored, and bfloat16 for quantized weights.
         quantize: int8 or int4, for --format hf: linear weights in blocks of 32 values, of 8.5 or 5 bits each.
         lora: adapter to merge, as PATH or PATH:SCALE, a folder of peft's or a GGUF file; may be given several times.
-        tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
+        tokenizer_path: tokenizer.model or tokenizer.json, or a model's name; default: the one beside or inside the
+            weights.
 
     Examples:
         llama convert Llama-2-13b-hf Llama-2-13b --format meta --shards 2
@@ -51,7 +53,8 @@ def main(
     checkpoint = with_adapters(open_checkpoint(src), lora)
     for adapter in adapters_of(checkpoint):
         log.info("lora %s", adapter)
-    tokenizer = tokenizer_source(checkpoint, tokenizer_path)
+    own = None if tokenizer_path is None else Path(local_path(tokenizer_path, tokenizer_only=True))
+    tokenizer = tokenizer_source(checkpoint, own)
     made = writer(
         checkpoint,
         tokenizer,

@@ -188,12 +188,13 @@ def _read(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any] | st
         if word in HELP:
             return word
         if not word.startswith("--"):
-            name = next((flag.name for flag in flags.values() if flag.is_word and flag.name not in texts), None)
+            words = (flag for flag in flags.values() if flag.is_word)
+            name = next((flag.name for flag in words if flag.name not in texts or list[str] in flag.types), None)
             if name is None:
                 is_prompt = "prompt" in flags and not word.startswith("-")
                 example = f", as in --prompt {word!r}" if is_prompt else ": see --help"
                 raise ValueError(f"unexpected argument {word!r}: every value follows its flag{example}")
-            texts[name] = word
+            texts[name] = [*texts.get(name, []), word] if list[str] in flags[name].types else word
             continue
         said, given, text = word[2:].partition("=")
         name = said.replace("-", "_")

@@ -61,7 +61,8 @@ def _usage(flags: dict[str, Flag], name: str) -> str:
     parts = [f"usage: {name}"]
     for flag in flags.values():
         if flag.is_word:
-            parts.append(flag.name.upper() if flag.default is REQUIRED else f"[{flag.name.upper()}]")
+            word = flag.name.upper() + "..." * (list[str] in flag.types)
+            parts.append(word if flag.default is REQUIRED else f"[{word}]")
         elif flag.default is REQUIRED:
             parts.append(_left(flag))
     return " ".join([*parts, "[--flag value]..."] if len(parts) <= len(flags) else parts)

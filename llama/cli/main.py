@@ -26,7 +26,9 @@ COMMANDS = {
         "perplexity": "measure how well a model predicts a text",
     },
     "checkpoints": {
-        "get": "download the demo model, SmolLM2-135M-Instruct (98 MB)",
+        "get": "download models by name, or the demo model (98 MB)",
+        "list": "list the models on this disk that have names",
+        "rm": "remove models by name",
         "verify": "check a checkpoint's files before they are used",
         "convert": "convert a checkpoint to Meta's shards or to a Hugging Face folder",
         "make": "make a checkpoint of a released model's shape, with random weights",
@@ -40,7 +42,7 @@ EXAMPLES = """\
 examples:
   llama get
   llama complete --prompt "The capital of France is"
-  llama chat --ckpt_dir Meta-Llama-3-8B-Instruct
+  llama chat --ckpt_dir meta-llama/Llama-3.2-1B-Instruct
   torchrun --nproc_per_node 8 -m llama complete --ckpt_dir Llama-3.1-70B
 
 `llama COMMAND --help` tells the flags of a command."""

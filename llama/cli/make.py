@@ -5,7 +5,6 @@ For trying out loading, resharding and speed where the real weights are not at h
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from llama.checkpoint.export.streaming_writers import check_new
@@ -49,5 +48,4 @@ def main(
         raise ValueError(f"{dst} must end in .gguf: this format is one file")
     checkpoint = RandomCheckpoint(preset, PRESETS[preset], seed)
     made = writer(checkpoint, tokenizer_source(checkpoint), format, shards=shards, dtype=dtype)
-    logging.getLogger("gguf").setLevel(logging.WARNING)
     write(made, dst)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama.cli.flags import Fields, Late
-from llama.cli.get import demo_model
+from llama.hub.demo import demo_model
 
 # What chooses, proposes or words tokens: no flags of commands that only read them, or take any.
 CHAT = ("chat_format", "chat_template", "template_kwargs")

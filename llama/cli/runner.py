@@ -25,6 +25,8 @@ from llama.errors import error_line, is_caused_by_user
 if typing.TYPE_CHECKING:
     from llama.distributed.watch import Watch
 
+log = logging.getLogger("llama")
+
 # Ranks that are not to speak wait this long for torchrun to end them, so that it does not end the one that speaks.
 SECONDS_TO_SPEAK = 30
 
@@ -61,7 +63,8 @@ def supervise(job: Callable[[], None]) -> None:
     except ValueError as error:
         _fail(error_line(error))
     handler = TerminalHandler(shows_progress=first)
-    logging.basicConfig(handlers=[handler], level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if first else logging.ERROR, format="%(message)s")
+    log.setLevel(logging.INFO if first else logging.ERROR)  # other libraries' notes are for their own developers
     use_utf_8()
     try:
         try:

@@ -10,20 +10,21 @@ from tqdm import tqdm
 from llama.checkpoint.verify.checksums import Finding, write_list
 from llama.checkpoint.verify.verify import bytes_to_read, checked_files, verify
 from llama.errors import visible
+from llama.hub.find import local_path
 
 
 def main(path: Path, *, deep: bool = False, write: bool = False) -> None:
     """Check the checkpoint PATH; the exit code is 1 when something is wrong, and all that is wrong is listed.
 
     Args:
-        path: a folder of Meta's or Hugging Face's format, or a GGUF file.
+        path: a folder of Meta's or Hugging Face's format, a GGUF file, or a model's name.
         deep: also read all weights, and count NaN and infinite values.
         write: if nothing is wrong, write checksums.sha256 (or FILE.gguf.sha256), for later runs and for sha256sum -c.
 
     Examples:
         llama verify Meta-Llama-3-8B --deep
     """
-    findings = []
+    path, findings = Path(local_path(path)), []
     total = bytes_to_read(path, deep) if path.exists() else 0
     with _bar(total, "checking") as bar:
         for finding in verify(path, deep, bar.update):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from llama.checkpoint.lora import adapters_of
 from llama.config import ModelArgs
 from llama.distributed.device import choose_device, choose_dtype
 from llama.distributed.groups import ModelParallel, join_model_parallel
-from llama.distributed.job import agree, from_all_ranks, join_job, local_world_size
+from llama.distributed.job import agree, from_all_ranks, join_job, local_rank, local_world_size
 from llama.engine.options import BuildOptions
+from llama.hub.find import local_path
 from llama.memory.available import free_bytes
 from llama.memory.estimate import BatchShape
 from llama.memory.plan import Planner, table
@@ -36,6 +38,23 @@ log = logging.getLogger("llama")
 # What helps where ranks differ.
 SAME_FILES = "give every host the same files"
 FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, or set LLAMA_KERNELS=0 on all"}
+
+
+def with_local_files(options: BuildOptions) -> BuildOptions:
+    """Return options with paths in the place of models' names, whose files one rank of each host has downloaded."""
+    join_job(options.timeout)
+    names = {name: getattr(options, name) for name in ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir")}
+    found = {}
+    with agree():
+        if local_rank() == 0:
+            found = {
+                name: local_path(value, tokenizer_only=name == "tokenizer_path")
+                for name, value in names.items()
+                if value is not None
+            }
+    host = socket.gethostname()
+    of_host = (paths for other, paths in from_all_ranks((host, found)) if other == host and paths)
+    return dataclasses.replace(options, **next(of_host))
 
 
 def build_model(
@@ -115,7 +134,7 @@ def plan_run(
     A process alone plans for any model_parallel_size: for that many CUDA devices like its own, or for that many ranks
     on this host's CPU. prompts: plan their completion, too; scored: with the log-probabilities of their tokens.
     """
-    join_job(options.timeout)
+    options = with_local_files(options)
     world_size = dist.get_world_size()
     with agree():
         source = open_source(options)
@@ -241,7 +260,7 @@ def open_source(options: BuildOptions) -> Source:
     device = choose_device(options.device)
     checkpoint = open_checkpoint(options.ckpt_dir)
     path = options.tokenizer_path
-    tokenizer = Tokenizer(path) if path is not None else checkpoint.tokenizer()
+    tokenizer = Tokenizer(local_path(path, tokenizer_only=True)) if path is not None else checkpoint.tokenizer()
     vocab_size = check_vocab_size(checkpoint, tokenizer)
     tokenizer = tokenizer.with_stop_tokens(checkpoint.stop_tokens, vocab_size)
     if options.chat_template is not None:

@@ -21,8 +21,10 @@ class BuildOptions:
     """How to load a model; wrong values raise ValueError, and files are looked at only by the build itself.
 
     Args:
-        ckpt_dir: Meta or Hugging Face folder, or .gguf file.
-        tokenizer_path: tokenizer.model or tokenizer.json; default: the one beside or inside the weights.
+        ckpt_dir: Meta or Hugging Face folder, .gguf file, or a model's name on the hub, which is downloaded once:
+            org/name, org/name:Q4_K_M, org/name@revision.
+        tokenizer_path: tokenizer.model or tokenizer.json, or a model's name; default: the one beside or inside the
+            weights.
         max_seq_len: most tokens of a prompt and its completion together; default: the model's context.
         max_batch_size: most prompts to run at once; more are run in turn.
         model_parallel_size: ranks that share one copy of the model; default: all.
@@ -39,7 +41,7 @@ class BuildOptions:
             It is merged into floats, and stays beside quantized weights unless quantize is given, too.
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
         speculate: lookup proposes tokens from what the text said before; texts stay the same, some come faster.
-        draft_ckpt_dir: a smaller model of the same vocabulary, which proposes tokens instead.
+        draft_ckpt_dir: a smaller model of the same vocabulary, by path or name, which proposes tokens instead.
         draft_quantize: int8, int4 or fp8 for the draft model, which may then be the model itself.
         timeout: seconds without a step after which ranks that wait for each other give up.
     """

@@ -424,7 +424,7 @@ def test_without_a_demo_model_commands_say_how_to_get_it(name: str, tmp_path: Pa
         (["--prompt", "a"], "a command comes before its flags, as in llama complete --prompt: see llama --help"),
         (["plan", "--seed", "1"], "unknown flag --seed: see --help"),
         (["chat", "--max_batch_size", "2", "--temperature", "0"], "unknown flag --max_batch_size: see --help"),
-        (["get", "models"], "unexpected argument 'models'"),
+        (["get", "models"], "'models' is no model's name: give org/name, as on the hub, or demo"),
         (["bench", "--gen_len", "1"], "--gen_len must be at least 2, got 1"),
     ],
     ids=str,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llama.cli.get import NAME, PACKAGE, install
+from llama.hub.demo import NAME, PACKAGE, install
 from tests.e2e.processes import Finished, elsewhere, llama
 
 pytestmark = pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from llama.testing.model_presets import PRESETS, Preset
 from llama.testing.random_checkpoint import RandomCheckpoint
 from tests.adapters import random_halves, write_gguf_adapter, write_peft
 from tests.e2e.processes import ROOT, TORCHRUN, Finished, forked_python, run
+from tests.hub_server import Hub
 
 pytestmark = pytest.mark.slow
 
@@ -85,16 +87,30 @@ def checkout(stand_ins: Path, demo_model: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def hub(stand_ins: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with the models that the documents name, which are tiny here."""
+    folder = stand_ins / "Llama-3.2-1B"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    checkpoint = RandomCheckpoint("Llama-3.2-1B", TINY, 0)
+    gguf = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), "gguf", dtype="q8_0"), gguf, lambda n_bytes: None)
+    types = {f"m-{kind}.gguf": gguf.read_bytes() for kind in ("Q4_K_M", "Q8_0")}
+    with Hub({"meta-llama/Llama-3.2-1B": whole, "bartowski/Llama-3.2-1B-Instruct-GGUF": types}) as server:
+        yield server
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
 
 
-def perform(command: str, checkout: Path) -> Finished:
+def perform(command: str, checkout: Path, hub: Hub) -> Finished:
     """Do what a reader types who has activated the environment; without a terminal, and with nothing to type."""
     path = f"{checkout / '.venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin"
     env = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHON_EXEC": str(forked_python())}
+    env |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(checkout / "home")}
     return run(["bash", "-euo", "pipefail", "-c", command], cwd=checkout, env=env)
 
 
@@ -127,7 +143,7 @@ def stripped(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
-def test_what_a_document_shows_runs(document: Path, checkout: Path) -> None:
+def test_what_a_document_shows_runs(document: Path, checkout: Path, hub: Hub) -> None:
     """The README once named scripts that were gone. All Python of a document is one program."""
     commands: list[tuple[str, str]] = []
     for language, text in runnable(document, "bash", "console"):
@@ -138,7 +154,7 @@ def test_what_a_document_shows_runs(document: Path, checkout: Path) -> None:
         commands.append(("python program.py", ""))
     assert commands, "nothing was found to run"
     for command, shown in commands:
-        done = perform(fitted(command), checkout)
+        done = perform(fitted(command), checkout, hub)
         assert done.returncode == 0, f"{command}\n{done.all_stderr}"
         if shown:
             assert stripped(done.stdout) == stripped(shown), command

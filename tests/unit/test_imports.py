@@ -11,19 +11,8 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "llama").rglob("*.py"))
 # A room may import those before it: the layers of docs/architecture.md, from the leaves to the command line.
 ROOMS: tuple[str, ...] = (
-    *(
-        "errors",
-        "files",
-        "config",
-        "sampling",
-        "cache",
-        "rope",
-        "tokenizer",
-        "structured",
-        "chat",
-        "outputs",
-        "quantization",
-    ),
+    *("errors", "files", "config", "hub", "sampling", "cache", "rope", "tokenizer", "structured", "chat", "outputs"),
+    "quantization",
     *("distributed", "model", "backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
     *("jobs", "integrations", "benchmark", "cli", "__main__"),
 )
@@ -33,6 +22,7 @@ LAZY: tuple[str, ...] = (
     "fire",
     "gguf",
     "google.protobuf",
+    "huggingface_hub",
     "jinja2",
     "safetensors",
     "sentencepiece",
