@@ -36,6 +36,7 @@ from llama.outputs import (
     split_events,
 )
 from llama.sampling import SamplingParams, sample_top_p
+from llama.structured import check_constraint
 from llama.tokenizer import Tokenizer
 
 # What scripts import from here: those written for Meta's code take all but TokenEvent.
@@ -348,6 +349,7 @@ class Llama:
         The engine's own events are returned, so that no token passes through here.
         """
         check_token_ids(params, self.model.args)
+        check_constraint(params)
         first = 0
         if params.seed is None:
             first = self._sequences_seeded

@@ -77,14 +77,10 @@ class ControlsMaker:
         self._compiler: ConstraintCompiler | None = None
 
     def make(self, prompt: Sequence[int], params: SamplingParams, end_tokens: Collection[int]) -> TokenControls | None:
-        """Return a request's controls at its beginning; ValueError for a wrong constraint, or a token that is none.
+        """Return a request's controls at its beginning; ValueError for a wrong constraint.
 
         end_tokens: those that end it. Where there is a constraint, it decides where a text may end.
         """
-        for name in ("logit_bias", "banned_tokens", "stop_token_ids"):
-            for token in getattr(params, name) or ():
-                if not 0 <= token < self._vocab_size:
-                    raise ValueError(f"{name} has token {token}: ids are 0 to {self._vocab_size - 1}")
         has_history = TokenHistory.is_needed(params)
         if not has_history and not params.is_constrained:
             return None

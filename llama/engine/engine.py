@@ -15,7 +15,7 @@ from llama.cache import PAGE_SIZE
 from llama.engine.controls import ControlsMaker
 from llama.engine.metrics import Metrics
 from llama.engine.options import check_speculation
-from llama.engine.prompts import prompt_ids
+from llama.engine.prompts import check_token_ids, prompt_ids
 from llama.engine.room import Room
 from llama.engine.sequence import Chunk, Sequence
 from llama.engine.speculative import Speculation
@@ -112,8 +112,10 @@ class Engine:
         Raises ValueError, on every rank, where ids are wrong, and where it can never have the pages that it needs.
         """
         self.last_id += 1
+        params = params or SamplingParams()
         prompt = prompt_ids(prompt_tokens, "the prompt", self.model.args)
-        return self._wait(prompt, params or SamplingParams(), (index, sample), add_prefix_space, interactive).id
+        check_token_ids(params, self.model.args)
+        return self._wait(prompt, params, (index, sample), add_prefix_space, interactive).id
 
     def cancel(self, request: int) -> None:
         """End a request without another event; one that has ended already is left as it is."""

@@ -98,9 +98,9 @@ def events_of(llm: Llama, **options: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"logit_bias": {99999: 1.0}}, "logit_bias has token 99999: ids are 0 to "),
-        ({"banned_tokens": [-1]}, "banned_tokens has token -1: ids are 0 to "),
-        ({"stop_token_ids": [99999]}, "stop_token_ids has token 99999: ids are 0 to "),
+        ({"logit_bias": {99999: 1.0}}, "logit_bias has token 99999: ids are integers, 0 to "),
+        ({"banned_tokens": [-1]}, "banned_tokens has token -1: ids are integers, 0 to "),
+        ({"stop_token_ids": [99999]}, "stop_token_ids has token 99999: ids are integers, 0 to "),
     ],
 )
 def test_tokens_that_are_none_are_told(llama: Llama, options: dict[str, Any], words: str) -> None:

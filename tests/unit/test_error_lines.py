@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,15 @@ from llama.cli import verify
 from llama.cli.runner import supervise
 from llama.errors import visible
 from tests.checkpoints import write_meta
+
+
+@pytest.fixture(autouse=True)
+def level_of_log() -> Iterator[None]:
+    """A command sets how much is logged, for as long as its process lives; other tests run in this one."""
+    log = logging.getLogger("llama")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 def said(capsys: pytest.CaptureFixture[str], message: str) -> str:
