@@ -12,6 +12,7 @@ from llama.benchmark.peer_worker import PEERS
 from llama.chat.formats import CHAT_FORMATS
 from llama.checkpoint.export.gguf import GGUF_FILE_TYPES
 from llama.checkpoint.export.writer import EXPORT_FORMATS
+from llama.cli.conversation import OVERFLOWS
 from llama.cli.flags import Flag, flags_of, placeholder
 from llama.cli.main import COMMANDS
 from llama.cli.printing import say
@@ -27,6 +28,7 @@ VALUES: dict[str, Sequence[str]] = {
     "quantize": QUANTIZE_MODES,
     "draft_quantize": QUANTIZE_MODES,
     "speculate": ("lookup",),
+    "overflow": OVERFLOWS,
     "preset": tuple(PRESETS),
     "compare": ("all", *PEERS, "plain"),
     "convert --format": ("meta", "hf"),

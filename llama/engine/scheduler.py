@@ -97,6 +97,19 @@ class Scheduler:
         self.waiting.append(sequence)
         self.is_consistent = True
 
+    def adopt(self, sequence: Sequence) -> list[int]:
+        """Have a waiting sequence run with pages for all of its tokens, as if they were cached; return the pages.
+
+        There must be as many available. The caller writes the keys, and only then is the scheduler consistent again.
+        """
+        self.is_consistent = False
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.begin(self.most_pages)
+        self._grow(sequence, len(sequence.tokens))
+        sequence.n_cached = len(sequence.tokens)
+        return sequence.pages
+
     def finish(self, sequence: Sequence) -> None:
         """Let go of a sequence that waits or runs; what it has cached is kept for texts that begin alike."""
         before, self.is_consistent = self.is_consistent, False

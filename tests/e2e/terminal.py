@@ -11,7 +11,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tests.e2e.processes import TIMEOUT, heed_interrupts, started
 
@@ -79,13 +79,16 @@ def _take_terminal() -> None:
 
 
 @contextlib.contextmanager
-def terminal(command: Sequence[object]) -> Iterator[Terminal]:
-    """Start a program on a terminal of its own, which Ctrl-C reaches as it would a user's."""
+def terminal(command: Sequence[object], env: Mapping[str, str] | None = None) -> Iterator[Terminal]:
+    """Start a program on a terminal of its own, which Ctrl-C reaches as it would a user's.
+
+    env: changes of its environment, in which it shows no escape sequences and keeps no history.
+    """
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     with started(
         command,
-        env={"TERM": "dumb"},  # no escape sequences
+        env={"TERM": "dumb", "XDG_STATE_HOME": os.devnull, **(env or {})},
         stdin=its,
         stdout=its,
         stderr=its,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.e2e.terminal import CTRL_C, CTRL_D, terminal
 pytestmark = pytest.mark.slow
 
 GREEDY = ["--temperature", "0", "--max_gen_len", "40"]
+FULL_80 = "the context of 80 tokens is full"
 CITIES = ["Paris", "Madrid", "Paris"]
 CAPITAL = "What is the capital of France?"
 # The second question makes sense after the first alone; blank lines are no messages.
@@ -79,11 +81,10 @@ def test_an_answer_streams_and_ctrl_c_stops_it_and_not_the_chat(endless: list[ob
         chat.press(CTRL_C)
         assert "/exit" not in chat.wait_for("\n> ")
         chat.press(CTRL_C)  # where nothing was typed
-        assert "/reset forgets the conversation, /exit or Ctrl-D ends it\n" in chat.wait_for("\n> ")
+        assert "/help tells the commands, /exit or Ctrl-D ends the chat\n" in chat.wait_for("\n> ")
         chat.type("/quit\n")
-        assert chat.wait_for("\n> ") == (
-            "/quit\n/quit is no command, and was not sent: /reset forgets the conversation, /exit or Ctrl-D ends it\n> "
-        )
+        refused = "error: /quit is no command, and was not sent: did you mean /exit? (to send it, begin with a space)"
+        assert chat.wait_for("\n> ") == f"/quit\n{refused}\n> "
         chat.type("/reset\n")
         chat.wait_for("\n> ")
         chat.press(CTRL_D)
@@ -102,9 +103,15 @@ def test_a_full_context_is_told_and_the_oldest_messages_make_room(endless: list[
     answers = done.stdout.splitlines()
     assert len(answers) == 4 and all(len(answer) >= 20 for answer in answers)  # a quarter of the context is kept free
     assert answers[0] == answers[3]
-    cut = "the context of 80 tokens is full, and the answer was cut: --max_seq_len makes room"
-    forgotten = "the context of 80 tokens is full: the oldest 2 messages are forgotten"
-    assert done.stderr.splitlines()[1:-1] == [cut, forgotten, cut, forgotten, cut, cut]
+    cut = f"{FULL_80}, and the answer was cut: --max_seq_len makes room"
+    forgotten = f"{FULL_80}: the oldest 2 messages are forgotten, as will be those after them"
+    assert done.stderr.splitlines()[1:-1] == [cut, forgotten, cut, cut, cut]
+    done = python(CHAT, *flags, "--overflow", "error", stdin=f"one\ntwo\n/reset\n{'long ' * 3}\n")
+    refused, whole, _ = done.stdout.split("\n")[1:]
+    assert (done.returncode, refused, len(whole) > 5) == (1, "", True)
+    assert (
+        "error: message 2 is too long for what is left of the context: with what was said before it has " in done.stderr
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -148,7 +155,7 @@ def test_a_terminal_shows_one_conversation_and_exit_ends_it(demo_model: Path) ->
         assert "error: message 3 is too long for the context: with what the chat format writes it has " in said
         assert "tokens, --max_seq_len is 80: shorten it, or give a larger --max_seq_len\n" in said
         chat.type("And of Italy?\n")
-        assert "the context of 80 tokens is full: the oldest 2 messages are forgotten\n" in chat.wait_for("\n> ")
+        assert f"{FULL_80}: the oldest 2 messages are forgotten, as will be those after them\n" in chat.wait_for("\n> ")
         chat.type("/reset\n")
         chat.wait_for("\n> ")
         chat.type(f"{CAPITAL}\n")
@@ -156,6 +163,45 @@ def test_a_terminal_shows_one_conversation_and_exit_ends_it(demo_model: Path) ->
         chat.type("/exit\n")
         assert chat.wait_for_end().splitlines()[1].startswith("prefill ")
     assert chat.process.returncode == 0
+
+
+def test_prompt_toolkit_takes_what_is_pasted_as_one_message_and_leaves_the_terminal_in_order(
+    endless: list[object],
+) -> None:
+    """Three pasted lines were three messages."""
+    env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody tells it where the cursor is
+    with terminal([sys.executable, CHAT, *endless, "--max_gen_len", "6"], env) as chat:
+        chat.wait_for("\x1b[?2004h")  # tell me what is pasted
+        chat.type("\x1b[200~one\ntwo\x1b[201~\r")
+        chat.wait_for("ababab\n")
+        chat.wait_for("\x1b[?2004h")
+        chat.type("/show\r")
+        chat.wait_for("> one\ntwo\nababab\n(2 messages, ")
+        chat.wait_for("\x1b[?2004h")
+        chat.type("half")
+        chat.press(CTRL_C)
+        chat.wait_for("\x1b[?2004h")
+        chat.press(CTRL_D)
+        assert "\x1b[?2004lprefill " in chat.wait_for_end() and chat.echoes
+    assert chat.process.returncode == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_session_goes_on_without_reading_what_it_has_read(ranks: int, eight_shards: Path, tmp_path: Path) -> None:
+    """The same answers as without a restart, and the same number of prompt tokens; two ranks keep a part each."""
+    flags = ["--ckpt_dir", eight_shards, "--dtype", "float32", "--temperature", "0", "--max_gen_len", "16"]
+
+    def chat(stdin: str, *more: object) -> tuple[str, int]:
+        words = (CHAT, *flags, *more)
+        done = torchrun(ranks, *words, stdin=stdin) if ranks > 1 else python(*words, stdin=stdin)
+        read = re.search(r"^prefill (\d+) tokens", done.stderr, re.MULTILINE)
+        assert done.returncode == 0 and read, done.stderr
+        return done.stdout, int(read[1])
+
+    whole = chat("Who are you?\nWhy?\n")
+    parts = [chat(line, "--session", tmp_path / "talk") for line in ("Who are you?\n", "Why?\n")]
+    assert whole == (parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["talk", *(f"talk.rank{i}" for i in range(ranks))]
 
 
 @pytest.mark.parametrize("where", ["answer", "prompt"])

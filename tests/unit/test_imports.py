@@ -28,7 +28,7 @@ LAZY: tuple[str, ...] = (
     "sentencepiece",
     "tiktoken",
 )
-LAZY += ("llguidance", "pyarrow", "ray", "tokenizers", "transformers")
+LAZY += ("llguidance", "prompt_toolkit", "pyarrow", "ray", "tokenizers", "transformers")
 
 
 def room_of(path: Path) -> str:
