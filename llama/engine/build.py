@@ -26,6 +26,7 @@ from llama.distributed.groups import ModelParallel, join_model_parallel
 from llama.distributed.job import agree, from_all_ranks, join_job, local_rank, local_world_size
 from llama.engine.options import BuildOptions
 from llama.hub.find import local_path
+from llama.hub.names import names_model
 from llama.memory.available import free_bytes
 from llama.memory.estimate import BatchShape
 from llama.memory.plan import Planner, table
@@ -41,20 +42,20 @@ FIXES = {"kernels": "install a C++ compiler, or for GPUs Triton, on every host, 
 
 
 def with_local_files(options: BuildOptions) -> BuildOptions:
-    """Return options with paths in the place of models' names, whose files one rank of each host has downloaded."""
+    """Return options with paths in the place of models' names, whose files one rank of each host has downloaded.
+
+    What is a path on a rank stays as it is there.
+    """
     join_job(options.timeout)
-    names = {name: getattr(options, name) for name in ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir")}
+    given = {name: getattr(options, name) for name in ("ckpt_dir", "tokenizer_path", "draft_ckpt_dir")}
+    names = {name: value for name, value in given.items() if value is not None and names_model(value)}
     found = {}
     with agree():
         if local_rank() == 0:
-            found = {
-                name: local_path(value, tokenizer_only=name == "tokenizer_path")
-                for name, value in names.items()
-                if value is not None
-            }
+            found = {name: local_path(value, name == "tokenizer_path") for name, value in names.items()}
     host = socket.gethostname()
-    of_host = (paths for other, paths in from_all_ranks((host, found)) if other == host and paths)
-    return dataclasses.replace(options, **next(of_host))
+    of_host = next((paths for other, paths in from_all_ranks((host, found)) if other == host and paths), {})
+    return dataclasses.replace(options, **{name: path for name, path in of_host.items() if name in names})
 
 
 def build_model(
