@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ def with_local_files(options: BuildOptions) -> BuildOptions:
         if local_rank() == 0:
             found = {name: local_path(value, name == "tokenizer_path") for name, value in names.items()}
     host = socket.gethostname()
-    of_host: dict[str, str | os.PathLike[str]] = {}
+    of_host: dict[str, Any] = {}
     for other, paths in from_all_ranks((host, found)):
         of_host |= paths if other == host else {}
     return dataclasses.replace(options, **{name: path for name, path in of_host.items() if name in names})
