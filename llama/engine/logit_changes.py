@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ class ChangesOfSteps:
     def __init__(self, device: torch.device, vocab_size: int) -> None:
         self._device, self._vocab_size = device, vocab_size
         self._thread: ThreadPoolExecutor | None = None
+        self._begun: Future[LogitChanges] | None = None
 
     def begin(self, chunks: Sequence[Chunk], first_rows: Sequence[int]) -> WaitForChanges:
         """Return what waits for the changes of a step; first_rows: where the logits of each chunk begin."""
@@ -56,11 +57,14 @@ class ChangesOfSteps:
                 for i in range(chunk.n_sampled):
                     end = len(completion) - chunk.n_sampled + 1 + i
                     places.append((row + i, sequence.controls, completion[:end]))
+        if self._begun is not None:  # nobody may have waited for it, after an interrupt
+            wait([self._begun])
         if all(controls.constraint is None for _, controls, _ in places):
             return lambda: self._changes(places)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "controls")
-        return self._thread.submit(self._changes, places).result
+        self._begun = self._thread.submit(self._changes, places)
+        return self._begun.result
 
     def _changes(self, places: Sequence[tuple[int, TokenControls, list[int]]]) -> LogitChanges:
         """Return the changes of the rows at these places: a row of logits, its controls and the tokens before it."""
