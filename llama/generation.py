@@ -20,7 +20,7 @@ from llama.engine.build import build_draft, build_model, with_local_files
 from llama.engine.engine import Engine
 from llama.engine.metrics import Metrics
 from llama.engine.options import BuildOptions
-from llama.engine.prompts import as_token_ids, check_texts, check_token_ids, encode_dialogs, encode_texts
+from llama.engine.prompts import as_token_ids, check_texts, encode_dialogs, encode_texts
 from llama.model import Transformer
 from llama.outputs import (
     AnswerPrediction,
@@ -36,7 +36,6 @@ from llama.outputs import (
     split_events,
 )
 from llama.sampling import SamplingParams, sample_top_p
-from llama.structured import check_constraint
 from llama.tokenizer import Tokenizer
 
 # What scripts import from here: those written for Meta's code take all but TokenEvent.
@@ -348,11 +347,10 @@ class Llama:
 
         The engine's own events are returned, so that no token passes through here.
         """
-        check_token_ids(params, self.model.args)
-        check_constraint(params)
+        self.engine.check(params)
         first = 0
         if params.seed is None:
             first = self._sequences_seeded
             self._sequences_seeded += len(prompts)
         events = self.engine.run(prompts, params, first, add_prefix_space, interactive=len(prompts) == 1)
-        return events if params.best_of is None else keep_best(events, params.best_of, params.n)
+        return events if params.best_of is None else keep_best(events, prompts, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypedDict, cast
 from llama.chat.dialog import Message
 from llama.chat.llama2_tags import UNSAFE_ERROR
 from llama.chat.tool_calls import ToolCallStream
+from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
 
 # An end token was sampled, or a limit of tokens is reached; of the engine's events alone: logits are NaN or infinite.
@@ -106,8 +108,11 @@ def split_events(events: Iterable[TokenEvent], n_completions: int) -> list[list[
     return by_index
 
 
-def keep_best(events: Iterable[TokenEvent], made: int, kept: int) -> Iterator[TokenEvent]:
-    """Yield the events of the likeliest `kept` of the `made` completions of each prompt, when all of them are there."""
+def keep_best(
+    events: Iterable[TokenEvent], prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> Iterator[TokenEvent]:
+    """Yield the events of the likeliest n of the best_of completions of each prompt, when all of them are there."""
+    made, kept = params.samples, params.n
     by_prompt: defaultdict[int, list[list[TokenEvent]]] = defaultdict(lambda: [[] for _ in range(made)])
     finished: Counter[int] = Counter()
     for event in events:
@@ -115,21 +120,23 @@ def keep_best(events: Iterable[TokenEvent], made: int, kept: int) -> Iterator[To
         by_prompt[prompt][number].append(event)
         finished[prompt] += event.finish_reason is not None
         if finished[prompt] == made:
-            for i, of_one in enumerate(likeliest(by_prompt.pop(prompt), kept)):
+            n_echoed = len(prompts[prompt]) if params.echo else 0
+            for i, of_one in enumerate(likeliest(by_prompt.pop(prompt), kept, n_echoed)):
                 yield from (replace(each, index=prompt * kept + i) for each in of_one)
 
 
-def likeliest(completions: Iterable[list[TokenEvent]], count: int) -> list[list[TokenEvent]]:
+def likeliest(completions: Iterable[list[TokenEvent]], count: int, n_echoed: int) -> list[list[TokenEvent]]:
     """Return the completions, each a list of events, whose tokens have the greatest mean log-probability.
 
-    The likeliest is first, and of equals the first of the list is.
+    n_echoed: how many tokens of the prompt come first, which do not count. The likeliest is first, and of equals the
+    first of the list is; one without tokens comes after all others.
     """
-    return sorted(completions, key=_mean_logprob, reverse=True)[:count]
 
+    def mean_logprob(events: Sequence[TokenEvent]) -> float:
+        scores = [event.logprob for event in events[n_echoed:] if event.logprob is not None]
+        return sum(scores) / len(scores) if scores else -math.inf
 
-def _mean_logprob(events: Sequence[TokenEvent]) -> float:
-    scores = [event.logprob for event in events if event.logprob is not None]
-    return sum(scores) / len(scores) if scores else 0.0
+    return sorted(completions, key=mean_logprob, reverse=True)[:count]
 
 
 def chat_predictions(

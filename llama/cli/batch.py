@@ -10,6 +10,7 @@ from typing import Annotated
 
 from llama import Llama
 from llama.cli.batch_progress import BatchProgress
+from llama.cli.constraints import read_constraints
 from llama.cli.options import build_flags, sampling_flags
 from llama.cli.prompts import on_first_rank
 from llama.cli.report import report
@@ -20,6 +21,7 @@ from llama.distributed.job import add_up, agree, ends_with_others, from_all_rank
 from llama.distributed.torchrun_env import read_torchrun_env
 from llama.engine.leader import follow, lead
 from llama.engine.options import BuildOptions
+from llama.engine.prompts import check_token_ids
 from llama.jobs.finished import Digest, FinishedLines, line_digest
 from llama.jobs.lines import NO_BUNDLE, STANDARD_STREAM, JobInput, deal, read_ahead, read_now
 from llama.jobs.result_file import ResultFile, join_parts, part_path, parts_of, sort_results
@@ -59,6 +61,7 @@ def main(
         llama batch questions.jsonl answers.jsonl --ckpt_dir Meta-Llama-3-8B-Instruct --max_gen_len 512
         torchrun --nproc_per_node 8 --max_restarts 3 -m llama batch in.jsonl out.jsonl --model_parallel_size 2
     """
+    params = read_constraints(params, options.timeout)
     ranks = read_torchrun_env().world_size
     n_replicas = ranks // (options.model_parallel_size or ranks)
     if n_replicas > 1 and STANDARD_STREAM in (input, output):
@@ -73,7 +76,7 @@ def main(
     if left == 0:
         log.info("%s has the results of all %d lines already", output, finished.count)
         return
-    llm = Llama.from_options(options)
+    llm = Llama.from_options(options, check=lambda _, args: check_token_ids(params, args))
     leads = llm.model.parallel.rank == 0
     with agree():
         if leads:

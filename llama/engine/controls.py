@@ -53,7 +53,12 @@ class TokenControls:
 
     def adjustments(self) -> TokenAdjustments | None:
         """Return what penalties make of the logits at this place."""
-        return None if self.history is None else self.history.adjustments()
+        if self.history is None:
+            return None
+        self._is_consistent = False  # DRY's tokens are new to the history's arrays
+        found = self.history.adjustments()
+        self._is_consistent = True
+        return found
 
     def mask(self) -> Tensor | None:
         """Return the next tokens that the constraint allows, as bits; None behind a wrong draft, where none matters.
@@ -76,6 +81,14 @@ class ControlsMaker:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._compiler: ConstraintCompiler | None = None
 
+    def compile(self, params: SamplingParams) -> Constraint | None:
+        """Return the constraint of a request at its beginning, None where it has none; ValueError for a wrong one."""
+        if not params.is_constrained:
+            return None
+        if self._compiler is None:
+            self._compiler = ConstraintCompiler(self._tokenizer, self._vocab_size)
+        return self._compiler.compile(params)
+
     def make(self, prompt: Sequence[int], params: SamplingParams, end_tokens: Collection[int]) -> TokenControls | None:
         """Return a request's controls at its beginning; ValueError for a wrong constraint.
 
@@ -84,11 +97,9 @@ class ControlsMaker:
         has_history = TokenHistory.is_needed(params)
         if not has_history and not params.is_constrained:
             return None
-        compiled: Constraint | None = None
-        if params.is_constrained:
-            if self._compiler is None:
-                self._compiler = ConstraintCompiler(self._tokenizer, self._vocab_size)
-            compiled, end_tokens = self._compiler.compile(params), ()
+        compiled = self.compile(params)
+        if compiled is not None:
+            end_tokens = ()
 
         def begin() -> tuple[TokenHistory | None, Constraint | None]:
             history = TokenHistory(prompt, params, end_tokens, self._bytes_of) if has_history else None

@@ -89,6 +89,11 @@ class Engine:
         """How many requests wait or run."""
         return len(self.requests)
 
+    def check(self, params: SamplingParams) -> None:
+        """Raise ValueError for token ids that the vocabulary lacks, and for a wrong schema, expression or grammar."""
+        check_token_ids(params, self.model.args)
+        self._controls.compile(params)
+
     def add(
         self,
         prompt_tokens: abc.Sequence[int],
@@ -171,7 +176,7 @@ class Engine:
                     if event.finish_reason is not None:
                         del mine[event.index]
                         if event.finish_reason == "error":
-                            raise ValueError(event.text)
+                            raise ValueError(f"prompt {event.index // params.samples}: {event.text}")
                 yield from ready
         finally:
             for request in mine.values():
@@ -409,11 +414,11 @@ class Engine:
 
 
 def no_next_token(sequence: Sequence) -> str:
-    """Say which request has no token that could be sampled, and why."""
+    """Say why there is no token that could be sampled for a sequence."""
     if sequence.controls is not None:
-        why = sequence.controls.error or "penalties, biases and its constraint leave no token, or its logits are NaN"
-        return f"prompt {sequence.index} cannot go on after {len(sequence.tokens)} tokens: {why}"
+        why = sequence.controls.error or "penalties, biases and its constraint leave none, or its logits are NaN"
+        return f"no token can come after {len(sequence.tokens)} tokens: {why}"
     return (
-        f"the logits of prompt {sequence.index} are NaN or infinite after {len(sequence.tokens)} tokens: the weights "
-        "are damaged, or too large for this dtype (try --dtype float32)"
+        f"the logits are NaN or infinite after {len(sequence.tokens)} tokens: the weights are damaged, or too large "
+        "for this dtype (try --dtype float32)"
     )

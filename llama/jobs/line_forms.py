@@ -17,6 +17,7 @@ from llama.outputs import AnswerPrediction
 from llama.sampling import SamplingParams
 
 SAMPLING_FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
+SWITCHES = [field.name for field in dataclasses.fields(SamplingParams) if isinstance(field.default, bool)]
 # One of them is what a line is about.
 PROMPT_FIELDS = ("prompt", "messages", "tokens")
 # What a line with messages may say beside them.
@@ -106,7 +107,7 @@ def request_of(fields: Mapping[str, Any], params: SamplingParams) -> LineRequest
         raise ValueError(
             f"a line has one of {', '.join(PROMPT_FIELDS)}, this one has {' and '.join(given) or 'none of them'}"
         )
-    for switch in ("logprobs", "echo"):
+    for switch in SWITCHES:
         if not isinstance(getattr(params, switch), bool):
             raise ValueError(f"{switch} must be true or false, got {getattr(params, switch)!r:.80}")
     (name,) = given

@@ -73,6 +73,8 @@ class OpenAIForm:
                 raise ValueError(f"unknown field {name!r:.80} in body")
         if body.get("logprobs") is not None:
             options |= self._scores(body["logprobs"])
+        if self._is_chat and body.get("top_logprobs") and not body.get("logprobs"):
+            raise ValueError("top_logprobs must come with logprobs, true")
         if body.get("response_format") is not None:
             options |= _format(body["response_format"])
         for name in ("echo", "best_of", "top_logprobs"):

@@ -44,6 +44,8 @@ class JobEngine(Protocol):
         interactive: bool,
     ) -> int: ...
 
+    def cancel(self, request: int) -> None: ...
+
     def step(self) -> list[TokenEvent]: ...
 
 
@@ -131,6 +133,7 @@ class LineRunner:
         if self._options.ordered:
             self._begun.append(line.number)
         form: LineForm = PlainForm({})
+        begun: list[int] = []  # its requests
         try:
             form = line_form(line.content, is_json, line.number, self._options.model_name)
             request = form.request(self._options.params)
@@ -156,10 +159,14 @@ class LineRunner:
                     add_prefix_space=is_text,
                     interactive=False,
                 )
+                begun.append(request_id)
                 self._running[request_id] = running, sample
                 running.events.append([])
                 running.n_unfinished += 1
         except ValueError as error:
+            for request_id in begun:
+                self._engine.cancel(request_id)
+                del self._running[request_id]
             self._fail(line, form, error)
 
     def _prompt_tokens(self, request: LineRequest) -> list[int]:
@@ -189,8 +196,9 @@ class LineRunner:
             self._fail(running.line, running.form, ValueError(wrong))
             return
         params, n_prompt = running.request.params, len(running.prompt)
-        n_new = sum(len(each) - 1 - (n_prompt if params.echo else 0) for each in running.events)
-        kept = likeliest(running.events, params.n) if params.best_of is not None else running.events
+        n_echoed = n_prompt if params.echo else 0
+        n_new = sum(len(each) - 1 - n_echoed for each in running.events)
+        kept = running.events if params.best_of is None else likeliest(running.events, params.n, n_echoed)
         predictions = [self._prediction(running, each) for each in kept]
         self._finish(running.line, running.form.result(LineResult(predictions, n_prompt, n_new)), n_new)
 

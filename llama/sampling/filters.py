@@ -14,6 +14,9 @@ from llama.sampling.sampler import SMALLEST, TOP_K_PREFIX, first_in_order, has_x
 # How many tokens more than top_k are looked at first: as many may tie with the last.
 MOST_TIES = 32
 
+# Of any vocabulary: fp32 represents every integer only up to here.
+MOST_TOKENS = 1 << 24
+
 
 @dataclass(frozen=True)
 class FilterTensors:
@@ -119,7 +122,7 @@ def _values(params: SamplingParams) -> list[float]:
     if not is_filtered(params):
         return [*_NEUTRAL.values(), params.xtc_threshold]
     xtc = params.xtc_probability if has_xtc(params) else 0.0
-    top_k = params.top_k or torch.inf
+    top_k = params.top_k if 0 < params.top_k <= MOST_TOKENS else torch.inf
     return [top_k, params.top_p, params.min_p, params.typical_p, xtc, params.xtc_threshold]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 # Devices take fp32 and int64; from far below on, every token is as likely as any other.
 MAX_TEMPERATURE = 1e15
+MAX_BIAS = 1e30  # a penalty may multiply it
 MAX_TOP_LOGPROBS = 100
 MAX_SAMPLES = 1024
 
@@ -44,7 +45,8 @@ class SamplingParams:
     The logits of the vocabulary are changed in this order, before a token is drawn:
 
     1. logit_bias is added. banned_tokens become impossible (minus infinity), as do the tokens that end a completion
-       while it has fewer than min_tokens, or always with ignore_eos, and all that a constraint does not allow.
+       while it has fewer than min_tokens, or always with ignore_eos, and all that a constraint does not allow. Where
+       there is a constraint, it alone decides where a text may end, whatever min_tokens and ignore_eos are.
     2. repetition_penalty r divides the logits above 0 of the tokens in the text, prompt included, and multiplies those
        below (arXiv:1909.05858). presence_penalty, and frequency_penalty times a token's count in the completion, are
        subtracted. penalty_last_n bounds how far back these three look.
@@ -85,7 +87,7 @@ class SamplingParams:
         stop: texts that end a completion, which leaves them out.
         stop_token_ids: ids of tokens that end a completion, beside the tokenizer's.
         n: completions of each prompt.
-        best_of: make as many completions, and keep the n likeliest, by their mean log-probability.
+        best_of: make as many completions, and keep the n likeliest, by the mean log-probability of their tokens.
         top_logprobs: also return this many of the likeliest tokens at each place, with their log-probabilities.
         json_schema: completions are JSON that this JSON schema allows.
         regex: completions match this regular expression.
@@ -146,13 +148,14 @@ class SamplingParams:
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of {self.best_of} completions cannot give n {self.n}: best_of must be at least n")
         if isinstance(self.json_schema, Mapping | bool):
-            object.__setattr__(self, "json_schema", json.dumps(self.json_schema))
+            object.__setattr__(self, "json_schema", _json(self.json_schema))
         given = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
         for name in given:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a text, got {getattr(self, name)!r:.80}")
+            _check_unicode(name, getattr(self, name))
 
     @property
     def samples(self) -> int:
@@ -200,14 +203,32 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (None,)
     if not all(isinstance(each, str) and each for each in texts):
         raise ValueError(f"{name} must be a text or a list of texts, none of them empty, got {value!r:.80}")
+    for text in texts:
+        _check_unicode(name, text)
     return texts
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half of a surrogate pair, {text[error.start]!r}: no token is of one") from None
 
 
 def _biases(value: Any) -> dict[int, float]:
     try:
         found = {int(token): float(bias) for token, bias in dict(value).items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = {0: math.nan}
-    if any(math.isnan(bias) for bias in found.values()):
-        raise ValueError(f'logit_bias must give numbers for token ids, as {{"504": -2.5}} does, got {value!r:.80}')
+    if not all(bias <= MAX_BIAS for bias in found.values()):
+        raise ValueError(
+            f'logit_bias must give numbers up to {MAX_BIAS:g} for token ids, as {{"504": -2.5}} does, got {value!r:.80}'
+        )
     return found
+
+
+def _json(schema: Any) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"json_schema is no JSON: {error}") from None

@@ -42,9 +42,11 @@ def definition(params: SamplingParams) -> str:
         if len(getattr(params, name) or "") > MAX_DEFINITION:
             raise ValueError(f"{name} has more than {MAX_DEFINITION} characters")
     if params.json_schema is not None:
-        return LLMatcher.grammar_from_json_schema(
-            _schema(params.json_schema), defaults={"whitespace_pattern": JSON_WHITESPACE}
-        )
+        schema = _schema(params.json_schema)
+        try:
+            return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
+        except ValueError as error:  # of what Python's JSON has alone: NaN, half of a surrogate pair
+            raise ValueError(f"json_schema is no JSON: {error}") from None
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(regex_to_lark(params.regex, "d"))  # \d is 0 to 9, as in JSON schemas
     assert params.grammar is not None

@@ -304,7 +304,7 @@ def max_seq_len_of_nothing(folder: Path) -> Flags:
     return good(folder, "--max_seq_len", 0)
 
 
-@case("the logits of prompt 0 are NaN or infinite", "the weights are damaged", "--dtype float32")
+@case("prompt 0: the logits are NaN or infinite", "the weights are damaged", "--dtype float32")
 def weights_that_give_nan(folder: Path) -> Flags:
     return edited(folder, lambda state: state["norm.weight"].fill_(float("nan")))
 

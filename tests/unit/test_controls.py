@@ -101,18 +101,23 @@ def events_of(llm: Llama, **options: Any) -> list[Any]:
         ({"logit_bias": {99999: 1.0}}, "logit_bias has token 99999: ids are integers, 0 to "),
         ({"banned_tokens": [-1]}, "banned_tokens has token -1: ids are integers, 0 to "),
         ({"stop_token_ids": [99999]}, "stop_token_ids has token 99999: ids are integers, 0 to "),
+        ({"regex": "("}, "regex: invalid regex"),
     ],
 )
-def test_tokens_that_are_none_are_told(llama: Llama, options: dict[str, Any], words: str) -> None:
+def test_what_no_completion_can_follow_is_told_at_once(llama: Llama, options: dict[str, Any], words: str) -> None:
+    """A wrong expression was once told when the first event was asked for."""
     with pytest.raises(ValueError, match=words):
-        llama.generate([PROMPTS[1]], 2, **options)
+        llama.stream([PROMPTS[1]], 2, **options)
+    with pytest.raises(ValueError, match=words):
+        llama.engine.add(PROMPTS[1], SamplingParams(**options))
+    assert llama.engine.unfinished == 0
 
 
 def test_a_request_for_which_nothing_is_left_ends_by_itself(llama: Llama) -> None:
     """And says so; the others go on."""
     vocab = range(llama.model.args.vocab_size)
     with pytest.raises(
-        ValueError, match="prompt 0 cannot go on after 2 tokens: penalties, biases and its constraint leave no token"
+        ValueError, match="prompt 0: no token can come after 2 tokens: penalties, biases and its constraint leave none"
     ):
         llama.generate([PROMPTS[1]], 2, banned_tokens=list(vocab))
 

@@ -214,7 +214,7 @@ def test_logits_that_are_not_numbers_are_an_error_that_says_so(tmp_path: Path, t
     state["norm.weight"][3] = torch.nan
     write_meta(tmp_path, state=state)
     llm = build(tmp_path, max_seq_len=32)
-    with pytest.raises(ValueError, match=r"logits of prompt 0 are NaN or infinite after 2 tokens.* --dtype float32"):
+    with pytest.raises(ValueError, match=r"prompt 0: the logits are NaN or infinite after 2 tokens.* --dtype float32"):
         llm.generate([[5, 6], [7]], 4, temperature=temperature)
 
 
@@ -224,7 +224,7 @@ def test_one_row_without_numbers_is_named(tmp_path: Path) -> None:
     write_meta(tmp_path, state=state)
     llm = build(tmp_path, max_seq_len=32)
     llm.generate([[5, 6], [7]], 4, temperature=0)
-    with pytest.raises(ValueError, match="logits of prompt 1 are NaN or infinite after 3 tokens"):
+    with pytest.raises(ValueError, match="prompt 1: the logits are NaN or infinite after 3 tokens"):
         llm.generate([[5, 6], [7, 99, 8]], 4, temperature=0)
 
 
@@ -277,7 +277,7 @@ def test_a_prompt_whose_logits_are_invalid_is_told_before_any_token(tiny_folder:
     llm = build(tiny_folder, max_seq_len=64, max_batch_size=2)
     with torch.no_grad():
         llm.model.get_parameter("tok_embeddings.weight")[7] = torch.nan
-    with pytest.raises(ValueError, match="logits of prompt 1 are NaN or infinite after 2 tokens"):
+    with pytest.raises(ValueError, match="prompt 1: the logits are NaN or infinite after 2 tokens"):
         next(llm.stream([[5, 6], [5, 7]], 3, echo=True))
 
 

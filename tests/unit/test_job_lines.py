@@ -159,6 +159,8 @@ OPENAI = '{"custom_id": "a", "body": {"prompt": "x", %s}}'
         (OPENAI % '"n": 0', "n must be an integer of at least 1, got 0"),
         ('{"prompt": "x", "logprobs": "no"}', "logprobs must be true or false, got 'no'"),
         (OPENAI % '"echo": 1', "echo must be true or false, got 1"),
+        ('{"prompt": "x", "ignore_eos": "no"}', "ignore_eos must be true or false, got 'no'"),
+        ('{"custom_id": "a", "body": {"messages": [], "top_logprobs": 2}}', "top_logprobs must come with logprobs"),
         (OPENAI % '"stop": [""]', "stop must be a text or a list of texts, none of them empty"),
         (OPENAI % '"logprobs": true', "logprobs must be a number, got True"),
         (OPENAI % '"response_format": {"type": "xml"}', "response_format must have the type text, json_object, or"),

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from llama import Llama
+from llama.engine import room
 from llama.jobs.finished import line_digest
 from llama.jobs.lines import BUNDLE_LINES, InputLine, read_now
 from llama.jobs.run import JobOptions, LineRunner
+from llama.memory.estimate import BatchShape
 from llama.sampling import SamplingParams
 
 DIGEST = line_digest(SamplingParams())
@@ -62,8 +64,26 @@ def test_a_line_that_cannot_be_completed_has_an_error_and_the_job_goes_on(llama:
     assert [word in job.results[i]["error"] for i, word in enumerate(words)] == [True] * 5
     assert job.results[1]["id"] == 7 and job.results[5]["completion_tokens"] == 6
     assert sorted(job.counts) == [(0, True)] * 5 + [(6, False)]
+    job = Job(llama, ["a", {"prompt": "a", "banned_tokens": list(range(512))}])
+    assert job.results[1]["error"].startswith("no token can come after 2 tokens: ")  # and no number but the line's
     with pytest.raises(ValueError, match=r"line 2 of the input \(index 1\): the prompt has 101 tokens"):
         Job(llama, ["a", *lines[1:]], strict=True)
+
+
+def test_a_line_whose_later_completions_have_no_memory_has_one_result(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first went on, and its end wrote a second result of the line, with which no job could be resumed."""
+
+    def limit(model: Any, shape: BatchShape, *args: Any) -> int:
+        if shape.bsz > 1:
+            raise ValueError("no memory for two rows")
+        return 100
+
+    monkeypatch.setattr(room, "page_limit", limit)
+    job = Job(llama, [{"prompt": "a", "n": 3}])
+    assert job.order == [0] and job.results[0]["error"] == "no memory for two rows"
+    assert job.counts == [(0, True)] and llama.engine.unfinished == 0
 
 
 def test_results_come_as_they_end_or_in_order(llama: Llama) -> None:

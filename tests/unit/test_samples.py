@@ -65,3 +65,20 @@ def test_predictions_name_the_likeliest_tokens(llama: Llama) -> None:
     assert [each[0]["token"] for each in top] == prediction["tokens"]  # greedy
     assert top[0][0]["logprob"] >= top[0][1]["logprob"]
     assert top[0][0]["id"] == llama.generate(llama.encode_prompts(["ab"]), 1, 0)[0][0][0]
+
+
+def test_the_prompt_says_nothing_about_which_completion_is_likeliest(llama: Llama) -> None:
+    """Its scores, which echo adds, once counted: the shorter completions had more of them in their means."""
+    options: dict[str, Any] = {**SAMPLING, "best_of": 6, "n": 2, "stop_token_ids": list(range(200))}
+    for prompt in PROMPTS:
+        plain, _ = llama.generate([prompt], 12, **options)
+        echoed, _ = llama.generate([prompt], 12, logprobs=True, echo=True, **options)
+        assert [tokens[len(prompt) :] for tokens in echoed] == plain
+
+
+def test_a_completion_without_tokens_is_not_the_likeliest(llama: Llama) -> None:
+    """Its mean was 0, which is above all others."""
+    made, _ = llama.generate(PROMPTS, 12, n=8, stop_token_ids=list(range(250)), **SAMPLING)
+    best, _ = llama.generate(PROMPTS, 12, best_of=8, stop_token_ids=list(range(250)), **SAMPLING)
+    assert [] in made[:8] and [] in made[8:]
+    assert all(best)

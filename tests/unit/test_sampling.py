@@ -265,6 +265,12 @@ def test_log_probs_are_those_of_the_raw_logits() -> None:
         ({"seed": 1.0}, "seed .* got 1.0"),
         ({"seed": "x"}, "seed .* got 'x'"),
         ({"stop_token": "</s>"}, "stop_token must be an integer, got '</s>'"),
+        ({"logit_bias": {5: math.inf}}, "logit_bias must give numbers up to 1e.30 for token ids"),
+        ({"logit_bias": {5: 10**400}}, "logit_bias must give numbers up to 1e.30 for token ids"),
+        ({"stop": "\ud800"}, "stop has half of a surrogate pair"),
+        ({"regex": "\ud800"}, "regex has half of a surrogate pair"),
+        ({"json_schema": {"enum": {1, 2}}}, "json_schema is no JSON: Object of type set"),
+        ({"json_schema": {"const": math.nan}}, "json_schema is no JSON: Out of range"),
     ],
     ids=str,
 )

@@ -145,7 +145,7 @@ def test_logits_that_are_not_numbers_are_told_with_their_place(tmp_path: Path) -
     state["tok_embeddings.weight"][8] = torch.nan
     write_meta(tmp_path, state=state)
     llm = build(tmp_path, max_seq_len=64, speculate="lookup")
-    with pytest.raises(ValueError, match="logits of prompt 0 are NaN or infinite after 4 tokens"):
+    with pytest.raises(ValueError, match="prompt 0: the logits are NaN or infinite after 4 tokens"):
         llm.generate([[5]], 9, temperature=0)
 
 

@@ -402,6 +402,8 @@ def test_a_number_of_line_breaks_cannot_go_on_for_ever(compiler: ConstraintCompi
         ("grammar", 'root ::= !<think> "a"', "give the token's id"),
         ("grammar", "root ::= " + "(" * 50_000, "nested too deep"),
         ("grammar", " \n", "grammar is empty"),
+        ("json_schema", '{"const": NaN}', "json_schema is no JSON: expected value"),
+        ("json_schema", r'{"const": "\ud800"}', "json_schema is no JSON: unexpected end of hex escape"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line_before_there_is_a_tokenizer(field: str, text: str, words: str) -> None:
