@@ -21,6 +21,7 @@ class TokenControls:
         """Begin before the first token; begin: makes the state there."""
         self._begin = begin
         self.error: str | None = None  # why there can be no next token
+        self._is_consistent = False  # whether all this is the state after some tokens
         self._restart()
 
     def _restart(self) -> None:
@@ -31,9 +32,17 @@ class TokenControls:
 
     def move_to(self, tokens: list[int]) -> None:
         """Go to the state after these tokens, from any other; draft tokens that were not sampled are taken back."""
-        if not self._is_consistent:  # it was interrupted
+        if not self._is_consistent:  # it was interrupted, or the constraint could not be followed
             self._restart()
         self._is_consistent = False
+        try:
+            self._move_to(tokens)
+        except ValueError as error:
+            self.error = str(error)
+        else:
+            self._is_consistent = True
+
+    def _move_to(self, tokens: list[int]) -> None:
         known, constraint = self._tokens, self.constraint
         while known != tokens[: len(known)]:
             known.pop()
@@ -49,11 +58,10 @@ class TokenControls:
                 constraint.accept(token)
                 self._n_accepted += 1
             known.append(token)
-        self._is_consistent = True
 
     def adjustments(self) -> TokenAdjustments | None:
         """Return what penalties make of the logits at this place."""
-        if self.history is None:
+        if self.history is None or not self._is_consistent:
             return None
         self._is_consistent = False  # DRY's tokens are new to the history's arrays
         found = self.history.adjustments()
@@ -65,12 +73,16 @@ class TokenControls:
 
         Where it cannot be followed further, nothing is allowed, and `error` says why.
         """
-        if self.constraint is None or self._n_accepted < len(self._tokens):
+        if self.constraint is None:
+            return None
+        if not self._is_consistent:
+            return self.constraint.nothing()
+        if self._n_accepted < len(self._tokens):
             return None
         try:
             return self.constraint.mask()
         except ValueError as error:
-            self.error = str(error)
+            self.error, self._is_consistent = str(error), False
             return self.constraint.nothing()
 
 

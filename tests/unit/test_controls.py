@@ -14,7 +14,7 @@ from llama import Llama
 from llama.engine.speculative import DraftLengthController
 from llama.sampling import SamplingParams
 from tests.checkpoints import write_model_and_draft
-from tests.models import one_pass, random_tokens
+from tests.models import build, one_pass, random_tokens
 from tests.unit.test_graphs import build_llama
 
 PROMPTS = [[*b"one two three, one two three, one"], [*b"ab"], random_tokens(17, vocab_size=256, seed=5).tolist()]
@@ -120,6 +120,29 @@ def test_a_request_for_which_nothing_is_left_ends_by_itself(llama: Llama) -> Non
         ValueError, match="prompt 0: no token can come after 2 tokens: penalties, biases and its constraint leave none"
     ):
         llama.generate([PROMPTS[1]], 2, banned_tokens=list(vocab))
+
+
+@pytest.mark.parametrize("way", [{}, {"speculate": "lookup"}], ids=str)
+def test_a_grammar_that_cannot_be_followed_further_ends_its_request_alone(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    """Its error came out of the step of all, on the one of several ranks that follows grammars: the others hung."""
+    monkeypatch.setattr(DraftLengthController, "next_draft_len", lambda self: 4)
+    engine = build(tiny_folder, max_seq_len=64, **way).engine
+    endless = engine.add(
+        [97] * 8, SamplingParams(0, max_gen_len=9, grammar='root ::= "a" root', repetition_penalty=1.2)
+    )
+    other = engine.add(PROMPTS[1], SamplingParams(0, max_gen_len=9, regex="[a-z]{3}"))
+    ends, text = dict[int, Any](), ""
+    while engine.unfinished:
+        for event in engine.step():
+            if event.token is None:
+                ends[event.index] = event
+            elif event.index == other:
+                text += event.text
+    assert ends[endless].finish_reason == "error"
+    assert "no token can come after 9 tokens: the schema or grammar that is asked for cannot" in ends[endless].text
+    assert ends[other].finish_reason == "stop" and re.fullmatch("[a-z]{3}", text)
 
 
 def test_a_request_without_penalties_or_constraint_has_no_controls(llama: Llama) -> None:
