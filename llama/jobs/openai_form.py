@@ -73,14 +73,14 @@ class OpenAIForm:
                 raise ValueError(f"unknown field {name!r:.80} in body")
         if body.get("logprobs") is not None:
             options |= self._scores(body["logprobs"])
-        if self._is_chat and body.get("top_logprobs") and not body.get("logprobs"):
-            raise ValueError("top_logprobs must come with logprobs, true")
         if body.get("response_format") is not None:
             options |= _format(body["response_format"])
         for name in ("echo", "best_of", "top_logprobs"):
             if name in own and body.get(name) is not None:
                 options[name] = body[name]
         params = dataclasses.replace(defaults, **options)
+        if "top_logprobs" in options and params.top_logprobs and not params.logprobs:
+            raise ValueError("top_logprobs must come with logprobs")
         if self._is_chat:
             asked = {"messages": _as_templates_read(body.get("messages")), "tools": self._tools()}
             return request_of(asked | {"continue_final_message": body.get("continue_final_message")}, params)
