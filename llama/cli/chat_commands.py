@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import glob
 import json
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from llama.cli.constraints import read_constraints
 from llama.cli.conversation import Conversation, check_opening, tell
 from llama.cli.report import report
 from llama.cli.runner import is_first_rank
+from llama.cli.suggestions import suggestion
 from llama.distributed.job import agree, from_first_rank
 from llama.engine.session_file import new_file
 from llama.sampling import SamplingParams
@@ -60,19 +60,13 @@ def perform(chat: Conversation, line: str) -> Next:
     argument = line[len(word) :]
     command = CHAT_COMMANDS.get(word)
     if command is None:
-        hint = nearest(word, CHAT_COMMANDS) or "/help tells what there is"
+        close = suggestion(word, CHAT_COMMANDS)
+        hint = f"did you mean {close}?" if close else "/help tells what there is"
         raise ValueError(f"{word} is no command, and was not sent: {hint} (to send it, begin with a space)")
     argument = argument.strip()
     if argument and not command.words:
         raise ValueError(f"{word} takes nothing after it, got {argument!r:.80}")
     return command.run(chat, argument)
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """Ask for the name that may have been meant: one that begins so, or is alike; nothing where there is none."""
-    names = list(names)
-    found = [name for name in names if name.startswith(word)] or difflib.get_close_matches(word, names, 1)
-    return f"did you mean {found[0]}?" if found else ""
 
 
 def completions(line: str) -> list[str]:
@@ -101,10 +95,8 @@ def with_value(params: SamplingParams, name: str, text: str) -> SamplingParams:
     """
     kinds = settable()
     if name not in kinds:
-        close = difflib.get_close_matches(name, kinds, 1)
-        raise ValueError(
-            f"there is no {name!r} to set: " + (f"did you mean {close[0]}?" if close else "/set lists all")
-        )
+        close = suggestion(name, kinds)
+        raise ValueError(f"there is no {name!r} to set: " + (f"did you mean {close}?" if close else "/set lists all"))
     kind = kinds[name]
     types = typing.get_args(kind) or (kind,)
     value: Any = text
@@ -200,7 +192,8 @@ def _set(chat: Conversation, argument: str) -> Next:
     elif name and name not in settable():
         with_value(chat.params, name, "")  # raises
     for each in [name] if name else settable():
-        tell(f"{each} {json.dumps(getattr(chat.params, each), ensure_ascii=False)}")
+        value = getattr(chat.params, each)
+        tell(f"{each} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
     return Next.READ
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -20,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llama.cli.suggestions import suggestion
 
 REQUIRED = inspect.Parameter.empty
 # What asks for help, and for all of it.
@@ -192,15 +193,17 @@ def _read(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any] | st
             name = next((flag.name for flag in words if flag.name not in texts or list[str] in flag.types), None)
             if name is None:
                 is_prompt = "prompt" in flags and not word.startswith("-")
-                example = f", as in --prompt {word!r}" if is_prompt else ": see --help"
+                close = suggestion(word[1:], flags) if word.startswith("-") else None
+                other = f": did you mean --{close}?" if close else ": see --help"
+                example = f", as in --prompt {word!r}" if is_prompt else other
                 raise ValueError(f"unexpected argument {word!r}: every value follows its flag{example}")
             texts[name] = [*texts.get(name, []), word] if list[str] in flags[name].types else word
             continue
         said, given, text = word[2:].partition("=")
         name = said.replace("-", "_")
         if name not in flags:
-            close = difflib.get_close_matches(name, flags, 1)
-            raise ValueError(f"unknown flag --{said}: " + (f"did you mean --{close[0]}?" if close else "see --help"))
+            close = suggestion(name, flags)
+            raise ValueError(f"unknown flag --{said}: " + (f"did you mean --{close}?" if close else "see --help"))
         if bool in flags[name].types:
             texts[name] = text or "True"
             continue

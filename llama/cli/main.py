@@ -5,13 +5,13 @@ Imports a subcommand when it is called, so that help comes at once.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 
 from llama import __version__
 from llama.cli.runner import call, is_first_rank, supervise
+from llama.cli.suggestions import suggestion
 
 # By what one wants to do; each is main() of the file of its name.
 COMMANDS = {
@@ -63,10 +63,8 @@ def dispatch(argv: Sequence[str]) -> None:
     if first.startswith("-"):
         raise ValueError(f"a command comes before its flags, as in llama complete {first}: see llama --help")
     if first not in NAMES:
-        close = difflib.get_close_matches(first, NAMES, 1)
-        raise ValueError(
-            f"unknown command {first!r}: " + (f"did you mean {close[0]}?" if close else "see llama --help")
-        )
+        close = suggestion(first, NAMES)
+        raise ValueError(f"unknown command {first!r}: " + (f"did you mean {close}?" if close else "see llama --help"))
     import fire
 
     fire.Fire({name: subcommand(name, argv[1:]) for name in NAMES}, command=[first], name="llama")

@@ -149,6 +149,8 @@ def test_every_parameter_that_a_chat_can_use_can_be_set_to_what_it_is() -> None:
         ("top_k", "1.5", "top_k must be an integer"),
         ("ignore_eos", "maybe", "ignore_eos is on or off, got 'maybe'"),
         ("tempreature", "1", "there is no 'tempreature' to set: did you mean temperature"),
+        ("temp", "1", "there is no 'temp' to set: did you mean temperature"),
+        ("repeat_penalty", "1.1", "there is no 'repeat_penalty' to set: did you mean repetition_penalty"),
         ("n", "2", "there is no 'n' to set"),
         ("regex", "[", "regex"),
         ("json_schema", "nowhere.json", "json_schema 'nowhere.json' is no file"),
