@@ -1,7 +1,8 @@
-"""Say in one line why a file cannot be used: its first bytes are of something else, or it cannot be mapped."""
+"""Say in one line why a file cannot be used: it is something else, or cannot be mapped; and lock those in use."""
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,3 +49,19 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 def folder_listing(folder: Path) -> str:
     """Return the first names in a folder, for an error message."""
     return listed(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir()))
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; return False where another process, or this one, has it locked.
+
+    Where the system or the file system knows no locks nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno != errno.EWOULDBLOCK
+    return True

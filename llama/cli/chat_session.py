@@ -6,12 +6,14 @@ ends, and before when there is much that a killed program would have to read aga
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 
@@ -22,6 +24,7 @@ from llama.distributed.job import agree, from_all_ranks, from_first_rank, join_j
 from llama.engine.options import BuildOptions
 from llama.engine.page_pool import common_prefix_len
 from llama.engine.session_file import StoredPages, digest_of, model_identity, new_file, write_pages
+from llama.files import lock
 
 log = logging.getLogger("llama")
 
@@ -48,6 +51,7 @@ class Session:
     n_forgotten: int = 0
     pages: StoredPages | None = None
     _stored: list[int] = field(default_factory=list)  # the text whose pages were written last
+    _lock: IO[bytes] | None = None  # a file beside it, as the first one is replaced
 
     @staticmethod
     def open(path: Path, options: BuildOptions) -> Session:
@@ -62,8 +66,13 @@ class Session:
             if is_first_rank():
                 if not path.parent.is_dir():
                     raise FileNotFoundError(f"--session {path} lies in no folder: make {path.parent}")
-                if path.exists():
-                    session._read()
+                session._take()
+                try:
+                    if path.exists():
+                        session._read()
+                except BaseException:
+                    session._release()
+                    raise
             if session._pages_file.exists():
                 session.pages = StoredPages.open(session._pages_file)
                 if session.pages.mark != digest_of(identity):
@@ -84,11 +93,10 @@ class Session:
             n_tokens = stored.restore(chat.llm.engine)
             chat.tokens = self._stored = stored.tokens
         log.info(
-            "session %s: %s, %d tokens of its cache%s",
+            "session %s: %s%s",
             self.path,
             f"{len(self.messages)} messages" if self.messages else "new",
-            n_tokens,
-            _size(self._pages_file) if n_tokens else "",
+            f", {n_tokens} tokens of its cache{_size(self._pages_file)}" if n_tokens else "",
         )
 
     def save(self, chat: Conversation, is_last: bool = False) -> None:
@@ -108,11 +116,25 @@ class Session:
                 write_pages(self._pages_file, chat.llm.engine, chat.tokens, digest_of(self.identity))
                 self._stored = chat.tokens
         if is_last:
+            self._release()
             log.info("session %s: %d messages%s", self.path, len(chat.messages), _size(self._pages_file))
 
     @property
     def _pages_file(self) -> Path:
         return self.path.with_name(f"{self.path.name}.rank{dist.get_rank()}")
+
+    def _take(self) -> None:
+        """Make sure that no other chat writes to these files until this one ends; ValueError where one does."""
+        self._lock = self.path.with_name(f".{self.path.name}.lock").open("ab")
+        if not lock(self._lock.fileno()):
+            raise ValueError(f"another chat has --session {self.path}: end it first, or name another file")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                os.unlink(self._lock.name)
+            self._lock.close()
+            self._lock = None
 
     def _read(self) -> None:
         """Take over what the first file says; ValueError where it is no session, or of another model."""

@@ -8,7 +8,6 @@ start.
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import json
 import os
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama.files import lock
 from llama.jobs.finished import FinishedLines
 from llama.jobs.lines import STANDARD_STREAM
 
@@ -134,17 +134,9 @@ class ResultFile:
         self._last = number
 
     def _take(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                os.close(self._descriptor)
-                raise ValueError(f"another job is writing to {self.path}: wait for it, or end it first") from None
-            # Else the file system knows no locks.
+        if not lock(self._descriptor):
+            os.close(self._descriptor)
+            raise ValueError(f"another job is writing to {self.path}: wait for it, or end it first")
 
 
 def part_path(output: Path, rank: int) -> Path:

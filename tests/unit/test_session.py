@@ -112,10 +112,10 @@ def test_after_a_kill_the_messages_are_there_and_the_pages_of_before(
 
 
 def test_a_smaller_context_takes_as_much_as_it_has(ended: Path, tiny_folder: Path) -> None:
-    _, chat = start(ended, tiny_folder, max_seq_len=200)
+    chat = start(ended, tiny_folder, max_seq_len=200)[1]
     answer(chat, "x")
     assert chat.n_forgotten == 0 and chat.llm.metrics.reused_tokens > 100
-    _, chat = start(ended, tiny_folder, max_seq_len=100)
+    chat = start(ended, tiny_folder, max_seq_len=100)[1]
     assert answer(chat, "x")[0] and chat.n_forgotten == 4
 
 
@@ -195,3 +195,15 @@ def test_a_text_longer_than_what_is_usually_kept_comes_back_whole(tiny_folder: P
 def test_an_engine_that_has_computed_nothing_writes_nothing(llama: Llama, tmp_path: Path) -> None:
     assert write_pages(tmp_path / "pages", llama.engine, [1, 2, 3], "x") == (0, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_chat_on_a_session_is_refused_until_the_first_one_ends(tiny_folder: Path, tmp_path: Path) -> None:
+    """Two chats of one session overwrote each other's messages, the later one those of the earlier."""
+    path = tmp_path / "talk"
+    first = Session.open(path, options(tiny_folder))
+    with pytest.raises(ValueError, match="another chat has --session"):
+        Session.open(path, options(tiny_folder))
+    chat = Conversation(Llama.from_options(options(tiny_folder)), PARAMS)
+    first.save(chat, is_last=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["talk"]
+    Session.open(path, options(tiny_folder))
