@@ -114,7 +114,12 @@ class PromptToolkitReader:
 
     def read(self, draft: str = "") -> str:
         """See `LineReader`."""
-        text = self._session.prompt(PROMPT, default=draft)
+        try:
+            text = self._session.prompt(PROMPT, default=draft)
+        except Exception as error:
+            if type(error).__module__ != "termios":
+                raise
+            raise EOFError from error  # the terminal has gone, or belongs to another program
         self._history.add(text)
         return text
 
@@ -150,7 +155,7 @@ class ReadlineReader:
 
         self._readline, self._history = readline, history
         for line in history.lines:
-            readline.add_history(line)
+            self._remember(line)
         readline.set_auto_history(False)
         readline.set_completer(lambda text, number: next(iter(complete(self._before_cursor())[number:]), None))
         readline.set_completer_delims(" ")
@@ -169,9 +174,13 @@ class ReadlineReader:
             text = typed()
         finally:
             self._readline.set_startup_hook(None)
-        self._readline.add_history(text)
+        self._remember(text)
         self._history.add(text)
         return text
+
+    def _remember(self, text: str) -> None:
+        with contextlib.suppress(UnicodeEncodeError):  # what the locale cannot write, as in the C locale
+            self._readline.add_history(text)
 
     @property
     def left(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,3 +85,22 @@ def test_a_chat_reads_without_prompt_toolkit_and_without_readline(
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, name, None)
     assert isinstance(terminal_reader(completions), PlainReader)
+
+
+def test_readline_remembers_what_the_c_locale_cannot_write(tmp_path: Path) -> None:
+    """A message with an accent ended the chat there: readline's own history takes the locale's characters alone."""
+    pytest.importorskip("readline")
+    script = (
+        "import sys; from pathlib import Path; from llama.cli.chat_input import History, ReadlineReader\n"
+        "history = History(Path(sys.argv[1])); sys.stdin.reconfigure(encoding='utf-8')\n"
+        "print([ascii(ReadlineReader(lambda line: [], history).read()) for _ in range(2)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "history"],
+        input="caf\u00e9\nagain\n",
+        encoding="utf-8",
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    )
+    assert "\"'caf\\\\xe9'\", \"'again'\"" in done.stdout, done.stderr
+    assert History(tmp_path / "history").lines == ["caf\u00e9", "again"]
