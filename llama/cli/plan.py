@@ -33,7 +33,8 @@ def main(
 
     The plan is for the most that --max_seq_len and --max_batch_size allow and, where prompts are given, for these. It
     says how many requests fit at once; others wait for them. Without --max_seq_len it says which context it assumes.
-    One process plans for any number of ranks, which --model_parallel_size says.
+    One process plans for any number of ranks, which --model_parallel_size says. A model that is given by name is
+    downloaded for it.
 
     Args:
         prompt: text to complete, or - for stdin; repeat the flag or give a JSON list for several.
