@@ -82,7 +82,7 @@ class SamplingParams:
         xtc_threshold: probability from which on a token counts as one of the likeliest.
         logit_bias: what to add to logits, by token id: {"504": -2.5}.
         banned_tokens: ids of tokens that never come.
-        min_tokens: fewest tokens before a completion may end by itself.
+        min_tokens: fewest tokens before a completion may end by itself; a stop string ends it before, too.
         ignore_eos: go on where the model would end, up to max_gen_len.
         stop: texts that end a completion, which leaves them out.
         stop_token_ids: ids of tokens that end a completion, beside the tokenizer's.
