@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llama.chat.dialog import Message, check_messages
@@ -17,6 +18,8 @@ from llama.cli.signals import signals_raise
 from llama.distributed.job import agree
 from llama.distributed.torchrun_env import read_torchrun_env
 from llama.generation import Llama
+from llama.memory.plan import NoRoomError
+from llama.outputs import TokenEvent
 from llama.sampling import SamplingParams
 
 log = logging.getLogger("llama")
@@ -108,8 +111,8 @@ class Conversation:
         prompt, new = list[int](), list[int]()
         with contextlib.nullcontext() if has_other_ranks() else signals_raise():
             try:
-                prompt = self._fit()
-                for last in llm.run([prompt], params, add_prefix_space=True):
+                prompt, events = self._begin()
+                for last in events:
                     text += last.text
                     if last.token is not None:
                         new.append(last.token)
@@ -133,6 +136,21 @@ class Conversation:
         asked = [*self._kept(self.n_forgotten), Message(role="user", content="Hello")]
         return len(self.llm.encode_dialogs([asked])[0])
 
+    def _begin(self) -> tuple[list[int], Iterator[TokenEvent]]:
+        """Return the tokens of the messages, and the events of their answer.
+
+        Where memory has no room for them, the oldest turns go as where the context has none.
+        """
+        while True:
+            prompt = self._fit()
+            events = self.llm.run([prompt], self.params, add_prefix_space=True)
+            try:
+                return prompt, itertools.chain([next(events)], events)
+            except NoRoomError as error:
+                if self.overflow == "error" or self.n_forgotten == self._last_question():
+                    raise TooLongError(f"cannot be answered: {error}") from None
+                self._forget_to(self._turn_after(self.n_forgotten), "memory has no room for all that was said")
+
     def _fit(self) -> list[int]:
         """Return the tokens of the messages, from here on without the oldest turns that leave no room for an answer."""
         max_seq_len = self.llm.model.args.max_seq_len
@@ -142,19 +160,19 @@ class Conversation:
         first, last = self.n_forgotten, self._last_question()
         [tokens] = self.llm.encode_dialogs([self._kept(first)])
         while self.overflow == "forget" and len(tokens) + room > max_seq_len and first < last:
-            first = next(i for i in range(first + 1, last + 1) if self.turns[i]["role"] == "user")
+            first = self._turn_after(first)
             [tokens] = self.llm.encode_dialogs([self._kept(first)])
         if len(tokens) >= max_seq_len:
             [alone] = self.llm.encode_dialogs([self._kept(last)])
             raise TooLongError(self._too_long(len(tokens), len(alone)))
-        if first and not self.n_forgotten:
-            log.warning(
-                "the context of %d tokens is full: the oldest %d messages are forgotten, as will be those after them",
-                max_seq_len,
-                first,
-            )
-        self.n_forgotten = first
+        self._forget_to(first, f"the context of {max_seq_len} tokens is full")
         return tokens
+
+    def _forget_to(self, first: int, why: str) -> None:
+        """Have the model no longer get what was said before a turn, and say so where it had all until now."""
+        if first and not self.n_forgotten:
+            log.warning("%s: the oldest %d messages are forgotten, as will be those after them", why, first)
+        self.n_forgotten = first
 
     def _too_long(self, n_tokens: int, n_alone: int) -> str:
         """Go on from the number of a message: why it is refused, with what was said before or alone."""
@@ -178,6 +196,10 @@ class Conversation:
 
     def _last_question(self) -> int:
         return self._turn_before(len(self.turns))
+
+    def _turn_after(self, place: int) -> int:
+        """Return the place of the next message of the user, of which there is one."""
+        return next(i for i in range(place + 1, len(self.turns)) if self.turns[i]["role"] == "user")
 
     def _turn_before(self, stop: int) -> int:
         """Return the place of the last message of the user before a place; 0 where there is none."""

@@ -237,6 +237,10 @@ def _fits(at_once: int, bsz: int) -> str:
     return "yes" if at_once == bsz else f"{at_once} at once" if at_once else "no"
 
 
+class NoRoomError(ValueError):
+    """There is no memory for the pages of a prompt and of what is to follow it."""
+
+
 def page_limit(
     model: Transformer,
     shape: BatchShape,
@@ -246,7 +250,7 @@ def page_limit(
 ) -> int:
     """Return how many pages a model and its draft model have room for, beside what a batch needs at once.
 
-    The same on every rank. n_pages: those that are in memory already. Raise ValueError where not even one of the
+    The same on every rank. n_pages: those that are in memory already. Raise NoRoomError where not even one of the
     batch's sequences has room, or `least` of its tokens.
     """
     models = [model] if draft is None else [model, draft]
@@ -270,7 +274,7 @@ def page_limit(
         shape = shorter(max(least, largest(lambda n: pages(shorter(n)) >= pages_for(n), one.length)))
         limit = pages(shape)
     if limit < pages_for(shape.length):
-        raise ValueError(
+        raise NoRoomError(
             f"a prompt of {shape.prompt_len} tokens, {shape.length} with what follows, needs "
             f"{readable(pages_for(shape.length) * page)} of cache per rank, there is room for "
             f"{readable(max(0, limit) * page)}: shorten the prompt, or use a smaller --max_gen_len"

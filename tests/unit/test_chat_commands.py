@@ -224,6 +224,31 @@ def test_the_oldest_turns_make_room_and_it_is_told_once(chat: Conversation, capl
     assert chat.n_forgotten == 0
 
 
+def test_where_memory_gives_less_than_the_context_turns_are_forgotten_too(
+    chat: Conversation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error ended a pipe of messages. Memory is what a test cannot take away, so the free bytes are a number here."""
+    for number in range(3):
+        chat.ask(f"message {number}")
+        chat.answer()
+    assert chat.n_forgotten == 0
+    n_before = len(chat.tokens)
+    # Less and less, until there is room for the next message but not for all.
+    free = 1 << 24
+    with pytest.raises(TooLongError, match=r"cannot be answered: a prompt of \d+ tokens"):
+        while chat.n_forgotten == 0:
+            monkeypatch.setattr("llama.memory.plan.free_bytes", lambda *args, free=free: free)
+            chat.ask("more")
+            chat.answer()
+            chat.undo()
+            free = int(free * 0.97)
+        assert "memory has no room for all that was said: the oldest " in caplog.text
+        assert len(chat.tokens) < n_before
+        monkeypatch.setattr("llama.memory.plan.free_bytes", lambda *args: 0)
+        chat.ask("more")
+        chat.answer()
+
+
 def test_with_overflow_error_a_message_is_refused_and_nothing_is_forgotten(
     obliging: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
