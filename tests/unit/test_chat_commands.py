@@ -227,7 +227,7 @@ def test_the_oldest_turns_make_room_and_it_is_told_once(chat: Conversation, capl
 def test_where_memory_gives_less_than_the_context_turns_are_forgotten_too(
     chat: Conversation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error ended a pipe of messages. Memory is what a test cannot take away, so the free bytes are a number here."""
+    """An error ended a pipe of messages. Memory cannot be taken away, so its free bytes are a number here."""
     for number in range(3):
         chat.ask(f"message {number}")
         chat.answer()
