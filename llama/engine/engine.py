@@ -12,19 +12,19 @@ from collections import abc
 import torch
 
 from llama.cache import PAGE_SIZE
-from llama.engine.controls import ControlsMaker
 from llama.engine.metrics import Metrics
 from llama.engine.options import check_speculation
 from llama.engine.prompts import check_token_ids, prompt_ids
 from llama.engine.room import Room
 from llama.engine.sequence import Chunk, Sequence
+from llama.engine.sequence_maker import SequenceMaker
 from llama.engine.speculative import Speculation
 from llama.engine.step_budget import StepBudget
 from llama.engine.step_data import StepOutput
 from llama.model import Transformer
 from llama.outputs import FinishReason, TokenEvent, TopTokens
 from llama.sampling import INVALID, SamplingParams
-from llama.tokenizer import CompletionText, Tokenizer
+from llama.tokenizer import Tokenizer
 
 # In what the first rank announces: the bits below are the draft_len, those above the budget of prompt tokens.
 NEWS = 4
@@ -65,9 +65,7 @@ class Engine:
         self._speculation = Speculation.of(speculate, self.room, self.metrics)
         self._budget = StepBudget()
         self._prompt_tokens = self._budget.tokens  # the first rank's, which all keep to
-        # Control tokens, and the ids of padding in an embedding, add nothing to a text.
-        self._silent_tokens = {*tokenizer.special_tokens.values(), *range(tokenizer.n_words, model.args.vocab_size)}
-        self._controls = ControlsMaker(tokenizer, model.args.vocab_size)
+        self._sequences = SequenceMaker(model.args, tokenizer)
         self.requests = self.scheduler.requests
         self.last_id = -1  # of the newest request
         self._events: list[TokenEvent] = []
@@ -91,8 +89,7 @@ class Engine:
 
     def check(self, params: SamplingParams) -> None:
         """Raise ValueError for token ids that the vocabulary lacks, and for a wrong schema, expression or grammar."""
-        check_token_ids(params, self.model.args)
-        self._controls.compile(params)
+        self._sequences.check(params)
 
     def add(
         self,
@@ -191,30 +188,14 @@ class Engine:
         interactive: bool,
     ) -> Sequence:
         """Have a prompt of right ids wait for its turn, as the newest request; place: index and sample, as in `add`."""
-        limit, ends = self.model.args.max_seq_len - len(prompt), self._stop_tokens(params)
-        sequence = Sequence(
-            self.last_id,
-            prompt,
-            params,
-            limit if params.max_gen_len is None else min(limit, params.max_gen_len),
-            ends,
-            (self.seed if params.seed is None else params.seed, *place),
-            CompletionText(self.tokenizer.stream_decoder(add_prefix_space), self._silent_tokens, params.stop),
-            self._events,
-            interactive,
-            self._controls.make(prompt, params, ends),
+        seeds = (self.seed if params.seed is None else params.seed, *place)
+        sequence = self._sequences.make(
+            self.last_id, prompt, params, seeds, self._events, add_prefix_space, interactive
         )
         self.room.check(sequence, len(self.requests), self._speculation is not None)
         self._is_steady = False
         self.scheduler.add(sequence)
         return sequence
-
-    def _stop_tokens(self, params: SamplingParams) -> frozenset[int]:
-        """Return the tokens that end a completion: a stop string that is a control token is one of them."""
-        ends = {*params.stop_token_ids, *self.tokenizer.control_tokens(params.stop)}
-        if params.stop_token is not None and not params.is_constrained:
-            return frozenset({params.stop_token, *ends})
-        return self.tokenizer.stop_tokens | ends if ends else self.tokenizer.stop_tokens
 
     def _step_or_recover(self) -> None:
         """Compute one step, and give its events to its sequences; after an interrupt the next one computes it."""
@@ -334,7 +315,7 @@ class Engine:
         reason: FinishReason | None = None
         for i, token in enumerate(tokens):
             if token == INVALID:
-                self._end(sequence, "error", no_next_token(sequence))
+                self._end(sequence, "error", sequence.no_next_token())
                 return
             if token in sequence.stop_tokens:
                 reason = "stop"
@@ -402,23 +383,7 @@ class Engine:
     def _take_back(self) -> None:
         """Remove what an interrupted step has added to texts, so that they have it once when it is computed again."""
         for chunk, events, n_events in self._begun:
-            sequence = chunk.sequence
             del events[n_events:]
-            if chunk.n_sampled:
-                del sequence.tokens[chunk.stop :]
-            self.requests[sequence.id] = sequence
-            sequence.finished, sequence.in_prompt = False, len(sequence.tokens) == len(sequence.prompt)
-            is_echoed = sequence.params.echo and not sequence.in_prompt
-            sequence.text.restart(sequence.prompt if is_echoed else (), sequence.tokens[len(sequence.prompt) :])
+            chunk.sequence.take_back(chunk.stop if chunk.n_sampled else len(chunk.sequence.tokens))
+            self.requests[chunk.sequence.id] = chunk.sequence
         self._begun = []
-
-
-def no_next_token(sequence: Sequence) -> str:
-    """Say why there is no token that could be sampled for a sequence."""
-    if sequence.controls is not None:
-        why = sequence.controls.error or "penalties, biases and its constraint leave none, or its logits are NaN"
-        return f"no token can come after {len(sequence.tokens)} tokens: {why}"
-    return (
-        f"the logits are NaN or infinite after {len(sequence.tokens)} tokens: the weights are damaged, or too large "
-        "for this dtype (try --dtype float32)"
-    )

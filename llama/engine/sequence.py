@@ -84,6 +84,23 @@ class Sequence:
         """Whether log-probabilities of the prompt are asked for, so that all of it has to be computed."""
         return self.params.echo and self.params.logprobs
 
+    def take_back(self, length: int) -> None:
+        """Go on from the first `length` tokens, as if those after them had never come, be it finished or not."""
+        del self.tokens[length:]
+        self.finished, self.in_prompt = False, len(self.tokens) == len(self.prompt)
+        is_echoed = self.params.echo and not self.in_prompt
+        self.text.restart(self.prompt if is_echoed else (), self.tokens[len(self.prompt) :])
+
+    def no_next_token(self) -> str:
+        """Say why there is no token that could be sampled."""
+        if self.controls is not None:
+            why = self.controls.error or "penalties, biases and its constraint leave none, or its logits are NaN"
+            return f"no token can come after {len(self.tokens)} tokens: {why}"
+        return (
+            f"the logits are NaN or infinite after {len(self.tokens)} tokens: the weights are damaged, or too large "
+            "for this dtype (try --dtype float32)"
+        )
+
     @property
     def first_page(self) -> int | None:
         """The first page, if the pages follow each other."""
