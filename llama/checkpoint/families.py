@@ -64,7 +64,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(("LlamaForCausalLM", "LLaMAForCausalLM")),
     "mistral": Family(("MistralForCausalLM",), defaults={"sliding_window": 4096}, window="all"),
     "ministral": Family(("MinistralForCausalLM",), defaults={"sliding_window": 4096}, biases={}, window="listed"),
-    "ministral3": Family(("Ministral3ForCausalLM",), biases={}, window="all", gguf="mistral3"),
+    "ministral3": Family(("Ministral3ForCausalLM",), biases={}, window="all"),
     "qwen2": Family(
         ("Qwen2ForCausalLM",),
         defaults={"sliding_window": 4096},
@@ -200,7 +200,8 @@ REFUSED = {
         ),
         _EXPERTS,
     ),
-    **dict.fromkeys(("mllama", "llava", "qwen2_vl", "qwen2vl", "qwen2_5_vl", "mistral3", "idefics3"), _SIGHT),
+    **dict.fromkeys(("mllama", "llava", "qwen2_vl", "qwen2vl", "qwen2_5_vl", "idefics3"), _SIGHT),
+    "mistral3": "scales queries by their position, or sees pictures",
 }  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def read_metadata(
     """
     if metadata.get("llama.expert_count", 0):
         raise ValueError("a mixture of experts is not supported, only dense LLaMA models are")
+    has_window = not family.gguf or family.window == "all"
     tokens = metadata.get("tokenizer.ggml.tokens")
     args = ModelArgs(
         **{field: _get(metadata, key, int) for field, key in REQUIRED_GGUF_KEYS.items()},
@@ -107,7 +108,7 @@ def read_metadata(
         rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
         rotary_dim=metadata.get(ROTARY_DIM) if family.is_partly_rotated else None,
         tied_embeddings=tied,
-        sliding_window=metadata.get(FIELD_KEYS["sliding_window"]) or None,
+        sliding_window=(metadata.get(FIELD_KEYS["sliding_window"]) or None) if has_window else None,
     )
     for key in ("llama.attention.value_length", *(() if family.is_partly_rotated else (ROTARY_DIM,))):
         if metadata.get(key, args.head_dim) != args.head_dim:

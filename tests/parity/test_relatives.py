@@ -336,7 +336,7 @@ def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, dict[int, list[Any]]]]:
-    """Transformers' logits, and what every rank of jobs of 2 and of 3 computed."""
+    """Transformers' logits, and what every rank of jobs of 1, 2 and 3 computed."""
     folder, jobs, expected = tmp_path_factory.mktemp("ranks"), [], {}
     for name in SPLIT:
         theirs = made(name, vocab_size=BYTE_VOCAB_SIZE)
@@ -346,7 +346,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor
         with torch.inference_mode():
             expected[name] = theirs(tokens).logits
         job = {"folder": str(folder / name), "tokens": tokens.tolist(), "prompts": [[1, 2], [3]]}
-        jobs += [{**job, "size": size, "out": str(folder / f"{name}.{size}")} for size in (2, 3)]
+        jobs += [{**job, "size": size, "out": str(folder / f"{name}.{size}")} for size in (1, 2, 3)]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
     done = subprocess.run(worker, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
@@ -354,7 +354,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor
     return {
         name: (
             logits,
-            {size: [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)] for size in (2, 3)},
+            {size: [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)] for size in (1, 2, 3)},
         )
         for name, logits in expected.items()
     }
@@ -365,7 +365,7 @@ SPLIT = ("qwen2", "seed_oss", "granite, tied", "phi3", "phi4 mini", "internlm3",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", SPLIT)
 def test_ranks_compute_what_transformers_does(
     of_ranks: dict[str, tuple[Tensor, dict[int, list[Any]]]], name: str, size: int
