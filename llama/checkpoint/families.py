@@ -205,6 +205,9 @@ REFUSED = {
 }  # fmt: skip
 
 
+_MOST_MULTIPLIER = 1e6  # and its inverse the least: far from any model's, and squares of it are numbers still
+
+
 def supported() -> str:
     """Return the names of all families, for a message."""
     return ", ".join(FAMILIES)
@@ -219,7 +222,10 @@ def folded(args: ModelArgs, multipliers: Multipliers) -> tuple[ModelArgs, dict[s
     stay as they are. Scores are scaled where queries and keys are rotated.
     """
     for name in ("embedding", "residual", "scores", "logits"):
-        check_number(f"the multiplier of {name}", getattr(multipliers, name))
+        value = getattr(multipliers, name)
+        check_number(f"the multiplier of {name}", value)
+        if not 1 / _MOST_MULTIPLIER <= value <= _MOST_MULTIPLIER:
+            raise ValueError(f"the multiplier of {name} must be from 1e-6 to 1e6, got {value!r}")
     table = multipliers.embedding / multipliers.residual
     norm = 1 / multipliers.logits / (table if args.tied_embeddings else 1.0)
     factors = {name: factor for name, factor in (("tok_embeddings", table), ("norm", norm)) if factor != 1.0}

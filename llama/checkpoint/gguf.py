@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -163,7 +164,8 @@ class GGUFCheckpoint:
         tensor, factor = self._tensors[name], self.factors.get(module_name(name))
         stop = tensor.shape[dim] if stop is None else stop
         if self._is_reordered(name):
-            return part_of_pairs(decode_rows(tensor, 0, tensor.shape[0]), self.args, dim, start, stop)
+            decode = functools.partial(decode_rows, tensor)
+            return part_of_pairs(decode, tensor.shape[0], self.args, dim, start, stop)
         if dim == 0:
             part = decode_rows(tensor, start, stop)
         else:
@@ -190,7 +192,9 @@ class GGUFCheckpoint:
         rows = torch.from_numpy(tensor.raw).view(tensor.shape[0], -1)
         stop = tensor.shape[dim] if stop is None else stop
         if dim == 0:
-            return part_of_pairs(rows, self.args, 0, start, stop) if self._is_reordered(name) else rows[start:stop]
+            if not self._is_reordered(name):
+                return rows[start:stop]
+            return part_of_pairs(lambda first, last: rows[first:last], len(rows), self.args, 0, start, stop)
         assert not self._is_reordered(name)  # ranks cut these along heads
         assert start % elements == stop % elements == 0, (name, start, stop)
         return rows[:, start // elements * size : stop // elements * size]

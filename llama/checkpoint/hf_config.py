@@ -147,9 +147,11 @@ def _rotary_dim(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int | Non
     check_number("partial_rotary_factor", part)
     if part == 1.0:
         return None
-    n_heads = required(config, "num_attention_heads")
+    dim, n_heads = (required(config, key) for key in ("hidden_size", "num_attention_heads"))
+    check_int("hidden_size", dim)
     check_int("num_attention_heads", n_heads)
-    head_dim = config.get("head_dim") or required(config, "hidden_size") // n_heads
+    head_dim = config.get("head_dim") or dim // n_heads
+    check_int("head_dim", head_dim)
     return int(head_dim * part)
 
 

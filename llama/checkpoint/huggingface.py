@@ -163,11 +163,9 @@ class HuggingFaceCheckpoint:
     def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Return rows or columns of a tensor as it is stored, but with rows in Meta's order."""
         tensor = self._tensors[name]
-        return (
-            part_of_pairs(tensor, self.args, dim, start, stop)
-            if self._is_reordered(name)
-            else tensor.narrow(dim, start, stop - start)
-        )
+        if not self._is_reordered(name):
+            return tensor.narrow(dim, start, stop - start)
+        return part_of_pairs(lambda first, last: tensor[first:last], tensor.shape[0], self.args, dim, start, stop)
 
 
 def check_blocks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, BlockType]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,16 @@ def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def part_of_pairs(tensor: Tensor, args: ModelArgs, dim: int, start: int, stop: int) -> Tensor:
-    """Return indices [start, stop) along `dim` of a matrix of whole heads, of halves, in Meta's order."""
+def part_of_pairs(
+    rows: Callable[[int, int], Tensor], n_rows: int, args: ModelArgs, dim: int, start: int, stop: int
+) -> Tensor:
+    """Return indices [start, stop) along `dim` of a matrix of whole heads, of halves, in Meta's order.
 
-    def ordered(rows: Tensor) -> Tensor:
-        return pair_neighbours(rows, args.head_dim, args.rotary_dim)
-
+    rows: returns rows [first, last) of the matrix, of n_rows, as they are stored.
+    """
     if dim != 0:
-        return ordered(tensor.narrow(dim, start, stop - start))
+        return pair_neighbours(rows(0, n_rows).narrow(dim, start, stop - start), args.head_dim, args.rotary_dim)
     # The order changes within heads, so the heads around the rows are read.
     first = start - start % args.head_dim
-    last = min(-(-stop // args.head_dim) * args.head_dim, tensor.shape[0])
-    return ordered(tensor[first:last]).narrow(0, start - first, stop - start)
+    last = min(-(-stop // args.head_dim) * args.head_dim, n_rows)
+    return pair_neighbours(rows(first, last), args.head_dim, args.rotary_dim).narrow(0, start - first, stop - start)
