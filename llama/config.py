@@ -130,7 +130,25 @@ class FactorScaling:
             check_number("rope factor", factor)
 
 
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | FactorScaling
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv:2402.13753): wavelength factors for each rotated pair, others in texts beyond old_context_len."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    old_context_len: int
+    magnitude: float  # the factor of rotated queries and of rotated keys
+
+    def __post_init__(self) -> None:
+        check_int("old_context_len", self.old_context_len)
+        check_number("attention_factor", self.magnitude)
+        for factor in (*self.short_factors, *self.long_factors):
+            check_number("rope factor", factor)
+
+
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | FactorScaling | LongRopeScaling
+# Those that rotate by the length of the text that a token is in.
+LengthScaling = DynamicScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,8 @@ class ModelArgs:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all
+    rotary_dim: int | None = None  # leading dimensions of a head that are rotated; None: all
+    score_factor: float = 1.0  # of attention's scores, beside 1 / sqrt(head_dim)
 
     def __post_init__(self) -> None:
         def resolve(name: str, value: Any) -> None:
@@ -169,7 +189,7 @@ class ModelArgs:
         check_int("n_layers", self.n_layers, most=_MAX_LAYERS)
         for name in ("dim", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
             check_int(name, getattr(self, name))
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "score_factor"):
             check_number(name, getattr(self, name))
         for name in ("use_scaled_rope", "tied_embeddings", "attention_bias", "mlp_bias"):
             if type(getattr(self, name)) is not bool:
@@ -187,10 +207,14 @@ class ModelArgs:
             resolve("rope_scaling", Llama3Scaling(32.0 if (self.dim, self.n_layers) in SCALED_BY_32 else 8.0))
         for name in ("n_kv_heads", "head_dim", "hidden_dim"):
             check_int(name, getattr(self, name))
-        if self.sliding_window is not None:
-            check_int("sliding_window", self.sliding_window)
-        if isinstance(self.rope_scaling, FactorScaling) and len(self.rope_scaling.factors) != self.head_dim // 2:
-            raise ValueError(f"{len(self.rope_scaling.factors)} rope factors do not fit head_dim {self.head_dim}")
+        for name in ("sliding_window", "rotary_dim"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name))
+        if self.rotary_dim == self.head_dim:
+            object.__setattr__(self, "rotary_dim", None)
+        for factors in _factors_of_pairs(self.rope_scaling):
+            if len(factors) != (self.rotary_dim or self.head_dim) // 2:
+                raise ValueError(f"{len(factors)} rope factors do not fit head_dim {self.rotary_dim or self.head_dim}")
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
             raise ValueError(f"YaRN needs a rope_theta above 1, got {self.rope_theta}")
         if isinstance(self.rope_scaling, DynamicScaling) and self.head_dim <= 2:
@@ -199,6 +223,8 @@ class ModelArgs:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings rotate pairs")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise ValueError(f"rotary_dim {self.rotary_dim} must be even, and at most head_dim {self.head_dim}")
 
 
 def read_params(path: Path) -> ModelArgs:
@@ -238,6 +264,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def with_keys_of_file(error: ValueError, keys: Mapping[str, str]) -> str:
     """Return what an error of ModelArgs says, with the keys of a file in place of the fields that they set."""
     return re.sub(r"\w+", lambda word: keys.get(word[0], word[0]), str(error))
+
+
+def _factors_of_pairs(scaling: RopeScaling | None) -> tuple[tuple[float, ...], ...]:
+    """Return the lists of factors, one for each rotated pair, that a scaling has."""
+    if isinstance(scaling, LongRopeScaling):
+        return scaling.short_factors, scaling.long_factors
+    return (scaling.factors,) if isinstance(scaling, FactorScaling) else ()
 
 
 def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:

@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(args.dim, parallel.part(args.vocab_size))
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling)
+        self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling, args.rotary_dim, args.score_factor)
         # Computes the layers in place of their own forward; bound from outside (see backends/base.py).
         self.backend: LayersBackend | None = None
 

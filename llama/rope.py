@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import (
     DynamicScaling,
     FactorScaling,
+    LengthScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     YarnScaling,
 )
@@ -23,36 +26,64 @@ from llama.config import (
 class Rotary(nn.Module):
     """The rotations of positions (arXiv:2104.09864), stretched as `scaling` says.
 
-    frequencies: (head_dim / 2,), radians per position of each rotated pair, fp32.
+    rotary_dim: leading dimensions of a head that are rotated, all where it is None; the others stay where they are.
+    score_factor: of attention's scores, the products of a query and a key that are both turned here.
+    frequencies: (head_dim / 2,), radians per position of each pair, fp32; magnitudes: the same, what scales them.
     """
 
     frequencies: Tensor
+    magnitudes: Tensor
+    long_frequencies: Tensor  # of texts beyond the original context, with LongRoPE
 
-    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        scaling: RopeScaling | None,
+        rotary_dim: int | None = None,
+        score_factor: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
-        self.magnitude = scaling.magnitude if isinstance(scaling, YarnScaling) else 1.0
-        self.register_buffer("frequencies", scaled_frequencies(head_dim, theta, scaling), persistent=False)
+        self.rotary_dim, self.theta, self.scaling = rotary_dim or head_dim, theta, scaling
+        still = (head_dim - self.rotary_dim) // 2  # pairs that are not rotated
+
+        def add(name: str, values: Tensor, rest: float) -> None:
+            self.register_buffer(name, F.pad(values, (0, still), value=rest), persistent=False)
+
+        add("frequencies", scaled_frequencies(self.rotary_dim, theta, scaling), 0.0)
+        if isinstance(scaling, LongRopeScaling):
+            factors = FactorScaling(scaling.long_factors)
+            add("long_frequencies", scaled_frequencies(self.rotary_dim, theta, factors), 0.0)
+        root = math.sqrt(score_factor)
+        magnitude = scaling.magnitude if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
+        add("magnitudes", torch.full((self.rotary_dim // 2,), root * magnitude, device="cpu"), root)
 
     def forward(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the complex numbers that rotate pairs at positions (n_tokens,): (n_tokens, 1, head_dim / 2).
 
-        Their magnitude is 1, except with YaRN, which also sharpens attention.
-        lengths: (n_tokens,), of the text of each token, on which dynamic scaling depends; None: each token ends a text.
+        Their magnitude is 1, except where attention is sharpened, as by YaRN, or has scores of another scale.
+        lengths: (n_tokens,), of the text of each token, on which some scalings depend; None: each token ends a text.
         """
         frequencies = self.frequencies
-        if isinstance(self.scaling, DynamicScaling):
-            frequencies = self._dynamic(self.scaling, positions + 1 if lengths is None else lengths)
+        if isinstance(self.scaling, LengthScaling):
+            lengths = positions + 1 if lengths is None else lengths
+            if isinstance(self.scaling, DynamicScaling):
+                frequencies = self._dynamic(self.scaling, lengths)
+            else:
+                is_long = lengths[:, None] > self.scaling.old_context_len
+                frequencies = torch.where(is_long, self.long_frequencies, frequencies)
         # fp32: bf16 represents every integer only up to 256.
         angles = positions.float()[:, None] * frequencies
-        return torch.polar(torch.full_like(angles, self.magnitude), angles)[:, None]
+        return torch.polar(self.magnitudes.expand_as(angles).contiguous(), angles)[:, None]
 
     def _dynamic(self, scaling: DynamicScaling, lengths: Tensor) -> Tensor:
         """Return frequencies at `lengths` (n_tokens,): (n_tokens, head_dim / 2). Cached keys keep their rotation."""
         excess = (lengths.float() / scaling.old_context_len).clamp(min=1) - 1
-        stretch = (1 + scaling.factor * excess) ** (self.head_dim / (self.head_dim - 2))
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=lengths.device) / self.head_dim
-        return (self.theta * stretch)[:, None] ** -exponents
+        dim = self.rotary_dim
+        stretch = (1 + scaling.factor * excess) ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=lengths.device) / dim
+        frequencies = (self.theta * stretch)[:, None] ** -exponents
+        return F.pad(frequencies, (0, len(self.frequencies) - dim // 2))
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
@@ -71,7 +102,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def scaled_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Return radians per position of each rotated pair: (head_dim / 2,), fp32; dynamic scaling stretches them later."""
+    """Return radians per position of each rotated pair: (head_dim / 2,), fp32; dynamic scaling stretches them later.
+
+    head_dim: the dimensions that are rotated; LongRoPE's are those of short texts.
+    """
     # On the CPU, also where the model is built on the meta device.
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     if isinstance(scaling, LinearScaling):
@@ -84,8 +118,9 @@ def scaled_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
         low, high = _yarn_range(head_dim, theta, scaling)
         ramp = (torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - low) / (high - low)
         frequencies = _blend(frequencies, frequencies / scaling.factor, 1 - ramp)
-    elif isinstance(scaling, FactorScaling):
-        frequencies = frequencies / torch.tensor(scaling.factors, dtype=torch.float64, device="cpu")
+    elif isinstance(scaling, FactorScaling | LongRopeScaling):
+        factors = scaling.factors if isinstance(scaling, FactorScaling) else scaling.short_factors
+        frequencies = frequencies / torch.tensor(factors, dtype=torch.float64, device="cpu")
     return frequencies.float()
 
 

@@ -26,7 +26,7 @@ SPLIT = (
 
 
 @functools.cache
-def _base() -> dict[str, Any]:
+def base_model() -> dict[str, Any]:
     """Vocabulary and merges of a small byte-level BPE."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _pre_tokenizer()
@@ -49,9 +49,9 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 def tokenizer_pair(template: str | dict[str, str] | None, specials: list[str]) -> Pair:
     """Our tokenizer, through GGUF metadata, and transformers', with the same tokens and template."""
-    texts = sorted(_base()["vocab"], key=_base()["vocab"].__getitem__)
-    merges = [tuple(merge) for merge in _base()["merges"]]
-    theirs = tokenizers.Tokenizer(models.BPE(vocab=dict(_base()["vocab"]), merges=merges))
+    texts = sorted(base_model()["vocab"], key=base_model()["vocab"].__getitem__)
+    merges = [tuple(merge) for merge in base_model()["merges"]]
+    theirs = tokenizers.Tokenizer(models.BPE(vocab=dict(base_model()["vocab"]), merges=merges))
     theirs.pre_tokenizer = _pre_tokenizer()
     theirs.decoder = decoders.ByteLevel()
     theirs.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.names import DERIVED, UNNEEDED, NamingScheme, module_name
+from llama.checkpoint.families import Family
+from llama.checkpoint.names import DERIVED, UNNEEDED, NamingScheme, StoredT, module_name
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, QUANTIZE, BlockType
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
-
-StoredT = TypeVar("StoredT")
 
 # The dimension along which ranks, and Meta's shards, split a module's weight; others (norms) are whole everywhere.
 SHARD_DIM = {
@@ -185,6 +184,16 @@ class StoredCheckpoint(Checkpoint, Protocol):
     @property
     def model_name(self) -> str:
         """Return what the files call the model, empty where they do not say."""
+        ...
+
+    @property
+    def family(self) -> Family:
+        """Return what the model is one of, and how its files name and order what they hold."""
+        ...
+
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """Return by module what is multiplied as weights are read, where the model's multipliers are folded."""
         ...
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -16,19 +17,30 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
-from llama.checkpoint.gguf_config import FIELD_KEYS, ignored_keys, read_metadata
+from llama.checkpoint.families import Multipliers, folded
+from llama.checkpoint.gguf_config import (
+    ALL_ROPE_FACTORS,
+    FIELD_KEYS,
+    family_of,
+    ignored_keys,
+    read_metadata,
+    read_multipliers,
+    under_llamas_keys,
+    with_own_keys,
+)
 from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import MappedMemory
-from llama.checkpoint.names import NamingScheme, meta_name, module_name
-from llama.config import with_keys_of_file
+from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed
+from llama.checkpoint.tensors import FUSED, GATE_IN_UP, part_of_pairs, unfused
+from llama.config import ModelArgs, with_keys_of_file
 from llama.files import GGUF_SPLIT, cannot_map
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
-ROPE_FACTORS = "rope_freqs.weight"
+TABLE, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 # Values decoded or encoded at once by a thread, whose temporaries stay in its cache: see D10.
 CONVERTED_AT_ONCE = 1 << 18
@@ -42,6 +54,12 @@ class _StoredTensor:
     shape: tuple[int, ...]
     type: BlockType
 
+    def __getitem__(self, rows: slice) -> _StoredTensor:
+        n_rows = len(range(*rows.indices(self.shape[0])))
+        size = len(self.raw) // self.shape[0]
+        raw = self.raw.reshape(self.shape[0], size)[rows].reshape(-1)
+        return _StoredTensor(raw, (n_rows, *self.shape[1:]), self.type)
+
     @property
     def dtype(self) -> torch.dtype | None:
         """Return the dtype, or None where the values are quantized."""
@@ -49,7 +67,10 @@ class _StoredTensor:
 
 
 class GGUFCheckpoint:
-    """Read GGUF files of architecture "llama". They are mapped; a tensor's blocks are decoded when it is read."""
+    """Read GGUF files of Llama's families. They are mapped; a tensor's blocks are decoded when it is read.
+
+    Rows of Q and K are put into Meta's order where the architecture has another.
+    """
 
     naming: NamingScheme = "gguf"
     pads_vocab = False
@@ -71,26 +92,47 @@ class GGUFCheckpoint:
                 tensors[name] = tensor
         if self._metadata.get("general.type") == "adapter":
             raise ValueError(f"{path} is an adapter: give its base model as --ckpt_dir, and this file as --lora")
-        factors = tensors.pop(ROPE_FACTORS, None)
-        ignored = ignored_keys(self._metadata)
-        if ignored:
-            log.warning("%s has keys that are ignored: %s", path, ", ".join(ignored))
-        self._mapped = MappedMemory()
-        self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in needed(path, tensors).items()}
+        rope_factors = {name: tensors.pop(name) for name in ALL_ROPE_FACTORS & tensors.keys()}
         try:
-            self.args = read_metadata(
+            self.family = family_of(self._metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        self._metadata = under_llamas_keys(self._metadata, self.family)
+        ignored = ignored_keys(self._metadata, self.family)
+        if ignored:
+            log.warning("%s has keys that are ignored: %s", path, with_own_keys(", ".join(ignored), self.family))
+        self._mapped = MappedMemory()
+        try:
+            args = read_metadata(
                 self._metadata,
-                tied="output.weight" not in self._tensors,
-                rope_factors=None if factors is None else tuple(decode_rows(factors, 0, factors.shape[0]).tolist()),
+                self.family,
+                tied="output.weight" not in tensors,
+                rope_factors={
+                    name: tuple(decode_rows(each, 0, each.shape[0]).tolist()) for name, each in rope_factors.items()
+                },
             )
+            multipliers = read_multipliers(self._metadata, self.family, args)
+            self.args, self.factors = folded(args, multipliers)
         except ValueError as error:
             keys = {field: key for field, key in FIELD_KEYS.items() if key in self._metadata}
-            raise ValueError(f"{path}: {with_keys_of_file(error, keys)}") from None
+            raise ValueError(f"{path}: {with_own_keys(with_keys_of_file(error, keys), self.family)}") from None
+        fused = FUSED["gguf"] | (GATE_IN_UP if self.family.gguf_gate_in_up else {})
+        if "blk.0.ffn_gate.weight" in tensors:
+            fused = FUSED["gguf"]
+        parts = unfused(path, renamed(needed(path, tensors), self.family.gguf_names), fused, args, "gguf")
+        self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in parts}
+        if args.tied_embeddings and "tok_embeddings" in self.factors and self.block_type(TABLE) is not None:
+            self._untie(args, multipliers)
         self._find_biases()
         dtypes = {tensor.dtype for tensor in self._tensors.values() if len(tensor.shape) > 1}
         self.is_quantized = None in dtypes
         self.dtype = (dtypes.pop() if len(dtypes) == 1 else None) or torch.bfloat16
         self.context_len = positive_int(self._metadata.get("llama.context_length"))
+
+    def _untie(self, args: ModelArgs, multipliers: Multipliers) -> None:
+        """Have blocks stay the output that they are, where the same table is scaled and becomes floats."""
+        self._tensors[OUTPUT] = self._tensors[TABLE]
+        self.args, self.factors = folded(dataclasses.replace(args, tied_embeddings=False), multipliers)
 
     def _find_biases(self) -> None:
         """Set the architecture's biases by the tensors; those of a module that has none in any layer are zeros."""
@@ -119,24 +161,30 @@ class GGUFCheckpoint:
         return self._tensors[name].shape
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        tensor = self._tensors[name]
+        tensor, factor = self._tensors[name], self.factors.get(module_name(name))
         stop = tensor.shape[dim] if stop is None else stop
+        if self._is_reordered(name):
+            decode = functools.partial(decode_rows, tensor)
+            return part_of_pairs(decode, tensor.shape[0], self.args, dim, start, stop)
         if dim == 0:
-            return decode_rows(tensor, start, stop)
-        return decode_rows(tensor, 0, tensor.shape[0]).narrow(dim, start, stop - start)
+            part = decode_rows(tensor, start, stop)
+        else:
+            part = decode_rows(tensor, 0, tensor.shape[0]).narrow(dim, start, stop - start)
+        return part if factor is None else part.float() * factor
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         dtype = self._tensors[name].dtype
-        if dtype is None:
+        if dtype is None or module_name(name) in self.factors:
             return torch.float32, "copy"
-        return dtype, "strided" if dim else "zero_copy"
+        return dtype, "copy" if self._is_reordered(name) else "strided" if dim else "zero_copy"
 
     def stored_as(self, name: str) -> str:
         tensor = self._tensors[name]
         return tensor.type.name if tensor.dtype is None else dtype_name(tensor.dtype)
 
     def block_type(self, name: str) -> BlockType | None:
-        return BLOCK_TYPES.get(self._tensors[name].type.name)
+        is_scaled = module_name(name) in self.factors
+        return None if is_scaled else BLOCK_TYPES.get(self._tensors[name].type.name)
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         tensor = self._tensors[name]
@@ -144,9 +192,15 @@ class GGUFCheckpoint:
         rows = torch.from_numpy(tensor.raw).view(tensor.shape[0], -1)
         stop = tensor.shape[dim] if stop is None else stop
         if dim == 0:
-            return rows[start:stop]
+            if not self._is_reordered(name):
+                return rows[start:stop]
+            return part_of_pairs(lambda first, last: rows[first:last], len(rows), self.args, 0, start, stop)
+        assert not self._is_reordered(name)  # ranks cut these along heads
         assert start % elements == stop % elements == 0, (name, start, stop)
         return rows[:, start // elements * size : stop // elements * size]
+
+    def _is_reordered(self, name: str) -> bool:
+        return self.family.gguf_rows == "halves" and module_name(name) in ROTATED
 
     def release(self, name: str) -> None:
         self._mapped.release(torch.from_numpy(self._tensors[name].raw))

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from llama.config import FactorScaling, LinearScaling, ModelArgs, RopeScaling, YarnScaling
+from llama.checkpoint.families import GGUF_FAMILIES, REFUSED, Family, Multipliers
+from llama.config import (
+    FactorScaling,
+    LinearScaling,
+    LongRopeScaling,
+    ModelArgs,
+    RopeScaling,
+    YarnScaling,
+    check_number,
+)
 from llama.tokenizer.gguf_tokens import KNOWN_TOKENIZER_KEYS, TOKENIZER_KEY
 
 # Fields of ModelArgs and the keys that say them: integers that must be there, and those that may.
@@ -21,6 +32,10 @@ OTHER_FIELD_KEYS = {
     "rope_theta": "llama.rope.freq_base",
     "sliding_window": "llama.attention.sliding_window",
 }
+ROTARY_DIM = "llama.rope.dimension_count"
+# Tensors of wavelength factors, one for each rotated pair: of every text, or of short ones and of long ones.
+ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+ALL_ROPE_FACTORS = {ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS}
 FIELD_KEYS = REQUIRED_GGUF_KEYS | OPTIONAL_GGUF_KEYS | OTHER_FIELD_KEYS
 # What else is read under the model's own keys, and what says nothing about the computation.
 OTHER_GGUF_KEYS = {
@@ -32,24 +47,57 @@ OTHER_GGUF_KEYS = {
 }  # fmt: skip
 
 
-def ignored_keys(metadata: Mapping[str, Any]) -> list[str]:
+# Keys of multipliers, of families that have some: by the fields of Multipliers.
+SCALE_KEYS = {
+    "embedding": "llama.embedding_scale",
+    "residual": "llama.residual_scale",
+    "scores": "llama.attention.scale",
+    "logits": "llama.logit_scale",
+}
+
+
+def family_of(metadata: Mapping[str, Any]) -> Family:
+    """Return the row of the table that a file is of; raise ValueError that says why where there is none."""
+    architecture = _get(metadata, "general.architecture", str)
+    if architecture in GGUF_FAMILIES:
+        return GGUF_FAMILIES[architecture]
+    reason = f", as it {REFUSED[architecture]}" if architecture in REFUSED else ""
+    raise ValueError(f"architecture {architecture!r} is not supported{reason}; {', '.join(GGUF_FAMILIES)} are")
+
+
+def under_llamas_keys(metadata: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """Return metadata with the family's own keys, such as qwen2.block_count, called as an architecture "llama" does."""
+    if not family.gguf:
+        return metadata
+    own = f"{family.gguf}."
+    others = {key: value for key, value in metadata.items() if not key.startswith((own, "llama."))}
+    return others | {f"llama.{key.removeprefix(own)}": value for key, value in metadata.items() if key.startswith(own)}
+
+
+def with_own_keys(message: str, family: Family) -> str:
+    """Return a message about keys of an architecture "llama" with those that a file of the family has."""
+    return re.sub(r"(?<![\w.])llama\.(?=\w)", f"{family.gguf}.", message) if family.gguf else message
+
+
+def ignored_keys(metadata: Mapping[str, Any], family: Family) -> list[str]:
     """Return the keys of the model and of its tokenizer that nothing here reads, though they might mean something."""
     known = {*FIELD_KEYS.values(), *OTHER_GGUF_KEYS, *KNOWN_TOKENIZER_KEYS}
+    known |= set(SCALE_KEYS.values()) if family.is_scaled else set()
     own = (key for key in metadata if key.startswith(("llama.", TOKENIZER_KEY)))
     return sorted(key for key in own if key not in known)
 
 
-def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tuple[float, ...] | None) -> ModelArgs:
-    """Return the ModelArgs of an architecture "llama".
+def read_metadata(
+    metadata: Mapping[str, Any], family: Family, *, tied: bool, rope_factors: Mapping[str, tuple[float, ...]]
+) -> ModelArgs:
+    """Return the ModelArgs of a file, whose metadata is under llama's keys.
 
-    tied: whether the file has no output projection. rope_factors: its tensor rope_freqs, if it has one.
+    tied: whether the file has no output projection. rope_factors: its tensors of such, by the names of ROPE_FACTORS.
     Raise ValueError that names the key that is missing, wrong or not supported.
     """
-    architecture = _get(metadata, "general.architecture", str)
-    if architecture != "llama":
-        raise ValueError(f"architecture {architecture!r} is not supported, only 'llama'")
     if metadata.get("llama.expert_count", 0):
         raise ValueError("a mixture of experts is not supported, only dense LLaMA models are")
+    has_window = not family.gguf or family.window == "all"
     tokens = metadata.get("tokenizer.ggml.tokens")
     args = ModelArgs(
         **{field: _get(metadata, key, int) for field, key in REQUIRED_GGUF_KEYS.items()},
@@ -58,17 +106,42 @@ def read_metadata(metadata: Mapping[str, Any], *, tied: bool, rope_factors: tupl
         norm_eps=_get(metadata, FIELD_KEYS["norm_eps"], float),
         rope_theta=metadata.get(FIELD_KEYS["rope_theta"], 10000.0),
         rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
+        rotary_dim=metadata.get(ROTARY_DIM) if family.is_partly_rotated else None,
         tied_embeddings=tied,
-        sliding_window=metadata.get(FIELD_KEYS["sliding_window"]) or None,
+        sliding_window=(metadata.get(FIELD_KEYS["sliding_window"]) or None) if has_window else None,
     )
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+    for key in ("llama.attention.value_length", *(() if family.is_partly_rotated else (ROTARY_DIM,))):
         if metadata.get(key, args.head_dim) != args.head_dim:
             raise ValueError(f"{key} {metadata[key]!r} differs from the {args.head_dim} dimensions of a head")
     return args
 
 
-def _gguf_rope_scaling(metadata: Mapping[str, Any], factors: tuple[float, ...] | None) -> RopeScaling | None:
-    kind = metadata.get("llama.rope.scaling.type")
+def read_multipliers(metadata: Mapping[str, Any], family: Family, args: ModelArgs) -> Multipliers:
+    """Return what a family of Granite's kind multiplies by; raise ValueError where a file leaves out what counts."""
+    if not family.is_scaled:
+        return Multipliers()
+    values = {field: metadata.get(key) for field, key in SCALE_KEYS.items()}
+    for field in ("embedding", "residual", "logits"):
+        _get(metadata, SCALE_KEYS[field], float)
+    scores = values.pop("scores")
+    given = {field: float(value) for field, value in values.items()}  # type: ignore[arg-type]
+    if scores:  # as llama.cpp reads 0
+        check_number(SCALE_KEYS["scores"], scores)
+        given["scores"] = scores * math.sqrt(args.head_dim)
+    return Multipliers(**given)
+
+
+def _gguf_rope_scaling(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[float, ...]]) -> RopeScaling | None:
+    kind, factors = metadata.get("llama.rope.scaling.type"), tensors.get(ROPE_FACTORS)
+    if LONG_FACTORS in tensors and kind in (None, "none", "longrope"):
+        if SHORT_FACTORS not in tensors:
+            raise ValueError(f"{LONG_FACTORS} is there without {SHORT_FACTORS}")
+        return LongRopeScaling(
+            tensors[SHORT_FACTORS],
+            tensors[LONG_FACTORS],
+            metadata.get("llama.rope.scaling.original_context_length") or _get(metadata, "llama.context_length", int),
+            metadata.get("llama.rope.scaling.attn_factor", 1.0),
+        )
     if kind is None:  # before GGUF had the type, the linear factor had a key of its own
         factor = metadata.get("llama.rope.scale_linear", 1.0)
     else:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, REFUSED, Family, Multipliers, supported
+from llama.checkpoint.hf_rope import read_rope_scaling, required, rope_parameters, true_or_false
 from llama.config import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
     ModelArgs,
-    RopeScaling,
-    YarnScaling,
     check_int,
     check_number,
     read_json_object,
@@ -24,9 +22,7 @@ from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 
 log = logging.getLogger("llama")
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq: see D22
-MISTRAL_WINDOW = 4096  # transformers' default, where config.json has no sliding_window
 
 # Fields of ModelArgs and the keys of config.json that say them: those that must be there, and those that may.
 REQUIRED_CONFIG_KEYS = {
@@ -38,6 +34,18 @@ REQUIRED_CONFIG_KEYS = {
 }
 OPTIONAL_CONFIG_KEYS = {"n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 CONFIG_FLAGS = {"tied_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Granite's multipliers, and the other keys that some families have.
+GRANITE_KEYS = {
+    "embedding": "embedding_multiplier",
+    "residual": "residual_multiplier",
+    "scores": "attention_multiplier",
+    "logits": "logits_scaling",
+}
+FAMILY_CONFIG_KEYS = {
+    *GRANITE_KEYS.values(), "scale_emb", "scale_depth", "dim_model_base", "num_experts", "sparse_config",
+    "attention_out_bias", "use_sliding_window", "layer_types",
+}  # fmt: skip
 
 USED_CONFIG_KEYS = {
     *REQUIRED_CONFIG_KEYS.values(), *OPTIONAL_CONFIG_KEYS.values(), *CONFIG_FLAGS.values(), "architectures",
@@ -55,47 +63,149 @@ HARMLESS_CONFIG_KEYS = {
 }  # fmt: skip
 
 
-def read_config(path: Path) -> tuple[ModelArgs, frozenset[int]]:
-    """Return the architecture, and the ids that end a generation, of a config.json.
+@dataclass(frozen=True)
+class Config:
+    """What a config.json says: the architecture before multipliers are folded, and the ids that end a generation."""
+
+    args: ModelArgs
+    stop_tokens: frozenset[int]
+    family: Family
+    biased: frozenset[str]  # modules that have a bias
+    multipliers: Multipliers
+
+
+def read_config(path: Path) -> Config:
+    """Read a config.json.
 
     Raise ValueError that names what is not supported, before any weight is looked at. Ignore keys that are not known,
     as transformers does, and log them: see D17.
     """
     config = read_json_object(path)
-    found = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
-    known = isinstance(found, list) and bool(found) and isinstance(found[0], str) and found[0] in ARCHITECTURES
-    described = ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
-    if not known and not _is_plain_llama(config):
-        raise ValueError(f"{path} describes {described}: only {' and '.join(ARCHITECTURES)} are supported")
-    implied = "mistral" if "MistralForCausalLM" in found else "llama"
-    model_type = config.get("model_type") or implied
-    if model_type not in ("llama", "mistral"):
-        raise ValueError(f"{path} has model_type {model_type!r}: only 'llama' and 'mistral' are supported")
-    if model_type != implied:
-        log.warning("%s: model_type %r is used, not architectures %s", path, model_type, described)
+    family = _family(path, config)
     _check_method(path, config)
-    for key, expected in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0)):
-        if config.get(key) not in (None, expected):
-            raise ValueError(f"{path} has {key} {config[key]!r}: only {expected!r} is supported")
-    unknown = sorted(config.keys() - USED_CONFIG_KEYS - HARMLESS_CONFIG_KEYS)
+    own_keys = family.keys
+    known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | set(own_keys.values())
+    unknown = sorted(config.keys() - known - (set() if family is FAMILIES["llama"] else FAMILY_CONFIG_KEYS))
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
+    config = {**family.defaults, **config, **{key: config[own] for key, own in own_keys.items() if own in config}}
+    rotated = 1.0 if family.is_partly_rotated else config.get("partial_rotary_factor")
+    for key, value, expected in (
+        ("hidden_act", config.get("hidden_act"), "silu"),
+        ("partial_rotary_factor", rotated, 1.0),
+    ):
+        if value not in (None, expected):
+            raise ValueError(f"{path} has {own_keys.get(key, key)} {value!r}: only {expected!r} is supported")
     try:
-        rope = _rope_parameters(path, config)
+        for key in ("num_experts", "sparse_config"):
+            if family is FAMILIES["minicpm"] and config.get(key):
+                raise ValueError(f"{key} {config[key]!r} is not supported: only dense models with full attention are")
+        rope = rope_parameters(path, config, family)
+        biases = {name: key is True or true_or_false(config, str(key)) for name, key in family.biases.items()}
+        biased = frozenset(name for name, has in biases.items() if has)
         args = ModelArgs(
-            **{field: _required(config, key) for field, key in REQUIRED_CONFIG_KEYS.items()},
+            **{field: required(config, key) for field, key in REQUIRED_CONFIG_KEYS.items()},
             **{field: config.get(key) for field, key in OPTIONAL_CONFIG_KEYS.items()},  # type: ignore[arg-type]
-            **{field: _true_or_false(config, key) for field, key in CONFIG_FLAGS.items()},
+            tied_embeddings=true_or_false(config, "tie_word_embeddings"),
+            attention_bias=not biased.isdisjoint(ATTENTION),
+            mlp_bias=not biased.isdisjoint(FEED_FORWARD),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta", 10000.0),
-            rope_scaling=_read_rope_scaling(rope, config),
-            # Llama's own code has no window, whatever the key says.
-            sliding_window=config.get("sliding_window", MISTRAL_WINDOW) if model_type == "mistral" else None,
+            rope_scaling=read_rope_scaling(rope, config),
+            sliding_window=_window(config, family),
+            rotary_dim=_rotary_dim(config, rope),
         )
-        return args, token_ids(config.get("eos_token_id"))
+        return Config(args, token_ids(config.get("eos_token_id")), family, biased, _multipliers(config, family, args))
     except ValueError as error:
         keys = {**REQUIRED_CONFIG_KEYS, **OPTIONAL_CONFIG_KEYS, "norm_eps": "rms_norm_eps"}
+        keys |= {**{field: own_keys[key] for field, key in keys.items() if key in own_keys}, **own_keys}
         raise ValueError(f"{path}: {with_keys_of_file(error, keys)}") from None
+
+
+def _family(path: Path, config: Mapping[str, Any]) -> Family:
+    """Return the row of the table that a config.json is of; raise ValueError that says why where there is none."""
+    found, model_type = config.get("architectures") or [], config.get("model_type")
+    first = found[0] if isinstance(found, list) and found else None
+    described = ", ".join(map(str, found)) if isinstance(found, list) and found else repr(found or model_type)
+    implied = next((name for name, row in FAMILIES.items() if first in row.architectures), None)
+    if model_type is None:
+        model_type = implied
+    reason = REFUSED.get(model_type) if isinstance(model_type, str) else None
+    if reason is not None:
+        raise ValueError(f"{path} describes {described}, which {reason}: it is not supported, as {supported()} are")
+    if (found and implied is None) or not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{path} describes {described} of model_type {model_type!r}: only {supported()} are supported")
+    family = FAMILIES[model_type]
+    if found and first not in family.architectures:
+        log.warning("%s: model_type %r is used, not architectures %s", path, model_type, described)
+    return family
+
+
+def _rotary_dim(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int | None:
+    """Return how many dimensions of a head are rotated; None for all."""
+    part = rope["partial_rotary_factor"]
+    check_number("partial_rotary_factor", part)
+    if part == 1.0:
+        return None
+    dim, n_heads = (required(config, key) for key in ("hidden_size", "num_attention_heads"))
+    check_int("hidden_size", dim)
+    check_int("num_attention_heads", n_heads)
+    head_dim = config.get("head_dim") or dim // n_heads
+    check_int("head_dim", head_dim)
+    return int(head_dim * part)
+
+
+def _window(config: Mapping[str, Any], family: Family) -> int | None:
+    """Return the sliding window of all layers, where there is one.
+
+    Llama's own code has no window, whatever the key says. Raise ValueError where some layers have one and others none,
+    unless no text that the model was trained for is longer.
+    """
+    window = config.get("sliding_window")
+    if family.window == "none" or window is None:
+        return None
+    n_layers = required(config, "num_hidden_layers")
+    check_int("num_hidden_layers", n_layers)
+    kinds = config.get("layer_types")
+    if family.window == "if used":
+        if not true_or_false(config, "use_sliding_window"):
+            return None
+        full = config.get("max_window_layers", 28)  # the first layers
+        check_number("max_window_layers", full + 1 if type(full) is int else full)
+        has_window = [i >= full for i in range(n_layers)]
+    else:
+        has_window = [family.window != "three of four" or i % 4 != 0 for i in range(n_layers)]
+    if kinds is not None and family.window != "all":
+        if not isinstance(kinds, list) or len(kinds) != n_layers or not LAYER_TYPES.issuperset(map(str, kinds)):
+            raise ValueError(f"layer_types must be a list of {n_layers}, each of {sorted(LAYER_TYPES)}, got {kinds!r}")
+        has_window = [kind == "sliding_attention" for kind in kinds]
+    if not any(has_window):
+        return None
+    if not all(has_window):
+        context_len = config.get("max_position_embeddings")
+        check_int("max_position_embeddings", context_len)
+        check_int("sliding_window", window)
+        if window < context_len:
+            raise ValueError(
+                f"sliding_window {window} in {sum(has_window)} of {n_layers} layers is not supported: "
+                "only a window in all layers, or in none, is"
+            )
+        return None
+    return window
+
+
+def _multipliers(config: Mapping[str, Any], family: Family, args: ModelArgs) -> Multipliers:
+    if family is FAMILIES["granite"]:
+        given = {field: config.get(key, 1.0) for field, key in GRANITE_KEYS.items()}
+        for field, value in given.items():
+            check_number(GRANITE_KEYS[field], value)
+        return Multipliers(**given | {"scores": given["scores"] * math.sqrt(args.head_dim)})
+    if family is FAMILIES["minicpm"]:
+        table, depth, base = (required(config, key) for key in ("scale_emb", "scale_depth", "dim_model_base"))
+        for key, value in (("scale_emb", table), ("scale_depth", depth), ("dim_model_base", base)):
+            check_number(key, value)
+        return Multipliers(embedding=table, residual=depth / math.sqrt(args.n_layers), logits=args.dim / base)
+    return Multipliers()
 
 
 def read_block_types(path: Path) -> dict[str, BlockType]:
@@ -130,92 +240,3 @@ def token_ids(value: Any) -> frozenset[int]:
     if any(type(token) is not int for token in ids):
         raise ValueError(f"eos_token_id must be a token id or a list of them, got {value!r}")
     return frozenset(ids)
-
-
-def _is_plain_llama(config: Mapping[str, Any]) -> bool:
-    """Recognize old conversions, which leave `architectures` out or name it LLaMAForCausalLM."""
-    return config.get("model_type") == "llama" and config.get("architectures") in (None, [], ["LLaMAForCausalLM"])
-
-
-def _required(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        raise ValueError(f"{key} is missing")
-    return config[key]
-
-
-def _true_or_false(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    value = config.get(key, default)
-    if type(value) is not bool:
-        raise ValueError(f"{key} must be true or false, got {value!r}")
-    return value
-
-
-def _rope_parameters(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the RoPE settings of either spelling as one dictionary, with every key that may stand beside them.
-
-    Where a file says two things, decide as transformers does, and log it: rope_scaling goes before rope_parameters,
-    whose rope_theta is then ignored as well; a rope_theta beside them counts where they have none, an original context
-    beside them in any case.
-    """
-    given = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
-    if not all(isinstance(settings, dict) for settings in given):
-        raise ValueError(f"rope_scaling and rope_parameters must be objects, got {given}")
-    spellings = [settings for settings in given if settings] or [{}]
-    if spellings[0].get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor {spellings[0]['partial_rotary_factor']!r} is not supported")
-    used, *others = [_filled_in(settings, config) for settings in spellings]
-    beside = [(config.get(key), spellings[0].get(key)) for key in ("rope_theta", "original_max_position_embeddings")]
-    if any(other != used for other in others) or any(a != b and None not in (a, b) for a, b in beside):
-        log.warning("%s says two things about RoPE: %s is used", path, used)
-    return used
-
-
-def _filled_in(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RoPE settings under the newer keys, with what they leave to keys beside them."""
-    old_context_len = "original_max_position_embeddings"
-    thetas = [theta for theta in (settings.get("rope_theta"), config.get("rope_theta")) if theta is not None]
-    return {key: value for key, value in settings.items() if key != "type"} | {
-        "rope_type": settings.get("rope_type") or settings.get("type") or "default",
-        "rope_theta": thetas[0] if thetas else 10000.0,
-        old_context_len: config.get(old_context_len) or settings.get(old_context_len),
-    }
-
-
-def _read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope["rope_type"]
-    context_len = config.get("max_position_embeddings", 2048)
-    old_context_len = rope["original_max_position_embeddings"] or context_len
-    if kind == "default":
-        return None
-    check_int("max_position_embeddings", context_len)
-    check_int("original_max_position_embeddings", old_context_len)
-    if kind == "linear":
-        return LinearScaling(_required(rope, "factor"))
-    if kind == "dynamic":
-        return DynamicScaling(_required(rope, "factor"), context_len)
-    if kind == "llama3":
-        factors = {key: _required(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
-        return Llama3Scaling(**factors, old_context_len=old_context_len)
-    if kind == "yarn":
-        factor = rope.get("factor") or context_len / old_context_len
-        return YarnScaling(
-            factor,
-            old_context_len,
-            beta_fast=rope.get("beta_fast") or 32.0,
-            beta_slow=rope.get("beta_slow") or 1.0,
-            attention_factor=_yarn_attention_factor(rope, factor),
-            truncate=_true_or_false(rope, "truncate", True),
-        )
-    raise ValueError(f"RoPE scaling {kind!r} is not supported: only linear, dynamic, llama3 and yarn are")
-
-
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
-    """Return attention_factor as given, else by mscale and mscale_all_dim where both are set, else None."""
-    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    if rope.get("attention_factor") is not None or not (mscale and all_dim):
-        return rope.get("attention_factor")
-    for name, value in (("factor", factor), ("mscale", mscale), ("mscale_all_dim", all_dim)):
-        check_number(name, value)
-    if factor <= 1:
-        return 1.0
-    return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)

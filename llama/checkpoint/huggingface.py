@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
+from llama.checkpoint.families import folded
 from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
-from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, stored_name
+from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed, stored_name
+from llama.checkpoint.tensors import FUSED, missing_biases, part_of_pairs, unfused
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
 from llama.tokenizer import Tokenizer
@@ -40,7 +42,8 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.args, stop_tokens = read_config(folder / "config.json")
+        config = read_config(folder / "config.json")
+        self.args, stop_tokens, self.family = config.args, config.stop_tokens, config.family
         generation = folder / "generation_config.json"
         if generation.is_file():
             # Its end tokens, and nothing else: sampling is the caller's choice.
@@ -51,15 +54,21 @@ class HuggingFaceCheckpoint:
         block_types = check_blocks(folder, tensors)
         self.is_quantized = bool(block_types)
         self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
-        self._tensors = {meta_name(name, "hf"): tensor for name, tensor in tensors.items()}
+        tensors = renamed(tensors, self.family.hf_names)
+        parts = unfused(folder, tensors, FUSED["hf"], self.args, "hf")
+        self._tensors = {meta_name(name, "hf"): tensor for name, tensor in parts}
+        for name, shape in missing_biases(folder, self.args, config.biased, self._tensors).items():
+            self._tensors[name] = torch.zeros(shape)
         for name, tensor in self._tensors.items():
             if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
                 raise ValueError(
                     f"{folder}: {stored_name(name, 'hf')} has dtype {tensor.dtype}, only "
                     f"{', '.join(WEIGHT_DTYPES)} work"
                 )
+        self.factors: Mapping[str, float] = {}
         if self.args.tied_embeddings:
             self._tie()
+        self.args, self.factors = folded(self.args, config.multipliers)
         no_dtype = self.is_quantized or not self._tensors
         self.dtype = torch.bfloat16 if no_dtype else next(iter(self._tensors.values())).dtype
 
@@ -80,9 +89,10 @@ class HuggingFaceCheckpoint:
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.shape(name)[dim] if stop is None else stop
-        block_type = self.block_type(name)
+        block_type, factor = self.block_type(name), self.factors.get(module_name(name))
         if block_type is None:
-            return self._slice(name, dim, start, stop)
+            part = self._slice(name, dim, start, stop)
+            return part if factor is None else part.float() * factor
         if dim == 0:
             return dequantize(self.read_blocks(name, 0, start, stop), block_type)
         # Whole blocks around the columns.
@@ -93,7 +103,9 @@ class HuggingFaceCheckpoint:
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         if self.block_type(name) is not None:
             return torch.float32, "copy"
-        return self._tensors[name].dtype, "copy" if module_name(name) in ROTATED else "strided" if dim else "zero_copy"
+        if module_name(name) in self.factors:
+            return torch.float32, "copy"
+        return self._tensors[name].dtype, "copy" if self._is_reordered(name) else "strided" if dim else "zero_copy"
 
     def stored_as(self, name: str) -> str:
         block_type = self.block_type(name)
@@ -145,27 +157,15 @@ class HuggingFaceCheckpoint:
         self.release(b)
         return is_same
 
+    def _is_reordered(self, name: str) -> bool:
+        return self.family.hf_rows == "halves" and module_name(name) in ROTATED
+
     def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Return rows or columns of a tensor as it is stored, but with rows in Meta's order."""
         tensor = self._tensors[name]
-        if module_name(name) not in ROTATED:
+        if not self._is_reordered(name):
             return tensor.narrow(dim, start, stop - start)
-        if dim != 0:
-            return pair_neighbours(tensor.narrow(dim, start, stop - start), self.args.head_dim)
-        # The order changes within heads, so the heads around the rows are read.
-        first = start - start % self.args.head_dim
-        last = min(-(-stop // self.args.head_dim) * self.args.head_dim, tensor.shape[0])
-        return pair_neighbours(tensor[first:last], self.args.head_dim).narrow(0, start - first, stop - start)
-
-
-def pair_neighbours(rows: Tensor, head_dim: int) -> Tensor:
-    """Put rows of whole heads from Hugging Face's order, whose RoPE rotates halves, into Meta's, with neighbours."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-
-
-def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return part_of_pairs(lambda first, last: tensor[first:last], tensor.shape[0], self.args, dim, start, stop)
 
 
 def check_blocks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, BlockType]:

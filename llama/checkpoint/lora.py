@@ -72,6 +72,7 @@ class AdaptedCheckpoint:
         self.path, self.naming, self.dtype = base.path, base.naming, base.dtype
         self.context_len, self.stop_tokens, self.pads_vocab = base.context_len, base.stop_tokens, base.pads_vocab
         self.tokenizer_metadata, self.model_name = base.tokenizer_metadata, base.model_name
+        self.family, self.factors = base.family, base.factors
         self.is_quantized = base.is_quantized
         unties = base.args.tied_embeddings and not {TABLE, OUTPUT}.isdisjoint((*self._pairs, *self._replaced))
         self.args = replace(base.args, tied_embeddings=False) if unties else base.args

@@ -19,11 +19,11 @@ from torch import Tensor
 from llama.checkpoint.base import StoredCheckpoint, some_of
 from llama.checkpoint.gguf import decode_rows, map_tensors
 from llama.checkpoint.gguf_header import is_gguf, read_header
-from llama.checkpoint.huggingface import pair_neighbours
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.lora import OUTPUT, TABLE, AdaptedCheckpoint, Adapter, LowRankPair
 from llama.checkpoint.mapped_file import Layouts, map_folder
 from llama.checkpoint.names import ROTATED, meta_name, module_name
+from llama.checkpoint.tensors import FUSED, pair_neighbours, parts_of_fused
 from llama.config import ModelArgs, read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,12 +40,6 @@ UNSUPPORTED = (
 )
 # Ways to begin a training that leave the base model as it was; others (pissa, olora, loftq) change its weights, too.
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-# Modules that some models have in one piece, and the modules of ours whose rows follow each other there.
-FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
 
 # A tensor of PEFT's: which of the two it is of which module, or all of a tensor (`modules_to_save`, biases).
 PEFT_NAME = re.compile(
@@ -115,7 +109,7 @@ def _read_peft(folder: Path, scale: float, checkpoint: StoredCheckpoint) -> Adap
             whole = meta_name(f"{module}.{found['whole']}", "hf")
             fits.check(whole, module, tuple(tensor.shape), is_whole=True)
             if not (found["base"] and found["whole"] == "weight"):  # a table that PEFT saves as it was
-                replaced[whole] = _in_metas_order(whole, tensor, checkpoint.args)
+                replaced[whole] = _in_metas_order(whole, tensor, checkpoint)
             continue
         is_embedding = "embedding" in part  # whose A is of tokens, as its weight is A's transposed by B's
         kind = "a" if part.endswith("B" if is_embedding else "A") else "b"
@@ -134,7 +128,7 @@ def _read_peft(folder: Path, scale: float, checkpoint: StoredCheckpoint) -> Adap
         for target, rows in _unfused(module, b, checkpoint.args):
             name = meta_name(f"{target}.weight", "hf")
             fits.check(name, target, (len(rows), a.shape[1]))
-            pairs[name] = LowRankPair(a, _in_metas_order(name, rows, checkpoint.args), factor)
+            pairs[name] = LowRankPair(a, _in_metas_order(name, rows, checkpoint), factor)
     fits.changes_something(pairs or replaced)
     is_other = Path(str(base)).name not in (checkpoint.path.name, Path(checkpoint.model_name).name)
     return Adapter(folder, scale, pairs, replaced, str(base) if base and is_other else "")
@@ -230,6 +224,11 @@ class _Fit:
                 f"{self.checkpoint.path} lacks"
             )
         source = TABLE if name == OUTPUT and self.checkpoint.args.tied_embeddings else name
+        if module_name(source) in self.checkpoint.factors:
+            raise ValueError(
+                f"lora {self.path} changes {said}, which is scaled as {self.checkpoint.path} is loaded: this is not "
+                f"supported: {MERGE}"
+            )
         # What the checkpoint itself lacks is told elsewhere.
         own = self.checkpoint.shape(source) if source in self.checkpoint.names() else shape
         if shape == own:
@@ -251,20 +250,19 @@ class _Fit:
 
 def _unfused(module: str, b: Tensor, args: ModelArgs) -> Iterator[tuple[str, Tensor]]:
     """Yield the modules of ours that a module of PEFT's stands for, with their rows of B."""
-    for fused, parts in FUSED.items():
-        prefix = module.removesuffix(fused)
-        if prefix == module:
-            continue
-        shapes = global_shapes(dataclasses.replace(args, vocab_size=1))
-        sizes = [shapes.get(meta_name(f"{prefix}{part}.weight", "hf"), (0,))[0] for part in parts]
-        if sum(sizes) == len(b):
-            yield from zip((f"{prefix}{part}" for part in parts), b.split(sizes), strict=True)
-            return
-    yield module, b
+    parts = parts_of_fused(module, FUSED["hf"], args, "hf")
+    sizes = [rows for _, rows in parts]
+    if parts and sum(sizes) == len(b):
+        yield from zip((name for name, _ in parts), b.split(sizes), strict=True)
+    else:
+        yield module, b
 
 
-def _in_metas_order(name: str, rows: Tensor, args: ModelArgs) -> Tensor:
-    return pair_neighbours(rows, args.head_dim) if module_name(name) in ROTATED else rows
+def _in_metas_order(name: str, rows: Tensor, checkpoint: StoredCheckpoint) -> Tensor:
+    """Return what an adapter of PEFT's has for a tensor's rows in Meta's order."""
+    args = checkpoint.args
+    is_reordered = checkpoint.family.hf_rows == "halves" and module_name(name) in ROTATED
+    return pair_neighbours(rows, args.head_dim, args.rotary_dim) if is_reordered else rows
 
 
 def _of_pattern(pattern: object, module: str, default: Any) -> Any:

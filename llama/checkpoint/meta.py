@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed
+from llama.checkpoint.families import FAMILIES
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.names import NamingScheme, module_name
 from llama.checkpoint.torch_pickle import map_pickle
@@ -28,6 +29,8 @@ class MetaCheckpoint:
     """Read a folder of Meta shards, or Mistral's. Files are mapped; pickles that would run code are refused."""
 
     naming: NamingScheme = "meta"
+    family = FAMILIES["llama"]
+    factors: Mapping[str, float] = {}
     pads_vocab = False
     is_quantized = False
     model_name = ""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
+StoredT = TypeVar("StoredT")
 NamingScheme = Literal["meta", "hf", "gguf"]
 
 # Modules by Meta's name, Hugging Face's and GGUF's; those of a layer follow its prefix and number.
@@ -61,6 +62,16 @@ def stored_name(name: str, scheme: NamingScheme) -> str:
     A name that the table lacks, or that `meta_name` has quoted, stays.
     """
     return _translate(name, META_LAYERS, LAYER_PREFIXES[scheme], _FROM_META[scheme]) or name
+
+
+def renamed(tensors: Mapping[str, StoredT], parts: Mapping[str, str]) -> dict[str, StoredT]:
+    """Return tensors with parts of their names replaced, one after the other."""
+    new = {}
+    for name, tensor in tensors.items():
+        for part, other in parts.items():
+            name = name.replace(part, other)
+        new[name] = tensor
+    return new
 
 
 def module_name(name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama.backends.base import backend_of
 from llama.cache import ForwardBatch, KVCache
-from llama.config import DynamicScaling
+from llama.config import LengthScaling
 from llama.engine.logit_changes import ChangesOfSteps, LogitChanges, WaitForChanges
 from llama.engine.sequence import Chunk
 from llama.engine.step_data import SampledTokens, StepOutput, StepParams
@@ -100,7 +100,7 @@ class EagerRunner:
         self._batch: ForwardBatch | None = None
         self._newest: list[list[int]] = []
         self._params: list[SamplingParams] = []
-        self._is_dynamic = isinstance(model.args.rope_scaling, DynamicScaling)
+        self._is_dynamic = isinstance(model.args.rope_scaling, LengthScaling)
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
         self._is_controlled = not self._is_draft and any(chunk.sequence.controls is not None for chunk in chunks)

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import replace
 
 from llama.cache import PAGE_SIZE, KVCache, pages_for
-from llama.config import DynamicScaling, ModelArgs
+from llama.config import LengthScaling, ModelArgs
 from llama.engine.metrics import Metrics
 from llama.engine.page_pool import Match, PagePool
 from llama.engine.sequence import Chunk, Sequence
@@ -33,8 +33,8 @@ class Scheduler:
         self.metrics = metrics
         self.max_rows, self.most_pages = args.max_batch_size, pages_for(args.max_seq_len)
         scaling = args.rope_scaling
-        # Beyond its context, dynamic scaling rotates keys by the length of their text: others cannot use them.
-        self._longest_shared = scaling.old_context_len if isinstance(scaling, DynamicScaling) else args.max_seq_len
+        # Beyond its context, such scaling rotates keys by the length of their text: others cannot use them.
+        self._longest_shared = scaling.old_context_len if isinstance(scaling, LengthScaling) else args.max_seq_len
         self.most_kept = KEPT_TEXTS * min(self.most_pages, pages_for(USUAL_TEXT))
         self.pool, self.caches = PagePool(0, 0), list[KVCache]()
         self.requests: dict[int, Sequence] = {}  # those that wait or run, by id

@@ -24,6 +24,7 @@ from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenize
 from tests.gguf_files import write_gguf_model
 from tests.hugging_face import hugging_face_model
 from tests.models import build, one_pass, random_tokens
+from tests.parity.test_relatives import made as relative
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +82,33 @@ def own_random_numbers() -> Any:
 @torch.no_grad()
 def logits_of(model: PeftModel) -> Tensor:
     return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("name", ["qwen2", "granite", "phi3", "phi4 mini", "ernie4_5", "helium"])
+def test_adapters_of_other_families_change_logits_as_pefts_do(tmp_path: Path, name: str) -> None:
+    """Of rows in the family's order, of fused tensors, and beside multipliers."""
+    theirs = relative(name, vocab_size=BYTE_VOCAB_SIZE)
+    theirs.save_pretrained(tmp_path / "base")
+    write_byte_tokenizer(tmp_path / "base")
+    modules = ["qkv_proj", "gate_up_proj", "o_proj"] if name.startswith("phi") else ALL
+    config = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", r=3, lora_alpha=8, target_modules=modules)
+    adapted = get_peft_model(theirs, config).eval()
+    torch.manual_seed(0)
+    for parameter in (each for each in adapted.parameters() if each.requires_grad):
+        parameter.data = 0.6 * torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = own_logits(tmp_path / "base", str(tmp_path / "adapter"))
+    torch.testing.assert_close(found, logits_of(adapted), rtol=1e-5, atol=1e-4)
+
+
+def test_an_adapter_of_a_table_that_is_scaled_is_refused(tmp_path: Path) -> None:
+    theirs = relative("granite", vocab_size=BYTE_VOCAB_SIZE)
+    theirs.save_pretrained(tmp_path / "base")
+    write_byte_tokenizer(tmp_path / "base")
+    adapted = get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"embed_tokens, which is scaled as .* is loaded: this is not supported"):
+        own_logits(tmp_path / "base", str(tmp_path / "adapter"))
 
 
 def write(folder: Path, args: ModelArgs, form: str) -> tuple[Path, dict[str, Tensor]]:

@@ -64,7 +64,8 @@ def test_every_rank_gets_its_slice(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"general__architecture": "qwen2"}, "architecture 'qwen2' is not supported, only 'llama'"),
+        ({"general__architecture": "qwen3"}, "architecture 'qwen3' is not supported, as it norms queries and keys"),
+        ({"general__architecture": "qwen2"}, r"qwen2\.embedding_length must be of type int, found nothing"),
         ({"general__architecture": "gemma"}, "architecture 'gemma'"),
         ({"llama__expert_count": 8}, "mixture of experts"),
         ({"llama__rope__scaling__type": "longrope"}, "scaling.type 'longrope' is not supported, only linear and yarn"),

@@ -69,13 +69,15 @@ def set_to(**values: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (set_to(architectures=["Qwen2ForCausalLM"], model_type="qwen2"), "Qwen2ForCausalLM: only LlamaForCausalLM"),
+        (set_to(architectures=["Qwen3ForCausalLM"], model_type="qwen3"), "Qwen3ForCausalLM, which norms queries"),
+        (set_to(architectures=["OtherForCausalLM"], model_type="other"), "of model_type 'other': only llama, mistral"),
         (set_to(architectures=["MllamaForConditionalGeneration"], model_type="mllama"), "MllamaForConditional"),
         (set_to(architectures=["Llama4ForConditionalGeneration"], model_type="llama4"), "Llama4ForConditional"),
         (set_to(quantization_config={"quant_method": "gptq", "bits": 4}), "'gptq' quantized weights"),
         (set_to(hidden_act="gelu"), "hidden_act 'gelu'"),
         (set_to(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
-        (set_to(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "RoPE scaling 'longrope'"),
+        (set_to(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "short_factor is missing"),
+        (set_to(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}), "RoPE scaling 'proportional'"),
         (set_to(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "factor is missing"),
         (set_to(rope_parameters=[1]), "rope_parameters must be objects"),
         (set_to(rope_parameters=[]), "rope_parameters must be objects"),

@@ -160,7 +160,8 @@ def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> 
     source = tokenizer_source(checkpoint)
     plan = ExportPlan(checkpoint, lambda: checkpoint, checkpoint.args, source, torch.float16, 512)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(plan)))
-    found, stops = read_config(tmp_path / "config.json")
+    config = read_config(tmp_path / "config.json")
+    found, stops = config.args, config.stop_tokens
     for field in dataclasses.fields(ModelArgs):
         if field.name not in ("multiple_of", "ffn_dim_multiplier", "use_scaled_rope"):
             assert getattr(found, field.name) == getattr(checkpoint.args, field.name), field.name

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Progress
 from llama.checkpoint.export.plan import ExportPlan
-from llama.checkpoint.gguf import ROPE_FACTORS, convert_rows
-from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS
+from llama.checkpoint.gguf import convert_rows
+from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS, ROPE_FACTORS
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import stored_name
 from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
@@ -141,6 +141,11 @@ def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
         "llama.rope.dimension_count": args.head_dim,
         "llama.rope.freq_base": float(args.rope_theta),
     }
+    if args.rotary_dim is not None or args.score_factor != 1.0:
+        raise ValueError(
+            f"GGUF's Llama cannot express rotary_dim {args.rotary_dim} and score_factor "
+            f"{args.score_factor}: use --format hf"
+        )
     if args.sliding_window is not None:
         metadata["llama.attention.sliding_window"] = args.sliding_window
     scaling = args.rope_scaling

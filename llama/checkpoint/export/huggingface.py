@@ -6,6 +6,7 @@ With --quantize weights are blocks, bytes (rows, row_bytes) under their usual na
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,36 @@ from llama.checkpoint.context import recognised
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
-from llama.checkpoint.hf_config import BLOCKS_METHOD, CONFIG_FLAGS, OPTIONAL_CONFIG_KEYS, REQUIRED_CONFIG_KEYS
-from llama.checkpoint.huggingface import pair_halves
+from llama.checkpoint.families import FAMILIES
+from llama.checkpoint.hf_config import (
+    BLOCKS_METHOD,
+    CONFIG_FLAGS,
+    GRANITE_KEYS,
+    OPTIONAL_CONFIG_KEYS,
+    REQUIRED_CONFIG_KEYS,
+)
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, module_name, stored_name
-from llama.config import DynamicScaling, FactorScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from llama.checkpoint.tensors import pair_halves
+from llama.config import (
+    DynamicScaling,
+    FactorScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnScaling,
+)
 from llama.quantization.gguf_blocks import BlockType, quantize
 
 MAX_FILE_BYTES = 5_000_000_000
-ROPE_TYPES = {LinearScaling: "linear", DynamicScaling: "dynamic", Llama3Scaling: "llama3", YarnScaling: "yarn"}
+ROPE_TYPES = {
+    LinearScaling: "linear",
+    DynamicScaling: "dynamic",
+    Llama3Scaling: "llama3",
+    YarnScaling: "yarn",
+    LongRopeScaling: "longrope",
+}
 
 
 class HuggingFaceWriter:
@@ -113,11 +135,16 @@ def hf_config(plan: ExportPlan) -> dict[str, Any]:
     RoPE settings are spelled in the older way, which every version of transformers reads.
     """
     args, tokenizer = plan.args, plan.tokenizer.tokenizer
-    windowed = args.sliding_window is not None
+    windowed, is_scaled = args.sliding_window is not None, args.score_factor != 1.0
+    family = "granite" if is_scaled else "mistral" if windowed else "llama"
+    if args.rotary_dim is not None:
+        raise ValueError(
+            f"Hugging Face's Llama rotates all {args.head_dim} dimensions of a head, and not {args.rotary_dim} of them"
+        )
     fields = REQUIRED_CONFIG_KEYS | OPTIONAL_CONFIG_KEYS | CONFIG_FLAGS
     config: dict[str, Any] = {
-        "architectures": ["MistralForCausalLM" if windowed else "LlamaForCausalLM"],
-        "model_type": "mistral" if windowed else "llama",
+        "architectures": [FAMILIES[family].architectures[0]],
+        "model_type": family,
         **{key: getattr(args, field) for field, key in fields.items()},
         "max_position_embeddings": plan.context_len,
         "rms_norm_eps": args.norm_eps,
@@ -128,9 +155,15 @@ def hf_config(plan: ExportPlan) -> dict[str, Any]:
         "use_cache": True,
     }
     if windowed:
-        if args.attention_bias or args.mlp_bias:
-            raise ValueError("Hugging Face's Mistral has no biases, its Llama no sliding window: nothing has both")
+        if args.attention_bias or args.mlp_bias or is_scaled:
+            raise ValueError(
+                "Hugging Face's Mistral has no biases and no scaled scores, its Llama and Granite no sliding window: "
+                "nothing has both"
+            )
         config["sliding_window"] = args.sliding_window
+    if is_scaled:
+        config |= dict.fromkeys(GRANITE_KEYS.values(), 1.0)
+        config[GRANITE_KEYS["scores"]] = args.score_factor / math.sqrt(args.head_dim)
     scaling = recognised(args)
     if scaling is not None:
         config["rope_scaling"] = _rope_settings(scaling)
@@ -149,6 +182,9 @@ def _rope_settings(scaling: RopeScaling) -> dict[str, Any]:
     if isinstance(scaling, FactorScaling):
         raise ValueError("RoPE factors for each pair that follow no rule cannot be written to config.json")
     fields = {name: value for name, value in dataclasses.asdict(scaling).items() if value is not None}
+    if isinstance(scaling, LongRopeScaling):
+        fields["short_factor"], fields["long_factor"] = fields.pop("short_factors"), fields.pop("long_factors")
+        fields["attention_factor"] = fields.pop("magnitude")
     old_context_len = fields.pop("old_context_len", None)
     if old_context_len is not None and not isinstance(scaling, DynamicScaling):
         fields["original_max_position_embeddings"] = old_context_len

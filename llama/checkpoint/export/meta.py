@@ -97,6 +97,11 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(args, name):
             raise ValueError(f"Meta's format cannot express {name} {getattr(args, name)}: use --format hf")
+    if args.rotary_dim is not None or args.score_factor != 1.0:
+        raise ValueError(
+            f"Meta's format cannot express rotary_dim {args.rotary_dim} and score_factor "
+            f"{args.score_factor}: use --format hf"
+        )
     multiplier, multiple_of = _ffn_rule(args)
     params: dict[str, Any] = {name: getattr(args, name) for name in PARAMS} | {"multiple_of": multiple_of}
     if multiplier is not None:

@@ -1,0 +1,234 @@
+"""Families of models that are a Llama inside: a row of a table says what each calls otherwise, and folds.
+
+Knows nothing of files. Readers take the differences away, so that `llama.model` has one computation for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from llama.config import ModelArgs, check_number
+
+# Which dimensions of a head RoPE rotates as a pair: neighbours, as in Meta's code, or one of each half.
+RowOrder = Literal["neighbours", "halves"]
+
+ATTENTION = ("wq", "wk", "wv", "wo")
+FEED_FORWARD = ("w1", "w2", "w3")
+BIASED = {"attention": ATTENTION, "feed_forward": FEED_FORWARD}
+
+# A bias of each module: True where it always has one, or the key of config.json that says it.
+Biases = Mapping[str, str | bool]
+LLAMA_BIASES: Biases = dict.fromkeys(ATTENTION, "attention_bias") | dict.fromkeys(FEED_FORWARD, "mlp_bias")
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Scalars that a family multiplies by, where Llama does not; `folded` puts them elsewhere."""
+
+    embedding: float = 1.0  # of the rows of the table
+    residual: float = 1.0  # of what attention and feed-forward add
+    scores: float = 1.0  # of attention's scores, beside 1 / sqrt(head_dim)
+    logits: float = 1.0  # divides them
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the files of a family call otherwise than Llama's do.
+
+    keys: keys of config.json by Llama's name for them; defaults: what their absence means, where Llama means another.
+    hf_names, gguf_names: parts of tensors' names in files of that format, and Llama's for them, replaced in turn.
+    """
+
+    architectures: tuple[str, ...]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    biases: Biases = field(default_factory=lambda: LLAMA_BIASES)
+    # Where sliding_window counts: nowhere, in all layers, in those that layer_types lists or, without that key, in all,
+    # in three of four, or in those from max_window_layers on if use_sliding_window says so.
+    window: Literal["none", "all", "listed", "three of four", "if used"] = "none"
+    is_partly_rotated: bool = False  # whether partial_rotary_factor counts
+    is_scaled: bool = False  # whether it has Multipliers
+    hf_rows: RowOrder = "halves"
+    hf_names: Mapping[str, str] = field(default_factory=dict)
+    gguf: str = ""  # the architecture in GGUF, where it is not llama's
+    gguf_rows: RowOrder = "neighbours"
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
+    gguf_gate_in_up: bool = False  # whether ffn_up holds the gate's rows before its own
+
+
+# Every key that a config.json of these always has needs no default here.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(("LlamaForCausalLM", "LLaMAForCausalLM")),
+    "mistral": Family(("MistralForCausalLM",), defaults={"sliding_window": 4096}, window="all"),
+    "ministral": Family(("MinistralForCausalLM",), defaults={"sliding_window": 4096}, biases={}, window="listed"),
+    "ministral3": Family(("Ministral3ForCausalLM",), biases={}, window="all"),
+    "qwen2": Family(
+        ("Qwen2ForCausalLM",),
+        defaults={"sliding_window": 4096},
+        biases=dict.fromkeys(("wq", "wk", "wv"), True),
+        window="if used",
+        gguf="qwen2",
+        gguf_rows="halves",
+    ),
+    "seed_oss": Family(
+        ("SeedOssForCausalLM",),
+        defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8},
+        biases={**LLAMA_BIASES, "wo": "attention_out_bias"},
+        gguf="seed_oss",
+        gguf_rows="halves",
+        gguf_names={".post_attention_norm.": ".ffn_norm."},
+    ),
+    "granite": Family(("GraniteForCausalLM",), is_scaled=True, gguf="granite"),
+    "minicpm": Family(
+        ("MiniCPMForCausalLM",),
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        is_scaled=True,
+        gguf="minicpm",
+    ),
+    "phi3": Family(
+        ("Phi3ForCausalLM",),
+        defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        biases={},
+        window="all",
+        is_partly_rotated=True,
+        gguf="phi3",
+        gguf_rows="halves",
+        gguf_gate_in_up=True,
+    ),
+    "internlm3": Family(
+        ("InternLM3ForCausalLM", "LlamaForCausalLM"),
+        keys={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 2, "max_position_embeddings": 32768},
+        biases={**LLAMA_BIASES, "wo": "mlp_bias"},
+    ),
+    "ernie4_5": Family(
+        ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"),
+        keys={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+            "rope_theta": 500000.0,
+        },
+        hf_rows="neighbours",
+        gguf="ernie4_5",
+    ),
+    "helium": Family(
+        ("HeliumForCausalLM",),
+        defaults={"rms_norm_eps": 1e-8, "head_dim": 128, "num_key_value_heads": 20, "rope_theta": 100000.0},
+        biases={**dict.fromkeys(("wq", "wk", "wv"), "attention_bias"), **dict.fromkeys(FEED_FORWARD, "mlp_bias")},
+        hf_rows="neighbours",
+    ),
+    "cwm": Family(
+        ("CwmForCausalLM",),
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8, "sliding_window": 8192},
+        biases=dict.fromkeys(FEED_FORWARD, "mlp_bias"),
+        window="three of four",
+    ),
+    "exaone": Family(
+        ("ExaoneForCausalLM",),
+        keys={
+            "num_hidden_layers": "num_layers",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "hidden_act": "activation_function",
+        },
+        defaults={"rms_norm_eps": 1e-5},
+        biases={},
+        hf_names={
+            "transformer.h.": "model.layers.",
+            "transformer.wte.": "model.embed_tokens.",
+            "transformer.ln_f.": "model.norm.",
+            ".attn.attention.out_proj.": ".self_attn.o_proj.",
+            ".attn.attention.": ".self_attn.",
+            ".mlp.c_fc_0.": ".mlp.gate_proj.",
+            ".mlp.c_fc_1.": ".mlp.up_proj.",
+            ".mlp.c_proj.": ".mlp.down_proj.",
+            ".ln_1.": ".input_layernorm.",
+            ".ln_2.": ".post_attention_layernorm.",
+        },
+        gguf="exaone",
+        gguf_rows="halves",
+    ),
+    "iquestcoder": Family(
+        ("IQuestCoderForCausalLM", "LlamaForCausalLM"),
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8},
+    ),
+    "telechat3": Family(("TeleChat3ForCausalLM", "Telechat3ForCausalLM")),
+}
+GGUF_FAMILIES = {"llama": FAMILIES["llama"]} | {row.gguf: row for row in FAMILIES.values() if row.gguf}
+
+_NORMS = "norms queries and keys"
+_EXPERTS = "is a mixture of experts"
+_SIGHT = "sees pictures: only text models are supported"
+# What others compute that is not Llama's computation, by the model_type of config.json, GGUF's name or both.
+REFUSED = {
+    "qwen3": _NORMS,
+    "olmo2": f"{_NORMS}, and the outputs of layers in place of their inputs",
+    "olmo3": f"{_NORMS}, and the outputs of layers in place of their inputs",
+    "exaone4": f"{_NORMS}, and rotates in some layers alone",
+    "hunyuan_v1_dense": _NORMS,
+    "hunyuan-dense": _NORMS,
+    "apertus": f"{_NORMS}, and has another activation (xIELU)",
+    "smollm3": "does not rotate in every fourth layer",
+    "arcee": "has another feed-forward (squared ReLU, no gate)",
+    "nemotron": "has another feed-forward (squared ReLU, no gate) and layer norms",
+    "olmo": "has layer norms without weights",
+    "phi": "has layer norms, and attention beside the feed-forward",
+    "phi2": "has layer norms, and attention beside the feed-forward",
+    "stablelm": "has layer norms",
+    "starcoder2": "has layer norms",
+    "gemma": "has another activation (GELU), and norms of another kind",
+    "gemma2": "has another activation (GELU), norms of outputs and capped scores",
+    "gemma3_text": f"{_NORMS}, and has another activation (GELU)",
+    "gemma3": f"{_NORMS}, and has another activation (GELU)",
+    "cohere": "has layer norms, and attention beside the feed-forward",
+    "cohere2": "has layer norms, and attention beside the feed-forward",
+    "command-r": "has layer norms, and attention beside the feed-forward",
+    "minicpm3": "has latent attention",
+    "deepseek_v2": f"has latent attention, and {_EXPERTS}",
+    "deepseek_v3": f"has latent attention, and {_EXPERTS}",
+    "deepseek2": f"has latent attention, and {_EXPERTS}",
+    **dict.fromkeys(
+        (
+            "mixtral", "llama4", "llama4_text", "qwen2_moe", "qwen2moe", "qwen3_moe", "qwen3moe", "granitemoe",
+            "granitemoeshared", "granitemoehybrid", "phimoe", "olmoe", "ernie4_5_moe", "ernie4_5-moe", "exaone_moe",
+            "gpt_oss", "gpt-oss", "minimax",
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(("mllama", "llava", "qwen2_vl", "qwen2vl", "qwen2_5_vl", "idefics3"), _SIGHT),
+    "mistral3": "scales queries by their position, or sees pictures",
+}  # fmt: skip
+
+
+_MOST_MULTIPLIER = 1e6  # and its inverse the least: far from any model's, and squares of it are numbers still
+
+
+def supported() -> str:
+    """Return the names of all families, for a message."""
+    return ", ".join(FAMILIES)
+
+
+def folded(args: ModelArgs, multipliers: Multipliers) -> tuple[ModelArgs, dict[str, float]]:
+    """Return an architecture without multipliers that computes the same, and by module what its weights are scaled by.
+
+    Norms do not see the scale of what they are given, but for their epsilon. So the sum that layers add to is held
+    divided by the residual multiplier, and what they add needs none. The table of tokens is scaled, and the last norm
+    by what divides the logits; where the table is the output, too, by what the table was scaled by. Matrices of layers
+    stay as they are. Scores are scaled where queries and keys are rotated.
+    """
+    for name in ("embedding", "residual", "scores", "logits"):
+        value = getattr(multipliers, name)
+        check_number(f"the multiplier of {name}", value)
+        if not 1 / _MOST_MULTIPLIER <= value <= _MOST_MULTIPLIER:
+            raise ValueError(f"the multiplier of {name} must be from 1e-6 to 1e6, got {value!r}")
+    table = multipliers.embedding / multipliers.residual
+    norm = 1 / multipliers.logits / (table if args.tied_embeddings else 1.0)
+    factors = {name: factor for name, factor in (("tok_embeddings", table), ("norm", norm)) if factor != 1.0}
+    # GGUF has it in fp32.
+    scores = 1.0 if math.isclose(multipliers.scores, 1.0, rel_tol=1e-6) else multipliers.scores
+    return replace(args, norm_eps=args.norm_eps / multipliers.residual**2, score_factor=scores), factors

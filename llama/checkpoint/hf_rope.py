@@ -1,0 +1,133 @@
+"""Read RoPE settings from a Hugging Face `config.json`, in the older and the newer spelling."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama.checkpoint.families import Family
+from llama.config import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnScaling,
+    check_int,
+    check_number,
+)
+
+log = logging.getLogger("llama")
+
+
+def required(config: Mapping[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise ValueError(f"{key} is missing")
+    return config[key]
+
+
+def true_or_false(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    value = config.get(key, default)
+    if type(value) is not bool:
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
+def rope_parameters(path: Path, config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the RoPE settings of either spelling as one dictionary, with every key that may stand beside them.
+
+    Where a file says two things, decide as transformers does, and log it: rope_scaling goes before rope_parameters,
+    whose rope_theta is then ignored as well; a rope_theta beside them counts where they have none, an original context
+    beside them in any case.
+    """
+    given = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
+    if not all(isinstance(settings, dict) for settings in given):
+        raise ValueError(f"rope_scaling and rope_parameters must be objects, got {given}")
+    spellings = [settings for settings in given if settings] or [{}]
+    if spellings[0].get("partial_rotary_factor", 1.0) != 1.0 and not family.is_partly_rotated:
+        raise ValueError(f"partial_rotary_factor {spellings[0]['partial_rotary_factor']!r} is not supported")
+    used, *others = [_filled_in(settings, config) for settings in spellings]
+    beside = [(config.get(key), spellings[0].get(key)) for key in ("rope_theta", "original_max_position_embeddings")]
+    if any(other != used for other in others) or any(a != b and None not in (a, b) for a, b in beside):
+        log.warning("%s says two things about RoPE: %s is used", path, used)
+    if family.is_partly_rotated and used["rope_type"] in ("su", "yarn"):  # as Phi-3 once called it
+        used["rope_type"] = "longrope"
+    if used.get("llama_4_scaling_beta"):
+        raise ValueError(
+            f"llama_4_scaling_beta {used['llama_4_scaling_beta']!r}, which scales queries by their position beyond "
+            f"{used['original_max_position_embeddings']!r} tokens, is not supported"
+        )
+    return used
+
+
+def _filled_in(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RoPE settings under the newer keys, with what they leave to keys beside them."""
+    old_context_len = "original_max_position_embeddings"
+    thetas = [theta for theta in (settings.get("rope_theta"), config.get("rope_theta")) if theta is not None]
+    return {key: value for key, value in settings.items() if key != "type"} | {
+        "rope_type": settings.get("rope_type") or settings.get("type") or "default",
+        "rope_theta": thetas[0] if thetas else 10000.0,
+        old_context_len: config.get(old_context_len) or settings.get(old_context_len),
+        "partial_rotary_factor": settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0,
+    }
+
+
+def read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope["rope_type"]
+    context_len = config.get("max_position_embeddings", 2048)
+    old_context_len = rope["original_max_position_embeddings"] or context_len
+    if kind == "default":
+        return None
+    check_int("max_position_embeddings", context_len)
+    check_int("original_max_position_embeddings", old_context_len)
+    if kind == "linear":
+        return LinearScaling(required(rope, "factor"))
+    if kind == "dynamic":
+        return DynamicScaling(required(rope, "factor"), context_len)
+    if kind == "llama3":
+        factors = {key: required(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        return Llama3Scaling(**factors, old_context_len=old_context_len)
+    if kind == "yarn":
+        factor = rope.get("factor") or context_len / old_context_len
+        return YarnScaling(
+            factor,
+            old_context_len,
+            beta_fast=rope.get("beta_fast") or 32.0,
+            beta_slow=rope.get("beta_slow") or 1.0,
+            attention_factor=_yarn_attention_factor(rope, factor),
+            truncate=true_or_false(rope, "truncate", True),
+        )
+    if kind == "longrope":
+        factor = rope.get("factor") or context_len / old_context_len
+        check_number("factor", factor)
+        magnitude = rope.get("attention_factor")
+        if magnitude is None:
+            magnitude = (
+                math.sqrt(1 + math.log(factor) / math.log(old_context_len)) if min(factor, old_context_len) > 1 else 1.0
+            )
+        return LongRopeScaling(
+            _factors(rope, "short_factor"), _factors(rope, "long_factor"), old_context_len, magnitude
+        )
+    raise ValueError(f"RoPE scaling {kind!r} is not supported: only linear, dynamic, llama3, yarn and longrope are")
+
+
+def _factors(rope: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    value = required(rope, key)
+    if not isinstance(value, list):
+        raise ValueError(f"{key} must be a list of numbers, got {value!r}")
+    return tuple(value)
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | None:
+    """Return attention_factor as given, else by mscale and mscale_all_dim where both are set, else None."""
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if rope.get("attention_factor") is not None or not (mscale and all_dim):
+        return rope.get("attention_factor")
+    for name, value in (("factor", factor), ("mscale", mscale), ("mscale_all_dim", all_dim)):
+        check_number(name, value)
+    if factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1) / (0.1 * all_dim * math.log(factor) + 1)
