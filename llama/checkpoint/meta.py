@@ -30,6 +30,7 @@ class MetaCheckpoint:
     naming: NamingScheme = "meta"
     pads_vocab = False
     is_quantized = False
+    rounding = 0.0
     model_name = ""
     context_len = None
     tokenizer_metadata = None

@@ -1,0 +1,244 @@
+"""Quantized releases: what GPTQ, AWQ, compressed-tensors, FP8 and bitsandbytes store is what is read and held."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize as ggml_dequantize
+from torch import Tensor
+
+from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint.base import StoredCheckpoint
+from llama.checkpoint.load import WeightFormat, global_shapes
+from llama.config import ModelArgs
+from llama.distributed.groups import ModelParallel
+from llama.model import Transformer
+from llama.quantization.gguf_blocks import dequantize
+from llama.quantization.weights import BlockWeight
+from tests.checkpoints import BYTE_VOCAB_SIZE
+from tests.models import build, one_pass
+from tests.quantized_releases import (
+    Writer,
+    awq,
+    bitsandbytes,
+    compressed,
+    fp4,
+    fp8,
+    gptq,
+    int8,
+    llm_int8,
+    packed,
+    write_release,
+)
+from tests.unit.test_hugging_face_damage import edit, set_to
+
+# Six heads for two and three ranks; rows of three blocks (96), and of six (192).
+ARGS = ModelArgs(
+    dim=96, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=16, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=192, norm_eps=1e-5
+)
+LINEARS = [name for name in global_shapes(ARGS) if "attention.w" in name or "feed_forward.w" in name]
+QUERY, KEY, DOWN = (
+    f"layers.0.{name}.weight" for name in ("attention.wq", "attention.wk", "feed_forward.w2")
+)  # fmt: skip
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+FP8 = {"quant_method": "fp8"}
+
+# The writer, the configuration, the block type that linears become (None: floats), and the most that blocks are off by.
+FORMS: dict[str, tuple[Writer, dict[str, Any], str | None, float]] = {
+    "gptq": (gptq(), GPTQ, "Q4_0", 0),
+    "gptq v2": (gptq(version=2), GPTQ | {"checkpoint_format": "gptq_v2"}, "Q4_0", 0),
+    "gptq groups of 96": (gptq(group=96), GPTQ | {"group_size": 96}, "Q4_0", 0),
+    "gptq rows": (gptq(group=-1), GPTQ | {"group_size": -1}, "Q4_0", 0),
+    "gptq bf16 scales": (gptq(dtype=torch.bfloat16), GPTQ, "Q4_0", 0),
+    "gptq fp32 scales": (gptq(dtype=torch.float32), GPTQ, "Q4_0", 5e-4),
+    "gptq asymmetric": (gptq(sym=False), GPTQ | {"sym": False}, "Q4_1", 2.6e-4),
+    "gptq v2 asymmetric": (
+        gptq(sym=False, version=2), GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}, "Q4_1", 2.6e-4,
+    ),
+    "gptq act-order": (gptq(act=True), GPTQ | {"desc_act": True}, None, 0),
+    "gptq act-order asymmetric": (gptq(act=True, sym=False), GPTQ | {"desc_act": True, "sym": False}, None, 0),
+    "gptq groups of 16": (gptq(group=16), GPTQ | {"group_size": 16}, None, 0),
+    "gptq groups that do not divide": (gptq(group=64), GPTQ | {"group_size": 64}, "Q4_0", 0),
+    "gptq 8 bits": (gptq(bits=8), GPTQ | {"bits": 8}, "Q8_0", 0),
+    "gptq 8 bits asymmetric": (gptq(bits=8, sym=False), GPTQ | {"bits": 8, "sym": False}, None, 0),
+    "awq": (awq(), AWQ, "Q4_1", 2.6e-4),
+    "awq groups of 96": (awq(96), AWQ | {"group_size": 96}, "Q4_1", 2.6e-4),
+    "int4": (packed(), compressed("pack-quantized", group_size=32), "Q4_0", 0),
+    "int4 rows": (packed(group=-1), compressed("pack-quantized", strategy="channel"), "Q4_0", 0),
+    "int4 asymmetric": (packed(sym=False), compressed("pack-quantized", group_size=32), "Q4_1", 0),
+    "int4 act-order": (packed(act=True), compressed("pack-quantized", group_size=32), None, 0),
+    "int8 packed": (packed(bits=8), compressed("pack-quantized", 8, group_size=32), "Q8_0", 0),
+    "int8": (int8(), compressed("int-quantized", 8, strategy="channel"), "Q8_0", 0),
+    "int8 one scale": (int8(rows=False), compressed("int-quantized", 8, strategy="tensor"), "Q8_0", 0),
+    "int8 asymmetric": (int8(sym=False), compressed("int-quantized", 8, strategy="channel"), None, 0),
+    "fp8 compressed": (fp8((1, 0)), compressed("float-quantized", 8, strategy="channel"), None, 0),
+    "fp8 compressed tiles": (
+        fp8((64, 64)), compressed("float-quantized", 8, strategy="block", block_structure=[64, 64]), None, 0,
+    ),
+    "fp8 one scale": (fp8(None), FP8 | {"activation_scheme": "static"}, None, 0),
+    "fp8 tiles": (fp8((64, 128), "weight_scale_inv"), FP8 | {"weight_block_size": [64, 128]}, None, 0),
+    "fp8 rows": (fp8((1, 0)), {"quant_method": "fbgemm_fp8"}, None, 0),
+    "fp8 flat rows": (fp8((1, 0), flat=True), {"quant_method": "fbgemm_fp8"}, None, 0),
+    "nf4": (bitsandbytes(), BNB, None, 0),
+    "nf4 plain": (bitsandbytes(nested=False), BNB, None, 0),
+    "nf4 blocks beyond rows": (bitsandbytes(block=512), BNB, None, 0),
+    "fp4": (bitsandbytes("fp4", nested=False), BNB, None, 0),
+    "llm.int8": (llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "Q8_0", 5e-4),
+    "mxfp4": (fp4(), compressed("mxfp4-pack-quantized", group_size=32), "Q5_0", 0),
+    "nvfp4": (fp4(nvidia=True), compressed("nvfp4-pack-quantized", group_size=16), None, 0),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+    top = tmp_path_factory.mktemp("releases")
+    return {
+        name: (top / name.replace(" ", "-"), write_release(top / name.replace(" ", "-"), ARGS, writer, settings))
+        for name, (writer, settings, _, _) in FORMS.items()
+    }
+
+
+Written = dict[str, tuple[Path, dict[str, Tensor]]]
+
+
+def largest(values: Tensor) -> float:
+    return float(values.abs().max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_are_those_of_the_formula(written: Written, form: str) -> None:
+    """In fp32, within a rounding or two; rows of Q and K in Meta's order, and what is not quantized as it was."""
+    folder, expected = written[form]
+    checkpoint = open_checkpoint(folder)
+    assert set(checkpoint.names()) == set(expected)
+    for name, values in expected.items():
+        found = checkpoint.read(name)
+        assert checkpoint.shape(name) == tuple(values.shape) == tuple(found.shape)
+        if name in LINEARS:
+            assert found.dtype == torch.float32 and checkpoint.reads_as(name) == (torch.float32, "copy")
+        torch.testing.assert_close(found.double(), values, rtol=3e-7, atol=1e-7)
+    assert checkpoint.rounding == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_are_the_releases_codes(written: Written, form: str) -> None:
+    """Bit for bit where scales are fp16 and there is no zero point, as ggml's own decoder has it."""
+    folder, expected = written[form]
+    checkpoint, (_, _, type_name, most) = open_checkpoint(folder), FORMS[form]
+    assert checkpoint.is_quantized == (type_name is not None)
+    for name in LINEARS:
+        block_type = checkpoint.block_type(name)
+        assert (block_type and block_type.name) == type_name, name
+        if block_type is None:
+            continue
+        blocks = checkpoint.read_blocks(name)
+        decoded = ggml_dequantize(blocks.numpy(), GGMLQuantizationType[block_type.name]).astype(np.float64)
+        error = largest(torch.from_numpy(decoded) - expected[name])
+        if most == 0:
+            torch.testing.assert_close(torch.from_numpy(decoded), expected[name], rtol=3e-7, atol=0)
+        else:
+            assert 0 < error <= most * 2 * largest(expected[name])  # a group may use but half of its range
+    assert (checkpoint.rounding == 0) == (most == 0) and checkpoint.rounding <= most
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_slices_are_those_of_the_whole(written: Written, form: str) -> None:
+    """Ranks read rows, and columns that begin inside words and groups."""
+    checkpoint = open_checkpoint(written[form][0])
+    for name in (QUERY, KEY, DOWN):
+        whole, (rows, columns) = checkpoint.read(name), checkpoint.shape(name)
+        for start, stop in [(0, rows), (3, 17), (5, 5), (rows - 1, rows)]:
+            assert torch.equal(checkpoint.read(name, 0, start, stop), whole[start:stop])
+        for start, stop in [(0, columns), (7, 33), (32, 64), (31, 32), (columns - 1, columns)]:
+            assert torch.equal(checkpoint.read(name, 1, start, stop), whole[:, start:stop])
+        if (block_type := checkpoint.block_type(name)) is not None:
+            held = dequantize(checkpoint.read_blocks(name), block_type)
+            for dim, start, stop in [(0, 3, 17), (1, 32, 96), (1, 64, 64)]:
+                part = dequantize(checkpoint.read_blocks(name, dim, start, stop), block_type)
+                assert torch.equal(part, held.narrow(dim, start, stop - start))
+
+
+def held(checkpoint: StoredCheckpoint, size: int) -> list[dict[str, Any]]:
+    """What ranks hold of each matrix."""
+    weight_format = WeightFormat(torch.float32, None, BlockWeight, True)
+    ranks = []
+    for rank in range(size):
+        parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
+        with torch.device("meta"):
+            model = Transformer(checkpoint.args, parallel)
+        load_weights(model, checkpoint, torch.device("cpu"), weight_format)
+        ranks.append({name: model.get_submodule(name.removesuffix(".weight")).weight for name in LINEARS})
+    return ranks
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "form", ["gptq", "gptq act-order", "awq", "int4 asymmetric", "int8", "fp8 tiles", "nf4", "mxfp4"]
+)
+def test_ranks_hold_their_parts_in_the_same_blocks(written: Written, form: str, size: int) -> None:
+    checkpoint = open_checkpoint(written[form][0])
+    ranks = held(checkpoint, size)
+    for name in LINEARS:
+        if name.endswith(("wk.weight", "wv.weight")):
+            continue  # heads of which repeat
+        dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+        parts = [each[name] for each in ranks]
+        values = [part if isinstance(part, Tensor) else dequantize(part.blocks, part.block_type) for part in parts]
+        joined = torch.cat(values, dim).narrow(dim, 0, checkpoint.shape(name)[dim])
+        types = {None if isinstance(part, Tensor) else part.block_type for part in parts}
+        assert len(types) == 1
+        block_type = types.pop()
+        assert block_type == checkpoint.block_type(name) or (size > 1 and dim == 1 and block_type is None)
+        if block_type is None:
+            assert torch.equal(joined, checkpoint.read(name))
+        else:
+            assert torch.equal(joined, dequantize(checkpoint.read_blocks(name), block_type))
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "fp8 tiles"])
+def test_an_output_that_is_quantized_is_read_too(tmp_path: Path, form: str) -> None:
+    """`lm_head` may be among a release's matrices; where it is not, its own floats are read (as in all the others)."""
+    writer, settings, type_name, _ = FORMS[form]
+    expected = write_release(tmp_path, ARGS, writer, settings, lm_head=True)
+    checkpoint = open_checkpoint(tmp_path)
+    block_type = checkpoint.block_type("output.weight")
+    assert (block_type and block_type.name) == type_name
+    torch.testing.assert_close(
+        checkpoint.read("output.weight").double(), expected["output.weight"], rtol=3e-7, atol=1e-7
+    )
+
+
+def test_an_output_that_is_quantized_is_used_where_it_is_tied(tmp_path: Path) -> None:
+    """It differs from the table, so that it is no copy of it."""
+    expected = write_release(tmp_path, ARGS, gptq(), GPTQ, lm_head=True)
+    edit(tmp_path / "config.json", set_to(tie_word_embeddings=True))
+    checkpoint = open_checkpoint(tmp_path)
+    assert not checkpoint.args.tied_embeddings
+    torch.testing.assert_close(
+        checkpoint.read("output.weight").double(), expected["output.weight"], rtol=3e-7, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "nf4"])
+def test_a_release_answers_as_the_floats_that_it_stands_for(written: Written, form: str, caplog: Any) -> None:
+    """And the log says what became what, and how far blocks are from it."""
+    folder, expected = written[form]
+    with caplog.at_level("INFO", logger="llama"):
+        llm = build(folder)
+    floats = Transformer(dataclasses.replace(ARGS, vocab_size=BYTE_VOCAB_SIZE))
+    floats.load_state_dict({name: values.float() for name, values in expected.items()}, assign=True)
+    tokens = torch.arange(40).view(2, 20) * 7 % BYTE_VOCAB_SIZE
+    with torch.inference_mode():
+        torch.testing.assert_close(one_pass(llm.model, tokens), one_pass(floats, tokens), rtol=0, atol=2e-3)
+    kind = {"gptq": "GPTQ in groups of 32 loaded as Q4_0", "awq": "AWQ in groups of 32 loaded as Q4_1"}
+    assert f"{kind.get(form, 'nf4 in groups of 64 loaded as float32')}: 7 matrices" in caplog.text
+    assert ("blocks differ from what the files have by at most" in caplog.text) == (form == "awq")
