@@ -20,6 +20,8 @@ from llama.config import ModelArgs
 from tests.checkpoints import random_state, write_byte_tokenizer
 from tests.hugging_face import NAMES, hugging_face_model
 
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
 LINEARS = tuple(name for name in NAMES if ".w" in name)
 
 

@@ -91,6 +91,12 @@ def _e2m1_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
     return table[unpack_words(parts["weight_packed"][rows], columns, 4).int()]
 
 
+def _powers_of_two(parts: Parts, rows: slice) -> Tensor:
+    """Return 2^(e - 128), half of what exponents stand for, of which 255 is NaN."""
+    exponents = parts["weight_scale"][rows].view(torch.uint8).double()
+    return torch.where(exponents == 255, torch.nan, torch.exp2(exponents - 128))
+
+
 def _by_row(name: str) -> Callable[[Parts, slice], Tensor]:
     return lambda parts, rows: parts[name][rows]
 
@@ -115,9 +121,7 @@ INTEGER_LAYOUTS = {
     ),
     "llm.int8": IntegerLayout(_int8_codes, lambda parts, rows: parts["SCB"][rows].float().unsqueeze(1) / 127),
     # Scales are of halves.
-    "mxfp4": IntegerLayout(
-        _e2m1_codes, lambda parts, rows: torch.exp2(parts["weight_scale"][rows].view(torch.uint8).double() - 128)
-    ),
+    "mxfp4": IntegerLayout(_e2m1_codes, _powers_of_two),
     "nvfp4": IntegerLayout(
         _e2m1_codes,
         lambda parts, rows: parts["weight_scale"][rows].float() / (2 * parts["weight_global_scale"].float()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as ggml_dequantize
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.checkpoint import load_weights, open_checkpoint
@@ -24,6 +27,7 @@ from llama.quantization.weights import BlockWeight
 from tests.checkpoints import BYTE_VOCAB_SIZE
 from tests.models import build, one_pass
 from tests.quantized_releases import (
+    AWQ,
     Writer,
     awq,
     bitsandbytes,
@@ -36,7 +40,7 @@ from tests.quantized_releases import (
     packed,
     write_release,
 )
-from tests.unit.test_hugging_face_damage import edit, set_to
+from tests.unit.test_hugging_face_damage import edit, load, set_to
 
 # Six heads for two and three ranks; rows of three blocks (96), and of six (192).
 ARGS = ModelArgs(
@@ -48,7 +52,6 @@ QUERY, KEY, DOWN = (
 )  # fmt: skip
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 FP8 = {"quant_method": "fp8"}
 
@@ -242,3 +245,148 @@ def test_a_release_answers_as_the_floats_that_it_stands_for(written: Written, fo
     kind = {"gptq": "GPTQ in groups of 32 loaded as Q4_0", "awq": "AWQ in groups of 32 loaded as Q4_1"}
     assert f"{kind.get(form, 'nf4 in groups of 64 loaded as float32')}: 7 matrices" in caplog.text
     assert ("blocks differ from what the files have by at most" in caplog.text) == (form == "awq")
+
+
+def change(folder: Path, end: str, how: Callable[[Tensor], Tensor | None]) -> None:
+    """Change one module's tensor, or remove it."""
+    name = f"model.layers.0.mlp.down_proj.{end}"
+    state = load_file(folder / "model.safetensors")
+    changed = how(state.pop(name))
+    state = {each: tensor.clone() for each, tensor in state.items()} | ({} if changed is None else {name: changed})
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_value(value: float, *place: int) -> Callable[[Tensor], Tensor]:
+    def how(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[place] = value
+        return tensor
+
+    return how
+
+
+REMOVED: Callable[[Tensor], None] = lambda tensor: None  # noqa: E731
+
+# The form, what is damaged and how, and what is said, before weights are read (or, of scales, while they are).
+DAMAGE: list[tuple[str, str, Callable[[Tensor], Tensor | None], str]] = [
+    ("gptq", "scales", REMOVED, "down_proj.scales is missing"),
+    ("gptq", "qzeros", REMOVED, "down_proj.qzeros is missing"),
+    ("gptq", "qweight", REMOVED, "is int32, but no quantized matrix of gptq has it"),
+    ("gptq", "qweight", lambda words: words[:-4], "down_proj.scales is float16 (6, 96), not float32 or float16 or"),
+    ("gptq", "qweight", lambda words: words[:, :-8].contiguous(), "down_proj.scales is float16 (6, 96), not"),
+    ("gptq", "qweight", lambda words: words.flatten(), "down_proj.qweight is int32 (2304,), not int32 a matrix"),
+    ("gptq", "qweight", lambda words: words.float(), "down_proj.qweight is float32 (24, 96), not int32"),
+    ("gptq", "qzeros", lambda words: words[:, 1:].contiguous(), "down_proj.qzeros is int32 (6, 11), not int32 (6, 12)"),
+    ("gptq", "qzeros", with_value(0, 2, 3), "has zero points beside 8, its quantization_config says that it is sym"),
+    ("gptq", "scales", with_value(0, 2, 3), "mlp.down_proj has scales of 0, whose codes are not"),
+    ("gptq", "scales", with_value(float("nan"), 2, 3), "mlp.down_proj has scales that are not finite"),
+    ("gptq act-order", "g_idx", REMOVED, "down_proj.g_idx is missing"),
+    ("gptq act-order", "g_idx", with_value(6, 5), "down_proj.g_idx has groups 0 to 6, there are 6"),
+    ("gptq act-order", "g_idx", with_value(-1, 5), "down_proj.g_idx has groups -1 to 5, there are 6"),
+    ("gptq act-order", "g_idx", lambda order: order[1:].clone(), "down_proj.g_idx is int32 (191,), not"),
+    ("awq", "scales", with_value(float("inf"), 1, 1), "mlp.down_proj has scales that are not finite"),
+    ("awq", "qzeros", REMOVED, "down_proj.qzeros is missing"),
+    ("awq", "qweight", lambda words: words[:-1], "has rows of 191 values, which groups of 32 do not divide"),
+    ("int4", "weight_scale", REMOVED, "down_proj.weight_scale is missing"),
+    ("int4", "weight_shape", REMOVED, "down_proj.weight_shape is missing"),
+    (
+        "int4",
+        "weight_shape",
+        lambda shape: shape + 8,
+        "weight_packed is of 96 rows of 24 words, which are no",
+    ),
+    ("int4", "weight_scale", lambda scales: scales[:, :5].contiguous(), "has 5 groups in rows of 192 values"),
+    ("int4", "weight_scale", lambda scales: scales[:, :3].contiguous(), "3 groups in rows of 192 values, which groups"),
+    ("int4 asymmetric", "weight_zero_point", lambda words: words[:-1], "weight_zero_point is int32 (11, 6), not int32"),
+    ("int8", "weight_scale", REMOVED, "down_proj.weight is int8, but no quantized matrix of compressed-tensors has it"),
+    ("int8", "weight", lambda codes: codes.half(), "down_proj.weight is float16 (96, 192), not float8_e4m3fn"),
+    ("fp8 tiles", "weight_scale_inv", REMOVED, "down_proj.weight is float8_e4m3fn, but no quantized matrix of fp8 has"),
+    ("fp8 tiles", "weight_scale_inv", with_value(0, 1, 1), "weight_scale_inv has scales that are 0 or not finite"),
+    ("fp8 tiles", "weight_scale_inv", lambda scales: scales[1:], "weight_scale_inv is float32 (1, 2), not"),
+    ("fp8 tiles", "weight", with_value(float("nan"), 1, 1), "mlp.down_proj has values or scales that are not finite"),
+    ("nf4", "weight", lambda pairs: pairs[1:], "down_proj.weight is uint8 (9215,), not uint8 (9216,)"),
+    ("nf4", "weight.absmax", lambda blocks: blocks[1:], "down_proj.weight.absmax is uint8 (287,), not uint8 (288,)"),
+    ("nf4", "weight.nested_absmax", REMOVED, "down_proj.weight.absmax is uint8 (288,), not float32"),
+    ("nf4", "weight.nested_absmax", with_value(float("nan"), 1), "has values or scales that are not finite"),
+    ("nf4", "weight.quant_map", REMOVED, "down_proj.weight.quant_map is missing"),
+    ("nf4", "weight.quant_state.bitsandbytes__nf4", lambda said: said[1:], "is no description of a matrix"),
+    ("nf4", "weight.quant_state.bitsandbytes__nf4", REMOVED, "but no quantized matrix of bitsandbytes has it"),
+    ("llm.int8", "SCB", REMOVED, "down_proj.weight is int8, but no quantized matrix of bitsandbytes has it"),
+    ("mxfp4", "weight_scale", with_value(255, 1, 1), "mlp.down_proj has scales that are not finite"),
+    ("mxfp4", "weight_scale", lambda scales: scales[:, 1:].contiguous(), "has 5 groups in rows of 192 values"),
+]
+
+
+@pytest.mark.parametrize(("form", "end", "how", "said"), DAMAGE)
+def test_damage_is_told_in_one_line(
+    written: Written, tmp_path: Path, form: str, end: str, how: Callable[[Tensor], Tensor | None], said: str
+) -> None:
+    """It names the tensor; none loads as another model."""
+    folder = Path(shutil.copytree(written[form][0], tmp_path / "damaged"))
+    change(folder, end, how)
+    with pytest.raises(ValueError) as caught:
+        load(folder)
+    assert said in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "said"),
+    [
+        ("gptq", {"bits": 3}, "bits must be 4 or 8, got 3"),
+        ("gptq", {"bits": True}, "bits must be 4 or 8, got True"),
+        ("gptq", {"bits": 8}, "down_proj.scales is float16 (6, 96), not"),
+        ("gptq", {"group_size": 0}, "group_size must be -1 or at least 1, got 0"),
+        ("gptq", {"group_size": "32"}, "group_size must be a whole number, got '32'"),
+        ("gptq", {"group_size": 64}, "scales is float16"),
+        ("gptq", {"desc_act": "no"}, "desc_act must be true or false, got 'no'"),
+        ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
+        ("gptq", {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic, other bits for some modules, is not supported"),
+        ("gptq asymmetric", {"sym": True}, "has zero points beside 8"),
+        ("gptq", {"quant_method": "awq"}, "has rows of 24 values, which groups of 32 do not divide"),
+        ("awq", {"version": "gemv"}, "version 'gemv' is not supported: only gemm is"),
+        ("awq", {"bits": 8}, "bits must be 4, got 8"),
+        ("int4", {"format": "marlin-24"}, "format 'marlin-24' is not supported: only pack-quantized"),
+        ("int4", {"config_groups": None}, "config_groups must be an object of objects"),
+        (
+            "int4",
+            {"transform_config": {"config_groups": {"R1": {}}}},
+            "rotations while the model runs",
+        ),
+        ("int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is not supported"),
+        ("fp8 tiles", {"weight_block_size": [64]}, "weight_block_size must be two whole numbers from 1, got [64]"),
+        ("fp8 tiles", {"weight_block_size": [64, 0]}, "weight_block_size must be two whole numbers from 1"),
+        ("fp8 tiles", {"weight_block_size": [32, 128]}, "weight_scale_inv is float32"),
+        ("nf4", {"quant_method": "hqq"}, "describes 'hqq' quantized weights, which are not supported: only gptq, awq"),
+    ],
+)
+def test_what_is_not_supported_is_named(
+    written: Written, tmp_path: Path, form: str, settings: dict[str, Any], said: str
+) -> None:
+    folder = Path(shutil.copytree(written[form][0], tmp_path / "changed"))
+    edit(folder / "config.json", lambda config: config["quantization_config"].update(settings))
+    with pytest.raises(ValueError) as caught:
+        load(folder)
+    assert said in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_biases_of_zeros_are_left_out(written: Written, tmp_path: Path) -> None:
+    """AutoGPTQ writes them beside every matrix, also of models that have none; others are refused."""
+    folder = Path(shutil.copytree(written["gptq"][0], tmp_path / "biased"))
+    state = load_file(folder / "model.safetensors")
+    for bias in (torch.zeros(96), torch.ones(96)):
+        save_file({**state, "model.layers.0.mlp.down_proj.bias": bias.half()}, folder / "model.safetensors")
+        if bias.any():
+            with pytest.raises(ValueError, match="unexpected tensors"):
+                load(folder)
+        else:
+            load(folder)
+
+
+def test_scales_of_activations_and_caches_are_not_used(written: Written, tmp_path: Path, caplog: Any) -> None:
+    folder = Path(shutil.copytree(written["fp8 one scale"][0], tmp_path / "static"))
+    state, prefix = load_file(folder / "model.safetensors"), "model.layers.0.self_attn"
+    scales = {f"{prefix}.q_proj.input_scale": torch.ones(1), f"{prefix}.k_scale": torch.ones(1)}
+    save_file(state | scales, folder / "model.safetensors")
+    with caplog.at_level("INFO", logger="llama"):
+        load(folder)
+    assert "scales of activations, which are not rounded here: model.layers.0.self_attn.k_scale" in caplog.text
