@@ -20,14 +20,8 @@ from torch import Tensor
 
 from llama.checkpoint.base import dtype_name, some_of
 from llama.checkpoint.release_tensors import FLOATS, ReleaseFolder, ReleaseModule, Settings
-from llama.quantization.released import (
-    INTEGER_LAYOUTS,
-    FloatMatrix,
-    IntegerMatrix,
-    ReleasedMatrix,
-    fp8_values,
-    table_values,
-)
+from llama.quantization.released import FloatMatrix, IntegerMatrix, ReleasedMatrix
+from llama.quantization.released_layouts import INTEGER_LAYOUTS, fp8_values, table_values
 
 log = logging.getLogger("llama")
 
@@ -91,7 +85,7 @@ def _gptq(folder: ReleaseFolder) -> Found:
         module.take("scales", FLOATS, (n_groups, n_rows))
         module.take("qzeros", (torch.int32,), (n_groups, -(-n_rows * bits // 32)))
         order = _group_order(module, "g_idx", shape[1], size, n_groups, needed=act_order and n_groups > 1)
-        yield module, _integers(module, shape, form, "GPTQ", bits, size, symmetric, order)
+        yield module, _integers(module, shape, form, f"GPTQ int{bits}", bits, size, symmetric, order)
 
 
 def _group_size(folder: ReleaseFolder, n_columns: int) -> int:
@@ -148,7 +142,7 @@ def _awq(folder: ReleaseFolder) -> Found:
             )
         module.take("scales", FLOATS, (n_columns // size, words * 8))
         module.take("qzeros", (torch.int32,), (n_columns // size, words))
-        yield module, _integers(module, (words * 8, n_columns), "awq", "AWQ", 4, size, symmetric)
+        yield module, _integers(module, (words * 8, n_columns), "awq", "AWQ int4", 4, size, symmetric)
 
 
 def _compressed(folder: ReleaseFolder) -> Found:

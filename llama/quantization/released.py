@@ -1,132 +1,27 @@
-"""Matrices as GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8 and MXFP4 release them: their values, and blocks.
+"""Matrices of quantized releases: GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8, MXFP4; their values, and blocks.
 
-Knows how tensors hold codes and scales, and nothing of files, configurations or ranks.
+Knows no names of tensors (see released_layouts.py), and nothing of files, configurations or ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockFields, BlockType
 from llama.quantization.plain_blocks import put_together
-
-Parts = Mapping[str, Tensor]  # the tensors of one matrix, by the ends of their names
+from llama.quantization.released_layouts import IntegerLayout, Parts
 
 DECODED_AT_ONCE = 1 << 21  # values; their temporaries take some 20 MB
 BLOCK = 32  # values in each of the block types that a release may become
 
-# AWQ packs 8 columns in the order 0, 2, 4, 6, 1, 3, 5, 7: where each of them lies in a word.
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-# What the 4-bit floats of MXFP4 and NVFP4 (E2M1) stand for, in halves, with the offset of Q5_0's codes.
-E2M1_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
-E2M1_CODES = tuple(16 + half for half in E2M1_HALVES) + tuple(16 - half for half in E2M1_HALVES)
 # The block type that groups of so many bits are, value for value, without zero points and with them.
 SYMMETRIC_TYPES = {4: BLOCK_TYPES["Q4_0"], 5: BLOCK_TYPES["Q5_0"], 8: BLOCK_TYPES["Q8_0"]}
 ASYMMETRIC_TYPES = {4: BLOCK_TYPES["Q4_1"]}
-
-
-def unpack_words(packed: Tensor, span: slice, bits: int, places: tuple[int, ...] | None = None) -> Tensor:
-    """Return the codes [span) of words (n, n_words), the first in the lowest bits: uint8 (n, stop - start).
-
-    places: where each code lies inside a word, if not in their own order.
-    """
-    in_word = packed.element_size() * 8 // bits
-    first = span.start // in_word
-    # A copy, as what is but one column or row counts as contiguous, whatever its strides.
-    words = packed[:, first : -(-span.stop // in_word)].clone(memory_format=torch.contiguous_format)
-    codes = words.view(torch.uint8)
-    if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    if places is not None:
-        codes = codes.unflatten(-1, (-1, in_word))[..., list(places)].flatten(-2)
-    return codes[:, span.start - first * in_word : span.stop - first * in_word]
-
-
-@dataclass(frozen=True)
-class IntegerLayout:
-    """How tensors hold a matrix (out, in) of whole numbers: of rows and columns, and of so many bits."""
-
-    codes: Callable[[Parts, slice, slice, int], Tensor]  # uint8 (rows, columns)
-    scales: Callable[[Parts, slice], Tensor]  # (rows, n_groups), of any floating dtype
-    zeros: Callable[[Parts, slice, int], Tensor] | None = None  # uint8 (rows, n_groups); default: half of all codes
-
-
-def _gptq_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
-    return unpack_words(parts["qweight"][:, rows].t(), columns, bits)
-
-
-def _gptq_zeros(parts: Parts, rows: slice, bits: int) -> Tensor:
-    return unpack_words(parts["qzeros"], rows, bits).t()
-
-
-def _gptq_v1_zeros(parts: Parts, rows: slice, bits: int) -> Tensor:
-    """Add the 1 that the first version takes off; what that makes too large was 0."""
-    return _gptq_zeros(parts, rows, bits) + 1 & (1 << bits) - 1
-
-
-def _packed_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
-    return unpack_words(parts["weight_packed"][rows], columns, bits)
-
-
-def _packed_zeros(parts: Parts, rows: slice, bits: int) -> Tensor:
-    return unpack_words(parts["weight_zero_point"].t(), rows, bits).t()
-
-
-def _signed(codes: Tensor) -> Tensor:
-    """Return int8 codes with an offset of 128: uint8."""
-    return codes.contiguous().view(torch.uint8) ^ 128
-
-
-def _int8_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
-    return _signed(parts["weight"][rows, columns])
-
-
-def _e2m1_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
-    table = torch.tensor(E2M1_CODES, dtype=torch.uint8)
-    return table[unpack_words(parts["weight_packed"][rows], columns, 4).int()]
-
-
-def _powers_of_two(parts: Parts, rows: slice) -> Tensor:
-    """Return 2^(e - 128), half of what exponents stand for, of which 255 is NaN."""
-    exponents = parts["weight_scale"][rows].view(torch.uint8).double()
-    return torch.where(exponents == 255, torch.nan, torch.exp2(exponents - 128))
-
-
-def _by_row(name: str) -> Callable[[Parts, slice], Tensor]:
-    return lambda parts, rows: parts[name][rows]
-
-
-def _by_group(parts: Parts, rows: slice) -> Tensor:
-    return parts["scales"][:, rows].t()
-
-
-INTEGER_LAYOUTS = {
-    "gptq": IntegerLayout(_gptq_codes, _by_group, _gptq_v1_zeros),
-    "gptq_v2": IntegerLayout(_gptq_codes, _by_group, _gptq_zeros),
-    "awq": IntegerLayout(
-        lambda parts, rows, columns, bits: unpack_words(parts["qweight"][columns], rows, bits, AWQ_PLACES).t(),
-        _by_group,
-        lambda parts, rows, bits: unpack_words(parts["qzeros"], rows, bits, AWQ_PLACES).t(),
-    ),
-    "packed": IntegerLayout(_packed_codes, _by_row("weight_scale")),
-    "packed with zeros": IntegerLayout(_packed_codes, _by_row("weight_scale"), _packed_zeros),
-    "int8": IntegerLayout(_int8_codes, _by_row("weight_scale")),
-    "int8 with zeros": IntegerLayout(
-        _int8_codes, _by_row("weight_scale"), lambda parts, rows, bits: _signed(parts["weight_zero_point"][rows])
-    ),
-    "llm.int8": IntegerLayout(_int8_codes, lambda parts, rows: parts["SCB"][rows].float().unsqueeze(1) / 127),
-    # Scales are of halves.
-    "mxfp4": IntegerLayout(_e2m1_codes, _powers_of_two),
-    "nvfp4": IntegerLayout(
-        _e2m1_codes,
-        lambda parts, rows: parts["weight_scale"][rows].float() / (2 * parts["weight_global_scale"].float()),
-    ),
-}
 
 
 class ReleasedMatrix(Protocol):
@@ -134,6 +29,11 @@ class ReleasedMatrix(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def first_row(self) -> int:
+        """Return which row of the tensors is the first one: fused matrices are several of these."""
+        ...
 
     @property
     def parts(self) -> Parts: ...
@@ -146,6 +46,10 @@ class ReleasedMatrix(Protocol):
     @property
     def block_type(self) -> BlockType | None:
         """Return the type of blocks that it is, code for code, with scales rounded to fp16; None if floats alone."""
+        ...
+
+    def __getitem__(self, rows: slice) -> ReleasedMatrix:
+        """Return a part of the matrix, of rows one after another, as if it was a tensor; read nothing."""
         ...
 
     def values(self, dim: int, start: int, stop: int) -> Tensor:
@@ -176,6 +80,10 @@ class IntegerMatrix:
     group_size: int
     symmetric: bool
     group_of: Tensor | None = None  # of each column, where groups are not `group_size` columns one after another
+    first_row: int = 0
+
+    def __getitem__(self, rows: slice) -> IntegerMatrix:
+        return _rows_of(self, rows)
 
     @property
     def block_type(self) -> BlockType | None:
@@ -183,12 +91,12 @@ class IntegerMatrix:
         return (SYMMETRIC_TYPES if self.symmetric else ASYMMETRIC_TYPES).get(self.bits) if whole else None
 
     def values(self, dim: int, start: int, stop: int) -> Tensor:
-        return _in_turn(self.shape, dim, start, stop, self._values)
+        return _in_turn(self, dim, start, stop, self._values)
 
     def blocks(self, dim: int, start: int, stop: int) -> tuple[Tensor, float]:
         block_type = self.block_type
         assert block_type is not None, self.name
-        rows, columns = _spans(self.shape, dim, start, stop)
+        rows, columns = _spans(self, dim, start, stop)
         n_blocks = (columns.stop - columns.start) // BLOCK
         blocks = torch.empty(rows.stop - rows.start, n_blocks * block_type.size, dtype=torch.uint8)
         largest = error = 0.0
@@ -270,10 +178,14 @@ class FloatMatrix:
     shape: tuple[int, int]
     kind: str
     decode: Callable[[Parts, tuple[int, int], slice], Tensor]  # fp32 (rows, in)
+    first_row: int = 0
     block_type = None
 
+    def __getitem__(self, rows: slice) -> FloatMatrix:
+        return _rows_of(self, rows)
+
     def values(self, dim: int, start: int, stop: int) -> Tensor:
-        return _in_turn(self.shape, dim, start, stop, self._values)
+        return _in_turn(self, dim, start, stop, self._values)
 
     def blocks(self, dim: int, start: int, stop: int) -> tuple[Tensor, float]:
         raise AssertionError(self.kind)
@@ -285,35 +197,12 @@ class FloatMatrix:
         return values
 
 
-def fp8_values(parts: Parts, shape: tuple[int, int], rows: slice, tile: tuple[int, int]) -> Tensor:
-    """Multiply 8-bit floats by the scale (n, m) of the tile, of so many rows and columns, that each lies in."""
-    scales = parts["scale"].float()[torch.arange(rows.start, rows.stop) // tile[0]]
-    return parts["weight"][rows].float().mul_(scales[:, torch.arange(shape[1]) // tile[1]])
-
-
-def table_values(
-    parts: Parts, shape: tuple[int, int], rows: slice, block_len: int, nested: tuple[int, float]
-) -> Tensor:
-    """Look 4-bit codes up in bitsandbytes' table, times the largest value of each run of `block_len` values.
-
-    nested: how many of these largest values share a scale, and their mean; not used where they are floats.
-    """
-    first, last = rows.start * shape[1], rows.stop * shape[1]
-    pairs = parts["weight"][first // 2 : -(-last // 2)]
-    codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten()[first % 2 :][: last - first]
-    blocks = slice(first // block_len, -(-last // block_len))
-    largest = parts["absmax"][blocks]
-    if "nested_absmax" in parts:
-        groups = torch.arange(blocks.start, blocks.stop) // nested[0]
-        largest = parts["nested_quant_map"][largest.int()] * parts["nested_absmax"][groups] + nested[1]
-    values = parts["quant_map"].float()[codes.int()]
-    return values.mul_(largest.float()[torch.arange(first, last) // block_len - blocks.start]).view(-1, shape[1])
-
-
-def _spans(shape: tuple[int, int], dim: int, start: int, stop: int) -> tuple[slice, slice]:
-    spans = [slice(0, size) for size in shape]
+def _spans(matrix: ReleasedMatrix, dim: int, start: int, stop: int) -> tuple[slice, slice]:
+    """Return the rows, as the tensors count them, and columns of indices [start, stop) along `dim`."""
+    spans = [slice(0, size) for size in matrix.shape]
     spans[dim] = slice(start, stop)
-    return spans[0], spans[1]
+    rows, columns = spans
+    return slice(matrix.first_row + rows.start, matrix.first_row + rows.stop), columns
 
 
 def _chunks(rows: slice, columns: slice) -> list[slice]:
@@ -321,12 +210,22 @@ def _chunks(rows: slice, columns: slice) -> list[slice]:
     return [slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step)]
 
 
-def _in_turn(shape: tuple[int, int], dim: int, start: int, stop: int, read: Callable[[slice, slice], Tensor]) -> Tensor:
+def _in_turn(matrix: ReleasedMatrix, dim: int, start: int, stop: int, read: Callable[[slice, slice], Tensor]) -> Tensor:
     """Return what `read` returns of rows and columns, a few rows at once; columns begin between words and blocks."""
-    rows, columns = _spans(shape, dim, start, stop)
+    rows, columns = _spans(matrix, dim, start, stop)
     values = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
-    wider = slice(columns.start // BLOCK * BLOCK, min(-(-columns.stop // BLOCK) * BLOCK, shape[1]))
+    wider = slice(columns.start // BLOCK * BLOCK, min(-(-columns.stop // BLOCK) * BLOCK, matrix.shape[1]))
     for part in _chunks(rows, wider):
         read_part = read(part, wider)[:, columns.start - wider.start : columns.stop - wider.start]
         values[part.start - rows.start : part.stop - rows.start] = read_part
     return values
+
+
+def _rows_of(matrix: MatrixT, rows: slice) -> MatrixT:
+    """Return a part of a matrix, of rows one after another; nothing is read."""
+    start, stop, step = rows.indices(matrix.shape[0])
+    assert step == 1, rows
+    return replace(matrix, first_row=matrix.first_row + start, shape=(max(0, stop - start), matrix.shape[1]))
+
+
+MatrixT = TypeVar("MatrixT", IntegerMatrix, FloatMatrix)

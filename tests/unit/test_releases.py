@@ -19,6 +19,7 @@ from torch import Tensor
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.base import StoredCheckpoint
 from llama.checkpoint.load import WeightFormat, global_shapes
+from llama.checkpoint.releases import find_matrices
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
@@ -170,6 +171,23 @@ def test_slices_are_those_of_the_whole(written: Written, form: str) -> None:
                 assert torch.equal(part, held.narrow(dim, start, stop - start))
 
 
+@pytest.mark.parametrize("form", ["gptq", "awq", "int4 asymmetric", "int8", "fp8 tiles", "nf4", "mxfp4"])
+def test_rows_of_a_matrix_are_a_matrix(form: str) -> None:
+    """Where q, k and v are one matrix, each is rows of it, which ranks share."""
+    writer, settings, _, _ = FORMS[form]
+    tensors, values = writer(128, 96, np.random.default_rng(3))
+    (fused,) = find_matrices(
+        Path("folder"), {f"qkv_proj.{end}": part for end, part in tensors.items()}, settings
+    ).values()
+    rows = fused[64:][16:40]
+    assert rows.shape == (24, 96)
+    expected = torch.from_numpy(values[80:104])
+    torch.testing.assert_close(rows.values(0, 0, 24).double(), expected, rtol=3e-7, atol=1e-7)
+    torch.testing.assert_close(rows.values(1, 33, 70).double(), expected[:, 33:70], rtol=3e-7, atol=1e-7)
+    if rows.block_type is not None:
+        assert torch.equal(rows.blocks(0, 3, 9)[0], fused.blocks(0, 83, 89)[0])
+
+
 def held(checkpoint: StoredCheckpoint, size: int) -> list[dict[str, Any]]:
     """What ranks hold of each matrix."""
     weight_format = WeightFormat(torch.float32, None, BlockWeight, True)
@@ -242,7 +260,7 @@ def test_a_release_answers_as_the_floats_that_it_stands_for(written: Written, fo
     tokens = torch.arange(40).view(2, 20) * 7 % BYTE_VOCAB_SIZE
     with torch.inference_mode():
         torch.testing.assert_close(one_pass(llm.model, tokens), one_pass(floats, tokens), rtol=0, atol=2e-3)
-    kind = {"gptq": "GPTQ in groups of 32 loaded as Q4_0", "awq": "AWQ in groups of 32 loaded as Q4_1"}
+    kind = {"gptq": "GPTQ int4 in groups of 32 loaded as Q4_0", "awq": "AWQ int4 in groups of 32 loaded as Q4_1"}
     assert f"{kind.get(form, 'nf4 in groups of 64 loaded as float32')}: 7 matrices" in caplog.text
     assert ("blocks differ from what the files have by at most" in caplog.text) == (form == "awq")
 
