@@ -35,7 +35,7 @@ class HuggingFaceCheckpoint:
     """Read a folder in Hugging Face's layout. Files are mapped; rows of Q and K are put into Meta's order: see D15.
 
     Weights may be blocks, of types that config.json gives: `read` decodes them. Or they are a quantized release's: see
-    D66.
+    D79.
     """
 
     naming: NamingScheme = "hf"

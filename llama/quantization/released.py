@@ -108,18 +108,16 @@ class IntegerMatrix:
 
     def _values(self, rows: slice, columns: slice) -> Tensor:
         codes, scales, zeros = self._fields(rows, columns)
-        return codes.float().sub_(zeros.float()).mul_(scales)
+        return codes.float().sub_(zeros).mul_(scales).flatten(1)
 
     def _blocks(self, rows: slice, columns: slice, block_type: BlockType) -> tuple[Tensor, float, float]:
-        codes, scales, zeros = self._fields(rows, columns)
-        codes = codes.unflatten(1, (-1, BLOCK))
-        numbers = scales[:, ::BLOCK].unsqueeze(-1)  # (rows, n_blocks, 1)
+        codes, numbers, zeros = self._fields(rows, columns)
         n_codes = 1 << self.bits
         if self.symmetric:
             largest = numbers.abs() * (n_codes / 2)
         else:
             # From the top where the zero point is nearer to it: a smaller minimum is rounded less.
-            largest, zeros = numbers.abs() * (n_codes - 1), zeros[:, ::BLOCK].unsqueeze(-1)
+            largest = numbers.abs() * (n_codes - 1)
             from_top = zeros > n_codes // 2
             codes = torch.where(from_top, n_codes - 1 - codes, codes)
             numbers = torch.where(from_top, -numbers, numbers)
@@ -142,7 +140,7 @@ class IntegerMatrix:
         return made, float(largest.max()), float(error.max())
 
     def _fields(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, and the fp32 scale and zero point of each: (rows, columns)."""
+        """Return codes (rows, n, columns / n), and the fp32 scale and zero point of each run of these: (rows, n, 1)."""
         codes = self.layout.codes(self.parts, rows, columns, self.bits)
         scales = self.layout.scales(self.parts, rows).float()
         if not bool(scales.isfinite().all()):
@@ -156,12 +154,15 @@ class IntegerMatrix:
                     f"{self.name} has zero points beside {middle}, its quantization_config says that it is symmetric: "
                     "they do not belong together"
                 )
+        in_runs = self.group_of is None and self.group_size % BLOCK == self.shape[1] % BLOCK == 0
+        run = BLOCK if in_runs else 1
         if self.group_of is None:
-            group_of = torch.arange(columns.start, columns.stop) // self.group_size
+            group_of = torch.arange(columns.start, columns.stop, run) // self.group_size
         else:
             group_of = self.group_of[columns]
-        scales, zeros = scales[:, group_of], zeros[:, group_of]
-        if bool(((scales == 0) & (codes != zeros)).any()):
+        codes = codes.unflatten(1, (-1, run))
+        scales, zeros = scales[:, group_of].unsqueeze(-1), zeros[:, group_of].unsqueeze(-1)
+        if bool((scales == 0).any()) and bool(((scales == 0) & (codes != zeros)).any()):
             raise ValueError(f"{self.name} has scales of 0, whose codes are not: download it again")
         return codes, scales, zeros
 

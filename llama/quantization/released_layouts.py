@@ -5,7 +5,7 @@ Knows nothing of files, configurations or ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +13,15 @@ from torch import Tensor
 
 Parts = Mapping[str, Tensor]  # the tensors of one matrix, by the ends of their names
 
-# AWQ packs 8 columns in the order 0, 2, 4, 6, 1, 3, 5, 7: where each of them lies in a word.
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+# Which of 8 rows each place of AWQ's words has.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # What the 4-bit floats of MXFP4 and NVFP4 (E2M1) stand for, in halves, with the offset of Q5_0's codes.
 E2M1_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
 E2M1_CODES = tuple(16 + half for half in E2M1_HALVES) + tuple(16 - half for half in E2M1_HALVES)
 
 
-def unpack_words(packed: Tensor, span: slice, bits: int, places: tuple[int, ...] | None = None) -> Tensor:
-    """Return the codes [span) of words (n, n_words), the first in the lowest bits: uint8 (n, stop - start).
-
-    places: where each code lies inside a word, if not in their own order.
-    """
+def unpack_words(packed: Tensor, span: slice, bits: int) -> Tensor:
+    """Return the codes [span) of words (n, n_words), the first in the lowest bits: uint8 (n, stop - start)."""
     in_word = packed.element_size() * 8 // bits
     first = span.start // in_word
     # A copy, as what is but one column or row counts as contiguous, whatever its strides.
@@ -32,9 +29,21 @@ def unpack_words(packed: Tensor, span: slice, bits: int, places: tuple[int, ...]
     codes = words.view(torch.uint8)
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    if places is not None:
-        codes = codes.unflatten(-1, (-1, in_word))[..., list(places)].flatten(-2)
     return codes[:, span.start - first * in_word : span.stop - first * in_word]
+
+
+def unpack_transposed(packed: Tensor, span: slice, bits: int, order: Sequence[int] | None = None) -> Tensor:
+    """Return the codes [span) of words (n, n_words), transposed: uint8 (stop - start, n).
+
+    order: which code of a word each place has, from the lowest bits on; default: its own.
+    """
+    in_word = 32 // bits
+    first = span.start // in_word
+    words = packed[:, first : -(-span.stop // in_word)].t().contiguous()
+    codes = torch.empty(len(words), in_word, words.shape[1], dtype=torch.uint8)
+    for place, code in enumerate(order or range(in_word)):
+        codes[:, code] = words >> place * bits & (1 << bits) - 1
+    return codes.flatten(0, 1)[span.start - first * in_word : span.stop - first * in_word]
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def _gptq_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
 
 
 def _gptq_zeros(parts: Parts, rows: slice, bits: int) -> Tensor:
-    return unpack_words(parts["qzeros"], rows, bits).t()
+    return unpack_transposed(parts["qzeros"], rows, bits)
 
 
 def _gptq_v1_zeros(parts: Parts, rows: slice, bits: int) -> Tensor:
@@ -64,7 +73,7 @@ def _packed_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tenso
 
 
 def _packed_zeros(parts: Parts, rows: slice, bits: int) -> Tensor:
-    return unpack_words(parts["weight_zero_point"].t(), rows, bits).t()
+    return unpack_transposed(parts["weight_zero_point"].t(), rows, bits)
 
 
 def _signed(codes: Tensor) -> Tensor:
@@ -99,9 +108,9 @@ INTEGER_LAYOUTS = {
     "gptq": IntegerLayout(_gptq_codes, _by_group, _gptq_v1_zeros),
     "gptq_v2": IntegerLayout(_gptq_codes, _by_group, _gptq_zeros),
     "awq": IntegerLayout(
-        lambda parts, rows, columns, bits: unpack_words(parts["qweight"][columns], rows, bits, AWQ_PLACES).t(),
+        lambda parts, rows, columns, bits: unpack_transposed(parts["qweight"][columns], rows, bits, AWQ_ORDER),
         _by_group,
-        lambda parts, rows, bits: unpack_words(parts["qzeros"], rows, bits, AWQ_PLACES).t(),
+        lambda parts, rows, bits: unpack_transposed(parts["qzeros"], rows, bits, AWQ_ORDER),
     ),
     "packed": IntegerLayout(_packed_codes, _by_row("weight_scale")),
     "packed with zeros": IntegerLayout(_packed_codes, _by_row("weight_scale"), _packed_zeros),
