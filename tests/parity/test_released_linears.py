@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.releases import find_matrices
+from llama.quantization.planar import Fp8Weight
 
 LINEARS = json.loads((Path(__file__).parent / "released_linears.json").read_text())["linears"]
 
@@ -37,3 +38,12 @@ def test_values_are_those_that_the_library_computes(name: str) -> None:
         torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-8)
     else:
         assert torch.equal(values.to(expected.dtype), expected)
+
+
+def test_8_bit_floats_with_a_scale_a_row_stay_as_they_are_where_a_gpu_computes_with_them() -> None:
+    """Their largest code is the largest there is, so that `--quantize fp8` finds the same scales."""
+    linear = LINEARS["compressed-tensors fp8 rows"]
+    tensors = {f"layer.q_proj.{end}": decoded(stored) for end, stored in linear["tensors"].items()}
+    codes = tensors["layer.q_proj.weight"].view(torch.uint8)
+    (matrix,) = find_matrices(Path("folder"), tensors, linear["quantization_config"]).values()
+    assert torch.equal(Fp8Weight.of(matrix.values(0, 0, len(codes))).codes.view(torch.uint8), codes)
