@@ -16,12 +16,15 @@ from gguf.quants import dequantize as ggml_dequantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llama.backends.eager import EagerBackend
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.base import StoredCheckpoint
 from llama.checkpoint.load import WeightFormat, global_shapes
 from llama.checkpoint.releases import find_matrices
+from llama.checkpoint.verify.verify import verify
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
+from llama.memory.plan import Planner
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import dequantize
 from llama.quantization.weights import BlockWeight
@@ -42,6 +45,7 @@ from tests.quantized_releases import (
     write_release,
 )
 from tests.unit.test_hugging_face_damage import edit, load, set_to
+from tests.unit.test_quantized_loading import held_bytes
 
 # Six heads for two and three ranks; rows of three blocks (96), and of six (192).
 ARGS = ModelArgs(
@@ -408,3 +412,24 @@ def test_scales_of_activations_and_caches_are_not_used(written: Written, tmp_pat
     with caplog.at_level("INFO", logger="llama"):
         load(folder)
     assert "scales of activations, which are not rounded here: model.layers.0.self_attn.k_scale" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq act-order", "awq", "nf4"])
+def test_planned_weights_are_the_bytes_of_what_is_held(written: Written, form: str) -> None:
+    checkpoint = open_checkpoint(written[form][0])
+    weight_format = WeightFormat(torch.float32, None, BlockWeight, True)
+    for rank, size in ((0, 1), (1, 2), (2, 3)):
+        parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
+        planner = Planner(
+            checkpoint, checkpoint.args, parallel, weight_format, EagerBackend(torch.device("cpu")), free=10**9
+        )
+        with torch.device("meta"):
+            model = Transformer(checkpoint.args, parallel)
+        load_weights(model, checkpoint, torch.device("cpu"), weight_format)
+        assert planner.weights.total == held_bytes(model), (rank, size)
+
+
+@pytest.mark.parametrize("form", ["gptq act-order", "int8", "fp8 tiles", "nf4", "mxfp4"])
+def test_a_whole_release_is_found_whole(written: Written, form: str) -> None:
+    """Codes of any dtype are checked, and are neither NaN nor wrong where they are zeros."""
+    assert not [finding for finding in verify(written[form][0], True, lambda n_bytes: None) if finding.problem]
