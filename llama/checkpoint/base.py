@@ -201,6 +201,14 @@ class StoredCheckpoint(Checkpoint, Protocol):
         """Tell whether any matrix is stored in blocks."""
         ...
 
+    @property
+    def rounding(self) -> float:
+        """Return the largest error of the blocks read so far that the files have in another form, as a share.
+
+        It is one of the largest value of their matrix. Where blocks are stored, and where floats are read, it is 0.
+        """
+        ...
+
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
         """Return the dtype that `read` would return, and where its memory is; read nothing."""
         ...
@@ -214,7 +222,9 @@ class StoredCheckpoint(Checkpoint, Protocol):
         ...
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return what `read` would decode, uint8 (rows, row_bytes), of a tensor that has a block type.
+        """Return what `read` would decode, but for `rounding`, of a tensor that has a block type.
+
+        They are uint8 (rows, row_bytes).
 
         start and stop count rows or, along dim 1, values: multiples of the type's `elements`.
         """

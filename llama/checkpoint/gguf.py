@@ -75,6 +75,7 @@ class GGUFCheckpoint:
     naming: NamingScheme = "gguf"
     pads_vocab = False
     stop_tokens: frozenset[int] = frozenset()  # the tokenizer in the file knows them
+    rounding = 0.0
 
     def __init__(self, path: Path) -> None:
         self.path = path

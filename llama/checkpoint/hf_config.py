@@ -23,6 +23,8 @@ from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 log = logging.getLogger("llama")
 
 BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq: see D22
+# The quant_methods whose matrices releases.py finds.
+RELEASE_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "bitsandbytes")
 
 # Fields of ModelArgs and the keys of config.json that say them: those that must be there, and those that may.
 REQUIRED_CONFIG_KEYS = {
@@ -212,7 +214,7 @@ def read_block_types(path: Path) -> dict[str, BlockType]:
     """Return the block types of the tensors that are blocks, by the names that they have in a folder's files."""
     config = read_json_object(path)
     _check_method(path, config)
-    if config.get("quantization_config") is None:
+    if _release(config) or config.get("quantization_config") is None:
         return {}
     types = config["quantization_config"].get("types")
     if not isinstance(types, dict):
@@ -225,12 +227,24 @@ def read_block_types(path: Path) -> dict[str, BlockType]:
     return {name: BLOCK_TYPES[type_name] for name, type_name in types.items()}
 
 
+def read_release(path: Path) -> Mapping[str, Any] | None:
+    """Return what a config.json says of a quantized release of RELEASE_METHODS; None where the weights are none."""
+    return _release(read_json_object(path))
+
+
+def _release(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    settings = config.get("quantization_config")
+    is_release = isinstance(settings, dict) and settings.get("quant_method") in RELEASE_METHODS
+    return settings if is_release else None
+
+
 def _check_method(path: Path, config: Mapping[str, Any]) -> None:
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if settings is not None and not (isinstance(settings, dict) and method == BLOCKS_METHOD):
+    if settings is not None and _release(config) is None and method != BLOCKS_METHOD:
         raise ValueError(
-            f"{path} describes {method!r} quantized weights, which are not supported: use unquantized ones"
+            f"{path} describes {method!r} quantized weights, which are not supported: only "
+            f"{', '.join(RELEASE_METHODS)} are; or use unquantized ones"
         )
 
 

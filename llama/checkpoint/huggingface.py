@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
 from llama.checkpoint.families import folded
-from llama.checkpoint.hf_config import read_block_types, read_config, token_ids
+from llama.checkpoint.hf_config import read_block_types, read_config, read_release, token_ids
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed, stored_name
-from llama.checkpoint.tensors import FUSED, missing_biases, part_of_pairs, unfused
+from llama.checkpoint.releases import find_matrices
+from llama.checkpoint.tensors import FUSED, missing_biases, pair_neighbours, part_of_pairs, unfused
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
+from llama.quantization.released import ReleasedMatrix
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
@@ -33,7 +36,8 @@ LAYOUTS: Layouts = (
 class HuggingFaceCheckpoint:
     """Read a folder in Hugging Face's layout. Files are mapped; rows of Q and K are put into Meta's order: see D15.
 
-    Weights may be blocks, of types that config.json gives: `read` decodes them.
+    Weights may be blocks, of types that config.json gives: `read` decodes them. Or they are a quantized release's: see
+    D79.
     """
 
     naming: NamingScheme = "hf"
@@ -49,28 +53,33 @@ class HuggingFaceCheckpoint:
             # Its end tokens, and nothing else: sampling is the caller's choice.
             stop_tokens |= token_ids(read_json_object(generation).get("eos_token_id"))
         self.stop_tokens = stop_tokens
-        tensors = needed(folder, map_folder(folder, LAYOUTS))
+        release = read_release(folder / "config.json")
+        tensors = needed(folder, map_folder(folder, LAYOUTS, any_dtype=release is not None))
         self._mapped = MappedMemory()
         block_types = check_blocks(folder, tensors)
-        self.is_quantized = bool(block_types)
+        matrices = {} if release is None else find_matrices(folder, tensors, release)
         self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
-        tensors = renamed(tensors, self.family.hf_names)
-        parts = unfused(folder, tensors, FUSED["hf"], self.args, "hf")
-        self._tensors = {meta_name(name, "hf"): tensor for name, tensor in parts}
+        stored: dict[str, Tensor | ReleasedMatrix] = renamed({**tensors, **matrices}, self.family.hf_names)
+        parts = unfused(folder, stored, FUSED["hf"], self.args, "hf")
+        self._tensors: dict[str, Tensor | ReleasedMatrix] = {meta_name(name, "hf"): tensor for name, tensor in parts}
+        if matrices:
+            self._drop_zero_biases(config.biased)
         for name, shape in missing_biases(folder, self.args, config.biased, self._tensors).items():
             self._tensors[name] = torch.zeros(shape)
-        for name, tensor in self._tensors.items():
-            if tensor.dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
-                raise ValueError(
-                    f"{folder}: {stored_name(name, 'hf')} has dtype {tensor.dtype}, only "
-                    f"{', '.join(WEIGHT_DTYPES)} work"
-                )
         self.factors: Mapping[str, float] = {}
+        self.is_quantized = any(self.block_type(name) for name in self._tensors)
+        self.rounding = 0.0
+        dtypes = {name: tensor.dtype for name, tensor in self._tensors.items() if isinstance(tensor, Tensor)}
+        for name, dtype in dtypes.items():
+            if dtype not in WEIGHT_DTYPES.values() and name not in self._block_types:
+                raise ValueError(
+                    f"{folder}: {stored_name(name, 'hf')} has dtype {dtype}, only {', '.join(WEIGHT_DTYPES)} work"
+                )
         if self.args.tied_embeddings:
             self._tie()
         self.args, self.factors = folded(self.args, config.multipliers)
-        no_dtype = self.is_quantized or not self._tensors
-        self.dtype = torch.bfloat16 if no_dtype else next(iter(self._tensors.values())).dtype
+        no_dtype = self.is_quantized or not dtypes
+        self.dtype = torch.bfloat16 if no_dtype else next(iter(dtypes.values()))
 
     @property
     def model_name(self) -> str:
@@ -84,13 +93,18 @@ class HuggingFaceCheckpoint:
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape, block_type = tuple(self._tensors[name].shape), self.block_type(name)
-        return shape if block_type is None else (shape[0], shape[1] // block_type.size * block_type.elements)
+        tensor, block_type = self._tensors[name], self.block_type(name)
+        shape = tuple(tensor.shape)
+        return (
+            shape
+            if not isinstance(tensor, Tensor) or block_type is None
+            else (shape[0], shape[1] // block_type.size * block_type.elements)
+        )
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.shape(name)[dim] if stop is None else stop
         block_type, factor = self.block_type(name), self.factors.get(module_name(name))
-        if block_type is None:
+        if block_type is None or not isinstance(self._tensors[name], Tensor):
             part = self._slice(name, dim, start, stop)
             return part if factor is None else part.float() * factor
         if dim == 0:
@@ -101,29 +115,39 @@ class HuggingFaceCheckpoint:
         return dequantize(self.read_blocks(name, 1, first, last), block_type).narrow(1, start - first, stop - start)
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
-        if self.block_type(name) is not None:
+        tensor = self._tensors[name]
+        if self.block_type(name) is not None or not isinstance(tensor, Tensor):
             return torch.float32, "copy"
         if module_name(name) in self.factors:
             return torch.float32, "copy"
-        return self._tensors[name].dtype, "copy" if self._is_reordered(name) else "strided" if dim else "zero_copy"
+        return tensor.dtype, "copy" if self._is_reordered(name) else "strided" if dim else "zero_copy"
 
     def stored_as(self, name: str) -> str:
-        block_type = self.block_type(name)
-        return block_type.name if block_type else dtype_name(self._tensors[name].dtype)
+        tensor, block_type = self._tensors[name], self.block_type(name)
+        if not isinstance(tensor, Tensor):
+            return tensor.kind
+        return block_type.name if block_type else dtype_name(tensor.dtype)
 
     def block_type(self, name: str) -> BlockType | None:
-        return self._block_types.get(name)
+        tensor = self._tensors.get(name)
+        if tensor is None or isinstance(tensor, Tensor):
+            return self._block_types.get(name)
+        return None if module_name(name) in self.factors else tensor.block_type
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        block_type = self._block_types[name]
+        block_type = self.block_type(name)
+        assert block_type is not None, name
         stop = self.shape(name)[dim] if stop is None else stop
-        if dim == 1:
-            assert start % block_type.elements == stop % block_type.elements == 0, (name, start, stop)
+        assert dim == 0 or start % block_type.elements == stop % block_type.elements == 0, (name, start, stop)
+        if dim == 1 and isinstance(self._tensors[name], Tensor):
             start, stop = (column // block_type.elements * block_type.size for column in (start, stop))
-        return self._slice(name, dim, start, stop)
+        return self._slice(name, dim, start, stop, as_blocks=True)
 
     def release(self, name: str) -> None:
-        self._mapped.release(self._tensors[name])
+        tensor = self._tensors[name]
+        for part in (tensor,) if isinstance(tensor, Tensor) else tensor.parts.values():
+            if part.is_contiguous():
+                self._mapped.release(part)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path)
@@ -148,7 +172,9 @@ class HuggingFaceCheckpoint:
 
     def _is_same(self, a: str, b: str) -> bool:
         first, second = self._tensors[a], self._tensors[b]
-        if first.dtype != second.dtype or self.shape(a) != self.shape(b):
+        if not (isinstance(first, Tensor) and isinstance(second, Tensor)) or first.dtype != second.dtype:
+            return False
+        if self.shape(a) != self.shape(b):
             return False
         if first.data_ptr() == second.data_ptr():
             return True
@@ -157,15 +183,37 @@ class HuggingFaceCheckpoint:
         self.release(b)
         return is_same
 
+    def _drop_zero_biases(self, biased: Collection[str]) -> None:
+        """Leave out biases of zeros that the architecture lacks: AutoGPTQ writes one beside every matrix."""
+        expected = {name for name in global_shapes(self.args) if module_name(name) in biased}
+        for name, tensor in list(self._tensors.items()):
+            if name.endswith(".bias") and name not in expected and isinstance(tensor, Tensor) and not tensor.any():
+                del self._tensors[name]
+
     def _is_reordered(self, name: str) -> bool:
         return self.family.hf_rows == "halves" and module_name(name) in ROTATED
 
-    def _slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Return rows or columns of a tensor as it is stored, but with rows in Meta's order."""
-        tensor = self._tensors[name]
+    def _slice(self, name: str, dim: int, start: int, stop: int, as_blocks: bool = False) -> Tensor:
+        """Return rows or columns of a tensor as it is stored, or of a release's matrix, with rows in Meta's order."""
+        cut = self._cut(name, as_blocks)
         if not self._is_reordered(name):
-            return tensor.narrow(dim, start, stop - start)
-        return part_of_pairs(lambda first, last: tensor[first:last], tensor.shape[0], self.args, dim, start, stop)
+            return cut(dim, start, stop)
+        if dim != 0:
+            return pair_neighbours(cut(dim, start, stop), self.args.head_dim, self.args.rotary_dim)
+        n_rows = self._tensors[name].shape[0]
+        return part_of_pairs(lambda first, last: cut(0, first, last), n_rows, self.args, 0, start, stop)
+
+    def _cut(self, name: str, as_blocks: bool) -> Callable[[int, int, int], Tensor]:
+        """Return what reads [start, stop) along a dimension of a tensor, in the file's order of rows."""
+        tensor = self._tensors[name]
+        if isinstance(tensor, Tensor):
+            return lambda dim, start, stop: tensor.narrow(dim, start, stop - start)
+        return functools.partial(self._made_blocks, tensor) if as_blocks else tensor.values
+
+    def _made_blocks(self, matrix: ReleasedMatrix, dim: int, start: int, stop: int) -> Tensor:
+        blocks, error = matrix.blocks(dim, start, stop)
+        self.rounding = max(self.rounding, error)
+        return blocks
 
 
 def check_blocks(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, BlockType]:

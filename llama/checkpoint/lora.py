@@ -117,6 +117,10 @@ class AdaptedCheckpoint:
         dtype, reading = self._base_reads_as(name, dim, start, stop)
         return (torch.float32, "copy") if name in self._pairs else (dtype, reading)
 
+    @property
+    def rounding(self) -> float:
+        return self.base.rounding
+
     def stored_as(self, name: str) -> str:
         replaced = self._replaced.get(name)
         return self.base.stored_as(self._source(name)) if replaced is None else dtype_name(replaced.dtype)

@@ -27,11 +27,11 @@ Layouts = tuple[tuple[str, str], ...]
 BYTES_DTYPE = "U8"  # safetensors' name of bytes, which may be blocks
 
 
-def map_folder(folder: Path, layouts: Layouts) -> dict[str, Tensor]:
+def map_folder(folder: Path, layouts: Layouts, any_dtype: bool = False) -> dict[str, Tensor]:
     """Map every tensor of a folder's weights, by the name it has there; see `weight_files` and `map_weights`."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder, layouts):
-        for name, tensor in map_weights(file).items():
+        for name, tensor in map_weights(file, any_dtype).items():
             if name in tensors:
                 raise ValueError(f"{folder}: tensor {name} is in two files, one of them {file.name}")
             tensors[name] = tensor
@@ -71,19 +71,22 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def map_weights(file: Path) -> dict[str, Tensor]:
-    """Map every tensor of a safetensors, .bin or .pth file, by the name it has there; raise ValueError for damage."""
-    return _map_safetensors(file) if file.suffix == ".safetensors" else map_pickle(file)
+def map_weights(file: Path, any_dtype: bool = False) -> dict[str, Tensor]:
+    """Map every tensor of a safetensors, .bin or .pth file, by the name it has there; raise ValueError for damage.
+
+    any_dtype: take what is neither floats nor bytes, too, as quantized releases have it.
+    """
+    return _map_safetensors(file, any_dtype) if file.suffix == ".safetensors" else map_pickle(file)
 
 
-def _map_safetensors(file: Path) -> dict[str, Tensor]:
+def _map_safetensors(file: Path, any_dtype: bool) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     check_content(file, is_binary=True)
     try:
         with safe_open(file, "pt") as mapped:
             dtypes = {name: mapped.get_slice(name).get_dtype() for name in mapped.keys()}  # noqa: SIM118
-            for name, dtype in dtypes.items():
+            for name, dtype in () if any_dtype else dtypes.items():
                 if dtype not in (*WEIGHT_DTYPES, BYTES_DTYPE) and not UNNEEDED.fullmatch(name):
                     raise ValueError(f"{file}: {name} has dtype {dtype}, only {', '.join(WEIGHT_DTYPES)} are supported")
             return {name: mapped.get_tensor(name) for name in dtypes}

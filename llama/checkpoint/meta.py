@@ -33,6 +33,7 @@ class MetaCheckpoint:
     factors: Mapping[str, float] = {}
     pads_vocab = False
     is_quantized = False
+    rounding = 0.0
     model_name = ""
     context_len = None
     tokenizer_metadata = None

@@ -114,6 +114,11 @@ def build_model(
         log.info("lora: %d matrices stay quantized, with what is added to their products beside them", beside)
     for (stored, loaded), count in sorted(changes.items()):
         log.info("%s loaded as %s: %d matrices", stored, loaded, count)
+    if source.checkpoint.rounding:
+        log.info(
+            "blocks differ from what the files have by at most %.2g of a matrix's largest value",
+            source.checkpoint.rounding,
+        )
     log.info(
         "loaded %s in %.2f s: %d rank%s of %.2f GB in %s, computing in %s on %s by %s, threads: %d",
         source.checkpoint.path,

@@ -21,6 +21,7 @@ MEANINGFUL = {
     "config.json": {
         "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "num_attention_heads", "num_key_value_heads",
         "head_dim", "eos_token_id", "architectures", "model_type", "sliding_window", "tie_word_embeddings",
+        "quantization_config",
     },
     "generation_config.json": {"eos_token_id"},
     "tokenizer_config.json": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from llama.testing.model_presets import Preset, TokenizerKind
 from llama.testing.random_checkpoint import RandomCheckpoint
 from tests.checkpoints import write_byte_tokenizer
 from tests.fuzz.templates import TEMPLATES
+from tests.quantized_releases import AWQ, Writer, awq, bitsandbytes, compressed, fp8, gptq, packed, write_release
 
 SMALL = ModelArgs(32, 2, 4, n_kv_heads=2, vocab_size=512, multiple_of=32)
 
@@ -103,6 +105,16 @@ def _unigram(path: Path) -> None:
     file.write_text(json.dumps(content))
 
 
+def _released(writer: Writer, settings: dict[str, object]) -> Callable[[Path], None]:
+    """A quantized release, with rows of two blocks."""
+    args = replace(SMALL, dim=64, n_layers=1, hidden_dim=64, norm_eps=1e-5)
+
+    def write(path: Path) -> None:
+        write_release(path, args, writer, settings)
+
+    return write
+
+
 class Format(NamedTuple):
     """A kind of model: what writes a whole one, its files that are damaged, and the number of mutants in a full run."""
 
@@ -110,6 +122,10 @@ class Format(NamedTuple):
     files: tuple[str, ...]  # one that says more about others may stand twice
     mutants: int
 
+
+RELEASED = ("config.json", "model.safetensors")
+GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
+FP8: dict[str, object] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 
 FORMATS = {
     "meta": Format(
@@ -131,6 +147,11 @@ FORMATS = {
     "unigram": Format(_unigram, ("tokenizer.json",), 400),
     "gguf": Format(_gguf, ("model.gguf",), 1500),
     "gguf_blocks": Format(_gguf_blocks, ("model.gguf",), 700),
+    "gptq": Format(_released(gptq(act=True, sym=False), GPTQ), RELEASED, 50),
+    "awq": Format(_released(awq(), AWQ), RELEASED, 50),
+    "compressed": Format(_released(packed(sym=False), compressed("pack-quantized", group_size=32)), RELEASED, 50),
+    "fp8": Format(_released(fp8((32, 32), "weight_scale_inv"), FP8), RELEASED, 50),
+    "bitsandbytes": Format(_released(bitsandbytes(), {"quant_method": "bitsandbytes"}), RELEASED, 50),
     "chat": Format(_chat, ("chat_template.jinja",), 300),
 }
 

@@ -17,6 +17,7 @@ from llama.config import ModelArgs
 from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.models import random_tokens
+from tests.quantized_releases import AWQ, awq, write_release
 
 pytestmark = pytest.mark.slow
 
@@ -56,11 +57,17 @@ GGUF_MODELS = {
         "Q4_1",
     ),
 }
+# A quantized release, whose zero points and scales are packed along rows that ranks share.
+RELEASES = {
+    "awq": ModelArgs(
+        dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=192, norm_eps=1e-5
+    )
+}
 # Which ranks' heads begin within a block.
 UNEVEN_HEADS = {("superblocks", 2), ("blocks", 2)}
 # 5 ranks cannot share 16 heads, and must all say so.
 SIZES = {"sixteen_heads": (1, 2, 4, 16, 5), "nine_heads": (1, 3, 9), "twelve_heads": (1, 2, 3, 6)}
-SIZES |= {"superblocks": (1, 2, 3), "two_superblocks": (1, 3), "blocks": (1, 2)}
+SIZES |= {"superblocks": (1, 2, 3), "two_superblocks": (1, 3), "blocks": (1, 2), "awq": (1, 2, 3)}
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
 
 GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
@@ -73,7 +80,7 @@ def bound(name: str) -> float:
     The kernels round activations to 16 bits before products with blocks, each to within 2^-16 of the largest of 32
     (decision D59): sums in another order round some of them the other way. One rank is as far from floats, 3e-4.
     """
-    return 5e-4 if name in GGUF_MODELS and library() is not None else 1e-5
+    return 5e-4 if name in {**GGUF_MODELS, **RELEASES} and library() is not None else 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], l
         write_meta(folder / name, args, **options)
     for name, (args, block_type) in GGUF_MODELS.items():
         write_gguf_model(folder / name, args, random_state(args), GGMLQuantizationType[block_type])
+    for name, args in RELEASES.items():
+        write_release(folder / name, args, awq(), AWQ)
     tokenizer = str(write_byte_tokenizer(folder))
     for name, sizes in SIZES.items():
         for size in sizes:

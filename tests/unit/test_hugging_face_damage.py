@@ -73,7 +73,7 @@ def set_to(**values: Any) -> Callable[[dict[str, Any]], object]:
         (set_to(architectures=["OtherForCausalLM"], model_type="other"), "of model_type 'other': only llama, mistral"),
         (set_to(architectures=["MllamaForConditionalGeneration"], model_type="mllama"), "MllamaForConditional"),
         (set_to(architectures=["Llama4ForConditionalGeneration"], model_type="llama4"), "Llama4ForConditional"),
-        (set_to(quantization_config={"quant_method": "gptq", "bits": 4}), "'gptq' quantized weights"),
+        (set_to(quantization_config={"quant_method": "hqq", "bits": 4}), "'hqq' quantized weights"),
         (set_to(hidden_act="gelu"), "hidden_act 'gelu'"),
         (set_to(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
         (set_to(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "short_factor is missing"),

@@ -204,7 +204,7 @@ def set_types(**types: Any) -> Callable[[dict[str, Any]], object]:
     ("change", "said"),
     [
         (lambda config: config.pop("quantization_config"), "has dtype torch.uint8, only F32, F16, BF16 work"),
-        (set_to(quantization_config={"quant_method": "awq"}), "'awq' quantized weights, which are not supported"),
+        (set_to(quantization_config={"quant_method": "hqq"}), "'hqq' quantized weights, which are not supported"),
         (set_to(quantization_config=["ggml_blocks"]), "quantized weights, which are not supported"),
         (set_to(quantization_config={"quant_method": "ggml_blocks"}), "must have an object `types`"),
         (set_to(quantization_config={"quant_method": "ggml_blocks", "types": ["Q4_1"]}), "must have an object `types`"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from llama.checkpoint.base import Checkpoint, Progress, read_in_turn
 from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split, split_files
 from llama.checkpoint.gguf_header import is_gguf, read_header
-from llama.checkpoint.hf_config import read_block_types
+from llama.checkpoint.hf_config import read_block_types, read_release
 from llama.checkpoint.huggingface import LAYOUTS
 from llama.checkpoint.load import check_vocab_size, global_shapes
 from llama.checkpoint.mapped_file import map_weights
@@ -89,7 +89,7 @@ def _verify_files(path: Path) -> Iterator[Finding]:
 
 def _names(file: Path) -> list[str]:
     """Return a weights file's own names of its tensors; raise ValueError when they are not all in it."""
-    return list(map_weights(file) if file.suffix in (".pth", ".safetensors", ".bin") else read_header(file).tensors)
+    return list(_map(file) if file.suffix in (".pth", ".safetensors", ".bin") else read_header(file).tensors)
 
 
 def _verify_layout(path: Path) -> Iterator[Finding]:
@@ -112,7 +112,7 @@ def _verify_layout(path: Path) -> Iterator[Finding]:
 def _verify_shards(files: list[Path]) -> Iterator[Finding]:
     """Check that all of Meta's shards have the tensors of the first, in its shapes."""
     try:
-        shards = [map_weights(file) for file in files]
+        shards = [_map(file) for file in files]
     except (ValueError, OSError):
         return  # named already
     for number, problem in shard_problems(shards):
@@ -206,10 +206,10 @@ def _tensors(file: Path) -> Iterator[tuple[str, float, Tensor]]:
         checkpoint = GGUFCheckpoint(file)
         sizes = {name: torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names()}
     else:
-        sizes = {name: tensor.numel() for name, tensor in map_weights(file).items()}
+        sizes = {name: tensor.numel() for name, tensor in _map(file).items()}
 
     def reopen() -> Callable[[str], Tensor]:
-        return GGUFCheckpoint(file).read if file.suffix == ".gguf" else map_weights(file).__getitem__
+        return GGUFCheckpoint(file).read if file.suffix == ".gguf" else _map(file).__getitem__
 
     config = file.parent / "config.json"
     block_types = read_block_types(config) if file.suffix == ".safetensors" and config.is_file() else {}
@@ -219,11 +219,23 @@ def _tensors(file: Path) -> Iterator[tuple[str, float, Tensor]]:
         yield name, sizes[name] / total, dequantize(tensor, block_types[name]) if in_blocks else tensor
 
 
+def _map(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file; those of a quantized release are of any dtype."""
+    config = file.parent / "config.json"
+    return map_weights(file, any_dtype=config.is_file() and read_release(config) is not None)
+
+
 def _wrong_values(tensor: Tensor) -> str | None:
-    """Return how many of a tensor's values are NaN or infinite, or that a matrix has only zeros."""
+    """Return how many of a tensor's values are NaN or infinite, or that a matrix of floats has only zeros.
+
+    Codes may be all zeros, but never NaN.
+    """
+    if not tensor.is_floating_point():
+        return None
     nan = infinite = 0
     zero = True
-    for values in tensor.reshape(-1).split(CHECKED_AT_ONCE):
+    for part in tensor.reshape(-1).split(CHECKED_AT_ONCE):
+        values = part.float() if part.itemsize == 1 else part  # torch knows no infinity of 8-bit floats
         nan += int(torch.isnan(values).sum())
         infinite += int(torch.isinf(values).sum())
         zero = zero and not bool(values.any())
