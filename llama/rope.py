@@ -74,7 +74,7 @@ class Rotary(nn.Module):
                 frequencies = torch.where(is_long, self.long_frequencies, frequencies)
         # fp32: bf16 represents every integer only up to 256.
         angles = positions.float()[:, None] * frequencies
-        return torch.polar(self.magnitudes.expand_as(angles).contiguous(), angles)[:, None]
+        return torch.polar(self.magnitudes.float().expand_as(angles).contiguous(), angles)[:, None]
 
     def _dynamic(self, scaling: DynamicScaling, lengths: Tensor) -> Tensor:
         """Return frequencies at `lengths` (n_tokens,): (n_tokens, head_dim / 2). Cached keys keep their rotation."""
