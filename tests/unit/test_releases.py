@@ -404,6 +404,36 @@ def test_biases_of_zeros_are_left_out(written: Written, tmp_path: Path) -> None:
             load(folder)
 
 
+@torch.inference_mode()
+def test_a_release_of_a_family_is_the_llama_inside(written: Written, tmp_path: Path) -> None:
+    """GPTQ's Qwen2, with biases of q, k and v and AutoGPTQ's zeros beside o; and its Phi-3, with fused matrices."""
+    plain = written["gptq"][0]
+    state, tokens = load_file(plain / "model.safetensors"), torch.arange(12)[None]
+    attention = "model.layers.0.self_attn"
+
+    def logits(name: str, model_type: str, architecture: str, tensors: dict[str, Tensor]) -> Tensor:
+        folder = Path(shutil.copytree(plain, tmp_path / name))
+        save_file(tensors, folder / "model.safetensors")
+        edit(folder / "config.json", lambda c: c.update(model_type=model_type, architectures=[architecture]))
+        return one_pass(build(folder).model, tokens)
+
+    expected = logits("llama", "llama", "LlamaForCausalLM", state)
+    biases = {f"{attention}.{name}_proj.bias": torch.zeros(n).half() for name, n in (("q", 96), ("k", 32), ("v", 32))}
+    zeros = {**state, **biases, f"{attention}.o_proj.bias": torch.zeros(96).half()}
+    assert torch.equal(logits("zeros", "qwen2", "Qwen2ForCausalLM", zeros), expected)
+    ones = zeros | {f"{attention}.v_proj.bias": torch.ones(32).half()}
+    assert not torch.allclose(logits("ones", "qwen2", "Qwen2ForCausalLM", ones), expected)
+
+    fused = dict(state)
+    for whole, parts in (("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.gate_up_proj", ("gate", "up"))):
+        room = whole.partition(".")[0]
+        for kind in ("qweight", "qzeros", "scales", "g_idx"):
+            found = [fused.pop(f"model.layers.0.{room}.{part}_proj.{kind}") for part in parts]
+            joined = found[0] if kind == "g_idx" else torch.cat(found, dim=1)
+            fused[f"model.layers.0.{whole}.{kind}"] = joined.contiguous()
+    assert torch.equal(logits("fused", "phi3", "Phi3ForCausalLM", fused), expected)
+
+
 def test_scales_of_activations_and_caches_are_not_used(written: Written, tmp_path: Path, caplog: Any) -> None:
     folder = Path(shutil.copytree(written["fp8 one scale"][0], tmp_path / "static"))
     state, prefix = load_file(folder / "model.safetensors"), "model.layers.0.self_attn"
