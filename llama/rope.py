@@ -56,7 +56,9 @@ class Rotary(nn.Module):
             add("long_frequencies", scaled_frequencies(self.rotary_dim, theta, factors), 0.0)
         root = math.sqrt(score_factor)
         magnitude = scaling.magnitude if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
-        add("magnitudes", torch.full((self.rotary_dim // 2,), root * magnitude, device="cpu"), root)
+        add(
+            "magnitudes", torch.full((self.rotary_dim // 2,), root * magnitude, dtype=torch.float32, device="cpu"), root
+        )
 
     def forward(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return the complex numbers that rotate pairs at positions (n_tokens,): (n_tokens, 1, head_dim / 2).
