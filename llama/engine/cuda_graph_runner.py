@@ -134,7 +134,7 @@ class CudaGraphRunner(EagerRunner):
         self._table[bsz:rows] = 0  # the page of nobody
         self._upload_tables(chunks)
         self._key = rows, seqlen, self._kinds
-        self._is_controlled = not self._is_draft and any(chunk.sequence.controls is not None for chunk in chunks)
+        self._is_controlled = self._has_controls(chunks)
         self._replay(chunks, seqlen)
 
     def launch_next(self, chunks: Sequence[Chunk], announced: int = 0) -> None:

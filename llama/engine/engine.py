@@ -14,7 +14,7 @@ import torch
 from llama.cache import PAGE_SIZE
 from llama.engine.metrics import Metrics
 from llama.engine.options import check_speculation
-from llama.engine.prompts import check_token_ids, prompt_ids
+from llama.engine.prompts import prompt_ids
 from llama.engine.room import Room
 from llama.engine.sequence import Chunk, Sequence
 from llama.engine.sequence_maker import SequenceMaker
@@ -116,7 +116,7 @@ class Engine:
         self.last_id += 1
         params = params or SamplingParams()
         prompt = prompt_ids(prompt_tokens, "the prompt", self.model.args)
-        check_token_ids(params, self.model.args)
+        self.check(params)
         return self._wait(prompt, params, (index, sample), add_prefix_space, interactive).id
 
     def cancel(self, request: int) -> None:

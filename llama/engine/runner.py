@@ -103,7 +103,7 @@ class EagerRunner:
         self._is_dynamic = isinstance(model.args.rope_scaling, LengthScaling)
 
     def launch(self, chunks: Sequence[Chunk], announced: int = 0) -> None:
-        self._is_controlled = not self._is_draft and any(chunk.sequence.controls is not None for chunk in chunks)
+        self._is_controlled = self._has_controls(chunks)
         changes = self._begin_changes(chunks) if self._is_controlled else None
         hidden = self._compute(chunks)
         sampled = [chunk for chunk in chunks if chunk.n_sampled]
@@ -134,6 +134,10 @@ class EagerRunner:
 
     def reset(self) -> None:
         self._outputs.clear()
+
+    def _has_controls(self, chunks: Sequence[Chunk]) -> bool:
+        """Return whether a request of a step has controls that this runner heeds."""
+        return not self._is_draft and any(chunk.sequence.controls is not None for chunk in chunks)
 
     def _begin_changes(self, chunks: Sequence[Chunk]) -> WaitForChanges | None:
         """Have the changes of a step's logits worked out, and return what waits for them."""

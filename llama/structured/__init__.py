@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama.structured.constraint import Constraint, ConstraintCompiler, apply_mask, unpack
+from llama.structured.constraint import Constraint, ConstraintCompiler, unpack
 from llama.structured.definitions import check_constraint
 
-__all__ = ["Constraint", "ConstraintCompiler", "apply_mask", "check_constraint", "unpack"]
+__all__ = ["Constraint", "ConstraintCompiler", "check_constraint", "unpack"]

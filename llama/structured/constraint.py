@@ -110,13 +110,6 @@ class Constraint:
         other._n_after_end = self._n_after_end
         return other
 
-    def forced(self, count: int) -> list[int]:
-        """Return at most `count` tokens that follow whatever the model thinks, in the tokenizer's own cut.
-
-        There are some in the middle of a name that a schema asks for, and often none. They are good draft tokens.
-        """
-        return self._matcher.compute_ff_tokens()[:count]
-
     @property
     def may_end(self) -> bool:
         """Whether the text so far is whole."""
@@ -160,8 +153,3 @@ def unpack(masks: Tensor, vocab_size: int) -> Tensor:
     # Eight booleans of each byte, looked up as one integer: for 32 rows a tenth of the time of shifting bits out.
     bits = (numbers[:, None] >> numbers[:8] & 1).bool().view(torch.int64)[:, 0]
     return bits[masks.contiguous().view(torch.uint8).long()].view(torch.bool)[..., :vocab_size]
-
-
-def apply_mask(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return logits (..., vocab_size) with those of tokens that packed masks do not allow as minus infinity."""
-    return logits.masked_fill(unpack(~masks, logits.shape[-1]), float("-inf"))
