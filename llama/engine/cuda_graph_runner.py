@@ -87,7 +87,7 @@ class CudaGraphRunner(EagerRunner):
         self._running = zeros(rows)  # 1, or 0 for rows that only pad a graph
         self._table = zeros(rows, width, dtype=torch.int32)
         self._uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)  # of the token after each position
-        self._xtc_uniforms = zeros(rows, width * PAGE_SIZE, dtype=torch.float32)
+        self._xtc_uniforms: Tensor | None = None  # the same of XTC, from the first request on that asks for it
         self._temperature, self._top_p = (zeros(rows, dtype=torch.float32) for _ in range(2))
         self._filters = {field: zeros(rows, dtype=torch.float32) for field in FILTER_NUMBERS}
         self._is_filtered = zeros(rows, dtype=torch.bool)
@@ -179,6 +179,8 @@ class CudaGraphRunner(EagerRunner):
                 self._uniforms[row, first : first + len(numbers)] = numbers
                 if sequence.params.xtc_probability > 0:
                     numbers = self._pinned(sequence.xtc_uniforms)
+                    if self._xtc_uniforms is None:
+                        self._xtc_uniforms = torch.zeros_like(self._uniforms)
                     self._xtc_uniforms[row, first : first + len(numbers)] = numbers
         n, given = len(params), StepParams.of(params, torch.device("cpu"))
         self._temperature[:n] = self._pinned(given.tensors.temperature)
@@ -268,6 +270,7 @@ class CudaGraphRunner(EagerRunner):
                 **numbers, is_filtered=of_places(self._is_filtered), kinds=kinds.filters, width=ANY_WIDTH
             )
             if "xtc" in kinds.filters:
+                assert self._xtc_uniforms is not None, "they come with a request's parameters"
                 xtc_uniform = self._xtc_uniforms[:rows].gather(1, positions).flatten()
         tensors = SamplingTensors(of_places(self._temperature), of_places(self._top_p), kinds.draws)
         params = StepParams(tensors, filters, kinds.scores, xtc_uniform is not None)
