@@ -12,9 +12,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from llama.checks import check_int, check_number
 from llama.files import check_content
+from llama.rope_scaling import (
+    DynamicScaling,
+    FactorScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    QueryScaling,
+    RopeScaling,
+    YarnScaling,
+)
 
 # Keys of released params.json files that say nothing about the computation.
 HARMLESS_KEYS = {
@@ -46,109 +56,34 @@ ROPE_KEYS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_fre
 SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
 
 
-@dataclass(frozen=True)
-class LinearScaling:
-    """Linear scaling (arXiv:2306.15595), which multiplies every rotary wavelength by `factor`."""
+# What other families compute otherwise than Llama.
+_BEYOND_LLAMA = (
+    "attention_chunk", "full_layers", "unrotated_layers", "window_rope_theta", "query_scaling", "qk_norm",
+    "output_norms", "layer_norms", "activation",
+)  # fmt: skip
+_FLAGS = ("use_scaled_rope", "tied_embeddings", "attention_bias", "mlp_bias", "output_norms", "layer_norms")
+MAX_LAYERS = 1 << 12  # more than any model has, so that a corrupt file cannot ask for terabytes
 
-    factor: float
-
-    def __post_init__(self) -> None:
-        check_number("factor", self.factor)
-
-
-@dataclass(frozen=True)
-class DynamicScaling:
-    """Dynamic NTK-aware scaling: rows longer than old_context_len are stretched, the more the longer they are."""
-
-    factor: float
-    old_context_len: int
-
-    def __post_init__(self) -> None:
-        check_number("factor", self.factor)
-        check_int("old_context_len", self.old_context_len)
+# What is normalised of queries and keys: each head before its rotation, each head after it, all heads together before
+# it, or each head without a weight, in layers that rotate alone.
+QkNorm = Literal["head", "rotated head", "all heads", "unit"]
+# Of feed-forwards. SiLU is of a gate, and multiplies; the others are of what goes up, and there is no gate.
+Activation = Literal["silu", "relu2", "xielu"]
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling, which stretches long rotary wavelengths only.
+class Sight:
+    """Which earlier tokens a layer's tokens attend to: those of a window that ends with them, and those of a chunk.
 
-    Wavelengths above old_context_len / low_freq_factor are multiplied by `factor`, those below
-    old_context_len / high_freq_factor stay as they are, and those between are blended.
+    window: tokens, the last itself included; chunk: tokens from one multiple of it to the next; None: all.
     """
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    old_context_len: int = 8192
+    window: int | None = None
+    chunk: int | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            check_number(name, getattr(self, name))
-        check_int("old_context_len", self.old_context_len)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {self}")
-
-
-@dataclass(frozen=True)
-class YarnScaling:
-    """YaRN scaling (arXiv:2309.00071), pair by pair.
-
-    Pairs that turn more than beta_fast times within old_context_len stay as they are, those that turn less than
-    beta_slow times are stretched by `factor`, and those between are blended.
-    """
-
-    factor: float
-    old_context_len: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
-    truncate: bool = True  # whether the range of pairs is rounded outwards to whole pairs
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "beta_fast", "beta_slow"):
-            check_number(name, getattr(self, name))
-        check_int("old_context_len", self.old_context_len)
-        if self.attention_factor is not None:
-            check_number("attention_factor", self.attention_factor)
-
-    @property
-    def magnitude(self) -> float:
-        """The factor of rotated queries and of rotated keys, which sharpens attention."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
-
-
-@dataclass(frozen=True)
-class FactorScaling:
-    """One wavelength factor for each rotated pair, as GGUF files store Llama 3.1's scaling."""
-
-    factors: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for factor in self.factors:
-            check_number("rope factor", factor)
-
-
-@dataclass(frozen=True)
-class LongRopeScaling:
-    """LongRoPE (arXiv:2402.13753): wavelength factors for each rotated pair, others in texts beyond old_context_len."""
-
-    short_factors: tuple[float, ...]
-    long_factors: tuple[float, ...]
-    old_context_len: int
-    magnitude: float  # the factor of rotated queries and of rotated keys
-
-    def __post_init__(self) -> None:
-        check_int("old_context_len", self.old_context_len)
-        check_number("attention_factor", self.magnitude)
-        for factor in (*self.short_factors, *self.long_factors):
-            check_number("rope factor", factor)
-
-
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | FactorScaling | LongRopeScaling
-# Those that rotate by the length of the text that a token is in.
-LengthScaling = DynamicScaling | LongRopeScaling
+    def reaches(self, length: int) -> bool:
+        """Tell whether the last of `length` tokens attends to the first, and so do all between."""
+        return min(self.window or length, self.chunk or length) >= length
 
 
 @dataclass(frozen=True)
@@ -180,18 +115,27 @@ class ModelArgs:
     sliding_window: int | None = None  # tokens that a token attends to, itself included; None: all
     rotary_dim: int | None = None  # leading dimensions of a head that are rotated; None: all
     score_factor: float = 1.0  # of attention's scores, beside 1 / sqrt(head_dim)
+    attention_chunk: int | None = None  # tokens attend to those of their chunk of so many; None: to all
+    full_layers: tuple[int, ...] = ()  # which have neither a window nor chunks
+    unrotated_layers: tuple[int, ...] = ()
+    window_rope_theta: float | None = None  # of layers with a window, whose RoPE is not scaled; None: as in the others
+    query_scaling: QueryScaling | None = None  # of unrotated layers; of all, where all are rotated
+    qk_norm: QkNorm | None = None
+    output_norms: bool = False  # norms are of what attention and feed-forward add, not of what they are given
+    layer_norms: bool = False  # norms have a mean and a bias, too
+    activation: Activation = "silu"
 
     def __post_init__(self) -> None:
         def resolve(name: str, value: Any) -> None:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        check_int("n_layers", self.n_layers, most=_MAX_LAYERS)
+        check_int("n_layers", self.n_layers, most=MAX_LAYERS)
         for name in ("dim", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
             check_int(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta", "score_factor"):
             check_number(name, getattr(self, name))
-        for name in ("use_scaled_rope", "tied_embeddings", "attention_bias", "mlp_bias"):
+        for name in _FLAGS:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
@@ -207,9 +151,20 @@ class ModelArgs:
             resolve("rope_scaling", Llama3Scaling(32.0 if (self.dim, self.n_layers) in SCALED_BY_32 else 8.0))
         for name in ("n_kv_heads", "head_dim", "hidden_dim"):
             check_int(name, getattr(self, name))
-        for name in ("sliding_window", "rotary_dim"):
+        for name in ("sliding_window", "attention_chunk", "rotary_dim"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
+        for name in ("full_layers", "unrotated_layers"):
+            layers = getattr(self, name)
+            if not isinstance(layers, tuple) or any(type(i) is not int or not 0 <= i < self.n_layers for i in layers):
+                raise ValueError(f"{name} must be numbers of layers below {self.n_layers}, got {layers!r}")
+        if self.window_rope_theta is not None:
+            check_number("window_rope_theta", self.window_rope_theta)
+        if self.query_scaling is not None and not isinstance(self.query_scaling, QueryScaling):
+            raise ValueError(f"query_scaling must be a QueryScaling, got {self.query_scaling!r}")
+        for name, known in (("qk_norm", (None, *get_args(QkNorm))), ("activation", get_args(Activation))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if self.rotary_dim == self.head_dim:
             object.__setattr__(self, "rotary_dim", None)
         for factors in _factors_of_pairs(self.rope_scaling):
@@ -225,6 +180,25 @@ class ModelArgs:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings rotate pairs")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise ValueError(f"rotary_dim {self.rotary_dim} must be even, and at most head_dim {self.head_dim}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer computes what Llama's do."""
+        fields = ModelArgs.__dataclass_fields__
+        return all(getattr(self, name) == fields[name].default for name in _BEYOND_LLAMA)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether feed-forwards have w1, a gate."""
+        return self.activation == "silu"
+
+    def sight(self, layer: int) -> Sight:
+        """Return which earlier tokens those of a layer attend to."""
+        return Sight() if layer in self.full_layers else Sight(self.sliding_window, self.attention_chunk)
+
+    def norms_heads(self, layer: int) -> bool:
+        """Tell whether a layer normalises its queries and keys."""
+        return self.qk_norm is not None and (self.qk_norm != "unit" or layer not in self.unrotated_layers)
 
 
 def read_params(path: Path) -> ModelArgs:
@@ -280,21 +254,3 @@ def _ffn_hidden_dim(dim: int, multiplier: float | None, multiple_of: int) -> int
         check_number("ffn_dim_multiplier", multiplier)
         hidden_dim = int(multiplier * hidden_dim)
     return multiple_of * math.ceil(hidden_dim / multiple_of)
-
-
-# Limits above those of any LLaMA model, so that a corrupt file cannot ask for terabytes.
-MAX_INT = 1 << 24
-_MAX_LAYERS = 1 << 12
-_MAX_NUMBER = 1e15
-
-
-def check_int(name: str, value: Any, most: int = MAX_INT) -> None:
-    """Raise ValueError unless a value is an integer from 1 to `most`."""
-    if type(value) is not int or not 0 < value <= most:
-        raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is a positive number of at most _MAX_NUMBER."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_NUMBER:
-        raise ValueError(f"{name} must be a positive number of at most {_MAX_NUMBER:g}, got {value!r}")

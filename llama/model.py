@@ -5,80 +5,43 @@ Knows nothing of text, of sampling or of where weights come from.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.cache import ForwardBatch, KVCache, RowGroup, pages_for
-from llama.config import ModelArgs
+from llama.attention import attend_in_groups, causal_mask
+from llama.cache import ForwardBatch, KVCache, pages_for
+from llama.config import ModelArgs, Sight
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from llama.norms import XIELU, AllHeadsNorm, RMSNorm, new_norm
 from llama.quantization.weights import LowRank, Weight
-from llama.rope import Rotary, precompute_freqs_cis, rotate
+from llama.rope import LayerRotations, precompute_freqs_cis, rotate
 
 __all__ = ["ModelArgs", "Transformer", "precompute_freqs_cis"]
+
+
+# What turns a layer's queries, and what its keys: complex (n_tokens, 1, head_dim / 2).
+Rotations = tuple[Tensor, Tensor]
+# Of each sight that layers have, the mask of each group of rows.
+Masks = Mapping[Sight, Sequence[Tensor | None]]
 
 
 class LayersBackend(Protocol):
     """What a backend computes for a model; `llama.backends.base.Backend` is the whole protocol."""
 
-    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
         """See `Transformer.run_layers`."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return this rank's logits of final states (..., dim): fp32 (..., local vocabulary)."""
         ...
-
-
-class RMSNorm(nn.Module):
-    """Scale x to unit root mean square, then by a learned weight (arXiv:1910.07467); computed in fp32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute grouped-query attention (arXiv:2305.13245), softmax(q k^T / sqrt(head_dim)) v, shaped like q.
-
-    q: (bsz, seqlen, n_heads, head_dim); k, v: (bsz, kv_len, n_kv_heads, head_dim).
-    mask: (bsz, 1, seqlen, kv_len), True where a query sees a key; None is causal over seqlen == kv_len.
-    """
-    bsz, seqlen, n_heads, head_dim = q.shape
-    n_kv_heads = k.shape[2]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if seqlen == 1:
-        # Treat the query heads of one KV head as a sequence, so that K and V are read once and never repeated.
-        q = q.view(bsz, n_kv_heads, n_heads // n_kv_heads, head_dim)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(bsz, 1, n_heads, head_dim)
-    if n_heads != n_kv_heads and q.is_cuda and (mask is not None or q.dtype == torch.float32):
-        # There torch's kernels for these take no heads that are shared: it would hold all scores.
-        k, v = (each.repeat_interleave(n_heads // n_kv_heads, dim=1) for each in (k, v))
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_heads != k.shape[1]
-    )
-    return y.transpose(1, 2)
-
-
-def attend_in_groups(q: Tensor, layer: int, masks: Sequence[Tensor | None], batch: ForwardBatch) -> Tensor:
-    """Compute attention of queries (n_tokens, n_heads, head_dim) over the cached keys of a layer, shaped like q.
-
-    masks: of each group of rows, as `Transformer.mask` returns it.
-    """
-    parts = []
-    for group, mask in zip(batch.groups, masks, strict=True):
-        queries = q[group.tokens].unflatten(0, (group.n_rows, group.seqlen))
-        parts.append(attend(queries, *batch.read(layer, group), mask).flatten(0, 1))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Attention(nn.Module):
@@ -95,43 +58,81 @@ class Attention(nn.Module):
         self.wk = ColumnParallelLinear(args.dim, kv_dim, args.attention_bias)
         self.wv = ColumnParallelLinear(args.dim, kv_dim, args.attention_bias)
         self.wo = RowParallelLinear(q_dim, args.dim, parallel, args.attention_bias)
+        self.sight = args.sight(layer)
+        self.norm_eps = args.norm_eps
+        self.qk_norm = args.qk_norm if args.norms_heads(layer) else None
+        if self.qk_norm == "all heads":
+            ranks = [dataclasses.replace(parallel, rank=rank) for rank in range(parallel.size)]
+            n, kv_heads = self.n_local_heads, [rank.kv_heads(args.n_heads, args.n_kv_heads) for rank in ranks]
+            self.q_norm: nn.Module = AllHeadsNorm(
+                args, parallel, [range(i * n, (i + 1) * n) for i in range(len(ranks))]
+            )
+            self.k_norm: nn.Module = AllHeadsNorm(args, parallel, kv_heads)
+        elif self.qk_norm in ("head", "rotated head"):
+            self.q_norm = RMSNorm(args.head_dim, args.norm_eps)
+            self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
 
-    def forward(self, x: Tensor, rotation: Tensor, masks: Sequence[Tensor | None], batch: ForwardBatch) -> Tensor:
-        q = self.wq(x).view(-1, self.n_local_heads, self.head_dim)
-        k = self.wk(x).view(-1, self.n_local_kv_heads, self.head_dim)
-        v = self.wv(x).view(-1, self.n_local_kv_heads, self.head_dim)
-        batch.cache.write(self.layer, batch.slots, rotate(k, rotation), v)
+    def forward(self, x: Tensor, rotations: Rotations, masks: Masks, batch: ForwardBatch) -> Tensor:
+        of_queries, of_keys = rotations
+        q, k, v = self.wq(x), self.wk(x), self.wv(x).view(-1, self.n_local_kv_heads, self.head_dim)
+        if self.qk_norm == "all heads":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(-1, self.n_local_heads, self.head_dim), k.view(-1, self.n_local_kv_heads, self.head_dim)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm == "unit":
+            q, k = (F.rms_norm(heads, (self.head_dim,), None, self.norm_eps) for heads in (q, k))
+        k = rotate(k, of_keys)
+        if self.qk_norm == "rotated head":
+            k = self.k_norm(k)
+        batch.cache.write(self.layer, batch.slots, k, v)
         del k, v
-        q = rotate(q, rotation)
-        return self.wo(attend_in_groups(q, self.layer, masks, batch).flatten(1))
+        q = rotate(q, of_queries)
+        if self.qk_norm == "rotated head":
+            q = self.q_norm(q)
+        return self.wo(attend_in_groups(q, self.layer, masks[self.sight], batch).flatten(1))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202) over this rank's hidden features; padding features are zero and stay zero."""
+    """SwiGLU (arXiv:2002.05202), or another activation without a gate, over this rank's hidden features.
+
+    Padding features have columns of zeros in w2, so that they add nothing.
+    """
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
         super().__init__()
         hidden_dim = parallel.part(args.hidden_dim, parallel.ffn_multiple)
-        self.w1 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
+        if args.is_gated:
+            self.w1 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
         self.w2 = RowParallelLinear(hidden_dim, args.dim, parallel, args.mlp_bias)
         self.w3 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
+        self.activation = args.activation
+        if args.activation == "xielu":
+            self.xielu = XIELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if self.activation == "silu":
+            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        up = self.w3(x)
+        return self.w2(F.relu(up).square() if self.activation == "relu2" else self.xielu(up))
 
 
 class TransformerBlock(nn.Module):
-    """One layer: attention and feed-forward, each of the normalised input and added to it."""
+    """One layer: attention and feed-forward, each added to its input; norms are of what goes in, or of what comes."""
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel, layer: int) -> None:
         super().__init__()
         self.attention = Attention(args, parallel, layer)
         self.feed_forward = FeedForward(args, parallel)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.output_norms = args.output_norms
+        self.attention_norm = new_norm(args)
+        self.ffn_norm = new_norm(args)
 
-    def forward(self, x: Tensor, rotation: Tensor, masks: Sequence[Tensor | None], batch: ForwardBatch) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, masks, batch)
+    def forward(self, x: Tensor, rotations: Rotations, masks: Masks, batch: ForwardBatch) -> Tensor:
+        if self.output_norms:
+            x = x + self.attention_norm(self.attention(x, rotations, masks, batch))
+            return x + self.ffn_norm(self.feed_forward(x))
+        x = x + self.attention(self.attention_norm(x), rotations, masks, batch)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -148,11 +149,11 @@ class Transformer(nn.Module):
         self.parallel = parallel = parallel or ModelParallel()
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim, parallel)
         self.layers = nn.ModuleList(TransformerBlock(args, parallel, layer) for layer in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = new_norm(args)
         self.output = ColumnParallelLinear(args.dim, parallel.part(args.vocab_size))
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.rope = Rotary(args.head_dim, args.rope_theta, args.rope_scaling, args.rotary_dim, args.score_factor)
+        self.rope = LayerRotations(args)
         # Computes the layers in place of their own forward; bound from outside (see backends/base.py).
         self.backend: LayersBackend | None = None
 
@@ -168,34 +169,21 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, batch: ForwardBatch) -> Tensor:
         """Return the final states of tokens (n_tokens,) where `batch` says they are, (n_tokens, dim); cache them."""
-        rotation = self.rope(batch.positions, batch.lengths)
+        rotations = self.rope(batch.positions, batch.lengths)
         run = self.run_layers if self.backend is None else self.backend.run_layers
-        return run(tokens, rotation, batch)
+        return run(tokens, rotations, batch)
 
-    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states (n_tokens, dim) of tokens (n_tokens,), and cache their keys and values.
 
-        rotation: (n_tokens, 1, head_dim / 2), complex.
+        rotations: (n_rotations, n_tokens, 1, head_dim / 2), complex, of which `LayerRotations` says each layer's.
         """
         x = self.tok_embeddings(tokens).to(self.dtype)
-        masks = [self.mask(batch.positions, group) for group in batch.groups]
-        for layer in self.layers:
-            x = layer(x, rotation, masks, batch)
+        sights = {self.args.sight(layer) for layer in range(self.args.n_layers)}
+        masks = {sight: [causal_mask(batch.positions, group, sight) for group in batch.groups] for sight in sights}
+        for layer, of_queries, of_keys in zip(self.layers, self.rope.of_queries, self.rope.of_keys, strict=True):
+            x = layer(x, (rotations[of_queries], rotations[of_keys]), masks, batch)
         return self.norm(x)
-
-    def mask(self, positions: Tensor, group: RowGroup) -> Tensor | None:
-        """Return where queries of a group see keys: bool (n_rows, 1, seqlen, kv_len); None is causal.
-
-        positions: (n_tokens,), of all groups.
-        """
-        kv_len = group.kv_len
-        window = self.args.sliding_window or kv_len
-        if group.from_start and kv_len <= window:
-            return None
-        queries = positions[group.tokens].view(group.n_rows, 1, group.seqlen, 1)
-        keys = torch.arange(kv_len, device=positions.device)
-        mask = keys <= queries
-        return mask & (keys > queries - window) if window < kv_len else mask
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits of final states (..., dim): (..., vocab_size) in fp32, the same on every rank."""

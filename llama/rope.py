@@ -6,18 +6,21 @@ Knows nothing of attention.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.config import (
+from llama.config import ModelArgs
+from llama.rope_scaling import (
     DynamicScaling,
     FactorScaling,
     LengthScaling,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    QueryScaling,
     RopeScaling,
     YarnScaling,
 )
@@ -44,7 +47,8 @@ class Rotary(nn.Module):
         score_factor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.rotary_dim, self.theta, self.scaling = rotary_dim or head_dim, theta, scaling
+        self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        self.theta, self.scaling = theta, scaling
         still = (head_dim - self.rotary_dim) // 2  # pairs that are not rotated
 
         def add(name: str, values: Tensor, rest: float) -> None:
@@ -86,6 +90,54 @@ class Rotary(nn.Module):
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=lengths.device) / dim
         frequencies = (self.theta * stretch)[:, None] ** -exponents
         return F.pad(frequencies, (0, len(self.frequencies) - dim // 2))
+
+
+class LayerRotations(nn.Module):
+    """The rotations of all layers: few are different, so that each is computed once a step.
+
+    of_queries, of_keys: for each layer, which of the rotations that `forward` returns turns its queries and its keys.
+    """
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.query_scaling = args.query_scaling
+        kinds: list[tuple[float, RopeScaling | None, int | None]] = []  # the arguments of each Rotary
+        wanted: list[tuple[int, bool]] = []  # a kind, and whether it is of queries that are scaled
+
+        def number(values: list[Any], value: Any) -> int:
+            if value not in values:
+                values.append(value)
+            return values.index(value)
+
+        self.of_queries, self.of_keys = [], []
+        for layer in range(args.n_layers):
+            kind: tuple[float, RopeScaling | None, int | None] = args.rope_theta, args.rope_scaling, args.rotary_dim
+            if layer in args.unrotated_layers:
+                kind = args.rope_theta, None, 0
+            elif args.window_rope_theta is not None and layer not in args.full_layers:
+                kind = args.window_rope_theta, None, args.rotary_dim
+            at = number(kinds, kind)
+            is_scaled = args.query_scaling is not None and (not args.unrotated_layers or layer in args.unrotated_layers)
+            self.of_queries.append(number(wanted, (at, is_scaled)))
+            self.of_keys.append(number(wanted, (at, False)))
+        self._wanted = wanted
+        self.kinds = nn.ModuleList(Rotary(args.head_dim, *kind, args.score_factor) for kind in kinds)
+
+    def forward(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return what rotates pairs at positions (n_tokens,): complex (n_rotations, n_tokens, 1, head_dim / 2)."""
+        if len(self._wanted) == 1:
+            return self.kinds[0](positions, lengths)[None]
+        rotations = [rotary(positions, lengths) for rotary in self.kinds]
+        if self.query_scaling is None:
+            return torch.stack(rotations)
+        growth = query_growth(self.query_scaling, positions)[:, None, None]
+        return torch.stack([rotations[kind] * growth if scaled else rotations[kind] for kind, scaled in self._wanted])
+
+
+def query_growth(scaling: QueryScaling, positions: Tensor) -> Tensor:
+    """Return by what queries at positions (n_tokens,) are scaled: (n_tokens,), fp32."""
+    periods = (positions + scaling.shift).div(scaling.period, rounding_mode="floor")
+    return 1 + scaling.beta * torch.log1p(periods.float())
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llama.config import Llama3Scaling, ModelArgs
+from llama.config import ModelArgs
+from llama.rope_scaling import Llama3Scaling
 
 ARCHITECTURES = {
     "multi_head": ModelArgs(dim=40, n_layers=2, n_heads=5, vocab_size=101, multiple_of=12),

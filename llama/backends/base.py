@@ -16,6 +16,7 @@ from llama.backends.cpu.build import library
 from llama.backends.cuda.available import has_triton
 from llama.backends.eager import EagerBackend
 from llama.cache import ForwardBatch
+from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.quantization.weights import QuantizedWeight
 from llama.sampling import TokenSampler
@@ -77,7 +78,7 @@ class Backend(Protocol):
         """Compute this model from here on; it drops its backend when its weights move or change."""
         ...
 
-    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in the model's dtype or in fp32."""
         ...
 
@@ -90,7 +91,7 @@ class Backend(Protocol):
         ...
 
 
-def choose_backend(device: torch.device, head_dim: int, compile: bool = False) -> Backend:
+def choose_backend(device: torch.device, args: ModelArgs, compile: bool = False) -> Backend:
     """Choose the backend for a device: the package's kernels where they run, else Inductor or torch's operations.
 
     compile: the user asked for torch.compile, which kernels of the package do without (see D34).
@@ -99,11 +100,11 @@ def choose_backend(device: torch.device, head_dim: int, compile: bool = False) -
     if device.type == "cpu" and library() is not None:
         from llama.backends.cpu.backend import CpuBackend
 
-        backend = CpuBackend(device)
+        backend = CpuBackend(device) if CpuBackend.computes(args) else None
     elif has_triton(device):
-        from llama.backends.cuda.backend import MAX_HEAD_DIM, CudaBackend
+        from llama.backends.cuda.backend import CudaBackend
 
-        backend = CudaBackend(device) if head_dim <= MAX_HEAD_DIM else None
+        backend = CudaBackend(device) if CudaBackend.computes(args) else None
     if backend is not None:
         return backend
     if compile:

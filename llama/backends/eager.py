@@ -47,8 +47,8 @@ class EagerBackend:
         assert model is not None
         return model
 
-    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
-        return self.model.run_layers(tokens, rotation, batch)
+    def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
+        return self.model.run_layers(tokens, rotations, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.output(hidden, torch.float32)

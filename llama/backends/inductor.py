@@ -38,14 +38,14 @@ class InductorBackend(EagerBackend):
         self._decode = torch.compile(model.run_layers, backend=self._compiler, dynamic=True)
         self._ready = self._failed = False
 
-    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
         if any(group.seqlen > 1 for group in batch.groups) or self._failed:
-            return self.model.run_layers(tokens, rotation, batch)
+            return self.model.run_layers(tokens, rotations, batch)
         start = time.perf_counter()
         if not self._ready:
             log.info("compiling the decode step: a minute or so the first time, seconds from the cache")
         try:
-            args = tokens, rotation, batch
+            args = tokens, rotations, batch
             y = collective(self._decode, *args) if self._ready else self._decode(*args)
         except ConnectionError:
             raise
@@ -53,7 +53,7 @@ class InductorBackend(EagerBackend):
             self._failed = True
             why = one_line(str(error))[:300] or type(error).__name__
             log.warning("--compile failed, so the layers run as they are: %s", why)
-            return self.model.run_layers(tokens, rotation, batch)
+            return self.model.run_layers(tokens, rotations, batch)
         if not self._ready:
             self._ready = True
             log.info("compiled the decode step in %.1f s", time.perf_counter() - start)

@@ -18,13 +18,16 @@ from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
-# The dimension along which ranks, and Meta's shards, split a module's weight; others (norms) are whole everywhere.
+# The dimension along which ranks, and Meta's shards, split a module's weight; others are whole everywhere.
+# Norms of queries and keys are whole, too, where they are of a head: see `llama.checkpoint.load`.
 SHARD_DIM = {
     "tok_embeddings": 0,
     "output": 0,
     "wq": 0,
     "wk": 0,
     "wv": 0,
+    "q_norm": 0,
+    "k_norm": 0,
     "wo": 1,
     "w1": 0,
     "w2": 1,

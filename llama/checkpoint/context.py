@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from llama.checkpoint.base import Checkpoint
-from llama.config import MAX_INT, FactorScaling, Llama3Scaling, ModelArgs, RopeScaling
+from llama.checks import MAX_INT
+from llama.config import ModelArgs
 from llama.rope import scaled_frequencies
+from llama.rope_scaling import FactorScaling, Llama3Scaling, RopeScaling
 
 
 def trained_context_len(checkpoint: Checkpoint) -> int:

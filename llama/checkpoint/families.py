@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llama.config import ModelArgs, check_number
+from llama.checks import check_number
+from llama.config import ModelArgs
 
 # Which dimensions of a head RoPE rotates as a pair: neighbours, as in Meta's code, or one of each half.
 RowOrder = Literal["neighbours", "halves"]

@@ -8,15 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.checkpoint.families import GGUF_FAMILIES, REFUSED, Family, Multipliers
-from llama.config import (
-    FactorScaling,
-    LinearScaling,
-    LongRopeScaling,
-    ModelArgs,
-    RopeScaling,
-    YarnScaling,
-    check_number,
-)
+from llama.checks import check_number
+from llama.config import ModelArgs
+from llama.rope_scaling import FactorScaling, LinearScaling, LongRopeScaling, RopeScaling, YarnScaling
 from llama.tokenizer.gguf_tokens import KNOWN_TOKENIZER_KEYS, TOKENIZER_KEY
 
 # Fields of ModelArgs and the keys that say them: integers that must be there, and those that may.

@@ -11,13 +11,8 @@ from typing import Any
 
 from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, REFUSED, Family, Multipliers, supported
 from llama.checkpoint.hf_rope import read_rope_scaling, required, rope_parameters, true_or_false
-from llama.config import (
-    ModelArgs,
-    check_int,
-    check_number,
-    read_json_object,
-    with_keys_of_file,
-)
+from llama.checks import check_int, check_number
+from llama.config import ModelArgs, read_json_object, with_keys_of_file
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 
 log = logging.getLogger("llama")

@@ -9,16 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.families import Family
-from llama.config import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    RopeScaling,
-    YarnScaling,
-    check_int,
-    check_number,
-)
+from llama.checks import check_int, check_number
+from llama.rope_scaling import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, YarnScaling
 
 log = logging.getLogger("llama")
 

@@ -244,9 +244,9 @@ def _part(
 ) -> Tensor:
     """Return this rank's part of what `read` returns for slices of a tensor, as a checkpoint's `read` does."""
     dim = shard_dim(name)
-    if dim is None or parallel.size == 1:
+    if dim is None or parallel.size == 1 or _is_norm_of_a_head(name, args):
         return read(name)
-    if module_name(name) in ("wk", "wv"):
+    if module_name(name) in ("wk", "wv", "k_norm"):
         return _read_kv_heads(read, name, args, parallel)
     total = checkpoint.shape(name)[dim]
     start, stop = part_span(name, total, parallel)
@@ -255,6 +255,11 @@ def _part(
     if dim == 1 and block_type is not None:
         padding = padding // block_type.elements * block_type.size  # blocks of zeros are zeros
     return F.pad(part, (0, 0) * (part.dim() - 1 - dim) + (0, padding)) if padding else part
+
+
+def _is_norm_of_a_head(name: str, args: ModelArgs) -> bool:
+    """Tell whether a tensor is what all heads' queries, or keys, are normalised with."""
+    return module_name(name) in ("q_norm", "k_norm") and args.qk_norm != "all heads"
 
 
 def _read_kv_heads(read: Callable[..., Tensor], name: str, args: ModelArgs, parallel: ModelParallel) -> Tensor:
@@ -283,6 +288,12 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
         "feed_forward.w2": (args.dim, args.hidden_dim),
         "feed_forward.w3": (args.hidden_dim, args.dim),
     }
+    if not args.is_gated:
+        del layer["feed_forward.w1"]
+    kinds = ("weight", "bias") if args.layer_norms else ("weight",)
+    vectors = {f"{norm}.{kind}": (args.dim,) for norm in ("attention_norm", "ffn_norm") for kind in kinds}
+    if args.activation == "xielu":
+        vectors["feed_forward.xielu.weight"] = (4,)
     biased = {"attention": args.attention_bias, "feed_forward": args.mlp_bias}
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, args.dim)}
     if not args.tied_embeddings:
@@ -292,6 +303,14 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
             shapes[f"layers.{i}.{name}.weight"] = shape
             if biased[name.partition(".")[0]]:
                 shapes[f"layers.{i}.{name}.bias"] = shape[:1]
-        shapes |= {f"layers.{i}.{name}.weight": (args.dim,) for name in ("attention_norm", "ffn_norm")}
+        if args.norms_heads(i) and args.qk_norm != "unit":
+            dims = (q_dim, kv_dim) if args.qk_norm == "all heads" else (args.head_dim, args.head_dim)
+            shapes |= {
+                f"layers.{i}.attention.{name}.weight": (dim,)
+                for name, dim in zip(("q_norm", "k_norm"), dims, strict=True)
+            }
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in vectors.items()}
     shapes["norm.weight"] = (args.dim,)
+    if args.layer_norms:
+        shapes["norm.bias"] = (args.dim,)
     return shapes

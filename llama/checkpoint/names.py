@@ -21,9 +21,12 @@ MODULE_NAMES = (
     ("attention.wk", "self_attn.k_proj", "attn_k"),
     ("attention.wv", "self_attn.v_proj", "attn_v"),
     ("attention.wo", "self_attn.o_proj", "attn_output"),
+    ("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
+    ("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
     ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
     ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
     ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+    ("feed_forward.xielu", "mlp.act_fn", "xielu"),
     ("attention_norm", "input_layernorm", "attn_norm"),
     ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 )
@@ -34,7 +37,7 @@ UNNEEDED = re.compile(
     r"|(v_head|value_head)\.[\w.]+"
 )
 # Modules whose outputs RoPE rotates, so that the order of their rows is the format's.
-ROTATED = {"wq", "wk"}
+ROTATED = {"wq", "wk", "q_norm", "k_norm"}
 
 META_LAYERS = "layers."
 LAYER_PREFIXES: dict[NamingScheme, str] = {"meta": META_LAYERS, "hf": "model.layers.", "gguf": "blk."}

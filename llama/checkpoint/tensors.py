@@ -77,7 +77,7 @@ def missing_biases(
 
     Raise ValueError where a file has one of these.
     """
-    biases = (each for each in global_shapes(args).items() if each[0].endswith(".bias"))
+    biases = (each for each in global_shapes(args).items() if each[0].endswith(".bias") and "norm" not in each[0])
     missing = {name: shape for name, shape in biases if module_name(name) not in biased}
     for name in missing:
         if name in names:

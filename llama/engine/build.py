@@ -283,7 +283,7 @@ def open_source(options: BuildOptions) -> Source:
     dtype = choose_dtype(
         options.dtype, device, checkpoint.dtype, checkpoint.is_quantized or options.quantize is not None
     )
-    backend = choose_backend(device, args.head_dim, options.compile)
+    backend = choose_backend(device, args, options.compile)
     if options.quantize is not None and options.quantize not in backend.quantize_modes:
         raise ValueError(
             f"quantize {options.quantize} needs a CUDA device and Triton kernels, got {device}: use int8 instead"

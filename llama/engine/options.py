@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llama.config import check_int
+from llama.checks import check_int
 from llama.distributed.job import NO_TIMEOUT, TIMEOUT
 
 QUANTIZE_MODES = ("int8", "int4", "fp8")

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llama.backends.base import backend_of
 from llama.cache import ForwardBatch, KVCache
-from llama.config import LengthScaling
 from llama.engine.logit_changes import ChangesOfSteps, LogitChanges, WaitForChanges
 from llama.engine.sequence import Chunk
 from llama.engine.step_data import SampledTokens, StepOutput, StepParams
 from llama.memory.estimate import MAX_SCORED_POSITIONS
 from llama.model import Transformer
+from llama.rope_scaling import LengthScaling
 from llama.sampling import SamplingParams, log_probs, top_log_probs
 
 

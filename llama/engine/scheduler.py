@@ -9,10 +9,11 @@ from collections import deque
 from dataclasses import replace
 
 from llama.cache import PAGE_SIZE, KVCache, pages_for
-from llama.config import LengthScaling, ModelArgs
+from llama.config import ModelArgs
 from llama.engine.metrics import Metrics
 from llama.engine.page_pool import Match, PagePool
 from llama.engine.sequence import Chunk, Sequence
+from llama.rope_scaling import LengthScaling
 
 # Most pages of a completion for which a sequence claims a place next to its prompt: 256 tokens.
 MOST_CLAIMED = 256 // PAGE_SIZE

@@ -14,7 +14,8 @@ from llama.backends.cuda.matmul import GpuWeight
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import set_quantized_weight, tie_output
-from llama.model import RMSNorm, Transformer
+from llama.model import Transformer
+from llama.norms import RMSNorm
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize
 from llama.quantization.planar import Fp8Weight, PlanarWeight
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
-from llama.config import DynamicScaling
 from llama.model import Transformer
+from llama.rope_scaling import DynamicScaling
 from tests.architectures import ARCHITECTURES, SEQLENS
 from tests.checkpoints import random_state
 from tests.models import one_pass, random_tokens, transformer

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llama.config import HARMLESS_KEYS, REFUSED_KEYS, Llama3Scaling, ModelArgs, read_params
+from llama.config import HARMLESS_KEYS, REFUSED_KEYS, ModelArgs, read_params
+from llama.rope_scaling import Llama3Scaling
 
 # The released files, and the hidden size that the released weights have.
 LLAMA1_7B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-06, "vocab_size": -1}

@@ -13,10 +13,11 @@ from gguf import GGMLQuantizationType
 
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import WeightFormat, read_part
-from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
+from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.model import Transformer
 from llama.rope import scaled_frequencies
+from llama.rope_scaling import FactorScaling, LinearScaling, Llama3Scaling, YarnScaling
 from tests.architectures import ARCHITECTURES
 from tests.checkpoints import random_state
 from tests.gguf_files import metadata_of, write_gguf, write_gguf_model

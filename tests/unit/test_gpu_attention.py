@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import model
+from llama import attention as reference
 from tests.gpu_compile import CAPABILITIES, Ahead, compiled_kernels
 
 pytest.importorskip("triton", reason="GPU kernels are written in Triton")
@@ -67,7 +67,7 @@ def expected(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window:
     mask = places <= queries
     if window is not None:
         mask &= places > queries - window
-    return model.attend(q.double(), keys.double(), values.double(), mask)
+    return reference.attend(q.double(), keys.double(), values.double(), mask)
 
 
 def close(actual: Tensor, wanted: Tensor) -> None:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "llama").rglob("*.py"))
 # A room may import those before it: the layers of docs/architecture.md, from the leaves to the command line.
 ROOMS: tuple[str, ...] = (
-    *("errors", "files", "config", "hub", "sampling", "cache", "rope", "tokenizer", "structured", "chat", "outputs"),
-    "quantization",
-    *("distributed", "model", "backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
+    *("errors", "files", "checks", "rope_scaling", "config", "hub", "sampling", "cache", "rope"),
+    *("tokenizer", "structured", "chat", "outputs", "quantization", "distributed", "norms", "attention", "model"),
+    *("backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
     *("jobs", "integrations", "benchmark", "cli", "__main__"),
 )
 # Only where they are used, as each costs up to seconds.

@@ -89,7 +89,7 @@ def test_what_was_copied_of_a_file_leaves_the_memory(tmp_path: Path, file_format
     Who reads the checkpoint a second time, or still has a view of it, gets what was there at first.
     """
     path = write_as(file_format, tmp_path)
-    backend = choose_backend(torch.device("cpu"), MODEL.head_dim)
+    backend = choose_backend(torch.device("cpu"), MODEL)
     held = WeightFormat(torch.float32, None, backend.weight_cls, backend.keeps_stored_blocks)
     checkpoint = open_checkpoint(path)
     views = {name: checkpoint.read(name) for name in checkpoint.names()}
@@ -136,7 +136,7 @@ def test_all_weights_have_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype
     write_meta(tmp_path, dtype=torch.bfloat16)
     model = build(tmp_path, dtype=dtype).model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert model.rope.frequencies.dtype == torch.float32
+    assert model.rope.kinds[0].frequencies.dtype == torch.float32
 
 
 def test_the_file_on_disk_is_never_written_to(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.config import DynamicScaling
 from llama.engine import speculative
 from llama.engine.options import BuildOptions
 from llama.engine.runner import EagerRunner
 from llama.engine.sequence import Chunk
 from llama.engine.speculative import DraftLengthController, NgramProposer
+from llama.rope_scaling import DynamicScaling
 from tests.checkpoints import TINY, chain_state, random_state, write_meta, write_model_and_draft
 from tests.models import BYTE_BOS, build, random_tokens, transformer
 

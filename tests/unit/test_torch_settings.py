@@ -12,8 +12,9 @@ from gguf import GGMLQuantizationType
 
 from llama import Llama
 from llama.backends.cpu.build import library
-from llama.config import DynamicScaling, ModelArgs
+from llama.config import ModelArgs
 from llama.rope import Rotary
+from llama.rope_scaling import DynamicScaling
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer
 from tests.gguf_files import write_gguf_model
 from tests.models import BYTE_BOS, build

@@ -25,6 +25,7 @@ from llama.backends.cpu import ops
 from llama.backends.cpu.packed_weight import PackedWeight
 from llama.backends.eager import EagerBackend
 from llama.cache import ForwardBatch
+from llama.config import ModelArgs
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.distributed.threads import allowed_cpus, user_chose_threads
 from llama.model import Transformer, TransformerBlock
@@ -139,6 +140,11 @@ class CpuBackend(EagerBackend):
     weight_cls = PackedWeight
     keeps_stored_blocks = True
 
+    @staticmethod
+    def computes(args: ModelArgs) -> bool:
+        """Tell whether the kernels compute a model of this architecture."""
+        return args.is_plain
+
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._threads = StepThreads(1 if user_chose_threads() else torch.get_num_threads())
@@ -178,12 +184,12 @@ class CpuBackend(EagerBackend):
         }
         super().bind(model)
 
-    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
         if len(batch.positions) > self._max_few:
-            return self._run(tokens, rotation, batch, self._run_many)
+            return self._run(tokens, rotations[0], batch, self._run_many)
         with self._threads:
-            return self._run(tokens, rotation, batch, self._run_few)
+            return self._run(tokens, rotations[0], batch, self._run_few)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if hidden.numel() <= self._max_few * self.args.dim and self.output.low_rank is None:

@@ -13,6 +13,7 @@ from llama.backends.cuda.layers import GpuLayers, held
 from llama.backends.cuda.matmul import matmul, matmul_in
 from llama.backends.eager import EagerBackend, is_nccl
 from llama.cache import ForwardBatch
+from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.quantization.planar import MAX_DEQUANTIZED_GPU_VALUES, PlanarWeight
 from llama.quantization.weights import LowRank
@@ -32,6 +33,11 @@ class CudaBackend(EagerBackend):
     max_prefill_tokens = 8192
     dequantized_values = MAX_DEQUANTIZED_GPU_VALUES
 
+    @staticmethod
+    def computes(args: ModelArgs) -> bool:
+        """Tell whether the kernels compute a model of this architecture."""
+        return args.is_plain and args.head_dim <= MAX_HEAD_DIM
+
     def bind(self, model: Transformer) -> None:
         for module in model.modules():
             if isinstance(module, LowRank):
@@ -47,8 +53,8 @@ class CudaBackend(EagerBackend):
     def graph_capture(self) -> CudaGraphs:
         return CudaGraphs(self.device)
 
-    def run_layers(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
-        return self._layers(tokens, rotation, batch)
+    def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
+        return self._layers(tokens, rotations[0], batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.cuda.device_of(hidden):

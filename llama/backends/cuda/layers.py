@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.attention import attend
 from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda.matmul import GpuWeight, is_few, matmul
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.cache import ForwardBatch, RowGroup
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
-from llama.model import Transformer, TransformerBlock, attend
+from llama.model import Transformer, TransformerBlock
 from llama.quantization.planar import MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 from llama.quantization.weights import LowRank
 

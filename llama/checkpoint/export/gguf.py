@@ -16,10 +16,11 @@ from llama.checkpoint.gguf import convert_rows
 from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS, ROPE_FACTORS
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import stored_name
-from llama.config import FactorScaling, LinearScaling, Llama3Scaling, ModelArgs, YarnScaling
+from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES
 from llama.quantization.plain_blocks import GROUPS, plain_blocks
 from llama.rope import scaled_frequencies
+from llama.rope_scaling import FactorScaling, LinearScaling, Llama3Scaling, YarnScaling
 
 # What --dtype is called by ggml, and the code of a file that has mostly that.
 GGUF_FILE_TYPES = {

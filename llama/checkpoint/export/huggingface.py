@@ -30,7 +30,8 @@ from llama.checkpoint.hf_config import (
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, module_name, stored_name
 from llama.checkpoint.tensors import pair_halves
-from llama.config import (
+from llama.quantization.gguf_blocks import BlockType, quantize
+from llama.rope_scaling import (
     DynamicScaling,
     FactorScaling,
     LinearScaling,
@@ -39,7 +40,6 @@ from llama.config import (
     RopeScaling,
     YarnScaling,
 )
-from llama.quantization.gguf_blocks import BlockType, quantize
 
 MAX_FILE_BYTES = 5_000_000_000
 ROPE_TYPES = {

@@ -16,7 +16,8 @@ from llama.checkpoint.export.streaming_writers import PickleFile, TensorEntry, w
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import module_name
-from llama.config import Llama3Scaling, ModelArgs
+from llama.config import ModelArgs
+from llama.rope_scaling import Llama3Scaling
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
