@@ -21,8 +21,8 @@ struct Quad {
     int32_t first, second;
 };
 
-struct Factors {
-    u32 first, second;
+template <class U> struct Factors {
+    U first, second;
 };
 
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__)) || defined(__ARM_FEATURE_DOTPROD)
@@ -39,7 +39,7 @@ inline void quads_of(i32 activations, Quad *to, int stride) {
     for (int i = 0; i < 4; i++) to[i * stride] = {firsts[i], seconds[i]};
 }
 constexpr bool DIGITS = true;
-inline Factors factors(u32 codes) { return {codes, codes}; }
+template <class U> inline Factors<U> factors(U codes) { return {codes, codes}; }
 #else
 // Instructions that multiply two numbers of 16 bits: the words are the even and the odd columns.
 inline void quads_of(i32 activations, Quad *to, int stride) {
@@ -49,7 +49,7 @@ inline void quads_of(i32 activations, Quad *to, int stride) {
     memcpy(quads, &pairs, sizeof pairs);
     for (int i = 0; i < 4; i++) to[i * stride] = quads[i];
 }
-inline Factors factors(u32 codes) { return {codes & 0x00ff00ff, codes >> 8 & 0x00ff00ff}; }
+template <class U> inline Factors<U> factors(U codes) { return {codes & 0x00ff00ff, codes >> 8 & 0x00ff00ff}; }
 constexpr bool DIGITS = false;
 #endif
 
@@ -57,7 +57,7 @@ constexpr bool DIGITS = false;
 #if defined(__AVX512F__)
 constexpr int MAX_BATCH = 8;
 #else
-constexpr int MAX_BATCH = DIGITS ? 2 : 4;
+constexpr int MAX_BATCH = DIGITS ? 4 : 8;
 #endif
 
 // What is subtracted from bytes that stand for signed numbers: 128, or 0 where instructions take signed bytes alone.
@@ -79,7 +79,7 @@ constexpr int DOT_REGISTER = 64;
 #endif
 
 // Adds to each lane of a register the products of one word of a quad with that lane's factors.
-template <class V, class U> inline V register_dot(V sums, U factors, int32_t word) {
+template <class V, class U> inline V register_dot(V sums, U factors, const int32_t &word) {
 #if defined(__AVX512VNNI__)
     return (V)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)factors, _mm512_set1_epi32(word));
 #elif defined(__AVX512BW__)
@@ -87,7 +87,13 @@ template <class V, class U> inline V register_dot(V sums, U factors, int32_t wor
 #elif defined(__AVX2__) && !defined(__AVX512F__) && defined(__AVXVNNI__)
     return (V)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)factors, _mm256_set1_epi32(word));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-    return sums + (V)_mm256_madd_epi16((__m256i)factors, _mm256_set1_epi32(word));
+    // In assembly, as GCC 12 loads words to memory first, and adds up products only at the end.
+    V words, products;
+    asm("vpbroadcastd %1, %0" : "=x"(words) : "m"(word));
+    asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(factors), "x"(words));
+    sums += products;
+    asm("" : "+x"(sums));
+    return sums;
 #elif defined(__ARM_FEATURE_DOTPROD)
     return (V)vdotq_s32((int32x4_t)sums, (int8x16_t)factors, vreinterpretq_s8_s32(vdupq_n_s32(word)));
 #elif defined(__ARM_NEON)
@@ -102,12 +108,12 @@ template <class V, class U> inline V register_dot(V sums, U factors, int32_t wor
 
 // The same of all lanes.
 #if defined(PAIRS)
-template <class V, class U> inline V add_dot(V sums, U factors, int32_t word) {
+template <class V, class U> inline V add_dot(V sums, U factors, const int32_t &word) {
     if constexpr (!IsPair<V>::value) return register_dot(sums, factors, word);
     else return {add_dot(sums.low, factors.low, word), add_dot(sums.high, factors.high, word)};
 }
 #else
-inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
+inline i32 add_dot(i32 sums, u32 factors, const int32_t &word) {
     if constexpr (DOT_REGISTER == sizeof(i32)) return register_dot(sums, factors, word);
     typedef int32_t Ints __attribute__((vector_size(DOT_REGISTER)));
     typedef uint32_t Words __attribute__((vector_size(DOT_REGISTER)));
@@ -123,7 +129,7 @@ inline i32 add_dot(i32 sums, u32 factors, int32_t word) {
 
 // Adds to each lane the products of four codes with four activations; `high` are those of first digits, if there are
 // digits.
-inline void add_products(i32 &high, i32 &low, const Factors &codes, const Quad &quad) {
+template <class V, class U> inline void add_products(V &high, V &low, const Factors<U> &codes, const Quad &quad) {
     if constexpr (DIGITS) {
         high = add_dot(high, codes.first, quad.first);
         low = add_dot(low, codes.second, quad.second);
@@ -132,7 +138,7 @@ inline void add_products(i32 &high, i32 &low, const Factors &codes, const Quad &
     }
 }
 
-inline i32 total(i32 high, i32 low) {
+template <class V> inline V total(V high, V low) {
     if constexpr (DIGITS) return (high << 8) + low;
     return low;
 }

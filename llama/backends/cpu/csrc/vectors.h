@@ -57,6 +57,29 @@ template <class V> inline void store(void *to, V v) {
 #endif
 }
 
+// The registers that a vector fills. A vector that is not a pair counts as one: the compiler splits it, where it has to.
+#if defined(PAIRS)
+template <class V> constexpr int REGISTERS = 1;
+template <class H> constexpr int REGISTERS<Pair<H>> = 2 * REGISTERS<H>;
+#else
+template <class V> constexpr int REGISTERS = 1;
+#endif
+
+// One of them, by its number.
+template <int I, class V> inline auto part(const V &v) {
+#if defined(PAIRS)
+    if constexpr (IsPair<V>::value) {
+        constexpr int HALF = REGISTERS<V> / 2;
+        if constexpr (I < HALF) return part<I>(v.low);
+        else return part<I - HALF>(v.high);
+    } else {
+        return v;
+    }
+#else
+    return v;
+#endif
+}
+
 inline f32 all(float x) { return x - f32{}; }  // x in every lane
 
 // In two conversions: GCC 12 splits a direct one from bytes into single lanes.

@@ -109,11 +109,46 @@ inline void round_activations(const float *x, int columns, int start, int stop, 
     });
 }
 
+// Adds products of a group of columns with N tokens, of the rows in register I of a vector. One register at a time, so that
+// its sums with all tokens stay in registers.
+template <int I, int TYPE, int N, class Floats>
+__attribute__((always_inline)) inline void add_group(
+    const Head<TYPE> &scales, const Span<TYPE> &from, int group, int half, const Group<N> &x, Floats *sums
+) {
+    typedef decltype(part<I>(i32{})) Ints;
+    constexpr Format f = format(TYPE);
+    constexpr bool WHOLE = f.group == GROUP;
+    constexpr int FOURS = f.group / 4;
+    Ints high[N] = {}, low[N];
+    for (int t = 0; t < N; t++) {
+        const int32_t count = WHOLE ? x.counts[0][t] + x.counts[1][t] : x.counts[half][t];
+        low[t] = (Ints{} + count) * -f.offset;
+    }
+#pragma GCC unroll 8
+    for (int four = 0; four < FOURS; four++) {
+        const auto w = factors(part<I>(from.codes(half * FOURS + four)));
+        for (int t = 0; t < N; t++) add_products(high[t], low[t], w, x.quads[half * FOURS + four][t]);
+    }
+    const Floats scale = part<I>(scales.scale(group));
+    for (int t = 0; t < N; t++) sums[t] += scale * x.scales[t] * __builtin_convertvector(total(high[t], low[t]), Floats);
+    if constexpr (f.minimums) {
+        const Floats minimum = part<I>(scales.minimum(group));
+        for (int t = 0; t < N; t++) sums[t] += minimum * (WHOLE ? x.sums[0][t] + x.sums[1][t] : x.sums[half][t]);
+    }
+}
+template <int TYPE, int N, class Floats, int... I>
+inline void add_groups(
+    std::integer_sequence<int, I...>, const Head<TYPE> &scales, const Span<TYPE> &from, int group, int half,
+    const Group<N> &x, Floats (*sums)[N]
+) {
+    (add_group<I>(scales, from, group, half, x, sums[I]), ...);
+}
+
 // Multiplies a tile of packed rows by N tokens: y[t * TILE + row].
 template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int columns, const Group<N> *x, float *y) {
     constexpr Format f = format(TYPE);
-    constexpr int HALVES = GROUP / f.group, FOURS = f.group / 4;
-    f32 sums[N] = {};
+    constexpr int HALVES = GROUP / f.group, PARTS = REGISTERS<i32>;
+    decltype(part<0>(f32{})) sums[PARTS][N] = {};
     const uint8_t *head = tile, *words = tile + heads_bytes(f, columns);
     // Whole tiles ahead, so that every line of a weight is asked for, heads and words alike.
     const size_t tile_size = packed_tile_bytes(TYPE, columns), far = (FAR_AHEAD + tile_size - 1) / tile_size * tile_size;
@@ -129,30 +164,14 @@ template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int colu
                 __builtin_prefetch(line + AHEAD);
             }
 #pragma GCC unroll 2
-            for (int half = 0; half < HALVES; half++) {
-                i32 high[N] = {}, low[N];
-                for (int t = 0; t < N; t++) {
-                    const int32_t count = HALVES == 1 ? x->counts[0][t] + x->counts[1][t] : x->counts[half][t];
-                    low[t] = (i32{} + count) * -f.offset;
-                }
-#pragma GCC unroll 8
-                for (int four = 0; four < FOURS; four++) {
-                    const Factors w = factors(from.codes(half * FOURS + four));
-                    for (int t = 0; t < N; t++)
-                        add_products(high[t], low[t], w, x->quads[half * FOURS + four][t]);
-                }
-                const f32 scale = scales.scale(span * HALVES + half);
-                for (int t = 0; t < N; t++)
-                    sums[t] += scale * x->scales[t] * __builtin_convertvector(total(high[t], low[t]), f32);
-                if constexpr (f.minimums) {
-                    const f32 minimum = scales.minimum(span * HALVES + half);
-                    for (int t = 0; t < N; t++)
-                        sums[t] += minimum * (HALVES == 1 ? x->sums[0][t] + x->sums[1][t] : x->sums[half][t]);
-                }
-            }
+            for (int half = 0; half < HALVES; half++)
+                add_groups(
+                    std::make_integer_sequence<int, PARTS>(), scales, from, span * HALVES + half, half, *x, sums
+                );
         }
     }
-    for (int t = 0; t < N; t++) store(y + t * TILE, sums[t]);
+    for (int i = 0; i < PARTS; i++)
+        for (int t = 0; t < N; t++) store(y + t * TILE + i * (LANES / PARTS), sums[i][t]);
 }
 
 // Multiplies a tile of adapters' b by what their a has made of n tokens, low (n, rank): y[t * TILE + row]. In one place, so
