@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
 from llama.checkpoint.families import folded
-from llama.checkpoint.hf_config import read_block_types, read_config, read_release, token_ids
+from llama.checkpoint.hf_config import read_block_types, read_config, read_release, read_text_config, token_ids
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed, stored_name
@@ -83,11 +83,11 @@ class HuggingFaceCheckpoint:
 
     @property
     def model_name(self) -> str:
-        return str(read_json_object(self.path / "config.json").get("_name_or_path") or "")
+        return str(read_text_config(self.path / "config.json").get("_name_or_path") or "")
 
     @property
     def context_len(self) -> int | None:
-        return positive_int(read_json_object(self.path / "config.json").get("max_position_embeddings"))
+        return positive_int(read_text_config(self.path / "config.json").get("max_position_embeddings"))
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()

@@ -30,11 +30,11 @@ MODULE_NAMES = (
     ("attention_norm", "input_layernorm", "attn_norm"),
     ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 )
-# Names in files of tensors that inference does not use: what is computed here, heads of training, and the like.
+# Names in files of tensors that inference does not use: what is computed here, heads of training, what sees pictures.
 DERIVED = re.compile(r"rope\.freqs|([\w.]+\.)?rotary_emb\.inv_freq")
 UNNEEDED = re.compile(
     rf"{DERIVED.pattern}|([\w.]+\.)?(rotary_emb\.\w+|attn_rot_embd\.weight|position_ids|_extra_state)"
-    r"|(v_head|value_head)\.[\w.]+"
+    r"|(v_head|value_head)\.[\w.]+|(model\.)?(vision_tower|multi_modal_projector)\.[\w.]+"
 )
 # Modules whose outputs RoPE rotates, so that the order of their rows is the format's.
 ROTATED = {"wq", "wk", "q_norm", "k_norm"}
