@@ -120,7 +120,7 @@ class GGUFCheckpoint:
         fused = FUSED["gguf"] | (GATE_IN_UP if self.family.gguf_gate_in_up else {})
         if "blk.0.ffn_gate.weight" in tensors:
             fused = FUSED["gguf"]
-        parts = unfused(path, renamed(needed(path, tensors), self.family.gguf_names), fused, args, "gguf")
+        parts = unfused(path, renamed(path, needed(path, tensors), self.family.gguf_names), fused, args, "gguf")
         self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in parts}
         if args.tied_embeddings and "tok_embeddings" in self.factors and self.block_type(TABLE) is not None:
             self._untie(args, multipliers)

@@ -59,7 +59,7 @@ class HuggingFaceCheckpoint:
         block_types = check_blocks(folder, tensors)
         matrices = {} if release is None else find_matrices(folder, tensors, release)
         self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
-        stored: dict[str, Tensor | ReleasedMatrix] = renamed({**tensors, **matrices}, self.family.hf_names)
+        stored: dict[str, Tensor | ReleasedMatrix] = renamed(folder, {**tensors, **matrices}, self.family.hf_names)
         parts = unfused(folder, stored, FUSED["hf"], self.args, "hf")
         self._tensors: dict[str, Tensor | ReleasedMatrix] = {meta_name(name, "hf"): tensor for name, tensor in parts}
         if matrices:

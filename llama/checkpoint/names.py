@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, TypeVar
 
 StoredT = TypeVar("StoredT")
@@ -67,13 +68,20 @@ def stored_name(name: str, scheme: NamingScheme) -> str:
     return _translate(name, META_LAYERS, LAYER_PREFIXES[scheme], _FROM_META[scheme]) or name
 
 
-def renamed(tensors: Mapping[str, StoredT], parts: Mapping[str, str]) -> dict[str, StoredT]:
-    """Return tensors with parts of their names replaced, one after the other."""
-    new = {}
+def with_parts(name: str, parts: Mapping[str, str]) -> str:
+    """Return a name with parts of it replaced, one after the other."""
+    for part, other in parts.items():
+        name = name.replace(part, other)
+    return name
+
+
+def renamed(path: Path, tensors: Mapping[str, StoredT], parts: Mapping[str, str]) -> dict[str, StoredT]:
+    """Return a file's tensors with parts of their names replaced; raise ValueError where two get one name."""
+    new: dict[str, StoredT] = {}
     for name, tensor in tensors.items():
-        for part, other in parts.items():
-            name = name.replace(part, other)
-        new[name] = tensor
+        if with_parts(name, parts) in new:
+            raise ValueError(f"{path} has an unexpected tensor {name}, beside one that is called otherwise here")
+        new[with_parts(name, parts)] = tensor
     return new
 
 

@@ -16,6 +16,8 @@ from transformers import (
     HunYuanDenseV1Config,
     Ministral3Config,
     MinistralConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Olmo2Config,
     Olmo3Config,
     PreTrainedModel,
@@ -24,10 +26,24 @@ from transformers import (
     SmolLM3Config,
 )
 
+from llama.checkpoint import open_checkpoint
 from llama.model import Transformer
-from tests.models import one_pass, random_tokens
+from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
+from tests.models import build, one_pass, random_tokens
 from tests.parity.test_families import opened
-from tests.parity.test_relatives import LLAMA3, SIZES, THETA, VOCAB_SIZE, YARN, assert_same, write_as_gguf
+from tests.parity.test_relatives import (
+    LLAMA3,
+    SIZES,
+    THETA,
+    VOCAB_SIZE,
+    YARN,
+    OfRanks,
+    assert_ranks_computed,
+    assert_same,
+    computed_by_ranks,
+    relabelled,
+    write_as_gguf,
+)
 
 SIZES = {**SIZES, "num_hidden_layers": 4, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {**SIZES, "head_dim": 24}
@@ -90,7 +106,7 @@ def randomised(model: Any) -> PreTrainedModel:
 
 def in_chunks(model: Transformer, tokens: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Logits of tokens (bsz, seqlen) that are read in chunks of these sizes, over and over."""
-    (bsz, seqlen), parts, start = tokens.shape, [], 0
+    (bsz, seqlen), parts, start = tokens.shape, list[Tensor](), 0
     cache = model.new_cache(bsz, seqlen)
     while start < seqlen:
         size = sizes[len(parts) % len(sizes)]
@@ -148,3 +164,83 @@ def test_gguf_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     arch, keys = GGUFS[name]
     write_as_gguf(tmp_path / "m.gguf", theirs, arch, **keys(theirs.config))
     assert_same(tmp_path / "m.gguf", theirs, LAYERED[name][2])
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> OfRanks:
+    models = {name: made(name, vocab_size=BYTE_VOCAB_SIZE) for name in ("olmo3", "exaone4")}
+    return computed_by_ranks(tmp_path_factory.mktemp("ranks"), models, (2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["olmo3", "exaone4"])
+def test_ranks_compute_what_transformers_does(of_ranks: OfRanks, name: str, size: int) -> None:
+    """Two ranks share one of OLMo's three KV heads here, which counts once in the norm of all heads."""
+    expected, found = of_ranks[name]
+    assert_ranks_computed(found[size], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["olmo3", "exaone4", "ministral3"])
+def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
+    """From the folder to the tokens, beyond the window and the original context, in the engine's pages."""
+    theirs: Any = made(name, vocab_size=BYTE_VOCAB_SIZE)
+    theirs.save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    llm = build(tmp_path, max_seq_len=64)
+    llm.tokenizer.stop_tokens = frozenset()
+    tokens = random_tokens(2, 30, vocab_size=BYTE_VOCAB_SIZE)
+    expected = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=None)
+    assert llm.generate(tokens.tolist(), 30, temperature=0)[0] == expected[:, 30:].tolist()
+
+
+@pytest.mark.parametrize(
+    "prefixes", [{}, {"language_model.model.": "model.language_model.", "language_model.lm": "lm"}]
+)
+@torch.inference_mode()
+def test_what_sees_pictures_is_left_out(
+    tmp_path: Path, prefixes: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ministral 3 is released inside of a model that sees pictures, whose tensors two versions of it call otherwise."""
+    config_cls, settings, seqlen = LAYERED["ministral3"]
+    eye = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    eye |= {"num_attention_heads": 2, "head_dim": 8, "patch_size": 4, "image_size": 16}
+    config = Mistral3Config(text_config={**settings, "model_type": "ministral3"}, vision_config=eye)
+    config.tie_word_embeddings = False
+    theirs = randomised(Mistral3ForConditionalGeneration(config).float())
+    theirs.save_pretrained(tmp_path)
+    relabelled(tmp_path, prefixes)
+    caplog.set_level("INFO")
+    assert_same(tmp_path, theirs, seqlen)
+    assert "has tensors that are not used: multi_modal_projector" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 4, each 0 or 1"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval must be an integer"),
+        ("exaone4", {"layer_types": None, "sliding_window_pattern": "LLX"}, "a number of layers or letters L and G"),
+        ("qwen2, windows", {"layer_types": None, "max_window_layers": -1}, "max_window_layers must be an integer"),
+        ("qwen2, windows", {"layer_types": ["sliding_attention"]}, "layer_types must be a list of 4"),
+        ("olmo3", {"sliding_window": 0}, "sliding_window must be an integer from 1"),
+        ("olmo3", {"rope_parameters": {"sliding_attention": YARN}}, "scaled RoPE in layers with a window"),
+        ("olmo3", {"rope_parameters": {"sliding_attention": 5}}, "must be objects"),
+        (
+            "ministral3",
+            {"rope_parameters": {**YARN, "llama_4_scaling_beta": "x"}},
+            "llama_4_scaling_beta must be a pos",
+        ),
+        ("hunyuan", {"rope_parameters": {**ALPHA, "alpha": -1}}, "alpha must be a positive number"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused_by_name(
+    tmp_path: Path, name: str, changes: dict[str, Any], said: str
+) -> None:
+    made(name).save_pretrained(tmp_path)
+    relabelled(tmp_path, {}, **changes)
+    with pytest.raises(ValueError, match=said) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -337,19 +337,20 @@ def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
             writer(checkpoint, tokenizer_source(checkpoint), form)
 
 
-@pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, dict[int, list[Any]]]]:
-    """Transformers' logits, and what every rank of jobs of 1, 2 and 3 computed."""
-    folder, jobs, expected = tmp_path_factory.mktemp("ranks"), [], {}
-    for name in SPLIT:
-        theirs = made(name, vocab_size=BYTE_VOCAB_SIZE)
+# By model: transformers' logits, and what every rank of jobs of several sizes computed.
+OfRanks = dict[str, tuple[Tensor, dict[int, list[Any]]]]
+
+
+def computed_by_ranks(folder: Path, models: dict[str, PreTrainedModel], sizes: tuple[int, ...]) -> OfRanks:
+    jobs, expected = [], {}
+    for name, theirs in models.items():
         theirs.save_pretrained(folder / name)
         write_byte_tokenizer(folder / name)
         tokens = random_tokens(2, 20, vocab_size=BYTE_VOCAB_SIZE)
         with torch.inference_mode():
             expected[name] = theirs(tokens).logits
         job = {"folder": str(folder / name), "tokens": tokens.tolist(), "prompts": [[1, 2], [3]]}
-        jobs += [{**job, "size": size, "out": str(folder / f"{name}.{size}")} for size in (1, 2, 3)]
+        jobs += [{**job, "size": size, "out": str(folder / f"{name}.{size}")} for size in sizes]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
     done = subprocess.run(worker, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
@@ -357,10 +358,22 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor
     return {
         name: (
             logits,
-            {size: [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)] for size in (1, 2, 3)},
+            {size: [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)] for size in sizes},
         )
         for name, logits in expected.items()
     }
+
+
+def assert_ranks_computed(found: list[Any], expected: Tensor) -> None:
+    for rank in found:
+        torch.testing.assert_close(rank["logits"], expected, rtol=1e-5, atol=1e-4)
+    assert len({str(rank["greedy"][0]) for rank in found}) == 1
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> OfRanks:
+    models = {name: made(name, vocab_size=BYTE_VOCAB_SIZE) for name in SPLIT}
+    return computed_by_ranks(tmp_path_factory.mktemp("ranks"), models, (1, 2, 3))
 
 
 # Biases of some modules, folds, fused tensors, rows that are in Meta's order, heads that are rotated in part.
@@ -370,13 +383,9 @@ SPLIT = ("qwen2", "seed_oss", "granite, tied", "phi3", "phi4 mini", "internlm3",
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("name", SPLIT)
-def test_ranks_compute_what_transformers_does(
-    of_ranks: dict[str, tuple[Tensor, dict[int, list[Any]]]], name: str, size: int
-) -> None:
+def test_ranks_compute_what_transformers_does(of_ranks: OfRanks, name: str, size: int) -> None:
     expected, found = of_ranks[name]
-    for rank in found[size]:
-        torch.testing.assert_close(rank["logits"], expected, rtol=1e-5, atol=1e-4)
-    assert len({str(rank["greedy"][0]) for rank in found[size]}) == 1
+    assert_ranks_computed(found[size], expected)
 
 
 @pytest.mark.parametrize(
