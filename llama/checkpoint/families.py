@@ -42,12 +42,8 @@ _OUTPUT_NORMS = {
 }
 
 
-# The beginnings of names of a model of text that is part of one that sees pictures, by two versions of transformers.
-_BESIDE_PICTURES = {
-    "language_model.model.": "model.",
-    "model.language_model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-}
+# What names of a model of text have more, where it is part of one that sees pictures.
+_BESIDE_PICTURES = {"language_model.": ""}
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,17 @@ def read_config(path: Path) -> Config:
     config = read_text_config(path)
     family = _family(path, config)
     _check_method(path, config)
-    own_keys = family.keys
-    known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | set(own_keys.values())
+    known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | set(family.keys.values())
     unknown = sorted(config.keys() - known - (set() if family is FAMILIES["llama"] else FAMILY_CONFIG_KEYS))
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
-    said = config
-    config = {**family.defaults, **config, **{key: config[own] for key, own in own_keys.items() if own in config}}
+    return interpret(path, config, family)
+
+
+def interpret(path: Path, said: Mapping[str, Any], family: Family) -> Config:
+    """Return what the object of a family's config.json says; raise ValueError, which names the path."""
+    own_keys = family.keys
+    config = {**family.defaults, **said, **{key: said[own] for key, own in own_keys.items() if own in said}}
     if config.get("hidden_act") not in (None, "silu"):
         key = own_keys.get("hidden_act", "hidden_act")
         raise ValueError(f"{path} has {key} {config['hidden_act']!r}: only 'silu' is supported")

@@ -58,8 +58,9 @@ class HuggingFaceCheckpoint:
         self._mapped = MappedMemory()
         block_types = check_blocks(folder, tensors)
         matrices = {} if release is None else find_matrices(folder, tensors, release)
-        self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
-        stored: dict[str, Tensor | ReleasedMatrix] = renamed(folder, {**tensors, **matrices}, self.family.hf_names)
+        own = self.family.hf_names
+        self._block_types = {meta_name(name, "hf"): each for name, each in renamed(folder, block_types, own).items()}
+        stored: dict[str, Tensor | ReleasedMatrix] = renamed(folder, {**tensors, **matrices}, own)
         parts = unfused(folder, stored, FUSED["hf"], self.args, "hf")
         self._tensors: dict[str, Tensor | ReleasedMatrix] = {meta_name(name, "hf"): tensor for name, tensor in parts}
         if matrices:

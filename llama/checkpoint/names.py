@@ -75,6 +75,11 @@ def with_parts(name: str, parts: Mapping[str, str]) -> str:
     return name
 
 
+def with_own_parts(name: str, parts: Mapping[str, str]) -> str:
+    """Return the name that `with_parts` makes this one of; what it leaves out stays out."""
+    return with_parts(name, {other: part for part, other in reversed(list(parts.items())) if other})
+
+
 def renamed(path: Path, tensors: Mapping[str, StoredT], parts: Mapping[str, str]) -> dict[str, StoredT]:
     """Return a file's tensors with parts of their names replaced; raise ValueError where two get one name."""
     new: dict[str, StoredT] = {}

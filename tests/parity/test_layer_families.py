@@ -27,6 +27,8 @@ from transformers import (
 )
 
 from llama.checkpoint import open_checkpoint
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.model import Transformer
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
 from tests.models import build, one_pass, random_tokens
@@ -164,6 +166,54 @@ def test_gguf_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     arch, keys = GGUFS[name]
     write_as_gguf(tmp_path / "m.gguf", theirs, arch, **keys(theirs.config))
     assert_same(tmp_path / "m.gguf", theirs, LAYERED[name][2])
+
+
+# Name: what it is written as, or what is told where nothing has all of it.
+CONVERTED = {
+    "qwen3, biases, yarn": "qwen3",
+    "qwen2, listed": "smollm3",
+    "olmo2, biases": "olmo2",
+    "olmo3, yarn": "olmo3",
+    "exaone4, listed": "exaone4",
+    "exaone4, no window": "exaone4",
+    "hunyuan": "hunyuan_v1_dense",
+    "smollm3, listed": "smollm3",
+    "smollm3, windows": "smollm3",
+    "cwm": "ministral",
+    "ministral3": "ministral3",
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+@torch.inference_mode()
+def test_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path, name: str) -> None:
+    """As the first family that means the same, with its names of tensors."""
+    theirs = made(name, vocab_size=BYTE_VOCAB_SIZE)
+    theirs.save_pretrained(tmp_path / "own")
+    write_byte_tokenizer(tmp_path / "own")
+    checkpoint = open_checkpoint(tmp_path / "own")
+    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), "hf"), tmp_path / "hf", lambda n_bytes: None)
+    tokens = random_tokens(2, LAYERED[name][2], vocab_size=BYTE_VOCAB_SIZE)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert converted.config.model_type == CONVERTED[name]
+    for logits in (converted(tokens).logits, one_pass(opened(tmp_path / "hf"), tokens)):
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "said"),
+    [
+        ("qwen3", "meta", "Meta's format cannot express qk_norm 'head'"),
+        ("smollm3", "meta", r"cannot express unrotated_layers \(3,\)"),
+    ],
+)
+def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path, name: str, form: str, said: str) -> None:
+    """Meta's code would read the weights, and compute something else with them."""
+    made(name, vocab_size=BYTE_VOCAB_SIZE, rope_parameters=THETA).save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        writer(checkpoint, tokenizer_source(checkpoint), form)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from llama import Llama
 from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.checkpoint.context import recognised
-from llama.checkpoint.export.huggingface import HuggingFaceWriter, hf_config
+from llama.checkpoint.export.hf_config import hf_config
+from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.meta import meta_params
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import ALIGNMENT, PickleFile, TensorEntry, new_path
@@ -152,7 +153,7 @@ def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> 
     checkpoint = random_checkpoint(rope_scaling=scaling, norm_eps=1e-6, attention_bias=True, tied_embeddings=True)
     source = tokenizer_source(checkpoint)
     plan = ExportPlan(checkpoint, lambda: checkpoint, checkpoint.args, source, torch.float16, 512)
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(plan)))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(plan)[0]))
     config = read_config(tmp_path / "config.json")
     found, stops = config.args, config.stop_tokens
     for field in dataclasses.fields(ModelArgs):
@@ -219,7 +220,7 @@ def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> Non
         ("meta", {}, {"rope_scaling": LinearScaling(2.0)}, "RoPE scaling"),
         ("hf", {"shards": 2}, {}, "--shards 2"),
         ("hf", {"dtype": "q8_0"}, {}, "q8_0"),
-        ("hf", {}, {"sliding_window": 8, "mlp_bias": True}, "biases"),
+        ("hf", {}, {"sliding_window": 8, "score_factor": 2.0}, "sliding_window 8 and score_factor 2.0"),
         ("gguf", {}, {"rope_scaling": DynamicScaling(2.0, 512)}, "DynamicScaling"),
         ("gguf", {"dtype": "q4_0"}, {"hidden_dim": 200}, "multiple of 32"),
         ("onnx", {}, {}, "meta, hf, gguf"),

@@ -103,6 +103,9 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
             f"Meta's format cannot express rotary_dim {args.rotary_dim} and score_factor "
             f"{args.score_factor}: use --format hf"
         )
+    if not args.is_plain:
+        beyond = ", ".join(f"{name} {value!r}" for name, value in args.beyond_llama.items())
+        raise ValueError(f"Meta's format cannot express {beyond}: use --format hf")
     multiplier, multiple_of = _ffn_rule(args)
     params: dict[str, Any] = {name: getattr(args, name) for name in PARAMS} | {"multiple_of": multiple_of}
     if multiplier is not None:
