@@ -122,6 +122,7 @@ def _layers(metadata: Mapping[str, Any], family: Family, args: ModelArgs) -> dic
     fields: dict[str, Any] = {}
     beta = metadata.get(TEMPERATURE_SCALE)
     if beta and "llama_4_scaling_beta" in family.rope_keys:
+        check_number(TEMPERATURE_SCALE, beta)
         period = _get(metadata, "llama.rope.scaling.original_context_length", int)
         fields["query_scaling"] = QueryScaling(beta, period)
     if family.unrotated == "listed":  # no key says it
@@ -140,6 +141,7 @@ def _layers(metadata: Mapping[str, Any], family: Family, args: ModelArgs) -> dic
     if family.unrotated == "without window":
         fields["unrotated_layers"] = full
     theta = metadata.get(WINDOW_THETA, args.rope_theta)
+    check_number(WINDOW_THETA, theta)
     if "sliding_attention" in family.rope_keys and len(full) < args.n_layers:
         fields["window_rope_theta"] = theta if args.rope_scaling is not None or theta != args.rope_theta else None
     return fields
