@@ -35,6 +35,7 @@ class MetaWriter:
 
     def __init__(self, plan: ExportPlan, shards: int) -> None:
         self.plan, self.shards = plan, shards
+        plan.check_plain("Meta's format")
         self.params = meta_params(plan.args)
         # As Meta's code wants it: Llama 2's splits the table by feature, Llama 3's by token.
         self.embedding_dim = 1 if plan.tokenizer.is_sentencepiece else 0
@@ -103,9 +104,6 @@ def meta_params(args: ModelArgs) -> dict[str, Any]:
             f"Meta's format cannot express rotary_dim {args.rotary_dim} and score_factor "
             f"{args.score_factor}: use --format hf"
         )
-    if not args.is_plain:
-        beyond = ", ".join(f"{name} {value!r}" for name, value in args.beyond_llama.items())
-        raise ValueError(f"Meta's format cannot express {beyond}: use --format hf")
     multiplier, multiple_of = _ffn_rule(args)
     params: dict[str, Any] = {name: getattr(args, name) for name in PARAMS} | {"multiple_of": multiple_of}
     if multiplier is not None:
