@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     CwmConfig,
@@ -335,57 +332,6 @@ def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
     for form in ("hf", "meta"):
         with pytest.raises(ValueError, match=r"rotary_dim 12|12 of them"):
             writer(checkpoint, tokenizer_source(checkpoint), form)
-
-
-# By model: transformers' logits, and what every rank of jobs of several sizes computed.
-OfRanks = dict[str, tuple[Tensor, dict[int, list[Any]]]]
-
-
-def computed_by_ranks(folder: Path, models: dict[str, PreTrainedModel], sizes: tuple[int, ...]) -> OfRanks:
-    jobs, expected = [], {}
-    for name, theirs in models.items():
-        theirs.save_pretrained(folder / name)
-        write_byte_tokenizer(folder / name)
-        tokens = random_tokens(2, 20, vocab_size=BYTE_VOCAB_SIZE)
-        with torch.inference_mode():
-            expected[name] = theirs(tokens).logits
-        job = {"folder": str(folder / name), "tokens": tokens.tolist(), "prompts": [[1, 2], [3]]}
-        jobs += [{**job, "size": size, "out": str(folder / f"{name}.{size}")} for size in sizes]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
-    done = subprocess.run(worker, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return {
-        name: (
-            logits,
-            {size: [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)] for size in sizes},
-        )
-        for name, logits in expected.items()
-    }
-
-
-def assert_ranks_computed(found: list[Any], expected: Tensor) -> None:
-    for rank in found:
-        torch.testing.assert_close(rank["logits"], expected, rtol=1e-5, atol=1e-4)
-    assert len({str(rank["greedy"][0]) for rank in found}) == 1
-
-
-@pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> OfRanks:
-    models = {name: made(name, vocab_size=BYTE_VOCAB_SIZE) for name in SPLIT}
-    return computed_by_ranks(tmp_path_factory.mktemp("ranks"), models, (1, 2, 3))
-
-
-# Biases of some modules, folds, fused tensors, rows that are in Meta's order, heads that are rotated in part.
-SPLIT = ("qwen2", "seed_oss", "granite, tied", "phi3", "phi4 mini", "internlm3", "ernie4_5, biases", "helium")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("name", SPLIT)
-def test_ranks_compute_what_transformers_does(of_ranks: OfRanks, name: str, size: int) -> None:
-    expected, found = of_ranks[name]
-    assert_ranks_computed(found[size], expected)
 
 
 @pytest.mark.parametrize(
