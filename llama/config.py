@@ -62,13 +62,18 @@ _BEYOND_LLAMA = (
     "output_norms", "layer_norms", "activation",
 )  # fmt: skip
 _FLAGS = ("use_scaled_rope", "tied_embeddings", "attention_bias", "mlp_bias", "output_norms", "layer_norms")
-MAX_LAYERS = 1 << 12  # more than any model has, so that a corrupt file cannot ask for terabytes
+# More than any model has, so that a corrupt file cannot ask for terabytes.
+MAX_LAYERS = 1 << 12
+MAX_EXPERTS = 1 << 10
 
 # What is normalised of queries and keys: each head before its rotation, each head after it, all heads together before
 # it, or each head without a weight, in layers that rotate alone.
 QkNorm = Literal["head", "rotated head", "all heads", "unit"]
 # Of feed-forwards. SiLU is of a gate, and multiplies; the others are of what goes up, and there is no gate.
 Activation = Literal["silu", "relu2", "xielu"]
+# What a chosen expert counts: the softmax of its score among those of the chosen, or among all, times its output; or
+# the sigmoid of its score, times its input, as in Llama 4.
+Router = Literal["softmax of chosen", "softmax", "sigmoid of input"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,31 @@ class Sight:
     def reaches(self, length: int) -> bool:
         """Tell whether the last of `length` tokens attends to the first, and so do all between."""
         return min(self.window or length, self.chunk or length) >= length
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The feed-forwards of a layer of which each token passes some, in place of one (arXiv:2101.03961, 2401.04088).
+
+    hidden_dim: rows of w1 and w3 of each; shared_hidden_dim: those of one that every token passes beside them, if any.
+    dense_layers: those that have one feed-forward, of ModelArgs.hidden_dim.
+    """
+
+    n_experts: int
+    n_active: int  # that a token passes
+    hidden_dim: int
+    router: Router = "softmax of chosen"
+    shared_hidden_dim: int | None = None
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_int("n_experts", self.n_experts, most=MAX_EXPERTS)
+        check_int("n_active", self.n_active, most=self.n_experts)
+        check_int("hidden_dim", self.hidden_dim)
+        if self.shared_hidden_dim is not None:
+            check_int("shared_hidden_dim", self.shared_hidden_dim)
+        if self.router not in get_args(Router):
+            raise ValueError(f"router must be one of {get_args(Router)}, got {self.router!r}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +154,7 @@ class ModelArgs:
     output_norms: bool = False  # norms are of what attention and feed-forward add, not of what they are given
     layer_norms: bool = False  # norms have a mean and a bias, too
     activation: Activation = "silu"
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         def resolve(name: str, value: Any) -> None:
@@ -154,8 +185,12 @@ class ModelArgs:
         for name in ("sliding_window", "attention_chunk", "rotary_dim"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
-        for name in ("full_layers", "unrotated_layers"):
-            layers = getattr(self, name)
+        lists = {name: getattr(self, name) for name in ("full_layers", "unrotated_layers")}
+        if self.experts is not None:
+            lists["dense_layers"] = self.experts.dense_layers
+            if not self.is_gated or self.mlp_bias:
+                raise ValueError(f"experts need the activation silu and no mlp_bias, got {self.activation!r}")
+        for name, layers in lists.items():
             if not isinstance(layers, tuple) or any(type(i) is not int or not 0 <= i < self.n_layers for i in layers):
                 raise ValueError(f"{name} must be numbers of layers below {self.n_layers}, got {layers!r}")
         if self.window_rope_theta is not None:
@@ -201,6 +236,10 @@ class ModelArgs:
     def sight(self, layer: int) -> Sight:
         """Return which earlier tokens those of a layer attend to."""
         return Sight() if layer in self.full_layers else Sight(self.sliding_window, self.attention_chunk)
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return the experts that a layer has; None where it has one feed-forward."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     def norms_heads(self, layer: int) -> bool:
         """Tell whether a layer normalises its queries and keys."""

@@ -19,7 +19,8 @@ from llama.cache import ForwardBatch, KVCache, pages_for
 from llama.config import ModelArgs, Sight
 from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from llama.norms import XIELU, AllHeadsNorm, RMSNorm, new_norm
+from llama.feed_forward import ExpertsFeedForward, FeedForward
+from llama.norms import AllHeadsNorm, RMSNorm, new_norm
 from llama.quantization.weights import LowRank, Weight
 from llama.rope import LayerRotations, precompute_freqs_cis, rotate
 
@@ -93,37 +94,18 @@ class Attention(nn.Module):
         return self.wo(attend_in_groups(q, self.layer, masks[self.sight], batch).flatten(1))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv:2002.05202), or another activation without a gate, over this rank's hidden features.
-
-    Padding features have columns of zeros in w2, so that they add nothing.
-    """
-
-    def __init__(self, args: ModelArgs, parallel: ModelParallel) -> None:
-        super().__init__()
-        hidden_dim = parallel.part(args.hidden_dim, parallel.ffn_multiple)
-        if args.is_gated:
-            self.w1 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
-        self.w2 = RowParallelLinear(hidden_dim, args.dim, parallel, args.mlp_bias)
-        self.w3 = ColumnParallelLinear(args.dim, hidden_dim, args.mlp_bias)
-        self.activation = args.activation
-        if args.activation == "xielu":
-            self.xielu = XIELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "silu":
-            return self.w2(F.silu(self.w1(x)) * self.w3(x))
-        up = self.w3(x)
-        return self.w2(F.relu(up).square() if self.activation == "relu2" else self.xielu(up))
-
-
 class TransformerBlock(nn.Module):
     """One layer: attention and feed-forward, each added to its input; norms are of what goes in, or of what comes."""
 
     def __init__(self, args: ModelArgs, parallel: ModelParallel, layer: int) -> None:
         super().__init__()
         self.attention = Attention(args, parallel, layer)
-        self.feed_forward = FeedForward(args, parallel)
+        experts = args.experts_of(layer)
+        self.feed_forward: FeedForward | ExpertsFeedForward = (
+            FeedForward(args, parallel.part(args.hidden_dim, parallel.ffn_multiple), parallel)
+            if experts is None
+            else ExpertsFeedForward(args, experts, parallel)
+        )
         self.output_norms = args.output_norms
         self.attention_norm = new_norm(args)
         self.ffn_norm = new_norm(args)
@@ -217,26 +199,27 @@ class Transformer(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that this rank reads for one token; the embedding table counts if it is the output, too."""
-        table = 0 if self.args.tied_embeddings else self.tok_embeddings.weight.nbytes
-        return sum(weight.nbytes for weight in self._weights()) - table
+        """Bytes of weights that this rank reads for one token; the embedding table counts if it is the output, too.
+
+        Of experts, as many count as a token passes.
+        """
+        left_out = 0 if self.args.tied_embeddings else self.tok_embeddings.weight.nbytes
+        for module in self.modules():
+            if isinstance(module, ExpertsFeedForward):
+                held = sum(weight.nbytes for weight in _weights_of(*module.experts))
+                left_out += held * (module.n_experts - module.n_active) // module.n_experts
+        return sum(weight.nbytes for weight in _weights_of(self)) - left_out
 
     @property
     def weight_types(self) -> list[str]:
         """Names of the block types and dtypes of this rank's matrices, the one with the most bytes first."""
         floats = str(self.dtype).removeprefix("torch.")
         counts: Counter[str] = Counter()
-        for weight in self._weights():
+        for weight in _weights_of(self):
             if len(weight.shape) > 1:
                 block_type = getattr(weight, "block_type", None)
                 counts[block_type.name if block_type else floats] += weight.nbytes
         return [name for name, _ in counts.most_common()]
-
-    def _weights(self) -> list[Weight]:
-        """Return every weight, bias and adapter once, also where two modules share one."""
-        found = [getattr(module, name, None) for module in self.modules() for name in ("weight", "bias")]
-        found += [each for module in self.modules() if isinstance(module, LowRank) for each in module.buffers()]
-        return list({id(weight): weight for weight in found if weight is not None}.values())
 
     def new_cache(self, bsz: int, max_seq_len: int) -> KVCache:
         """Return an empty cache for `bsz` rows of max_seq_len positions or more, with the model's dtype and device."""
@@ -252,3 +235,11 @@ class Transformer(nn.Module):
             dtype=self.dtype,
             pages_per_row=per_row,
         )
+
+
+def _weights_of(*models: nn.Module) -> list[Weight]:
+    """Return every weight, bias and adapter of models once, also where two modules share one."""
+    modules = [module for model in models for module in model.modules()]
+    found = [getattr(module, name, None) for module in modules for name in ("weight", "bias")]
+    found += [each for module in modules if isinstance(module, LowRank) for each in module.buffers()]
+    return list({id(weight): weight for weight in found if weight is not None}.values())

@@ -6,6 +6,7 @@ no other module asks whether there is a compiler, Triton or a processor's instru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -20,6 +21,8 @@ from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.quantization.weights import QuantizedWeight
 from llama.sampling import TokenSampler
+
+log = logging.getLogger("llama")
 
 # Captures a function's work on the device, running it once, and returns a function that replays it on the same memory.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -107,7 +110,9 @@ def choose_backend(device: torch.device, args: ModelArgs, compile: bool = False)
         backend = CudaBackend(device) if CudaBackend.computes(args) else None
     if backend is not None:
         return backend
-    if compile:
+    if compile and args.experts is not None:
+        log.info("--compile is not used: which experts are read depends on the tokens")
+    elif compile:
         from llama.backends.inductor import InductorBackend
 
         return InductorBackend(device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llama.checks import check_number
-from llama.config import ModelArgs
+from llama.config import ModelArgs, Router
 
 # Which dimensions of a head RoPE rotates as a pair: neighbours, as in Meta's code, or one of each half.
 RowOrder = Literal["neighbours", "halves"]
@@ -30,6 +30,8 @@ Window = Literal[
 # A bias of each module: True where it always has one, or the key of config.json that says it.
 Biases = Mapping[str, str | bool]
 LLAMA_BIASES: Biases = dict.fromkeys(ATTENTION, "attention_bias") | dict.fromkeys(FEED_FORWARD, "mlp_bias")
+
+_MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
 
 
 # Names of norms of what attention and feed-forward add, and of those that Llama has in their place.
@@ -83,6 +85,8 @@ class Family:
     gguf: str = ""  # the architecture in GGUF, where it is not llama's
     gguf_rows: RowOrder = "neighbours"
     gguf_names: Mapping[str, str] = field(default_factory=dict)
+    router: Router | None = None  # of experts; "softmax" is of those chosen where norm_topk_prob says so
+    hf_transposes_experts: bool = False  # whether tensors of all experts have their matrices transposed
     gguf_gate_in_up: bool = False  # whether ffn_up holds the gate's rows before its own
 
 
@@ -279,6 +283,32 @@ FAMILIES: dict[str, Family] = {
         ("IQuestCoderForCausalLM", "LlamaForCausalLM"),
         defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8},
     ),
+    "mixtral": Family(
+        ("MixtralForCausalLM",),
+        keys={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 1e6},
+        biases={},
+        window="all",
+        router="softmax of chosen",
+        hf_names=_MIXTRAL_NAMES,
+    ),
+    "llama4_text": Family(
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        keys={
+            "num_experts": "num_local_experts",
+            "moe_intermediate_size": "intermediate_size",
+            "shared_expert_intermediate_size": "intermediate_size",
+            "intermediate_size": "intermediate_size_mlp",
+        },
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "rope_theta": 500000.0},
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        unrotated="listed",
+        router="sigmoid of input",
+        hf_rows="neighbours",
+        hf_names={**_BESIDE_PICTURES, ".feed_forward.": ".mlp.", ".mlp.router.": ".mlp.gate."},
+        hf_transposes_experts=True,
+        gguf="llama4",
+    ),
     "telechat3": Family(("TeleChat3ForCausalLM", "Telechat3ForCausalLM")),
 }
 # OLMo 3 is OLMo 2 in GGUF, with windows.
@@ -310,7 +340,7 @@ REFUSED = {
     "deepseek2": f"has latent attention, and {_EXPERTS}",
     **dict.fromkeys(
         (
-            "mixtral", "llama4", "llama4_text", "qwen2_moe", "qwen2moe", "qwen3_moe", "qwen3moe", "granitemoe",
+            "qwen2_moe", "qwen2moe", "qwen3_moe", "qwen3moe", "granitemoe",
             "granitemoeshared", "granitemoehybrid", "phimoe", "olmoe", "ernie4_5_moe", "ernie4_5-moe", "exaone_moe",
             "gpt_oss", "gpt-oss", "minimax",
         ),

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, REFUSED, Family, Multipliers, supported
+from llama.checkpoint.hf_experts import (
+    EXPERTS_CONFIG_KEYS,
+    LLAMA4_KEYS,
+    OTHER_EXPERTS_KEYS,
+    llama4_fields,
+    read_experts,
+)
 from llama.checkpoint.hf_layers import read_layers
 from llama.checkpoint.hf_rope import read_rope, required, true_or_false
 from llama.checks import check_number
@@ -84,6 +91,8 @@ def read_config(path: Path) -> Config:
     family = _family(path, config)
     _check_method(path, config)
     known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | set(family.keys.values())
+    known |= set() if family.router is None else {*EXPERTS_CONFIG_KEYS.values(), *OTHER_EXPERTS_KEYS}
+    known |= LLAMA4_KEYS if family is FAMILIES["llama4_text"] else set()
     unknown = sorted(config.keys() - known - (set() if family is FAMILIES["llama"] else FAMILY_CONFIG_KEYS))
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
@@ -110,13 +119,17 @@ def interpret(path: Path, said: Mapping[str, Any], family: Family) -> Config:
             attention_bias=not biased.isdisjoint(ATTENTION),
             mlp_bias=not biased.isdisjoint(FEED_FORWARD),
             norm_eps=config.get("rms_norm_eps", 1e-6),
+            experts=read_experts(config, family),
             **family.fields,
         )
         args = replace(args, **read_layers(config, family, args.n_layers))
+        if family is FAMILIES["llama4_text"]:
+            args = replace(args, **llama4_fields(config, args))
         args = replace(args, **read_rope(path, said, config, family, args))
         return Config(args, token_ids(config.get("eos_token_id")), family, biased, _multipliers(config, family, args))
     except ValueError as error:
         keys = {**REQUIRED_CONFIG_KEYS, **OPTIONAL_CONFIG_KEYS, "norm_eps": "rms_norm_eps"}
+        keys |= EXPERTS_CONFIG_KEYS
         keys |= {**{field: own_keys[key] for field, key in keys.items() if key in own_keys}, **own_keys}
         raise ValueError(f"{path}: {with_keys_of_file(error, keys)}") from None
 
@@ -125,9 +138,13 @@ def read_text_config(path: Path) -> dict[str, Any]:
     """Read the object of a config.json; of a model that sees pictures, too, what it says of the model of text."""
     config = read_json_object(path)
     text = config.get("text_config")
-    if config.get("model_type") != "mistral3" or not isinstance(text, dict):
+    if not isinstance(text, dict):
         return config
     beside = {key: value for key, value in config.items() if key in BESIDE_TEXT}
+    if config.get("model_type") == "llama4":
+        return {"model_type": "llama4_text", "tie_word_embeddings": False, **beside, **text}
+    if config.get("model_type") != "mistral3":
+        return config
     return {"model_type": "mistral", "tie_word_embeddings": True, **text, **beside}
 
 

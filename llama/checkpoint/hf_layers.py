@@ -63,7 +63,7 @@ def _by_pattern(pattern: object, n_layers: int) -> list[bool]:
 def _rotated(config: Mapping[str, Any], n_layers: int) -> list[bool]:
     """Tell of each layer whether it is rotated: where no_rope_layers, despite its name, has a 1 for it."""
     rotates = config.get("no_rope_layers")
-    if rotates is None:
+    if not rotates:
         step = config.get("no_rope_layer_interval", 4)
         check_int("no_rope_layer_interval", step)
         return [i % step != step - 1 for i in range(n_layers)]

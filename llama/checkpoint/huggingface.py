@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
+from llama.checkpoint.expert_tensors import unstacked
 from llama.checkpoint.families import folded
 from llama.checkpoint.hf_config import read_block_types, read_config, read_release, read_text_config, token_ids
 from llama.checkpoint.load import global_shapes
@@ -61,6 +62,8 @@ class HuggingFaceCheckpoint:
         own = self.family.hf_names
         self._block_types = {meta_name(name, "hf"): each for name, each in renamed(folder, block_types, own).items()}
         stored: dict[str, Tensor | ReleasedMatrix] = renamed(folder, {**tensors, **matrices}, own)
+        if self.args.experts is not None:
+            stored = unstacked(folder, stored, self.args.experts, self.family.hf_transposes_experts)
         parts = unfused(folder, stored, FUSED["hf"], self.args, "hf")
         self._tensors: dict[str, Tensor | ReleasedMatrix] = {meta_name(name, "hf"): tensor for name, tensor in parts}
         if matrices:
@@ -121,7 +124,8 @@ class HuggingFaceCheckpoint:
             return torch.float32, "copy"
         if module_name(name) in self.factors:
             return torch.float32, "copy"
-        return tensor.dtype, "copy" if self._is_reordered(name) else "strided" if dim else "zero_copy"
+        is_strided = dim != 0 or not tensor.is_contiguous()
+        return tensor.dtype, "copy" if self._is_reordered(name) else "strided" if is_strided else "zero_copy"
 
     def stored_as(self, name: str) -> str:
         tensor, block_type = self._tensors[name], self.block_type(name)
@@ -147,8 +151,7 @@ class HuggingFaceCheckpoint:
     def release(self, name: str) -> None:
         tensor = self._tensors[name]
         for part in (tensor,) if isinstance(tensor, Tensor) else tensor.parts.values():
-            if part.is_contiguous():
-                self._mapped.release(part)
+            self._mapped.release(part)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path)

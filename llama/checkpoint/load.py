@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.base import Checkpoint, StoredCheckpoint, dtype_name, quantized_type, shard_dim, some_of
+from llama.checkpoint.base import (
+    SHARD_DIM,
+    Checkpoint,
+    StoredCheckpoint,
+    dtype_name,
+    quantized_type,
+    shard_dim,
+    some_of,
+)
 from llama.checkpoint.lora import AdaptedCheckpoint
 from llama.checkpoint.names import module_name, stored_name
 from llama.config import ModelArgs
@@ -51,7 +59,7 @@ class WeightFormat:
     def block_type(self, checkpoint: StoredCheckpoint, name: str, parallel: ModelParallel) -> BlockType | None:
         """Return the block type that this rank holds its part of a tensor in, or None for floats."""
         stored, shape = checkpoint.block_type(name), checkpoint.shape(name)
-        if len(shape) != 2:
+        if len(shape) != 2 or module_name(name) not in SHARD_DIM:  # what chooses experts is floats
             return None
         asked = quantized_type(name, shape, self.quantize) if self.quantize else None
         keeps = self.keeps_stored_blocks or self.quantize
@@ -279,17 +287,12 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     The largest, tables of tokens, are first: while they are loaded, little else is in memory.
     """
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
-    layer = {
+    attention = {
         "attention.wq": (q_dim, args.dim),
         "attention.wk": (kv_dim, args.dim),
         "attention.wv": (kv_dim, args.dim),
         "attention.wo": (args.dim, q_dim),
-        "feed_forward.w1": (args.hidden_dim, args.dim),
-        "feed_forward.w2": (args.dim, args.hidden_dim),
-        "feed_forward.w3": (args.hidden_dim, args.dim),
     }
-    if not args.is_gated:
-        del layer["feed_forward.w1"]
     kinds = ("weight", "bias") if args.layer_norms else ("weight",)
     vectors = {f"{norm}.{kind}": (args.dim,) for norm in ("attention_norm", "ffn_norm") for kind in kinds}
     if args.activation == "xielu":
@@ -299,9 +302,9 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     if not args.tied_embeddings:
         shapes["output.weight"] = (args.vocab_size, args.dim)
     for i in range(args.n_layers):
-        for name, shape in layer.items():
+        for name, shape in (attention | _feed_forward_shapes(args, i)).items():
             shapes[f"layers.{i}.{name}.weight"] = shape
-            if biased[name.partition(".")[0]]:
+            if biased[name.partition(".")[0]] and name != "feed_forward.gate":
                 shapes[f"layers.{i}.{name}.bias"] = shape[:1]
         if args.norms_heads(i) and args.qk_norm != "unit":
             dims = (q_dim, kv_dim) if args.qk_norm == "all heads" else (args.head_dim, args.head_dim)
@@ -313,4 +316,23 @@ def global_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     shapes["norm.weight"] = (args.dim,)
     if args.layer_norms:
         shapes["norm.bias"] = (args.dim,)
+    return shapes
+
+
+def _feed_forward_shapes(args: ModelArgs, layer: int) -> dict[str, tuple[int, ...]]:
+    """Return the matrices of a layer's feed-forward, or of its experts: names, without the layer, and shapes."""
+    experts = args.experts_of(layer)
+
+    def one(prefix: str, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+        up, down = (hidden_dim, args.dim), (args.dim, hidden_dim)
+        shapes = {"w1": up, "w2": down, "w3": up} if args.is_gated else {"w2": down, "w3": up}
+        return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+    if experts is None:
+        return one("feed_forward", args.hidden_dim)
+    shapes: dict[str, tuple[int, ...]] = {"feed_forward.gate": (experts.n_experts, args.dim)}
+    if experts.shared_hidden_dim is not None:
+        shapes |= one("feed_forward.shared", experts.shared_hidden_dim)
+    for number in range(experts.n_experts):
+        shapes |= one(f"feed_forward.experts.{number}", experts.hidden_dim)
     return shapes

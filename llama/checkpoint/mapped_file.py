@@ -114,8 +114,13 @@ class MappedMemory:
         self._spans = [(int(start, 16), int(stop, 16)) for start, stop in found]
 
     def release(self, tensor: Tensor) -> None:
-        """Let the pages that a contiguous tensor fills leave the memory, but not the system's cache of files."""
-        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        """Let the pages from a tensor's first value to its last leave the memory, but not the system's cache of files.
+
+        Whoever reads what lies between, or the tensor again, gets them again.
+        """
+        last_value = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        n_bytes = (last_value + 1) * tensor.itemsize if tensor.numel() else 0
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + n_bytes
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         at = bisect.bisect(self._spans, start, key=lambda span: span[0]) - 1
         if first < last and at >= 0 and stop <= self._spans[at][1]:

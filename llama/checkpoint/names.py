@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 StoredT = TypeVar("StoredT")
 NamingScheme = Literal["meta", "hf", "gguf"]
 
-# Modules by Meta's name, Hugging Face's and GGUF's; those of a layer follow its prefix and number.
+# Modules by Meta's name, Hugging Face's and GGUF's; those of a layer follow its prefix and number. # is an expert's.
 MODULE_NAMES = (
     ("tok_embeddings", "model.embed_tokens", "token_embd"),
     ("norm", "model.norm", "output_norm"),
@@ -27,6 +27,13 @@ MODULE_NAMES = (
     ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
     ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
     ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+    ("feed_forward.gate", "mlp.gate", "ffn_gate_inp"),
+    ("feed_forward.experts.#.w1", "mlp.experts.#.gate_proj", "ffn_gate.#"),
+    ("feed_forward.experts.#.w2", "mlp.experts.#.down_proj", "ffn_down.#"),
+    ("feed_forward.experts.#.w3", "mlp.experts.#.up_proj", "ffn_up.#"),
+    ("feed_forward.shared.w1", "mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
+    ("feed_forward.shared.w2", "mlp.shared_expert.down_proj", "ffn_down_shexp"),
+    ("feed_forward.shared.w3", "mlp.shared_expert.up_proj", "ffn_up_shexp"),
     ("feed_forward.xielu", "mlp.act_fn", "xielu"),
     ("attention_norm", "input_layernorm", "attn_norm"),
     ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
@@ -35,10 +42,14 @@ MODULE_NAMES = (
 DERIVED = re.compile(r"rope\.freqs|([\w.]+\.)?rotary_emb\.inv_freq")
 UNNEEDED = re.compile(
     rf"{DERIVED.pattern}|([\w.]+\.)?(rotary_emb\.\w+|attn_rot_embd\.weight|position_ids|_extra_state)"
-    r"|(v_head|value_head)\.[\w.]+|(model\.)?(vision_tower|multi_modal_projector)\.[\w.]+"
+    r"|(v_head|value_head)\.[\w.]+"
+    r"|(model\.)?(vision_tower|vision_model|multi_modal_projector|vision_embeddings|vision_projection)\.[\w.]+"
 )
 # Modules whose outputs RoPE rotates, so that the order of their rows is the format's.
 ROTATED = {"wq", "wk", "q_norm", "k_norm"}
+
+# The number of an expert in the name of a layer's module.
+_EXPERT = re.compile(r"\.(0|[1-9]\d*)(?=\.|$)")
 
 META_LAYERS = "layers."
 LAYER_PREFIXES: dict[NamingScheme, str] = {"meta": META_LAYERS, "hf": "model.layers.", "gguf": "blk."}
@@ -101,4 +112,9 @@ def _translate(name: str, prefix: str, new_prefix: str, modules: Mapping[str, st
     if module.startswith(prefix):
         number, _, module = module.removeprefix(prefix).partition(".")
         layer = f"{new_prefix}{number}."
-    return f"{layer}{modules[module]}.{parameter}" if module in modules else None
+    expert = _EXPERT.search(module)
+    if expert is not None:
+        module = f"{module[: expert.start()]}.#{module[expert.end() :]}"
+    if module not in modules:
+        return None
+    return f"{layer}{modules[module].replace('#', expert[1] if expert else '#')}.{parameter}"

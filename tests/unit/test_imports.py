@@ -12,7 +12,8 @@ FILES = sorted((ROOT / "llama").rglob("*.py"))
 # A room may import those before it: the layers of docs/architecture.md, from the leaves to the command line.
 ROOMS: tuple[str, ...] = (
     *("errors", "files", "checks", "rope_scaling", "config", "hub", "sampling", "cache", "rope"),
-    *("tokenizer", "structured", "chat", "outputs", "quantization", "distributed", "norms", "attention", "model"),
+    *("tokenizer", "structured", "chat", "outputs", "quantization", "distributed"),
+    *("norms", "feed_forward", "attention", "model"),
     *("backends", "checkpoint", "memory", "engine", "generation", "__init__", "testing"),
     *("jobs", "integrations", "benchmark", "cli", "__main__"),
 )

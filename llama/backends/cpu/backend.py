@@ -28,6 +28,7 @@ from llama.cache import ForwardBatch
 from llama.config import ModelArgs
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.distributed.threads import allowed_cpus, user_chose_threads
+from llama.feed_forward import ExpertsFeedForward, FeedForward
 from llama.model import Transformer, TransformerBlock
 from llama.sampling import FilterTensors, SamplingTensors, TokenSampler, sample
 
@@ -155,15 +156,14 @@ class CpuBackend(EagerBackend):
         # What the C structures point at: fp32 copies of biases, and descriptions of adapters.
         self._biases: list[Tensor] = []
         self._low_ranks: list[ops.LowRankView] = []
+        self._experts: list[ops.ExpertsView] = []
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._c_layers = (ops.Layer * len(self.layers))()
         self._norms: list[tuple[Tensor, Tensor]] = []
         for layer, described in zip(self.layers, self._c_layers, strict=True):
-            attention, feed_forward = layer.attention, layer.feed_forward
             for name in ("wq", "wk", "wv", "wo"):
-                setattr(described, name, self._describe(getattr(attention, name)))
-            for name in ("w1", "w2", "w3"):
-                setattr(described, name, self._describe(getattr(feed_forward, name)))
+                setattr(described, name, self._describe(getattr(layer.attention, name)))
+            self._describe_feed_forward(layer.feed_forward, described)
             norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
             described.attention_norm, described.ffn_norm = (ops.vector(weight, self.args.dim) for weight in norms)
             self._norms.append(norms)
@@ -178,7 +178,7 @@ class CpuBackend(EagerBackend):
             "n_heads": attention.n_local_heads,
             "n_kv_heads": attention.n_local_kv_heads,
             "head_dim": self.args.head_dim,
-            "hidden_dim": self.parallel.part(self.args.hidden_dim, self.parallel.ffn_multiple),
+            "hidden_dim": max(layer.feed_forward.n_features for layer in self.layers),
             "window": self.args.sliding_window or NO_WINDOW,
             "eps": self.args.norm_eps,
         }
@@ -221,14 +221,14 @@ class CpuBackend(EagerBackend):
             ops.run_layers(self._c_layers, 0, len(self._c_layers), both, inputs)
             return
         for i, layer in enumerate(self.layers):
-            halves = ((ops.ATTENTION, layer.attention.wo), (ops.FEED_FORWARD, layer.feed_forward.w2))
-            for half, last in halves:
+            halves = ((ops.ATTENTION, layer.attention.wo.bias), (ops.FEED_FORWARD, layer.feed_forward.bias))
+            for half, bias in halves:
                 share = torch.empty_like(x)
                 (inputs.out,) = ops.pointers((share, torch.float32, x.numel()))
                 ops.run_layers(self._c_layers, i, i + 1, half, inputs)
                 x += self.parallel.all_reduce(share)
-                if last.bias is not None:
-                    x += last.bias
+                if bias is not None:
+                    x += bias
 
     def _run_many(self, x: Tensor, inputs: ops.LayersInput) -> None:
         """Run the layers on the residual x (n_tokens, dim), in place, with matrix products for many tokens."""
@@ -238,7 +238,10 @@ class CpuBackend(EagerBackend):
             delta = self._attend(i, x, delta, inputs)
             h = ops.fused_add_rms_norm(x, delta, self._norms[i][1], eps, dtype)
             feed_forward = layer.feed_forward
-            delta = feed_forward.w2(ops.silu_and_mul(feed_forward.w1(h), feed_forward.w3(h)))
+            if isinstance(feed_forward, FeedForward):
+                delta = _gated(feed_forward, h)
+            else:
+                delta = self.parallel.all_reduce(feed_forward.local_sum(h, _gated).to(dtype))
             del h
         ops.fused_add_rms_norm(x, delta, None, eps, dtype)
 
@@ -268,6 +271,21 @@ class CpuBackend(EagerBackend):
             self._low_ranks.append(view)
             described.low_rank = ctypes.addressof(view)
         return described
+
+    def _describe_feed_forward(self, module: FeedForward | ExpertsFeedForward, to: ops.Layer | ops.Expert) -> None:
+        """Write the C structures of a feed-forward to those of a layer, or of an expert."""
+        if isinstance(module, FeedForward):
+            to.w1, to.w2, to.w3 = (self._describe(each) for each in (module.w1, module.w2, module.w3))
+            return
+        described = (ops.Expert * module.n_experts)()
+        for expert, weights in zip(module.experts, described, strict=True):
+            self._describe_feed_forward(expert, weights)
+        router = ops.ROUTER_IDS[module.router]
+        view = ops.ExpertsView(self._describe(module.gate), described, module.n_experts, module.n_active, router)
+        self._experts.append(view)
+        to.experts = ctypes.addressof(view)
+        if module.shared is not None:
+            self._describe_feed_forward(module.shared, to)
 
     def _inputs(self, x: Tensor, rotation: Tensor, batch: ForwardBatch) -> ops.LayersInput:
         """Return the C structure of what layers read and write; the residual x is (n_tokens, dim), fp32."""
@@ -301,3 +319,9 @@ class CpuBackend(EagerBackend):
         )
         assert ops.is_within_cache(inputs)
         return inputs
+
+
+def _gated(module: FeedForward, x: Tensor) -> Tensor:
+    """Compute a feed-forward of many tokens (n_tokens, dim)."""
+    y: Tensor = module.w2(ops.silu_and_mul(module.w1(x), module.w3(x)))
+    return y

@@ -10,12 +10,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama.backends.cpu.build import library
+from llama.config import Router
 
 # Most tokens that the kernels take at once, as in csrc/layers.h, and most for which they beat a matrix unit's products:
 # see D32.
@@ -29,6 +31,9 @@ CHUNK_BYTES = 1 << 26  # of memory for packed weights, taken from the system at 
 
 # Halves of a layer, for `run_layers`.
 ATTENTION, FEED_FORWARD = 1, 2
+
+# What a chosen expert counts, as in csrc/experts.h.
+ROUTER_IDS = {name: i for i, name in enumerate(get_args(Router))}
 
 FLOAT_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK_TYPE_IDS = {
@@ -81,6 +86,23 @@ class Layer(ctypes.Structure):
         *((name, WeightView) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
         ("attention_norm", c_void_p),
         ("ffn_norm", c_void_p),
+        ("experts", c_void_p),
+    ]
+
+
+class Expert(ctypes.Structure):
+    """Expert in experts.h."""
+
+    _fields_ = [(name, WeightView) for name in ("w1", "w2", "w3")]
+
+
+class ExpertsView(ctypes.Structure):
+    """Experts in experts.h."""
+
+    _fields_ = [
+        ("gate", WeightView),
+        ("experts", ctypes.POINTER(Expert)),
+        *((name, c_int32) for name in ("n", "active", "router")),
     ]
 
 

@@ -48,6 +48,8 @@ class CudaBackend(EagerBackend):
     @property
     def captures_graphs(self) -> bool:
         parallel = self.model.parallel
+        if self.model.args.experts is not None:  # which weights are read depends on the tokens
+            return False
         return self._samples and is_nccl(parallel.group if parallel.size > 1 else None)
 
     def graph_capture(self) -> CudaGraphs:

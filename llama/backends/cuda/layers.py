@@ -23,6 +23,7 @@ from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.cache import ForwardBatch, RowGroup
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
+from llama.feed_forward import ExpertsFeedForward, FeedForward
 from llama.model import Transformer, TransformerBlock
 from llama.quantization.planar import MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 from llama.quantization.weights import LowRank
@@ -56,11 +57,12 @@ class GpuLayers:
         self.tok_embeddings, self.norm = model.tok_embeddings, model.norm
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
-        self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
+        self._gates = {each: join([each.w1, each.w3]) for each in model.modules() if isinstance(each, FeedForward)}
+        routers = {each.gate for each in model.modules() if isinstance(each, ExpertsFeedForward)}
         weights = [
             module.weight
             for module in model.layers.modules()
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module not in routers
         ]
         self._has_floats = any(isinstance(weight, Tensor) for weight in weights)
         self.n_local_heads = self.layers[0].attention.n_local_heads
@@ -106,7 +108,7 @@ class GpuLayers:
                 self._attend(q[group.tokens].view(shape), start_pos, batch, group, i, heads[group.tokens].view(shape))
             delta = self._sum(heads, layer.attention.wo, sums)
             h = self._norm(x, delta, layer.ffn_norm.weight)
-            delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2, sums)
+            delta = self._feed_forward(h, layer.feed_forward, n_tokens, sums)
         return self._norm(x, delta, self.norm.weight)[:n_tokens]
 
     def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
@@ -125,6 +127,19 @@ class GpuLayers:
             keys, values, table = batch.cache.keys[layer], batch.cache.values[layer], batch.page_table[group.rows]
             attention.flash_attention(q, keys, values, table, start_pos, window, out)
 
+    def _feed_forward(
+        self, h: Tensor, module: FeedForward | ExpertsFeedForward, n_tokens: int, sums: OneShot | None
+    ) -> Tensor:
+        """The feed-forward of h (n_tokens and padding, dim), summed over the ranks; experts read no padding."""
+        if isinstance(module, FeedForward):
+            return self._sum(self._gated(h, self._gates[module]), module.w2, sums)
+        y = module.local_sum(h[:n_tokens], self._expert)
+        return self._all_reduce(F.pad(y, (0, 0, 0, len(h) - n_tokens)), sums)
+
+    def _expert(self, module: FeedForward, h: Tensor) -> Tensor:
+        """An expert's results for its tokens, on this rank: fp32 of few."""
+        return self._product(self._gated(h, self._gates[module]), module.w2)
+
     def _gated(self, h: Tensor, gates: Joined) -> Tensor:
         """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
         weight = gates.weights[0]
@@ -135,14 +150,17 @@ class GpuLayers:
 
     def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""
-        delta = matmul(x, held(last), few_dtype=torch.float32)
-        if last.low_rank is not None:
-            last.low_rank.add_to(delta, x)
-        if sums is not None and sums.takes(delta):
-            delta = sums(delta)
-        else:
-            delta = self.parallel.all_reduce(delta)
+        delta = self._all_reduce(self._product(x, last), sums)
         return delta if last.bias is None else delta + last.bias
+
+    def _product(self, x: Tensor, last: RowParallelLinear) -> Tensor:
+        y = matmul(x, held(last), few_dtype=torch.float32)
+        if last.low_rank is not None:
+            last.low_rank.add_to(y, x)
+        return y
+
+    def _all_reduce(self, x: Tensor, sums: OneShot | None) -> Tensor:
+        return sums(x) if sums is not None and sums.takes(x) else self.parallel.all_reduce(x)
 
 
 def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:

@@ -62,6 +62,10 @@ def writer(
     reopen: opens the same checkpoint again, where that releases memory.
     Raise ValueError when the format cannot express the checkpoint, or weights are missing or mis-shaped.
     """
+    if checkpoint.args.experts is not None:
+        raise ValueError(
+            f"{checkpoint.path} is a mixture of experts, which cannot be written: use its files as they are"
+        )
     if format not in EXPORT_FORMATS:
         raise ValueError(f"--format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
     dtypes = GGUF_FILE_TYPES if format == "gguf" else DTYPES

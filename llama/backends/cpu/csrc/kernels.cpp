@@ -65,16 +65,20 @@ extern "C" const char *instructions() {
 
 // Runs layers [first, stop), or a half of each, in place on the residual in.x; see LayersInput.
 extern "C" void run_layers(const Layer *layers, int first, int stop, int halves, const LayersInput *inputs) {
-    static thread_local std::vector<float> q_storage, hidden_storage;
+    static thread_local std::vector<float> q_storage, hidden_storage, score_storage;
     static thread_local Lines result_storage;
     const LayersInput &in = *inputs;
     const AttentionPlan plan(in);
     float *q = buffer(q_storage, size_t(in.n_tokens) * in.n_heads * in.head_dim);
     float *results = result_storage.room(plan.results.back() * result_size(in.head_dim));
     float *hidden = buffer(hidden_storage, size_t(in.n_tokens) * in.hidden_dim);
+    int experts = 0;
+    for (int layer = first; layer < stop; layer++)
+        if (layers[layer].experts) experts = std::max(experts, layers[layer].experts->n);
+    float *scores = buffer(score_storage, size_t(in.n_tokens) * experts);
     Team team;
     parallel(in.threads, [&](int thread, int size) {
-        Worker worker{in, team, thread, size, q, results, hidden, plan, activations};
+        Worker worker{in, team, thread, size, q, results, hidden, scores, plan, activations};
         for (int layer = first; layer < stop; layer++) {
             if (halves & ATTENTION) worker.attention(layers[layer], layer);
             if (halves & FEED_FORWARD) worker.feed_forward(layers[layer]);

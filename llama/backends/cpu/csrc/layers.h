@@ -1,17 +1,19 @@
 // Transformer layers for a few tokens in one call: norms, products, rotation, cache, attention and feed-forward.
 #pragma once
 #include "attention.h"
+#include "experts.h"
 #include "threads.h"
 #include "weights.h"
 
 struct Layer {
     Weight wq, wk, wv, wo, w1, w2, w3;
     const float *attention_norm, *ffn_norm;
+    const Experts *experts;  // or null; beside them w1, w2 and w3 are the shared expert's, or have no rows
 };
 
 struct LayersInput {
     int32_t n_tokens, n_rows, pages_per_row, n_pages;
-    int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, cache_type;
+    int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, cache_type;  // hidden_dim: the most features of a token
     int64_t window;  // number of keys that a query sees
     const int64_t *positions;  // (n_tokens)
     const int32_t *rows;  // (n_tokens): the row of each token
@@ -138,7 +140,7 @@ template <class T> T *buffer(std::vector<T> &storage, size_t n) {
 
 // A thread's own memory for the activations that it multiplies, and for attention.
 struct Activations {
-    std::vector<float> values;
+    std::vector<float> values, gathered;
     std::vector<uint8_t> rounded;
     std::vector<float> low[2];
     Lines queries;
@@ -174,7 +176,7 @@ struct Worker {
     const LayersInput &in;
     Team &team;
     int thread, size;
-    float *q, *results, *hidden;  // shared by the threads
+    float *q, *results, *hidden, *scores;  // shared by the threads
     const AttentionPlan &plan;
     Activations &own;
 
@@ -262,19 +264,93 @@ struct Worker {
     }
 
     void feed_forward(const Layer &w) {
-        const int n = in.n_tokens;
+        const int n = in.n_tokens, shared = w.w1.rows;
         Input x = own.normalised(in.x, w.ffn_norm, n, in.dim, in.eps, w.w1, w.w3);
-        float up[MAX_FEW_TOKENS * TILE];
-        const float *low = own.low_rank(w.w3, x, 1);
-        tiles(w.w1, x, [&](int row, int rows, float *y) {
-            gemv_tile(w.w3, row / TILE, x, up, low);
-            for (int t = 0; t < n; t++) {
-                f32 gated = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
-                memcpy(hidden + size_t(t) * in.hidden_dim + row, &gated, rows * 4);
-            }
+        gate(w.w1, w.w3, x, hidden);
+        if (!w.experts) {
+            team.wait(size);
+            add(w.w2, own.input(hidden, n, shared, w.w2));
+            return;
+        }
+        const Experts &e = *w.experts;
+        float *routed = hidden + size_t(n) * shared;
+        tiles(e.gate, x, [&](int row, int rows, float *y) {
+            for (int t = 0; t < n; t++) memcpy(scores + size_t(t) * e.n + row, y + t * TILE, rows * 4);
         });
         team.wait(size);
-        add(w.w2, own.input(hidden, n, in.hidden_dim, w.w2));
+        const Routes routes(e, scores, n);
+        gate(e, routes, x.values, routed);
+        team.wait(size);
+        if (shared) add(w.w2, own.input(hidden, n, shared, w.w2));
+        add(e, routes, routed, shared == 0);
+    }
+
+    // Writes silu(w1 x) * w3 x of all tokens: (n, rows).
+    void gate(const Weight &w1, const Weight &w3, const Input &x, float *to) {
+        float up[MAX_FEW_TOKENS * TILE];
+        const float *low = own.low_rank(w3, x, 1);
+        tiles(w1, x, [&](int row, int rows, float *y) {
+            gemv_tile(w3, row / TILE, x, up, low);
+            write_gated(y, up, x.n, row, rows, w1.rows, to);
+        });
+    }
+
+    // The same of each expert and its tokens, in the order of routes. Threads share the tiles of all that are used.
+    void gate(const Experts &e, const Routes &routes, const float *x, float *to) {
+        float y[MAX_FEW_TOKENS * TILE], up[MAX_FEW_TOKENS * TILE];
+        const int rows = e.experts->w1.rows, tiles = (rows + TILE - 1) / TILE;
+        Share share(int(routes.uses.size()) * tiles, thread, size);
+        for (int unit = share.start; unit < share.stop;) {
+            const Routes::Use &use = routes.uses[unit / tiles];
+            const Expert &w = e.experts[use.expert];
+            float *values = buffer(own.gathered, size_t(use.n) * in.dim);
+            for (int t = 0; t < use.n; t++) {
+                const float *from = x + size_t(routes.tokens[use.first + t]) * in.dim;
+                const float factor = e.router == SIGMOID_OF_INPUT ? routes.factors[use.first + t] : 1.0f;
+                for (int i = 0; i < in.dim; i++) values[size_t(t) * in.dim + i] = from[i] * factor;
+            }
+            const Input part = own.input(values, use.n, in.dim, w.w1, w.w3);
+            const float *low = own.low_rank(w.w1, part), *low_up = own.low_rank(w.w3, part, 1);
+            for (const int stop = std::min(share.stop, (unit / tiles + 1) * tiles); unit < stop; unit++) {
+                const int tile = unit % tiles, row = tile * TILE;
+                gemv_tile(w.w1, tile, part, y, low);
+                gemv_tile(w.w3, tile, part, up, low_up);
+                write_gated(y, up, use.n, row, std::min(TILE, rows - row), rows, to + size_t(use.first) * rows);
+            }
+        }
+    }
+
+    // Writes silu(y) * up, a tile of n tokens, to (n, stride).
+    static void write_gated(const float *y, const float *up, int n, int row, int rows, int stride, float *to) {
+        for (int t = 0; t < n; t++) {
+            f32 gated = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
+            memcpy(to + size_t(t) * stride + row, &gated, rows * 4);
+        }
+    }
+
+    // Adds what experts make of their tokens' features to the residual, or to this rank's part: the first to be added
+    // there where `first` says so. An order of experts is that of their numbers, whatever tokens are beside.
+    void add(const Experts &e, const Routes &routes, const float *features, bool first) {
+        float y[MAX_FEW_TOKENS * TILE];
+        Share share((in.dim + TILE - 1) / TILE, thread, size);
+        const int start = share.start * TILE, wide = std::min(in.dim, share.stop * TILE) - start;
+        if (first && in.out != in.x && wide > 0)
+            for (int t = 0; t < in.n_tokens; t++) memset(in.out + size_t(t) * in.dim + start, 0, size_t(wide) * 4);
+        for (const Routes::Use &use : routes.uses) {
+            const Weight &w = e.experts[use.expert].w2;
+            const Input part = own.input(features + size_t(use.first) * w.columns, use.n, w.columns, w);
+            const float *low = own.low_rank(w, part);
+            for (int tile = share.start; tile < share.stop; tile++) {
+                gemv_tile(w, tile, part, y, low);
+                const int row = tile * TILE, rows = std::min(TILE, in.dim - row);
+                for (int t = 0; t < use.n; t++) {
+                    float *to = in.out + size_t(routes.tokens[use.first + t]) * in.dim + row;
+                    const float factor = e.router == SIGMOID_OF_INPUT ? 1.0f : routes.factors[use.first + t];
+                    for (int r = 0; r < rows; r++) to[r] += factor * y[t * TILE + r];
+                }
+            }
+        }
+        team.wait(size);
     }
 
     // Multiplies x, and adds the products to the residual, or writes them to this rank's part.
