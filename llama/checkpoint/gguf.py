@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
+from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
+from llama.checkpoint.expert_tensors import unstacked
 from llama.checkpoint.families import Multipliers, folded
 from llama.checkpoint.gguf_config import (
     ALL_ROPE_FACTORS,
@@ -54,7 +55,11 @@ class _StoredTensor:
     shape: tuple[int, ...]
     type: BlockType
 
-    def __getitem__(self, rows: slice) -> _StoredTensor:
+    def __getitem__(self, rows: slice | int) -> _StoredTensor:
+        """Return rows, or what one of the first dimension holds."""
+        if isinstance(rows, int):
+            one = self[rows : rows + 1]
+            return _StoredTensor(one.raw, self.shape[1:], self.type)
         n_rows = len(range(*rows.indices(self.shape[0])))
         size = len(self.raw) // self.shape[0]
         raw = self.raw.reshape(self.shape[0], size)[rows].reshape(-1)
@@ -120,12 +125,16 @@ class GGUFCheckpoint:
         fused = FUSED["gguf"] | (GATE_IN_UP if self.family.gguf_gate_in_up else {})
         if "blk.0.ffn_gate.weight" in tensors:
             fused = FUSED["gguf"]
-        parts = unfused(path, renamed(path, needed(path, tensors), self.family.gguf_names), fused, args, "gguf")
+        stored: dict[str, _StoredTensor] = renamed(path, needed(path, tensors), self.family.gguf_names)
+        if args.experts is not None:
+            stored = unstacked(path, stored, args.experts)
+        parts = unfused(path, stored, fused, args, "gguf")
         self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in parts}
         if args.tied_embeddings and "tok_embeddings" in self.factors and self.block_type(TABLE) is not None:
             self._untie(args, multipliers)
         self._find_biases()
-        dtypes = {tensor.dtype for tensor in self._tensors.values() if len(tensor.shape) > 1}
+        # What chooses experts is in fp32, whatever the others are in.
+        dtypes = {tensor.dtype for name, tensor in self._tensors.items() if module_name(name) in SHARD_DIM}
         self.is_quantized = None in dtypes
         self.dtype = (dtypes.pop() if len(dtypes) == 1 else None) or torch.bfloat16
         self.context_len = positive_int(self._metadata.get("llama.context_length"))

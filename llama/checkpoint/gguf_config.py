@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llama.checkpoint.families import GGUF_FAMILIES, REFUSED, Family, Multipliers
+from llama.checkpoint.families import FAMILIES, GGUF_FAMILIES, REFUSED, Family, Multipliers
+from llama.checkpoint.gguf_experts import COUNT, EXPERTS_KEYS, USED_COUNT, llama4_fields, read_experts
 from llama.checks import check_number
 from llama.config import ModelArgs
 from llama.rope_scaling import FactorScaling, LinearScaling, LongRopeScaling, QueryScaling, RopeScaling, YarnScaling
@@ -26,6 +27,8 @@ OTHER_FIELD_KEYS = {
     "norm_eps": "llama.attention.layer_norm_rms_epsilon",
     "rope_theta": "llama.rope.freq_base",
     "sliding_window": "llama.attention.sliding_window",
+    "n_experts": COUNT,
+    "n_active": USED_COUNT,
 }
 ROTARY_DIM = "llama.rope.dimension_count"
 # Of layers with a window: which they are, and their theta; of queries beyond the original context.
@@ -37,11 +40,11 @@ ALL_ROPE_FACTORS = {ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS}
 FIELD_KEYS = REQUIRED_GGUF_KEYS | OPTIONAL_GGUF_KEYS | OTHER_FIELD_KEYS
 # What else is read under the model's own keys, and what says nothing about the computation.
 OTHER_GGUF_KEYS = {
-    "llama.attention.value_length", "llama.expert_count", "llama.rope.dimension_count", "llama.rope.scale_linear",
+    "llama.attention.value_length", "llama.rope.dimension_count", "llama.rope.scale_linear",
     "llama.rope.scaling.attn_factor", "llama.rope.scaling.factor", "llama.rope.scaling.finetuned",
     "llama.rope.scaling.original_context_length", "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast",
     "llama.rope.scaling.yarn_beta_slow", "llama.rope.scaling.yarn_log_multiplier", "llama.context_length",
-    "llama.expert_used_count", "llama.tensor_data_layout", "llama.vocab_size",
+    "llama.tensor_data_layout", "llama.vocab_size",
 }  # fmt: skip
 
 
@@ -84,6 +87,7 @@ def ignored_keys(metadata: Mapping[str, Any], family: Family) -> list[str]:
     known |= {WINDOW_THETA} if "sliding_attention" in family.rope_keys else set()
     known |= {TEMPERATURE_SCALE} if "llama_4_scaling_beta" in family.rope_keys else set()
     known |= set(SCALE_KEYS.values()) if family.is_scaled else set()
+    known |= EXPERTS_KEYS if metadata.get("llama.expert_count") else set()
     own = (key for key in metadata if key.startswith(("llama.", TOKENIZER_KEY)))
     return sorted(key for key in own if key not in known)
 
@@ -96,8 +100,6 @@ def read_metadata(
     tied: whether the file has no output projection. rope_factors: its tensors of such, by the names of ROPE_FACTORS.
     Raise ValueError that names the key that is missing, wrong or not supported.
     """
-    if metadata.get("llama.expert_count", 0):
-        raise ValueError("a mixture of experts is not supported, only dense LLaMA models are")
     tokens = metadata.get("tokenizer.ggml.tokens")
     args = ModelArgs(
         **{field: _get(metadata, key, int) for field, key in REQUIRED_GGUF_KEYS.items()},
@@ -108,9 +110,12 @@ def read_metadata(
         rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
         rotary_dim=metadata.get(ROTARY_DIM) if family.is_partly_rotated else None,
         tied_embeddings=tied,
+        experts=read_experts(metadata, family),
         **family.fields,
     )
     args = replace(args, **_layers(metadata, family, args))
+    if family is FAMILIES["llama4_text"]:
+        args = replace(args, **llama4_fields(metadata))
     for key in ("llama.attention.value_length", *(() if family.is_partly_rotated else (ROTARY_DIM,))):
         if metadata.get(key, args.head_dim) != args.head_dim:
             raise ValueError(f"{key} {metadata[key]!r} differs from the {args.head_dim} dimensions of a head")

@@ -8,7 +8,7 @@ from typing import Any
 from llama.checkpoint.families import Family
 from llama.checkpoint.hf_rope import required, true_or_false
 from llama.checks import check_int, check_number
-from llama.config import Experts
+from llama.config import MAX_LAYERS, Experts, ModelArgs
 from llama.rope_scaling import QueryScaling
 
 # Fields of Experts and the keys of config.json that say them, by the names that families' own are called here.
@@ -33,7 +33,7 @@ def read_experts(config: Mapping[str, Any], family: Family) -> Experts | None:
     if family.router is None:
         return None
     n_layers = required(config, "num_hidden_layers")
-    check_int("num_hidden_layers", n_layers)
+    check_int("num_hidden_layers", n_layers, most=MAX_LAYERS)
     router = family.router
     if router == "softmax" and true_or_false(config, "norm_topk_prob"):
         router = "softmax of chosen"

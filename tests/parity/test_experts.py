@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
@@ -18,6 +20,7 @@ from transformers import (
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import WeightFormat
 from llama.model import Transformer
+from tests.gguf_files import write_gguf
 from tests.models import one_pass, random_tokens
 
 VOCAB_SIZE = 101
@@ -48,11 +51,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 SEQLEN = 70  # three chunks, and seven steps of the scale of queries
 
 
-def made(name: str) -> PreTrainedModel:
+def made(name: str, **changes: Any) -> PreTrainedModel:
     """A model with random weights, of which no two parts are alike; norms, too."""
     torch.manual_seed(7)
     config, model_cls, settings = MODELS[name]
-    model: Any = model_cls(config(**settings))
+    model: Any = model_cls(config(**settings | changes))
     for key, weight in model.named_parameters():
         if weight.dim() == 1:
             weight.data.normal_(mean=1.0, std=0.1)
@@ -79,3 +82,79 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     expected = theirs(tokens).logits
     assert expected.std() > 0.3  # else a wrong model would be close, too
     torch.testing.assert_close(one_pass(opened(tmp_path), tokens), expected, rtol=0, atol=1e-4)
+
+
+def write_as_gguf(path: Path, theirs: PreTrainedModel, arch: str, stacked: bool = True, **metadata: Any) -> None:
+    """A model of transformers as llama.cpp's converter writes it, now, and once: a tensor for each expert."""
+    config: Any = theirs.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    is_llama4 = arch == "llama4"
+    keys = {
+        "general.architecture": arch,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "feed_forward_length": config.intermediate_size_mlp if is_llama4 else config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "rope.dimension_count": head_dim,
+        "expert_count": config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+    }
+    if is_llama4:
+        keys |= {
+            "attention.key_length": head_dim,
+            "attention.value_length": head_dim,
+            "expert_feed_forward_length": config.intermediate_size,
+            "interleave_moe_layer_step": config.interleave_moe_layer_step,
+        }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA4 if is_llama4 else gguf.MODEL_ARCH.LLAMA, 9)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in theirs.state_dict().items():
+        if ".experts." in name:
+            layer, kind = name.split(".")[2], name.split(".")[-1]
+            each = tensor.transpose(1, 2) if is_llama4 else tensor  # (n_experts, out, in)
+            parts = each.chunk(2, dim=1) if kind == "gate_up_proj" else (each,)
+            for part, to in zip(parts, ("gate", "up") if len(parts) == 2 else ("down",), strict=True):
+                whole = {f"blk.{layer}.ffn_{to}_exps.weight": part}
+                tensors |= whole if stacked else {f"blk.{layer}.ffn_{to}.{i}.weight": w for i, w in enumerate(part)}
+            continue
+        name = name.replace("feed_forward.gate_proj", "mlp.gate_proj").replace("feed_forward.up_proj", "mlp.up_proj")
+        name = name.replace("feed_forward.down_proj", "mlp.down_proj")
+        if not is_llama4 and ("q_proj" in name or "k_proj" in name):
+            n_heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = tensor.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        stored_as = names.get_name(name, (".weight",))
+        assert stored_as is not None, name
+        tensors[stored_as] = tensor
+    vocabulary = {"tokenizer.ggml.tokens": [f"token {i}" for i in range(config.vocab_size)]}
+    own = {key if "general" in key else f"{arch}.{key}": value for key, value in keys.items()}
+    arrays = {name: (tensor.contiguous().numpy(), gguf.GGMLQuantizationType.F32) for name, tensor in tensors.items()}
+    write_gguf(path, own | vocabulary | metadata, arrays)
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["all experts in a tensor", "a tensor for each"])
+@torch.inference_mode()
+def test_mixtral_in_gguf_equals_transformers(tmp_path: Path, stacked: bool) -> None:
+    theirs = made("mixtral")
+    write_as_gguf(tmp_path / "model.gguf", theirs, "llama", stacked)
+    tokens = random_tokens(2, 20, vocab_size=VOCAB_SIZE)
+    torch.testing.assert_close(
+        one_pass(opened(tmp_path / "model.gguf"), tokens), theirs(tokens).logits, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["llama 4 scout", "llama 4 maverick"])
+@torch.inference_mode()
+def test_llama_4_in_gguf_equals_transformers(tmp_path: Path, name: str) -> None:
+    """llama.cpp tells from the number of experts whether queries and keys are normalised."""
+    n_experts = 128 if name == "llama 4 maverick" else 16
+    sizes = {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1, "num_local_experts": n_experts}
+    theirs = made(name, **sizes, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    write_as_gguf(tmp_path / "model.gguf", theirs, "llama4")
+    tokens = random_tokens(2, 20, vocab_size=VOCAB_SIZE)
+    torch.testing.assert_close(
+        one_pass(opened(tmp_path / "model.gguf"), tokens), theirs(tokens).logits, rtol=0, atol=1e-4
+    )
