@@ -1,11 +1,10 @@
-"""The architecture of a LLaMA model as one frozen dataclass, and the reader of Meta's `params.json`.
+"""The architecture of a LLaMA model as one frozen dataclass.
 
 Knows nothing of files that hold weights, of devices or of ranks.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -26,32 +25,6 @@ from llama.rope_scaling import (
     YarnScaling,
 )
 
-# Keys of released params.json files that say nothing about the computation.
-HARMLESS_KEYS = {
-    "max_seq_len", "max_batch_size", "model_parallel_size", "dtype", "name", "_name_or_path", "max_position_embeddings",
-}  # fmt: skip
-
-# Keys that matter to it; the other fields of ModelArgs come from other formats.
-USED_KEYS = {
-    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
-    "rope_theta", "use_scaled_rope", "head_dim", "hidden_dim", "sliding_window",
-}  # fmt: skip
-
-_QUANTIZED = "a quantized Llama 3.2 release, whose packed linears are not supported: use the bf16 release"
-_VISION = "a vision model: only text models are supported"
-# Keys that mean another architecture or another kind of weights, and why they are refused.
-REFUSED_KEYS = {
-    "quantization_args": _QUANTIZED,
-    "lora_args": _QUANTIZED,
-    "vision_args": _VISION,
-    "vision_chunk_size": _VISION,
-    "vision_max_num_chunks": _VISION,
-    "vision_num_cross_attention_layers": _VISION,
-    "moe_args": "a mixture-of-experts model (Llama 4): only dense LLaMA models are supported",
-}
-
-# Keys of params.json about scaled RoPE, and the fields of Llama3Scaling that they set.
-ROPE_KEYS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_freq_factor"}
 # (dim, n_layers) of the models whose scaled RoPE has factor 32: see D13.
 SCALED_BY_32 = {(2048, 16), (3072, 28)}  # Llama 3.2 1B and 3B
 
@@ -244,28 +217,6 @@ class ModelArgs:
     def norms_heads(self, layer: int) -> bool:
         """Tell whether a layer normalises its queries and keys."""
         return self.qk_norm is not None and (self.qk_norm != "unit" or layer not in self.unrotated_layers)
-
-
-def read_params(path: Path) -> ModelArgs:
-    """Read Meta's or Mistral's params.json; raise ValueError for a key that is neither used nor known to be harmless.
-
-    A key of null means the same as none.
-    """
-    params = {key: value for key, value in read_json_object(path).items() if value is not None}
-    for key in params.keys() & REFUSED_KEYS:
-        raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
-    fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS}
-    factors = {name: fields.pop(key) for key, name in ROPE_KEYS.items() if key in fields}
-    unknown = sorted(fields.keys() - USED_KEYS)
-    if unknown:
-        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: this architecture is not supported")
-    try:
-        args = ModelArgs(**fields)
-        if args.rope_scaling is None:
-            return args
-        return dataclasses.replace(args, rope_scaling=dataclasses.replace(args.rope_scaling, **factors))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

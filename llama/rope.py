@@ -171,7 +171,9 @@ def scaled_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
         frequencies = frequencies / scaling.factor
     elif isinstance(scaling, Llama3Scaling):
         turns = scaling.old_context_len * frequencies / (2 * math.pi)  # full turns within the old context
-        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        # Not zero, where equal factors blend nothing.
+        width = max(scaling.high_freq_factor - scaling.low_freq_factor, 1e-12)
+        share = (turns - scaling.low_freq_factor) / width
         frequencies = _blend(frequencies, frequencies / scaling.factor, share)
     elif isinstance(scaling, YarnScaling):
         low, high = _yarn_range(head_dim, theta, scaling)

@@ -35,7 +35,7 @@ class Llama3Scaling:
     """Llama 3.1's scaling, which stretches long rotary wavelengths only.
 
     Wavelengths above old_context_len / low_freq_factor are multiplied by `factor`, those below
-    old_context_len / high_freq_factor stay as they are, and those between are blended.
+    old_context_len / high_freq_factor stay as they are, and those between are blended; Llama 4 has none between.
     """
 
     factor: float = 8.0
@@ -47,8 +47,8 @@ class Llama3Scaling:
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
             check_number(name, getattr(self, name))
         check_int("old_context_len", self.old_context_len)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {self}")
+        if self.low_freq_factor > self.high_freq_factor:
+            raise ValueError(f"low_freq_factor must not be above high_freq_factor, got {self}")
 
 
 @dataclass(frozen=True)

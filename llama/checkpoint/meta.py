@@ -14,10 +14,11 @@ from torch import Tensor
 
 from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed
 from llama.checkpoint.families import FAMILIES
+from llama.checkpoint.llama4_shards import as_llamas
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.names import NamingScheme, module_name
+from llama.checkpoint.params_json import read_params
 from llama.checkpoint.torch_pickle import map_pickle
-from llama.config import read_params
 from llama.quantization.gguf_blocks import BlockType
 from llama.tokenizer import Tokenizer
 
@@ -49,6 +50,8 @@ class MetaCheckpoint:
         shards = [map_pickle(file) for file in files] if files else [map_folder(folder, MISTRAL_LAYOUTS)]
         self._mapped = MappedMemory()
         self._shards = [needed(folder, shard) for shard in shards]
+        if args.experts is not None and args.experts.router == "sigmoid of input":
+            self._shards = [as_llamas(folder, shard, args) for shard in self._shards]
         self._check_shards()
         self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self._shards[0])
         self._check_count()
@@ -79,7 +82,8 @@ class MetaCheckpoint:
         size = pieces[0].shape[dim]
         if len(pieces) > 1 and (dim != split_dim or start // size < (stop - 1) // size):
             return pieces[0].dtype, "copy"
-        return pieces[0].dtype, "zero_copy" if dim == 0 or stop - start == size else "strided"
+        is_whole = pieces[0].is_contiguous() and (dim == 0 or stop - start == size)
+        return pieces[0].dtype, "zero_copy" if is_whole else "strided"
 
     def stored_as(self, name: str) -> str:
         return dtype_name(self.reads_as(name)[0])

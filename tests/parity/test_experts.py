@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     Llama4ForCausalLM,
@@ -32,7 +35,7 @@ LLAMA4 = {
     **SMALL, "intermediate_size_mlp": 80, "num_hidden_layers": 5, "head_dim": 16, "num_local_experts": 5,
     "attention_chunk_size": 24, "floor_scale": 10, "attn_scale": 0.4, "max_position_embeddings": 256,
     "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
         "original_max_position_embeddings": 32,
     },
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager",
@@ -158,3 +161,93 @@ def test_llama_4_in_gguf_equals_transformers(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(
         one_pass(opened(tmp_path / "model.gguf"), tokens), theirs(tokens).logits, rtol=0, atol=1e-4
     )
+
+
+def meta_shards(theirs: PreTrainedModel, shards: int) -> list[dict[str, Tensor]]:
+    """A Llama 4 of transformers as Meta released it: fused, stacked, and split over the shards."""
+    config: Any = theirs.config
+    state = theirs.state_dict()
+    parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
+
+    def put(name: str, pieces: Sequence[Tensor]) -> None:
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece.clone().contiguous()
+
+    put("tok_embeddings.weight", state["model.embed_tokens.weight"].chunk(shards))
+    put("output.weight", state["lm_head.weight"].chunk(shards))
+    put("norm.weight", [state["model.norm.weight"]] * shards)
+    for i in range(config.num_hidden_layers):
+        old, new = f"model.layers.{i}.", f"layers.{i}."
+        attention = [state[f"{old}self_attn.{name}_proj.weight"].chunk(shards) for name in ("q", "k", "v")]
+        put(f"{new}attention.wqkv.weight", [torch.cat(three) for three in zip(*attention, strict=True)])
+        put(f"{new}attention.wo.weight", state[f"{old}self_attn.o_proj.weight"].chunk(shards, 1))
+        put(f"{new}attention.wqkv.layer_norm_weight", [state[f"{old}input_layernorm.weight"]] * shards)
+        norm = [state[f"{old}post_attention_layernorm.weight"]] * shards
+        ffn_old, ffn_new = f"{old}feed_forward.", f"{new}feed_forward."
+        if f"{ffn_old}router.weight" not in state:
+            up = [state[f"{ffn_old}{name}_proj.weight"].chunk(shards) for name in ("gate", "up")]
+            put(f"{ffn_new}mlp.fc1_weight", [torch.cat(two) for two in zip(*up, strict=True)])
+            put(f"{ffn_new}mlp.fc2_weight", state[f"{ffn_old}down_proj.weight"].chunk(shards, 1))
+            put(f"{ffn_new}mlp.layer_norm_weight", norm)
+            continue
+        put(f"{ffn_new}norm.weight", norm)
+        put(f"{ffn_new}router_DE", [state[f"{ffn_old}router.weight"].t()] * shards)
+        shared = f"{ffn_old}shared_expert."
+        put(f"{ffn_new}w_in_shared_FD.weight", state[f"{shared}gate_proj.weight"].chunk(shards))
+        put(f"{ffn_new}w_swiglu_FD.weight", state[f"{shared}up_proj.weight"].chunk(shards))
+        put(f"{ffn_new}w_out_shared_DF.weight", state[f"{shared}down_proj.weight"].chunk(shards, 1))
+        gate, up_all = state[f"{ffn_old}experts.gate_up_proj"].chunk(2, dim=2)  # (n_experts, dim, hidden)
+        put(f"{ffn_new}experts.moe_w_in_eD_F", [piece.flatten(0, 1) for piece in gate.chunk(shards, 2)])
+        put(f"{ffn_new}experts.moe_w_swiglu_eD_F", [piece.flatten(0, 1) for piece in up_all.chunk(shards, 2)])
+        down = state[f"{ffn_old}experts.down_proj"].chunk(shards, 1)
+        put(f"{ffn_new}experts.moe_w_out_eF_D", [piece.flatten(0, 1) for piece in down])
+    for part in parts:
+        part["vision_embeddings.conv._linear.weight"] = torch.zeros(3, 3)
+        part["layers.0.attention.wo._extra_state"] = torch.zeros(1)
+    return parts
+
+
+@pytest.mark.parametrize("name", ["llama 4 scout", "llama 4 maverick"])
+@torch.inference_mode()
+def test_metas_own_llama_4_equals_transformers(tmp_path: Path, name: str) -> None:
+    """Experts are stacked and transposed, shard by shard, and the factors of RoPE are not those of Llama 3."""
+    sizes = {"intermediate_size": 96, "intermediate_size_mlp": 192, "num_local_experts": 4, "vocab_size": 102}
+    rope = {**LLAMA4["rope_parameters"], "factor": 16.0, "original_max_position_embeddings": 8192}
+    theirs = made(name, **sizes, rope_parameters=rope)
+    config: Any = theirs.config
+    for i, part in enumerate(meta_shards(theirs, 2)):
+        torch.save(part, tmp_path / f"consolidated.{i:02d}.pth")
+    # 2/3 of 4 * 96, by 0.75: 192, and of experts half of it.
+    params = {
+        "dim": 96, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 102, "multiple_of": 8,
+        "ffn_dim_multiplier": 0.75, "ffn_exp": 4.0, "norm_eps": config.rms_norm_eps, "rope_theta": 5000.0,
+        "use_scaled_rope": True, "attention_chunk_size": 24, "nope_layer_interval": 4, "floor_scale": 10.0,
+        "use_qk_norm": config.use_qk_norm, "attn_temperature_tuning": True, "attn_scale": 0.4,
+        "vision_args": {"dim": 8},
+        "moe_args": {
+            "num_experts": 4, "capacity_factor": 1.0, "auto_scale_F": True, "top_k": config.num_experts_per_tok,
+            "interleave_moe_layer_step": config.interleave_moe_layer_step,
+        },
+    }  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    tokens = random_tokens(2, SEQLEN, vocab_size=VOCAB_SIZE)
+    torch.testing.assert_close(one_pass(opened(tmp_path), tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_mistrals_own_mixtral_equals_transformers(tmp_path: Path) -> None:
+    theirs = made("mixtral")
+    config: Any = theirs.config
+    write_as_gguf(tmp_path / "names.gguf", theirs, "llama", stacked=False)  # rows of Q and K in that order, too
+    checkpoint = open_checkpoint(tmp_path / "names.gguf")
+    state = {name: checkpoint.read(name).contiguous() for name in checkpoint.names()}
+    assert "layers.1.feed_forward.experts.4.w2.weight" in state
+    save_file(state, tmp_path / "consolidated.safetensors")
+    params = {
+        "dim": 96, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": VOCAB_SIZE, "hidden_dim": 72,
+        "head_dim": 16, "norm_eps": config.rms_norm_eps, "rope_theta": config.rope_parameters["rope_theta"],
+        "moe": {"num_experts": 5, "num_experts_per_tok": 2},
+    }  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    tokens = random_tokens(2, 20, vocab_size=VOCAB_SIZE)
+    torch.testing.assert_close(one_pass(opened(tmp_path), tokens), theirs(tokens).logits, rtol=0, atol=1e-4)

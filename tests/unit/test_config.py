@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llama.config import HARMLESS_KEYS, REFUSED_KEYS, ModelArgs, read_params
+from llama.checkpoint.params_json import HARMLESS_KEYS, REFUSED_KEYS, read_params
+from llama.config import ModelArgs
 from llama.rope_scaling import Llama3Scaling
 
 # The released files, and the hidden size that the released weights have.

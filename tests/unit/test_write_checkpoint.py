@@ -28,7 +28,8 @@ from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.hf_config import read_config
 from llama.checkpoint.load import global_shapes
-from llama.config import ModelArgs, read_params
+from llama.checkpoint.params_json import read_params
+from llama.config import ModelArgs
 from llama.rope_scaling import DynamicScaling, FactorScaling, LinearScaling, Llama3Scaling, YarnScaling
 from llama.testing.model_presets import PRESETS
 from llama.testing.random_checkpoint import RandomCheckpoint
