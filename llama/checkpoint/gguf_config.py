@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from llama.checkpoint.families import FAMILIES, GGUF_FAMILIES, REFUSED, Family, Multipliers
-from llama.checkpoint.gguf_experts import COUNT, EXPERTS_KEYS, USED_COUNT, llama4_fields, read_experts
+from llama.checkpoint.gguf_experts import COUNT, EXPERTS_KEYS, USED_COUNT, gguf_llama4_fields, read_gguf_experts
 from llama.checks import check_number
 from llama.config import ModelArgs
 from llama.rope_scaling import FactorScaling, LinearScaling, LongRopeScaling, QueryScaling, RopeScaling, YarnScaling
@@ -110,12 +110,12 @@ def read_metadata(
         rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
         rotary_dim=metadata.get(ROTARY_DIM) if family.is_partly_rotated else None,
         tied_embeddings=tied,
-        experts=read_experts(metadata, family),
+        experts=read_gguf_experts(metadata, family),
         **family.fields,
     )
     args = replace(args, **_layers(metadata, family, args))
     if family is FAMILIES["llama4_text"]:
-        args = replace(args, **llama4_fields(metadata))
+        args = replace(args, **gguf_llama4_fields(metadata, args))
     for key in ("llama.attention.value_length", *(() if family.is_partly_rotated else (ROTARY_DIM,))):
         if metadata.get(key, args.head_dim) != args.head_dim:
             raise ValueError(f"{key} {metadata[key]!r} differs from the {args.head_dim} dimensions of a head")

@@ -7,7 +7,7 @@ from typing import Any
 
 from llama.checkpoint.families import Family
 from llama.checks import check_int
-from llama.config import MAX_LAYERS, Experts
+from llama.config import MAX_LAYERS, Experts, ModelArgs
 from llama.rope_scaling import QueryScaling
 
 COUNT, USED_COUNT = "llama.expert_count", "llama.expert_used_count"
@@ -16,13 +16,13 @@ STEP = "llama.interleave_moe_layer_step"
 WINDOW = "llama.attention.sliding_window"
 EXPERTS_KEYS = {COUNT, USED_COUNT, HIDDEN, SHARED_HIDDEN, STEP, WINDOW}
 
-# Llama 4, as released: tokens of a chunk, layers from one without rotation to the next, and how queries are scaled.
-LLAMA4_CHUNK, LLAMA4_INTERVAL = 8192, 4
+# Llama 4, as released: tokens of a chunk, and how queries are scaled.
+LLAMA4_CHUNK = 8192
 LLAMA4_SCALING = QueryScaling(0.1, 8192, shift=1)
 LLAMA4_WITHOUT_NORMS = 128  # experts of the model whose queries and keys are not normalised
 
 
-def read_experts(metadata: Mapping[str, Any], family: Family) -> Experts | None:
+def read_gguf_experts(metadata: Mapping[str, Any], family: Family) -> Experts | None:
     """Return the experts of a file, whose metadata is under llama's keys; None where it has none."""
     if metadata.get(COUNT, 0) == 0:
         return None
@@ -40,19 +40,16 @@ def read_experts(metadata: Mapping[str, Any], family: Family) -> Experts | None:
     )
 
 
-def llama4_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def gguf_llama4_fields(metadata: Mapping[str, Any], args: ModelArgs) -> dict[str, Any]:
     """Return the fields of ModelArgs about attention that Llama 4's files leave to whoever reads them."""
-    n_layers = _n_layers(metadata)
     norm = None if metadata.get(COUNT) == LLAMA4_WITHOUT_NORMS else "unit"
-    if metadata.get(WINDOW) == 0:  # all layers see all, as in small models of that architecture
-        return {"qk_norm": norm}
-    unrotated = tuple(i for i in range(n_layers) if (i + 1) % LLAMA4_INTERVAL == 0)
+    if metadata.get(WINDOW) == 0:  # all layers are rotated and see all, as in small models of that architecture
+        return {"qk_norm": norm, "unrotated_layers": ()}
     return {
         "qk_norm": norm,
         "attention_chunk": LLAMA4_CHUNK,
-        "unrotated_layers": unrotated,
-        "full_layers": unrotated,
-        "query_scaling": LLAMA4_SCALING if unrotated else None,
+        "full_layers": args.unrotated_layers,
+        "query_scaling": LLAMA4_SCALING if args.unrotated_layers else None,
     }
 
 

@@ -22,7 +22,7 @@ RENAMED = {
 }
 # Matrices of all experts, one below another, each of them (in, out).
 _LAYER = re.compile(r"(layers\.\d+\.)?")
-STACKED = {"moe_w_in_eD_F": "w1", "moe_w_out_eF_D": "w2", "moe_w_swiglu_eD_F": "w3"}
+TRANSPOSED = {"moe_w_in_eD_F": "w1", "moe_w_out_eF_D": "w2", "moe_w_swiglu_eD_F": "w3"}
 
 
 def as_llamas(path: Path, shard: Mapping[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
@@ -49,9 +49,9 @@ def as_llamas(path: Path, shard: Mapping[str, Tensor], args: ModelArgs) -> dict[
             found[f"{prefix}feed_forward.w1.weight"], found[f"{prefix}feed_forward.w3.weight"] = tensor.split(rows)
         elif rest == "feed_forward.router_DE" and tensor.dim() == 2:
             found[f"{prefix}feed_forward.gate.weight"] = tensor.t()
-        elif rest.startswith("feed_forward.experts.") and module in STACKED:
+        elif rest.startswith("feed_forward.experts.") and module in TRANSPOSED:
             for number, matrix in enumerate(tensor.split(_equal(path, name, tensor, n_experts))):
-                found[f"{prefix}feed_forward.experts.{number}.{STACKED[module]}.weight"] = matrix.t()
+                found[f"{prefix}feed_forward.experts.{number}.{TRANSPOSED[module]}.weight"] = matrix.t()
         else:
             found[name] = tensor
     return found

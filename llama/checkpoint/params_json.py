@@ -39,7 +39,7 @@ ROPE_KEYS = {"rope_scaling_factor": "factor", "rope_high_freq_factor": "high_fre
 # What these are in Llama 4, whose files do not say it.
 LLAMA4_ROPE = {"factor": 16.0, "high_freq_factor": 1.0}
 # Llama 4's keys beside Llama 3's; what sees pictures in it is beside its text model, and left out.
-LLAMA4_KEYS = {
+LLAMA4_PARAMS = {
     "moe_args", "ffn_exp", "attention_chunk_size", "nope_layer_interval", "use_qk_norm", "attn_temperature_tuning",
     "floor_scale", "attn_scale", "vision_args",
 }  # fmt: skip
@@ -54,11 +54,11 @@ def read_params(path: Path) -> ModelArgs:
     """
     params = {key: value for key, value in read_json_object(path).items() if value is not None}
     is_llama4 = "moe_args" in params
-    for key in params.keys() & REFUSED_KEYS.keys() - (LLAMA4_KEYS if is_llama4 else set()):
+    for key in params.keys() & REFUSED_KEYS.keys() - (LLAMA4_PARAMS if is_llama4 else set()):
         raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
     fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS}
     factors = {name: fields.pop(key) for key, name in ROPE_KEYS.items() if key in fields}
-    known = USED_KEYS | (LLAMA4_KEYS if is_llama4 else {"moe"})
+    known = USED_KEYS | (LLAMA4_PARAMS if is_llama4 else {"moe"})
     unknown = sorted(fields.keys() - known)
     if unknown:
         raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: this architecture is not supported")
@@ -83,7 +83,7 @@ def _mistral_experts(moe: object, hidden_dim: Any) -> Experts:
 
 def _llama4_fields(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of ModelArgs that a params.json of Llama 4 sets."""
-    fields = {key: value for key, value in params.items() if key not in LLAMA4_KEYS}
+    fields = {key: value for key, value in params.items() if key not in LLAMA4_PARAMS}
     n_layers, interval = params.get("n_layers"), params.get("nope_layer_interval")
     check_int("n_layers", n_layers, most=MAX_LAYERS)
     assert type(n_layers) is int
