@@ -85,7 +85,7 @@ class Family:
     gguf: str = ""  # the architecture in GGUF, where it is not llama's
     gguf_rows: RowOrder = "neighbours"
     gguf_names: Mapping[str, str] = field(default_factory=dict)
-    router: Router | None = None  # of experts; "softmax" is of those chosen where norm_topk_prob says so
+    router: Router | None = None  # of experts, where norm_topk_prob does not say otherwise
     hf_transposes_experts: bool = False  # whether tensors of all experts have their matrices transposed
     gguf_gate_in_up: bool = False  # whether ffn_up holds the gate's rows before its own
 
@@ -285,17 +285,49 @@ FAMILIES: dict[str, Family] = {
     ),
     "mixtral": Family(
         ("MixtralForCausalLM",),
-        keys={"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
+        keys={"moe_intermediate_size": "intermediate_size"},
         defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 1e6},
         biases={},
         window="all",
         router="softmax of chosen",
         hf_names=_MIXTRAL_NAMES,
     ),
+    "qwen3_moe": Family(
+        ("Qwen3MoeForCausalLM",),
+        defaults={"num_key_value_heads": 4, "norm_topk_prob": False},
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        fields={"qk_norm": "head"},
+        router="softmax of chosen",
+        gguf="qwen3moe",
+        gguf_rows="halves",
+    ),
+    "olmoe": Family(
+        ("OlmoeForCausalLM",),
+        keys={"moe_intermediate_size": "intermediate_size"},
+        defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        fields={"qk_norm": "all heads"},
+        router="softmax",
+        gguf="olmoe",
+        gguf_rows="halves",
+    ),
+    "granitemoe": Family(
+        ("GraniteMoeForCausalLM",),
+        keys={"moe_intermediate_size": "intermediate_size"},
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        is_scaled=True,
+        router="softmax of chosen",
+        hf_names={
+            ".block_sparse_moe.input_linear.": ".mlp.experts.gate_up_proj.",
+            ".block_sparse_moe.output_linear.": ".mlp.experts.down_proj.",
+            ".block_sparse_moe.router.layer.": ".mlp.gate.",
+            ".block_sparse_moe.": ".mlp.",
+        },
+        gguf="granitemoe",
+    ),
     "llama4_text": Family(
         ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
         keys={
-            "num_experts": "num_local_experts",
             "moe_intermediate_size": "intermediate_size",
             "shared_expert_intermediate_size": "intermediate_size",
             "intermediate_size": "intermediate_size_mlp",
@@ -340,8 +372,8 @@ REFUSED = {
     "deepseek2": f"has latent attention, and {_EXPERTS}",
     **dict.fromkeys(
         (
-            "qwen2_moe", "qwen2moe", "qwen3_moe", "qwen3moe", "granitemoe",
-            "granitemoeshared", "granitemoehybrid", "phimoe", "olmoe", "ernie4_5_moe", "ernie4_5-moe", "exaone_moe",
+            "qwen2_moe", "qwen2moe", 
+            "granitemoeshared", "granitemoehybrid", "phimoe", "ernie4_5_moe", "ernie4_5-moe", "exaone_moe",
             "gpt_oss", "gpt-oss", "minimax",
         ),
         _EXPERTS,

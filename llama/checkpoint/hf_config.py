@@ -168,7 +168,7 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
 
 
 def _multipliers(config: Mapping[str, Any], family: Family, args: ModelArgs) -> Multipliers:
-    if family is FAMILIES["granite"]:
+    if family in (FAMILIES["granite"], FAMILIES["granitemoe"]):
         given = {field: config.get(key, 1.0) for field, key in GRANITE_KEYS.items()}
         for field, value in given.items():
             check_number(GRANITE_KEYS[field], value)

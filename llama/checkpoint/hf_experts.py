@@ -18,8 +18,8 @@ EXPERTS_CONFIG_KEYS = {
     "shared_hidden_dim": "shared_expert_intermediate_size",
 }
 OTHER_EXPERTS_KEYS = {
-    "moe_intermediate_size", "norm_topk_prob", "moe_layers", "interleave_moe_layer_step", "decoder_sparse_step",
-    "mlp_only_layers", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+    "num_local_experts", "moe_intermediate_size", "norm_topk_prob", "moe_layers", "interleave_moe_layer_step",
+    "decoder_sparse_step", "mlp_only_layers", "clip_qkv", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
 }  # fmt: skip
 LLAMA4_KEYS = {
     "attention_chunk_size", "attn_temperature_tuning", "floor_scale", "attn_scale", "use_qk_norm", "no_rope_layers",
@@ -35,13 +35,16 @@ def read_experts(config: Mapping[str, Any], family: Family) -> Experts | None:
     n_layers = required(config, "num_hidden_layers")
     check_int("num_hidden_layers", n_layers, most=MAX_LAYERS)
     router = family.router
-    if router == "softmax" and true_or_false(config, "norm_topk_prob"):
-        router = "softmax of chosen"
+    if "norm_topk_prob" in config:
+        router = "softmax of chosen" if true_or_false(config, "norm_topk_prob") else "softmax"
+    for key in ("clip_qkv", "use_sliding_window"):
+        if config.get(key) not in (None, False):
+            raise ValueError(f"{key} {config[key]!r} is not supported beside experts")
     dense = _dense_layers(config, n_layers)
     if len(dense) == n_layers:
         return None
     return Experts(
-        n_experts=required(config, "num_experts"),
+        n_experts=config.get("num_local_experts") or required(config, "num_experts"),  # both are written
         n_active=required(config, "num_experts_per_tok"),
         hidden_dim=required(config, "moe_intermediate_size"),
         router=router,

@@ -13,11 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from llama.checkpoint import load_weights, open_checkpoint
@@ -41,6 +47,7 @@ LLAMA4 = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager",
 }  # fmt: skip
 MIXTRAL = {**SMALL, "num_hidden_layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2}
+EIGHT = {**SMALL, "num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 3}
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM, MIXTRAL),
     "mixtral, beyond its window": (MixtralConfig, MixtralForCausalLM, {**MIXTRAL, "sliding_window": 10}),
@@ -49,6 +56,28 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Llama4TextConfig,
         Llama4ForCausalLM,
         {**LLAMA4, "num_experts_per_tok": 2, "interleave_moe_layer_step": 2, "use_qk_norm": False},
+    ),
+    "qwen3 moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**EIGHT, "head_dim": 24, "moe_intermediate_size": 40, "norm_topk_prob": True},
+    ),
+    "qwen3 moe, dense layers": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**EIGHT, "head_dim": 24, "moe_intermediate_size": 40, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    ),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, EIGHT),
+    "granite moe": (
+        GraniteMoeConfig,
+        GraniteMoeForCausalLM,
+        {
+            **MIXTRAL,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+        },
     ),
 }
 SEQLEN = 70  # three chunks, and seven steps of the scale of queries
@@ -103,7 +132,7 @@ def write_as_gguf(path: Path, theirs: PreTrainedModel, arch: str, stacked: bool 
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "rope.dimension_count": head_dim,
-        "expert_count": config.num_local_experts,
+        "expert_count": getattr(config, "num_local_experts", None) or config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
     }
     if is_llama4:
@@ -113,7 +142,17 @@ def write_as_gguf(path: Path, theirs: PreTrainedModel, arch: str, stacked: bool 
             "expert_feed_forward_length": config.intermediate_size,
             "interleave_moe_layer_step": config.interleave_moe_layer_step,
         }
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA4 if is_llama4 else gguf.MODEL_ARCH.LLAMA, 9)
+    if arch == "qwen3moe":
+        keys |= {"expert_feed_forward_length": config.moe_intermediate_size, "attention.key_length": head_dim}
+        keys |= {"attention.value_length": head_dim}
+    if arch == "granitemoe":
+        keys |= {
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "attention.scale": config.attention_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    names = gguf.get_tensor_name_map(next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), 9)
     tensors: dict[str, Tensor] = {}
     for name, tensor in theirs.state_dict().items():
         if ".experts." in name:
@@ -124,9 +163,10 @@ def write_as_gguf(path: Path, theirs: PreTrainedModel, arch: str, stacked: bool 
                 whole = {f"blk.{layer}.ffn_{to}_exps.weight": part}
                 tensors |= whole if stacked else {f"blk.{layer}.ffn_{to}.{i}.weight": w for i, w in enumerate(part)}
             continue
+        name = name.replace("block_sparse_moe.router.weight", "mlp.gate.weight")
         name = name.replace("feed_forward.gate_proj", "mlp.gate_proj").replace("feed_forward.up_proj", "mlp.up_proj")
         name = name.replace("feed_forward.down_proj", "mlp.down_proj")
-        if not is_llama4 and ("q_proj" in name or "k_proj" in name):
+        if arch in ("llama", "granitemoe") and ("q_proj" in name or "k_proj" in name):
             n_heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             tensor = tensor.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         stored_as = names.get_name(name, (".weight",))
@@ -136,6 +176,19 @@ def write_as_gguf(path: Path, theirs: PreTrainedModel, arch: str, stacked: bool 
     own = {key if "general" in key else f"{arch}.{key}": value for key, value in keys.items()}
     arrays = {name: (tensor.contiguous().numpy(), gguf.GGMLQuantizationType.F32) for name, tensor in tensors.items()}
     write_gguf(path, own | vocabulary | metadata, arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [("qwen3 moe", "qwen3moe"), ("olmoe", "olmoe"), ("granite moe", "granitemoe")]
+)
+@torch.inference_mode()
+def test_other_families_in_gguf_equal_transformers(tmp_path: Path, name: str, arch: str) -> None:
+    theirs = made(name)
+    write_as_gguf(tmp_path / "model.gguf", theirs, arch)
+    tokens = random_tokens(2, 20, vocab_size=VOCAB_SIZE)
+    torch.testing.assert_close(
+        one_pass(opened(tmp_path / "model.gguf"), tokens), theirs(tokens).logits, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["all experts in a tensor", "a tensor for each"])
