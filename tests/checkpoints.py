@@ -37,6 +37,20 @@ def random_state(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.floa
     def norm() -> Tensor:
         return (1 + 0.1 * torch.randn(args.dim, generator=generator)).to(dtype)
 
+    def feed_forward(prefix: str, hidden_dim: int) -> dict[str, Tensor]:
+        if hidden_dim:
+            return {
+                f"{prefix}.w1.weight": matrix(hidden_dim, args.dim),
+                f"{prefix}.w2.weight": matrix(args.dim, hidden_dim),
+                f"{prefix}.w3.weight": matrix(hidden_dim, args.dim),
+            }
+        experts = args.experts
+        assert experts is not None and experts.shared_hidden_dim is None and not experts.dense_layers
+        found = {f"{prefix}.gate.weight": matrix(experts.n_experts, args.dim)}
+        for number in range(experts.n_experts):
+            found |= feed_forward(f"{prefix}.experts.{number}", experts.hidden_dim)
+        return found
+
     q_dim, kv_dim = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     table = matrix(args.vocab_size, args.dim) * (1 if args.tied_embeddings else args.dim**0.5)
     state = {"tok_embeddings.weight": table, "norm.weight": norm()}
@@ -46,9 +60,7 @@ def random_state(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.floa
             f"layers.{i}.attention.wk.weight": matrix(kv_dim, args.dim),
             f"layers.{i}.attention.wv.weight": matrix(kv_dim, args.dim),
             f"layers.{i}.attention.wo.weight": matrix(args.dim, q_dim),
-            f"layers.{i}.feed_forward.w1.weight": matrix(args.hidden_dim, args.dim),
-            f"layers.{i}.feed_forward.w2.weight": matrix(args.dim, args.hidden_dim),
-            f"layers.{i}.feed_forward.w3.weight": matrix(args.hidden_dim, args.dim),
+            **feed_forward(f"layers.{i}.feed_forward", args.hidden_dim if args.experts is None else 0),
             f"layers.{i}.attention_norm.weight": norm(),
             f"layers.{i}.ffn_norm.weight": norm(),
         }

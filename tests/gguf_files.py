@@ -30,6 +30,10 @@ NAMES = {
 
 def gguf_name(name: str) -> str:
     *parts, kind = name.split(".")  # a weight or a bias
+    if parts[-1] == "gate":
+        return f"blk.{parts[1]}.ffn_gate_inp.{kind}"
+    if "experts" in parts:
+        return f"blk.{parts[1]}.{NAMES[f'feed_forward.{parts[-1]}']}.{parts[-2]}.{kind}"
     if parts[0] == "layers":
         return f"blk.{parts[1]}.{NAMES['.'.join(parts[2:])]}.{kind}"
     return f"{NAMES[parts[0]]}.{kind}"
@@ -49,6 +53,9 @@ def metadata_of(args: ModelArgs) -> dict[str, Any]:
         "llama.rope.freq_base": args.rope_theta,
         "llama.rope.dimension_count": args.head_dim,
         "llama.vocab_size": args.vocab_size,
+        "llama.expert_count": None if args.experts is None else args.experts.n_experts,
+        "llama.expert_used_count": None if args.experts is None else args.experts.n_active,
+        "llama.expert_feed_forward_length": None if args.experts is None else args.experts.hidden_dim,
         "tokenizer.ggml.tokens": [f"token {i}" for i in range(args.vocab_size)],
     }
 
@@ -130,7 +137,7 @@ def write_gguf_model(
     """A whole model, its matrices of type `kind` and its norms in F32; returns the tensors as they are then."""
     tensors, stored = {}, {}
     for name, tensor in state.items():
-        own = gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 else kind
+        own = gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 or ".gate." in name else kind
         array = encoded(tensor, own)
         tensors[gguf_name(name)] = array, own
         stored[name] = torch.from_numpy(np.array(gguf.dequantize(array, own))).view(tensor.shape)

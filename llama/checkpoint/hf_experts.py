@@ -19,7 +19,8 @@ EXPERTS_CONFIG_KEYS = {
 }
 OTHER_EXPERTS_KEYS = {
     "num_local_experts", "moe_intermediate_size", "norm_topk_prob", "moe_layers", "interleave_moe_layer_step",
-    "decoder_sparse_step", "mlp_only_layers", "clip_qkv", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+    "decoder_sparse_step", "mlp_only_layers", "clip_qkv", "router_aux_loss_coef", "router_jitter_noise",
+    "output_router_logits",
 }  # fmt: skip
 LLAMA4_KEYS = {
     "attention_chunk_size", "attn_temperature_tuning", "floor_scale", "attn_scale", "use_qk_norm", "no_rope_layers",

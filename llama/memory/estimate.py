@@ -45,6 +45,15 @@ def cache_bytes(args: ModelArgs, parallel: ModelParallel, dtype: torch.dtype, sh
     return 2 * args.n_layers * slots * n_local_kv_heads * args.head_dim * dtype.itemsize
 
 
+def _widest(args: ModelArgs) -> int:
+    """Return the most hidden features of a token that are in memory at once: an expert may have all tokens."""
+    experts = args.experts
+    if experts is None:
+        return args.hidden_dim
+    dense = args.hidden_dim if experts.dense_layers else 0
+    return max(dense, experts.hidden_dim, experts.shared_hidden_dim or 0)
+
+
 def activation_bytes(
     args: ModelArgs,
     parallel: ModelParallel,
@@ -64,7 +73,9 @@ def activation_bytes(
     x = args.dim * size
     q = parallel.heads(args.n_heads) * args.head_dim
     kv = len(parallel.kv_heads(args.n_heads, args.n_kv_heads)) * args.head_dim
-    hidden = parallel.part(args.hidden_dim, parallel.ffn_multiple) * size
+    hidden = parallel.part(_widest(args), parallel.ffn_multiple) * size
+    if args.experts is not None:  # sums in fp32, an expert's tokens, and what they add
+        hidden += 4 * args.dim + x
     # One of several rows may be set back, and be computed again with all that it has generated.
     longest = shape.length if shape.bsz > 1 else shape.prompt_len
     n_tokens = min(shape.bsz * longest, backend.max_prefill_tokens + shape.bsz - 1)

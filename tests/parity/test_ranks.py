@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from llama.backends.cpu.build import library
-from llama.config import ModelArgs
+from llama.config import Experts, ModelArgs
 from tests.checkpoints import BYTE_VOCAB_SIZE, TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.models import random_tokens
@@ -56,6 +56,20 @@ GGUF_MODELS = {
         ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160),
         "Q4_1",
     ),
+    # Each expert's features are five blocks, of which ranks have three and two, or two, two and one.
+    "experts": (
+        ModelArgs(
+            dim=96,
+            n_layers=2,
+            n_heads=6,
+            n_kv_heads=3,
+            head_dim=32,
+            vocab_size=BYTE_VOCAB_SIZE,
+            hidden_dim=160,
+            experts=Experts(5, 2, 160),
+        ),
+        "Q4_1",
+    ),
 }
 # A quantized release, whose zero points and scales are packed along rows that ranks share.
 RELEASES = {
@@ -67,7 +81,7 @@ RELEASES = {
 UNEVEN_HEADS = {("superblocks", 2), ("blocks", 2)}
 # 5 ranks cannot share 16 heads, and must all say so.
 SIZES = {"sixteen_heads": (1, 2, 4, 16, 5), "nine_heads": (1, 3, 9), "twelve_heads": (1, 2, 3, 6)}
-SIZES |= {"superblocks": (1, 2, 3), "two_superblocks": (1, 3), "blocks": (1, 2), "awq": (1, 2, 3)}
+SIZES |= {"superblocks": (1, 2, 3), "two_superblocks": (1, 3), "blocks": (1, 2), "experts": (1, 2, 3), "awq": (1, 2, 3)}
 CASES = [(name, size) for name, sizes in SIZES.items() for size in sizes if size not in (1, 5)]
 
 GUESSES = [("sixteen_heads", 2), ("nine_heads", 3)]
