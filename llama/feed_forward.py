@@ -103,10 +103,9 @@ class ExpertsFeedForward(nn.Module):
             tokens, places = (chosen == expert).nonzero(as_tuple=True)
             weights, count = self.experts[expert], counts[tokens, places, None]
             if self.router == "sigmoid of input":
-                added = run(weights, (x[tokens] * count).type_as(x)).float()
+                y.index_add_(0, tokens, run(weights, (x[tokens] * count).type_as(x)).float())
             else:
-                added = run(weights, x[tokens]) * count
-            y.index_add_(0, tokens, added)
+                y.index_add_(0, tokens, run(weights, x[tokens]) * count)
         return y
 
     def forward(self, x: Tensor) -> Tensor:

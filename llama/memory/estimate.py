@@ -74,8 +74,8 @@ def activation_bytes(
     q = parallel.heads(args.n_heads) * args.head_dim
     kv = len(parallel.kv_heads(args.n_heads, args.n_kv_heads)) * args.head_dim
     hidden = parallel.part(_widest(args), parallel.ffn_multiple) * size
-    if args.experts is not None:  # sums in fp32, an expert's tokens, and what they add
-        hidden += 4 * args.dim + x
+    # Of experts the sum, in fp32, and an expert's tokens.
+    routed = 0 if args.experts is None else 4 * args.dim + x
     # One of several rows may be set back, and be computed again with all that it has generated.
     longest = shape.length if shape.bsz > 1 else shape.prompt_len
     n_tokens = min(shape.bsz * longest, backend.max_prefill_tokens + shape.bsz - 1)
@@ -83,10 +83,10 @@ def activation_bytes(
     once = 0
     if kernels and device.type == "cuda":
         inputs += 4 * args.head_dim
-        layer = 4 * args.dim + 2 * x + max((3 * q + 4 * kv) * size, 3 * hidden)
+        layer = 4 * args.dim + 2 * x + max((3 * q + 4 * kv) * size, 3 * hidden + routed)
         once = backend.dequantized_values * size
     elif kernels:  # one residual, in fp32, and no memory beside the results of norms, rotations and attention
-        layer = 4 * args.dim + 2 * x + max((q + 2 * kv) * size, 2 * hidden)
+        layer = 4 * args.dim + 2 * x + max((q + 2 * kv) * size, 2 * hidden + routed)
     else:
         inputs += longest * len({args.sight(layer) for layer in range(args.n_layers)})  # the masks
         n_keys = shape.bsz * shape.length
@@ -104,7 +104,9 @@ def activation_bytes(
         attend = max(3 * q * size, 2 * q * size + scores)
         norms = (q + 2 * kv) * size + norm_q * q
         inside = 2 * x - x * args.output_norms  # the layer's input, and what it is normalised to
-        layer = max(2 * x + of_norm * args.dim, inside + max(rotate_k, rotate_q, attend, norms, x + 3 * hidden))
+        layer = max(
+            2 * x + of_norm * args.dim, inside + max(rotate_k, rotate_q, attend, norms, x + 3 * hidden + routed)
+        )
     prefill = n_tokens * (inputs + layer) + once
     sampled = max(shape.bsz, MAX_SPECULATIVE_POSITIONS * shape.speculative) * SAMPLED_LOGIT_BYTES
     scored = min(shape.prompt_len, MAX_SCORED_POSITIONS) * SCORED_LOGIT_BYTES * shape.scored

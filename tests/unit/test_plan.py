@@ -22,7 +22,7 @@ from llama.backends.eager import EagerBackend
 from llama.cache import PAGE_SIZE, pages_for
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.load import WeightFormat
-from llama.config import ModelArgs
+from llama.config import Experts, ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.engine.build import open_source
 from llama.engine.metrics import Metrics
@@ -186,6 +186,8 @@ SHAPES = {
         qk_norm="all heads",
         output_norms=True,
     ),
+    # Each has all tokens, which no more than one of many may have.
+    "experts": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, experts=Experts(2, 2, 704)),
     "vocabulary": ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=60_000, hidden_dim=64),
 }
 
