@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     GraniteMoeConfig,
@@ -114,6 +115,62 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     expected = theirs(tokens).logits
     assert expected.std() > 0.3  # else a wrong model would be close, too
     torch.testing.assert_close(one_pass(opened(tmp_path), tokens), expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_text_model_beside_one_that_sees_pictures_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As Llama 4 is released: the text model's settings are within others, and its names are longer."""
+    theirs = made("llama 4 scout")
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    renamed = {f"language_model.{name}": tensor for name, tensor in state.items()}
+    pictures = {
+        "vision_model.class_embedding": torch.zeros(3),
+        "multi_modal_projector.linear_1.weight": torch.ones(2, 2),
+    }
+    save_file(renamed | pictures, tmp_path / "model.safetensors")
+    text = json.loads((tmp_path / "config.json").read_text())
+    del text["architectures"]
+    config = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": {"hidden_size": 8}}))
+    tokens = random_tokens(1, SEQLEN, vocab_size=VOCAB_SIZE)
+    with caplog.at_level(logging.INFO, "llama"):
+        found = one_pass(opened(tmp_path), tokens)
+    torch.testing.assert_close(found, theirs(tokens).logits, rtol=0, atol=1e-4)
+    assert "has tensors that are not used" in caplog.text and "vision_model.class_embedding" in caplog.text
+    assert open_checkpoint(tmp_path).context_len == 256
+
+
+@torch.inference_mode()
+def test_mixtral_with_all_experts_in_a_tensor_equals_transformers(tmp_path: Path) -> None:
+    """As transformers 5 has them in memory, and some folders on disk."""
+    theirs = made("mixtral")
+    theirs.save_pretrained(tmp_path)
+    own = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in own
+    save_file(own, tmp_path / "model.safetensors")
+    tokens = random_tokens(1, 20, vocab_size=VOCAB_SIZE)
+    torch.testing.assert_close(one_pass(opened(tmp_path), tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("num_local_experts", 4, "not matrices of 4 experts"),
+        ("num_local_experts", 0, "num_experts"),
+        ("num_experts_per_tok", 6, "num_experts_per_tok"),
+        ("num_experts_per_tok", None, "num_experts_per_tok is missing"),
+        ("intermediate_size", 80, "has shape"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(tmp_path: Path, key: str, value: object, said: str) -> None:
+    theirs = made("mixtral")
+    theirs.save_pretrained(tmp_path)
+    save_file({name: t.contiguous() for name, t in theirs.state_dict().items()}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=said):
+        opened(tmp_path)
 
 
 def write_as_gguf(path: Path, theirs: PreTrainedModel, arch: str, stacked: bool = True, **metadata: Any) -> None:

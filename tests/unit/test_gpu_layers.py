@@ -17,7 +17,7 @@ from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda.backend import CudaBackend
 from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
 from llama.checkpoint.load import global_shapes
-from llama.config import ModelArgs
+from llama.config import Experts, ModelArgs
 from llama.distributed.layers import set_quantized_weight
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, quantize
@@ -57,6 +57,7 @@ MODELS = {
     "biases": dataclasses.replace(ARGS, attention_bias=True, mlp_bias=True),
     "window": dataclasses.replace(ARGS, sliding_window=7),
     "tied": dataclasses.replace(ARGS, tied_embeddings=True),
+    "experts": dataclasses.replace(ARGS, n_layers=1, experts=Experts(4, 2, 96)),
 }
 
 
