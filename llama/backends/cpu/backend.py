@@ -152,8 +152,8 @@ class CpuBackend(EagerBackend):
     def bind(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
         self.tok_embeddings, self.norm, self.output = model.tok_embeddings, model.norm, model.output
-        # What the C structures point at: fp32 copies of biases, and descriptions of adapters.
-        self._biases: list[Tensor] = []
+        # What the C structures point at: vectors in fp32, and descriptions of adapters.
+        self._vectors: list[Tensor] = []
         self._low_ranks: list[ops.LowRankView] = []
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._c_layers = (ops.Layer * len(self.layers))()
@@ -162,8 +162,11 @@ class CpuBackend(EagerBackend):
             attention, feed_forward = layer.attention, layer.feed_forward
             for name in ("wq", "wk", "wv", "wo"):
                 setattr(described, name, self._describe(getattr(attention, name)))
-            for name in ("w1", "w2", "w3"):
+            for name in ("w1", "w2", "w3") if self.args.is_gated else ("w2", "w3"):
                 setattr(described, name, self._describe(getattr(feed_forward, name)))
+            described.activation.kind = ops.ACTIVATION_IDS[feed_forward.activation]
+            if feed_forward.activation == "xielu":
+                described.activation.slopes = self._vector(feed_forward.xielu.weight)
             norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
             described.attention_norm, described.ffn_norm = (ops.vector(weight, self.args.dim) for weight in norms)
             self._norms.append(norms)
@@ -234,13 +237,22 @@ class CpuBackend(EagerBackend):
         """Run the layers on the residual x (n_tokens, dim), in place, with matrix products for many tokens."""
         eps, dtype = self.args.norm_eps, self.dtype
         delta: Tensor | None = None
-        for i, layer in enumerate(self.layers):
+        for i in range(len(self.layers)):
             delta = self._attend(i, x, delta, inputs)
             h = ops.fused_add_rms_norm(x, delta, self._norms[i][1], eps, dtype)
-            feed_forward = layer.feed_forward
-            delta = feed_forward.w2(ops.silu_and_mul(feed_forward.w1(h), feed_forward.w3(h)))
+            delta = self._feed_forward(i, h)
             del h
         ops.fused_add_rms_norm(x, delta, None, eps, dtype)
+
+    def _feed_forward(self, layer: int, h: Tensor) -> Tensor:
+        """Return a layer's feed-forward of h (n_tokens, dim)."""
+        feed_forward = self.layers[layer].feed_forward
+        if self.args.is_gated:
+            hidden = ops.silu_and_mul(feed_forward.w1(h), feed_forward.w3(h))
+        else:
+            hidden = ops.activate(self._c_layers[layer].activation, feed_forward.w3(h))
+        y: Tensor = feed_forward.w2(hidden)
+        return y
 
     def _attend(self, layer: int, x: Tensor, delta: Tensor | None, inputs: ops.LayersInput) -> Tensor:
         """Add delta to the residual x in place, and return a layer's attention of the sum: (n_tokens, dim)."""
@@ -260,14 +272,18 @@ class CpuBackend(EagerBackend):
         # Where ranks add up results, the bias is added once, after the sum.
         bias = None if isinstance(module, VocabParallelEmbedding) else module.bias
         if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
-            self._biases.append(bias.float())
-            described.bias = ops.vector(self._biases[-1], weight.shape[0])
+            described.bias = self._vector(bias)
         if (adapters := module.low_rank) is not None:
             view = ops.low_rank(adapters.a, adapters.b)
             adapters.matmul, adapters.add = ops.multiply_floats, functools.partial(ops.add_low_rank, view)
             self._low_ranks.append(view)
             described.low_rank = ctypes.addressof(view)
         return described
+
+    def _vector(self, values: Tensor) -> ctypes.c_void_p:
+        """Return the address of values in fp32, which are kept."""
+        self._vectors.append(values.float())
+        return ops.vector(self._vectors[-1], values.numel())
 
     def _inputs(self, x: Tensor, rotation: Tensor, batch: ForwardBatch) -> ops.LayersInput:
         """Return the C structure of what layers read and write; the residual x is (n_tokens, dim), fp32."""

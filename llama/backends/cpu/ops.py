@@ -10,12 +10,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama.backends.cpu.build import library
+from llama.config import Activation
 
 # Most tokens that the kernels take at once, as in csrc/layers.h, and most for which they beat a matrix unit's products:
 # see D32.
@@ -30,6 +32,7 @@ CHUNK_BYTES = 1 << 26  # of memory for packed weights, taken from the system at 
 # Halves of a layer, for `run_layers`.
 ATTENTION, FEED_FORWARD = 1, 2
 
+ACTIVATION_IDS = {name: i for i, name in enumerate(get_args(Activation))}
 FLOAT_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK_TYPE_IDS = {
     name: 3 + i
@@ -74,6 +77,12 @@ class LowRankView(ctypes.Structure):
     tiles: Tensor  # what b points at
 
 
+class ActivationView(ctypes.Structure):
+    """Activation in activations.h; by default SiLU, of a gate."""
+
+    _fields_ = [("kind", c_int32), ("slopes", c_void_p)]
+
+
 class Layer(ctypes.Structure):
     """Layer in layers.h."""
 
@@ -81,6 +90,7 @@ class Layer(ctypes.Structure):
         *((name, WeightView) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
         ("attention_norm", c_void_p),
         ("ffn_norm", c_void_p),
+        ("activation", ActivationView),
     ]
 
 
@@ -303,10 +313,18 @@ def fused_add_rms_norm(
 
 def silu_and_mul(gates: Tensor, ups: Tensor) -> Tensor:
     """Compute silu(gates) * ups in place of gates, and return it; both are contiguous, with the same dtype."""
-    dtype, n = gates.dtype, gates.numel()
-    both = pointers((gates, dtype, n), (ups, dtype, n))
-    kernels().silu_and_mul(*both, ctypes.c_size_t(n), FLOAT_TYPE_IDS[dtype], torch.get_num_threads())
-    return gates
+    return activate(ActivationView(), gates, ups)
+
+
+def activate(activation: ActivationView, values: Tensor, ups: Tensor | None = None) -> Tensor:
+    """Compute an activation in place of contiguous values, and return them; SiLU's multiplies ups, which others lack."""
+    assert (activation.kind == ACTIVATION_IDS["silu"]) == (ups is not None)
+    dtype, n = values.dtype, values.numel()
+    (to,) = pointers((values, dtype, n))
+    other = pointers((ups, dtype, n))[0] if ups is not None else None
+    threads = torch.get_num_threads()
+    kernels().activate(ctypes.byref(activation), to, other, ctypes.c_size_t(n), FLOAT_TYPE_IDS[dtype], threads)
+    return values
 
 
 def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -23,17 +23,20 @@ extern "C" void fused_add_rms_norm(
     });
 }
 
-// gates = silu(gates) * ups
-extern "C" void silu_and_mul(void *gates, const void *ups, size_t n, int type, int threads) {
+// values = silu(values) * ups, or another activation of values, which has no ups.
+extern "C" void activate(const Activation *activation, void *values, const void *ups, size_t n, int type, int threads) {
     constexpr size_t PIECE = 1024;
     parallel_for(threads, int((n + PIECE - 1) / PIECE), [&](int piece) {
         const size_t first = piece * PIECE;
         float a[PIECE] = {}, b[PIECE] = {};
         const int size = int(std::min(PIECE, n - first));
-        read_floats(gates, type, first, size, a);
-        read_floats(ups, type, first, size, b);
-        for (int i = 0; i < size; i += LANES) store(a + i, silu(load<f32>(a + i)) * load<f32>(b + i));
-        write_floats(gates, type, first, size, a);
+        read_floats(values, type, first, size, a);
+        if (ups) read_floats(ups, type, first, size, b);
+        for (int i = 0; i < size; i += LANES) {
+            if (activation->kind == SILU) store(a + i, silu(load<f32>(a + i)) * load<f32>(b + i));
+            else activate(*activation, a + i);
+        }
+        write_floats(values, type, first, size, a);
     });
 }
 

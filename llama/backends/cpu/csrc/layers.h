@@ -1,12 +1,14 @@
 // Transformer layers for a few tokens in one call: norms, products, rotation, cache, attention and feed-forward.
 #pragma once
+#include "activations.h"
 #include "attention.h"
 #include "threads.h"
 #include "weights.h"
 
 struct Layer {
-    Weight wq, wk, wv, wo, w1, w2, w3;
+    Weight wq, wk, wv, wo, w1, w2, w3;  // w1 has no rows where the activation has no gate
     const float *attention_norm, *ffn_norm;
+    Activation activation;
 };
 
 struct LayersInput {
@@ -124,8 +126,6 @@ inline void rms_norm(const float *x, const float *weight, int dim, float eps, fl
     for (; i + LANES <= dim; i += LANES) store(y + i, load<f32>(x + i) * scale * load<f32>(weight + i));
     for (; i < dim; i++) y[i] = x[i] * scale * weight[i];
 }
-
-inline f32 silu(f32 x) { return x / (1.0f + exponential(-x)); }
 
 enum Halves { ATTENTION = 1, FEED_FORWARD = 2 };
 
@@ -265,14 +265,23 @@ struct Worker {
         const int n = in.n_tokens;
         Input x = own.normalised(in.x, w.ffn_norm, n, in.dim, in.eps, w.w1, w.w3);
         float up[MAX_FEW_TOKENS * TILE];
-        const float *low = own.low_rank(w.w3, x, 1);
-        tiles(w.w1, x, [&](int row, int rows, float *y) {
-            gemv_tile(w.w3, row / TILE, x, up, low);
-            for (int t = 0; t < n; t++) {
-                f32 gated = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
-                memcpy(hidden + size_t(t) * in.hidden_dim + row, &gated, rows * 4);
-            }
-        });
+        if (w.activation.kind == SILU) {
+            const float *low = own.low_rank(w.w3, x, 1);
+            tiles(w.w1, x, [&](int row, int rows, float *y) {
+                gemv_tile(w.w3, row / TILE, x, up, low);
+                for (int t = 0; t < n; t++) {
+                    f32 gated = silu(load<f32>(y + t * TILE)) * load<f32>(up + t * TILE);
+                    memcpy(hidden + size_t(t) * in.hidden_dim + row, &gated, rows * 4);
+                }
+            });
+        } else {
+            tiles(w.w3, x, [&](int row, int rows, float *y) {
+                for (int t = 0; t < n; t++) {
+                    activate(w.activation, y + t * TILE);
+                    memcpy(hidden + size_t(t) * in.hidden_dim + row, y + t * TILE, rows * 4);
+                }
+            });
+        }
         team.wait(size);
         add(w.w2, own.input(hidden, n, in.hidden_dim, w.w2));
     }
