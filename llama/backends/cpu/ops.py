@@ -29,10 +29,13 @@ TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
 CACHE_LINE = 64  # bytes
 CHUNK_BYTES = 1 << 26  # of memory for packed weights, taken from the system at once; only what is written is used
 
-# Halves of a layer, for `run_layers`.
-ATTENTION, FEED_FORWARD = 1, 2
+# Parts of a layer, for `run_layers`.
+PROJECTION, ATTENTION, FEED_FORWARD = 1, 2, 4
 
 ACTIVATION_IDS = {name: i for i, name in enumerate(get_args(Activation))}
+# HeadNorm in norms.h; "all heads" of several ranks is the caller's.
+HEAD_NORM_IDS = {None: 0, "head": 1, "unit": 1, "rotated head": 2, "all heads": 3}
+HEADS_OF_RANKS = 4
 FLOAT_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK_TYPE_IDS = {
     name: 3 + i
@@ -77,6 +80,18 @@ class LowRankView(ctypes.Structure):
     tiles: Tensor  # what b points at
 
 
+class NormView(ctypes.Structure):
+    """Norm in norms.h; by default none."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class SightView(ctypes.Structure):
+    """Sight in attention.h; 0 is all."""
+
+    _fields_ = [("window", c_int64), ("chunk", c_int64)]
+
+
 class ActivationView(ctypes.Structure):
     """Activation in activations.h; by default SiLU, of a gate."""
 
@@ -84,26 +99,27 @@ class ActivationView(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """Layer in layers.h."""
+    """Layer in plan.h."""
 
     _fields_ = [
         *((name, WeightView) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
-        ("attention_norm", c_void_p),
-        ("ffn_norm", c_void_p),
+        *((name, NormView) for name in ("attention_norm", "ffn_norm", "attention_output_norm", "ffn_output_norm")),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("sight", SightView),
+        *((name, c_int32) for name in ("head_norm", "q_rotation", "k_rotation")),
         ("activation", ActivationView),
     ]
 
 
 class LayersInput(ctypes.Structure):
-    """LayersInput in layers.h: what layers read and write beside their weights."""
+    """LayersInput in plan.h: what layers read and write beside their weights."""
 
     _fields_ = [
         *((name, c_int32) for name in ("n_tokens", "n_rows", "pages_per_row", "n_pages")),
         *((name, c_int32) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "cache_type")),
-        ("window", c_int64),
-        *((name, c_void_p) for name in ("positions", "rows", "page_table", "rotation", "keys", "values")),
-        ("x", c_void_p),
-        ("out", c_void_p),
+        *((name, c_void_p) for name in ("positions", "rows", "page_table", "rotations", "keys", "values")),
+        *((name, c_void_p) for name in ("x", "q", "k", "out")),
         ("eps", c_float),
         ("threads", c_int32),
     ]
@@ -282,10 +298,10 @@ def gemm(weight: WeightView, x: Tensor) -> Tensor:
     return y
 
 
-def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, inputs: LayersInput) -> None:
-    """Compute layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both, combined by |."""
+def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, parts: int, inputs: LayersInput) -> None:
+    """Compute layers [first, stop), or parts of each: PROJECTION, ATTENTION and FEED_FORWARD, combined by |."""
     assert inputs.n_tokens <= MAX_FEW_TOKENS, inputs.n_tokens
-    kernels().run_layers(layers, first, stop, halves, ctypes.byref(inputs))
+    kernels().run_layers(layers, first, stop, parts, ctypes.byref(inputs))
 
 
 def is_within_cache(inputs: LayersInput) -> bool:
@@ -293,21 +309,21 @@ def is_within_cache(inputs: LayersInput) -> bool:
     return bool(kernels().is_within_cache(ctypes.byref(inputs)))
 
 
-def fused_add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+def fused_add_norm(
+    x: Tensor, delta: Tensor | None, of_delta: NormView, of_sum: NormView | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Add delta to x (n, dim), fp32, in place; return its RMSNorm with weight (dim,), fp32, in `dtype`: (n, dim).
+    """Add the norm of delta to x (n, dim), fp32, in place; return the norm of the sum, in `dtype`: (n, dim).
 
-    Without a weight nothing is normalised, and x is returned.
+    delta has that dtype. A view of no norm leaves what it is of as it is; where of_sum is None, x is returned.
     """
     n, dim = x.shape
-    y = new(n, dim, dtype=dtype) if weight is not None else None
+    y = new(n, dim, dtype=dtype) if of_sum is not None else None
     added = pointers((delta, dtype, n * dim))[0] if delta is not None else None
     (residual,) = pointers((x, torch.float32, n * dim))
-    scale = vector(weight, dim) if weight is not None else None
     result = pointers((y, dtype, n * dim))[0] if y is not None else None
+    norms = ctypes.byref(of_delta), ctypes.byref(of_sum) if of_sum is not None else None
     threads = torch.get_num_threads()
-    kernels().fused_add_rms_norm(residual, added, scale, c_float(eps), n, dim, result, FLOAT_TYPE_IDS[dtype], threads)
+    kernels().fused_add_norm(residual, added, *norms, c_float(eps), n, dim, result, FLOAT_TYPE_IDS[dtype], threads)
     return x if y is None else y
 
 
@@ -317,7 +333,7 @@ def silu_and_mul(gates: Tensor, ups: Tensor) -> Tensor:
 
 
 def activate(activation: ActivationView, values: Tensor, ups: Tensor | None = None) -> Tensor:
-    """Compute an activation in place of contiguous values, and return them; SiLU's multiplies ups, which others lack."""
+    """Compute an activation in place of contiguous values, and return them; SiLU multiplies ups, which others lack."""
     assert (activation.kind == ACTIVATION_IDS["silu"]) == (ups is not None)
     dtype, n = values.dtype, values.numel()
     (to,) = pointers((values, dtype, n))
@@ -327,21 +343,26 @@ def activate(activation: ActivationView, values: Tensor, ups: Tensor | None = No
     return values
 
 
-def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Rotate q in place; write k, rotated, and v to the cache that `inputs` points at. All have the cache's dtype."""
+def rope_and_append_kv(
+    layers: ctypes.Array[Layer], layer: int, inputs: LayersInput, q: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Normalise and rotate q in place as a layer does; write k, turned alike, and v to the cache of `inputs`.
+
+    All have the cache's dtype.
+    """
     dtype = q.dtype
     assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
     n, n_kv = (inputs.n_tokens * heads * inputs.head_dim for heads in (inputs.n_heads, inputs.n_kv_heads))
     three = pointers((q, dtype, n), (k, dtype, n_kv), (v, dtype, n_kv))
-    kernels().rope_and_append_kv(ctypes.byref(inputs), layer, *three)
+    kernels().rope_and_append_kv(layers, layer, ctypes.byref(inputs), *three)
 
 
-def attend(inputs: LayersInput, layer: int, q: Tensor) -> None:
-    """Compute attention of q (n_tokens, n_heads * head_dim), of the cache's dtype, over the cache, in place.
+def attend(layers: ctypes.Array[Layer], layer: int, inputs: LayersInput, q: Tensor) -> None:
+    """Compute a layer's attention of q (n_tokens, n_heads * head_dim), of the cache's dtype, over the cache, in place.
 
     A token's result depends neither on the others nor on how its row comes in calls.
     """
     dtype = q.dtype
     assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
     (queries,) = pointers((q, dtype, inputs.n_tokens * inputs.n_heads * inputs.head_dim))
-    kernels().attend(ctypes.byref(inputs), layer, queries)
+    kernels().attend(layers, layer, ctypes.byref(inputs), queries)
