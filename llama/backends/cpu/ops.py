@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import mmap
-import threading
-import weakref
-from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import get_args
 
@@ -16,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.backends.cpu.arena import Arena
 from llama.backends.cpu.build import library
 from llama.config import Activation
 
@@ -25,9 +21,6 @@ MAX_FEW_TOKENS = 64
 FEW_TOKENS = 16
 PAGE_SIZE = 16  # positions of a page of the cache, as in csrc/attention.h and cache.py
 TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
-
-CACHE_LINE = 64  # bytes
-CHUNK_BYTES = 1 << 26  # of memory for packed weights, taken from the system at once; only what is written is used
 
 # Parts of a layer, for `run_layers`.
 PROJECTION, ATTENTION, FEED_FORWARD = 1, 2, 4
@@ -179,40 +172,6 @@ def packed_bytes(block_type: str, rows: int, columns: int) -> int:
     elements, head, codes = PACKED_SIZES[block_type]
     blocks = columns // elements
     return -(-rows // TILE_ROWS) * (-(-blocks * head // 64) * 64 + blocks * codes)
-
-
-class Arena:
-    """Memory for weights, in huge pages where the system has them: kernels read a fourth faster from these.
-
-    Small weights follow each other in chunks, as they are no multiple of a huge page. A chunk lives as long as one of
-    them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._chunk: Callable[[], mmap.mmap | None] = lambda: None  # a weak reference to the newest
-        self._used = 0  # bytes of the newest chunk
-
-    def take(self, n_bytes: int) -> Tensor:
-        """Return memory of n_bytes, uint8, that begins at a cache line."""
-        if n_bytes > CHUNK_BYTES // 4:
-            return torch.frombuffer(huge_pages(n_bytes), dtype=torch.uint8)
-        with self._lock:
-            chunk = self._chunk()
-            if chunk is None or self._used + n_bytes > CHUNK_BYTES:
-                chunk, self._used = huge_pages(CHUNK_BYTES), 0
-                self._chunk = weakref.ref(chunk)
-            at, self._used = self._used, self._used + -(-n_bytes // CACHE_LINE) * CACHE_LINE
-        return torch.frombuffer(chunk, dtype=torch.uint8, count=n_bytes, offset=at)
-
-
-def huge_pages(n_bytes: int) -> mmap.mmap:
-    """Return zeroed memory that is taken from the system as it is written to."""
-    memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANON)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 _arena = Arena()
