@@ -19,13 +19,14 @@ int main(int, char **arguments) {
     if (mmap(at, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) != at) return 3;
     std::cout << instructions() << std::endl;
     for (std::string name; std::cin >> name;) {
-        long a[8];
+        long a[9];
         float real;
         for (long &argument : a) std::cin >> argument;
         std::cin >> real;
         // Whole numbers and floats are passed in registers of their own, so that their order does not matter.
-        auto function = (int (*)(long, long, long, long, long, long, long, long, float))dlsym(RTLD_DEFAULT, name.c_str());
+        using Function = int (*)(long, long, long, long, long, long, long, long, long, float);
+        auto function = (Function)dlsym(RTLD_DEFAULT, name.c_str());
         if (!function) return 4;
-        std::cout << function(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], real) << std::endl;
+        std::cout << function(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], real) << std::endl;
     }
 }

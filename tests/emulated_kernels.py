@@ -84,8 +84,8 @@ class EmulatedKernels:
             real = sum(each.value for each in arguments if isinstance(each, ctypes.c_float))
             for start, (storage, place) in self._storages.items():
                 ctypes.memmove(self._address + place, start, storage.nbytes())
-            assert self._process.stdin is not None and len(words) <= 8
-            print(name, *words, *[0] * (8 - len(words)), real, file=self._process.stdin, flush=True)
+            assert self._process.stdin is not None and len(words) <= 9
+            print(name, *words, *[0] * (9 - len(words)), real, file=self._process.stdin, flush=True)
             result = int(self._answer())
             for start, (storage, place) in self._storages.items():
                 ctypes.memmove(start, self._address + place, storage.nbytes())

@@ -103,7 +103,7 @@ def choose_backend(device: torch.device, args: ModelArgs, compile: bool = False)
     if device.type == "cpu" and library() is not None:
         from llama.backends.cpu.backend import CpuBackend
 
-        backend = CpuBackend(device) if CpuBackend.computes(args) else None
+        backend = CpuBackend(device)
     elif has_triton(device):
         from llama.backends.cuda.backend import CudaBackend
 

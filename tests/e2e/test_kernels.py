@@ -26,7 +26,16 @@ pytestmark = [
 ]
 TESTS = Path(__file__).parents[1]
 SOFTMAX = "test_cpu_attention.py::test_attention_is_a_softmax_over_the_keys_that_are_seen"
-KERNEL_TESTS = [TESTS / "unit" / name for name in ("test_kernels.py", SOFTMAX)]
+FAMILIES = [
+    f"test_cpu_families.py::test_{name}"
+    for name in (
+        "layers_of_every_family_are_what_the_model_says[everything-floats]",
+        "layers_of_every_family_are_what_the_model_says[everything-blocks]",
+        "layers_of_every_family_are_what_the_model_says[narrow heads-floats]",
+        "tokens_of_every_family_are_computed_at_their_own_pace[everything]",
+    )
+]
+KERNEL_TESTS = [TESTS / "unit" / name for name in ("test_kernels.py", SOFTMAX, *FAMILIES)]
 ARGS = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160)
 COMPILED = re.compile(r"compiled CPU kernels in [\d.]+ s, once: (\S+/kernels-\w+\.so)")
 

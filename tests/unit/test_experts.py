@@ -19,6 +19,7 @@ from llama.config import Experts, ModelArgs
 from llama.distributed.layers import set_quantized_weight
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, dequantize, quantize
+from llama.rope_scaling import QueryScaling
 from tests.models import random_tokens, transformer
 
 ARGS = ModelArgs(dim=96, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=101, hidden_dim=64)
@@ -26,6 +27,15 @@ MODELS = {
     "mixtral": dataclasses.replace(ARGS, experts=Experts(5, 2, 160)),
     "softmax of all": dataclasses.replace(ARGS, experts=Experts(7, 3, 32, "softmax")),
     "shared, in two layers": dataclasses.replace(ARGS, experts=Experts(6, 2, 96, "sigmoid of input", 128, (1,))),
+    "llama 4": dataclasses.replace(
+        ARGS,
+        experts=Experts(4, 1, 64, "sigmoid of input", 64),
+        attention_chunk=5,
+        full_layers=(1,),
+        unrotated_layers=(1,),
+        qk_norm="unit",
+        query_scaling=QueryScaling(0.4, 3, shift=1),
+    ),
 }
 needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler here")
 

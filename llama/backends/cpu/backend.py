@@ -7,15 +7,10 @@ rotations, the gates of feed-forwards, and attention.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import math
-import os
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,89 +18,20 @@ from torch import Tensor
 
 from llama.backends.cpu import ops
 from llama.backends.cpu.packed_weight import PackedWeight
+from llama.backends.cpu.step_threads import StepThreads
 from llama.backends.eager import EagerBackend
 from llama.cache import ForwardBatch
-from llama.config import ModelArgs
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from llama.distributed.threads import allowed_cpus, user_chose_threads
+from llama.distributed.threads import user_chose_threads
 from llama.feed_forward import ExpertsFeedForward, FeedForward
-from llama.model import Transformer, TransformerBlock
+from llama.model import Attention, Transformer, TransformerBlock
+from llama.norms import LayerNorm, RMSNorm
 from llama.sampling import FilterTensors, SamplingTensors, TokenSampler, sample
 
-# A sliding window longer than any cache.
-NO_WINDOW = 1 << 40
-
-# Seconds between looks at what other processes take: 25 of the kernel's ticks.
-SECONDS_TO_LOOK = 0.25
-# Cores that others may keep busy before a thread gives way; one that shares its core with another process counts half.
-TOLERATED = 0.3
-
+ALL_PARTS = ops.PROJECTION | ops.ATTENTION | ops.FEED_FORWARD
 
 # Runs all layers on the residual (n_tokens, dim), in place.
 Layers = Callable[[Tensor, ops.LayersInput], None]
-
-
-class CpuTimes(NamedTuple):
-    """Ticks since a machine and this process started, of the CPUs that it may run on."""
-
-    elapsed: float
-    busy: int
-    own: int
-
-    @classmethod
-    def read(cls, cpus: set[int], root: Path) -> CpuTimes:
-        """Read the kernel's accounts; raise OSError where there are none. root: the root of the file system."""
-        names = {f"cpu{cpu}" for cpu in cpus}
-        lines = [line.split() for line in (root / "proc/stat").read_text().splitlines()]
-        rows = [list(map(int, words[1:9])) for words in lines if words and words[0] in names]
-        # user, nice, system, idle, iowait, irq, softirq, steal. Processes that are nicer than this one give way to it.
-        nice = os.getpriority(os.PRIO_PROCESS, 0) > 0
-        busy = sum(row[0] + row[1] * nice + row[2] + row[5] + row[6] for row in rows)
-        own = (root / "proc/self/stat").read_text().rpartition(")")[2].split()[11:13]
-        return cls(sum(map(sum, rows)) / max(1, len(rows)), busy, sum(map(int, own)))
-
-
-class StepThreads:
-    """A context with as many threads as other processes leave cores free, and at most torch's number of them.
-
-    Threads wait for each other some 150 times a token: where one has to wait for a core, all wait. It is for work whose
-    results do not depend on the number (see D30), which torch's matrix products do not promise. Only the thread that
-    enters is told. A number that the user chose stays.
-    """
-
-    def __init__(self, share: int, root: Path = Path("/"), seconds: float = SECONDS_TO_LOOK) -> None:
-        """Give way where torch's number of threads is `share`; look every `seconds`. root: of the file system."""
-        self._root, self._seconds = root, seconds
-        self._share = self._threads = share
-        self._cpus = allowed_cpus()
-        self._look_at = math.inf
-        if self._share > 1:
-            with contextlib.suppress(OSError):
-                self._times = CpuTimes.read(self._cpus, root)
-                self._look_at = time.monotonic() + seconds
-
-    def __enter__(self) -> None:
-        if time.monotonic() >= self._look_at:
-            self._look()
-        self._torchs = torch.get_num_threads()
-        if self._threads < self._torchs == self._share:
-            ops.set_openmp_threads(self._threads)
-
-    def __exit__(self, *error: object) -> None:
-        if self._threads < self._torchs == self._share:
-            ops.set_openmp_threads(self._torchs)
-
-    def _look(self) -> None:
-        self._look_at = time.monotonic() + self._seconds
-        try:
-            before, now = self._times, CpuTimes.read(self._cpus, self._root)
-        except OSError:  # too many open files, at the moment
-            return
-        elapsed = now.elapsed - before.elapsed
-        if elapsed > 0:
-            others = ((now.busy - before.busy) - (now.own - before.own)) / elapsed
-            free = int(len(self._cpus) - others + TOLERATED)
-            self._threads, self._times = max(1, min(self._share, free)), now
 
 
 class CpuSampler:
@@ -141,11 +67,6 @@ class CpuBackend(EagerBackend):
     weight_cls = PackedWeight
     keeps_stored_blocks = True
 
-    @staticmethod
-    def computes(args: ModelArgs) -> bool:
-        """Tell whether the kernels compute a model of this architecture."""
-        return args.is_plain
-
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._threads = StepThreads(1 if user_chose_threads() else torch.get_num_threads())
@@ -153,24 +74,31 @@ class CpuBackend(EagerBackend):
     def bind(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
         self.tok_embeddings, self.norm, self.output = model.tok_embeddings, model.norm, model.output
-        # What the C structures point at: fp32 copies of biases, and descriptions of adapters.
-        self._biases: list[Tensor] = []
+        # What the C structures point at: vectors in fp32, and descriptions of adapters.
+        self._vectors: list[Tensor] = []
         self._low_ranks: list[ops.LowRankView] = []
         self._experts: list[ops.ExpertsView] = []
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._c_layers = (ops.Layer * len(self.layers))()
-        self._norms: list[tuple[Tensor, Tensor]] = []
-        for layer, described in zip(self.layers, self._c_layers, strict=True):
+        rotations = model.rope.of_queries, model.rope.of_keys
+        self._n_rotations = 1 + max(map(max, rotations))
+        for layer, described, of_queries, of_keys in zip(self.layers, self._c_layers, *rotations, strict=True):
+            attention = layer.attention
             for name in ("wq", "wk", "wv", "wo"):
-                setattr(described, name, self._describe(getattr(layer.attention, name)))
+                setattr(described, name, self._describe(getattr(attention, name)))
             self._describe_feed_forward(layer.feed_forward, described)
-            norms = layer.attention_norm.weight.float(), layer.ffn_norm.weight.float()
-            described.attention_norm, described.ffn_norm = (ops.vector(weight, self.args.dim) for weight in norms)
-            self._norms.append(norms)
+            described.activation.kind = ops.ACTIVATION_IDS[self.args.activation]
+            if isinstance(layer.feed_forward, FeedForward) and self.args.activation == "xielu":
+                described.activation.slopes = self._vector(layer.feed_forward.xielu.weight)
+            for half in ("attention", "ffn"):
+                name = f"{half}_output_norm" if self.args.output_norms else f"{half}_norm"
+                setattr(described, name, self._describe_norm(getattr(layer, f"{half}_norm")))
+            described.sight = ops.SightView(attention.sight.window or 0, attention.sight.chunk or 0)
+            described.q_rotation, described.k_rotation = of_queries, of_keys
+            self._describe_head_norms(attention, described)
         self._max_few = ops.max_few_tokens()
         self._c_output = self._describe(self.output)
         self._c_table = self._describe(self.tok_embeddings)
-        self._norm_weight = self.norm.weight.float()
         attention = self.layers[0].attention
         # Fields of LayersInput that are the same for every call.
         self._constants = {
@@ -179,7 +107,6 @@ class CpuBackend(EagerBackend):
             "n_kv_heads": attention.n_local_kv_heads,
             "head_dim": self.args.head_dim,
             "hidden_dim": max(layer.feed_forward.n_features for layer in self.layers),
-            "window": self.args.sliding_window or NO_WINDOW,
             "eps": self.args.norm_eps,
         }
         super().bind(model)
@@ -187,9 +114,9 @@ class CpuBackend(EagerBackend):
     def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
         """Return final states as `Transformer.run_layers` does, in fp32."""
         if len(batch.positions) > self._max_few:
-            return self._run(tokens, rotations[0], batch, self._run_many)
+            return self._run(tokens, rotations, batch, self._run_many)
         with self._threads:
-            return self._run(tokens, rotations[0], batch, self._run_few)
+            return self._run(tokens, rotations, batch, self._run_few)
 
     def logits(self, hidden: Tensor) -> Tensor:
         if hidden.numel() <= self._max_few * self.args.dim and self.output.low_rank is None:
@@ -200,10 +127,11 @@ class CpuBackend(EagerBackend):
     def token_sampler(self) -> TokenSampler:
         return CpuSampler(self._threads)
 
-    def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch, layers: Layers) -> Tensor:
+    def _run(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch, layers: Layers) -> Tensor:
         residual = self._embed(tokens)
-        layers(residual, self._inputs(residual, rotation, batch))
-        return F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
+        layers(residual, self._inputs(residual, rotations, batch))
+        states: Tensor = self.norm(residual)
+        return states
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens (n_tokens,) in new memory, fp32: layers add to them in place."""
@@ -217,43 +145,70 @@ class CpuBackend(EagerBackend):
     def _run_few(self, x: Tensor, inputs: ops.LayersInput) -> None:
         """Run the layers in C++ on the residual x (n_tokens, dim), in place; ranks add up results after each half."""
         if self.parallel.size == 1:
-            both = ops.ATTENTION | ops.FEED_FORWARD
-            ops.run_layers(self._c_layers, 0, len(self._c_layers), both, inputs)
+            ops.run_layers(self._c_layers, 0, len(self._c_layers), ALL_PARTS, inputs)
             return
+        share = torch.empty_like(x)
+        (inputs.out,) = ops.pointers((share, torch.float32, x.numel()))
+        heads = [ops.new(len(x), n * inputs.head_dim) for n in (inputs.n_heads, inputs.n_kv_heads)]
+        inputs.q, inputs.k = ops.pointers(*((each, torch.float32, each.numel()) for each in heads))
         for i, layer in enumerate(self.layers):
-            halves = ((ops.ATTENTION, layer.attention.wo.bias), (ops.FEED_FORWARD, layer.feed_forward.bias))
-            for half, bias in halves:
-                share = torch.empty_like(x)
-                (inputs.out,) = ops.pointers((share, torch.float32, x.numel()))
-                ops.run_layers(self._c_layers, i, i + 1, half, inputs)
-                x += self.parallel.all_reduce(share)
-                if bias is not None:
-                    x += bias
+            ops.run_layers(self._c_layers, i, i + 1, ops.PROJECTION, inputs)
+            if self._c_layers[i].head_norm == ops.HEADS_OF_RANKS:
+                for each, norm in zip(heads, (layer.attention.q_norm, layer.attention.k_norm), strict=True):
+                    each.copy_(norm(each))
+            ops.run_layers(self._c_layers, i, i + 1, ops.ATTENTION, inputs)
+            self._add_shares(x, share, layer.attention.wo.bias, layer.attention_norm)
+            ops.run_layers(self._c_layers, i, i + 1, ops.FEED_FORWARD, inputs)
+            self._add_shares(x, share, layer.feed_forward.bias, layer.ffn_norm)
+
+    def _add_shares(self, x: Tensor, share: Tensor, bias: Tensor | None, norm: torch.nn.Module) -> None:
+        """Add to the residual x (n_tokens, dim), in place, what half a layer gives: each rank has its share."""
+        delta = self.parallel.all_reduce(share)
+        if bias is not None:
+            delta = delta + bias
+        x += norm(delta) if self.args.output_norms else delta
 
     def _run_many(self, x: Tensor, inputs: ops.LayersInput) -> None:
         """Run the layers on the residual x (n_tokens, dim), in place, with matrix products for many tokens."""
         eps, dtype = self.args.norm_eps, self.dtype
-        delta: Tensor | None = None
-        for i, layer in enumerate(self.layers):
-            delta = self._attend(i, x, delta, inputs)
-            h = ops.fused_add_rms_norm(x, delta, self._norms[i][1], eps, dtype)
-            feed_forward = layer.feed_forward
-            if isinstance(feed_forward, FeedForward):
-                delta = _gated(feed_forward, h)
-            else:
-                delta = self.parallel.all_reduce(feed_forward.local_sum(h, _gated).to(dtype))
+        delta, of_delta = None, ops.NormView()
+        for i, described in enumerate(self._c_layers):
+            h = ops.fused_add_norm(x, delta, of_delta, described.attention_norm, eps, dtype)
+            del delta
+            delta = self._attend(i, h, inputs)
+            h = ops.fused_add_norm(x, delta, described.attention_output_norm, described.ffn_norm, eps, dtype)
+            delta, of_delta = self._feed_forward(i, h), described.ffn_output_norm
             del h
-        ops.fused_add_rms_norm(x, delta, None, eps, dtype)
+        ops.fused_add_norm(x, delta, of_delta, None, eps, dtype)
 
-    def _attend(self, layer: int, x: Tensor, delta: Tensor | None, inputs: ops.LayersInput) -> Tensor:
-        """Add delta to the residual x in place, and return a layer's attention of the sum: (n_tokens, dim)."""
+    def _feed_forward(self, layer: int, h: Tensor) -> Tensor:
+        """Return a layer's feed-forward of h (n_tokens, dim)."""
+        feed_forward = self.layers[layer].feed_forward
+        activation = self._c_layers[layer].activation
+
+        def run(module: FeedForward, x: Tensor) -> Tensor:
+            if self.args.is_gated:
+                hidden = ops.silu_and_mul(module.w1(x), module.w3(x))
+            else:
+                hidden = ops.activate(activation, module.w3(x))
+            y: Tensor = module.w2(hidden)
+            return y
+
+        if isinstance(feed_forward, FeedForward):
+            return run(feed_forward, h)
+        return self.parallel.all_reduce(feed_forward.local_sum(h, run).to(self.dtype))
+
+    def _attend(self, layer: int, h: Tensor, inputs: ops.LayersInput) -> Tensor:
+        """Return a layer's attention of h (n_tokens, dim)."""
         attention = self.layers[layer].attention
-        h = ops.fused_add_rms_norm(x, delta, self._norms[layer][0], self.args.norm_eps, self.dtype)
         q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
-        ops.rope_and_append_kv(inputs, layer, q, k, v)
-        del h, k, v
-        ops.attend(inputs, layer, q)
-        return attention.wo(q)
+        if self._c_layers[layer].head_norm == ops.HEADS_OF_RANKS:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        ops.rope_and_append_kv(self._c_layers, layer, inputs, q, k, v)
+        del k, v
+        ops.attend(self._c_layers, layer, inputs, q)
+        y: Tensor = attention.wo(q)
+        return y
 
     def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.WeightView:
         """Return the C structure of a linear or of the embedding table."""
@@ -263,8 +218,7 @@ class CpuBackend(EagerBackend):
         # Where ranks add up results, the bias is added once, after the sum.
         bias = None if isinstance(module, VocabParallelEmbedding) else module.bias
         if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
-            self._biases.append(bias.float())
-            described.bias = ops.vector(self._biases[-1], weight.shape[0])
+            described.bias = self._vector(bias)
         if (adapters := module.low_rank) is not None:
             view = ops.low_rank(adapters.a, adapters.b)
             adapters.matmul, adapters.add = ops.multiply_floats, functools.partial(ops.add_low_rank, view)
@@ -275,7 +229,8 @@ class CpuBackend(EagerBackend):
     def _describe_feed_forward(self, module: FeedForward | ExpertsFeedForward, to: ops.Layer | ops.Expert) -> None:
         """Write the C structures of a feed-forward to those of a layer, or of an expert."""
         if isinstance(module, FeedForward):
-            to.w1, to.w2, to.w3 = (self._describe(each) for each in (module.w1, module.w2, module.w3))
+            for name in ("w1", "w2", "w3") if self.args.is_gated else ("w2", "w3"):
+                setattr(to, name, self._describe(getattr(module, name)))
             return
         described = (ops.Expert * module.n_experts)()
         for expert, weights in zip(module.experts, described, strict=True):
@@ -287,7 +242,29 @@ class CpuBackend(EagerBackend):
         if module.shared is not None:
             self._describe_feed_forward(module.shared, to)
 
-    def _inputs(self, x: Tensor, rotation: Tensor, batch: ForwardBatch) -> ops.LayersInput:
+    def _describe_norm(self, norm: RMSNorm | LayerNorm) -> ops.NormView:
+        bias = self._vector(norm.bias) if isinstance(norm, LayerNorm) else None
+        return ops.NormView(self._vector(norm.weight), bias)
+
+    def _describe_head_norms(self, attention: Attention, described: ops.Layer) -> None:
+        """Write to a layer's C structure how its queries and keys are normalised."""
+        kind = attention.qk_norm
+        described.head_norm = ops.HEAD_NORM_IDS[kind]
+        if kind == "all heads" and self.parallel.size > 1:
+            described.head_norm = ops.HEADS_OF_RANKS
+        elif kind == "unit":
+            described.q_norm = described.k_norm = self._vector(torch.ones(attention.head_dim, device="cpu"))
+        elif kind is not None:
+            described.q_norm, described.k_norm = (
+                self._vector(cast(Tensor, norm.weight)) for norm in (attention.q_norm, attention.k_norm)
+            )
+
+    def _vector(self, values: Tensor) -> ctypes.c_void_p:
+        """Return the address of values in fp32, which are kept."""
+        self._vectors.append(values.float())
+        return ops.vector(self._vectors[-1], values.numel())
+
+    def _inputs(self, x: Tensor, rotations: Tensor, batch: ForwardBatch) -> ops.LayersInput:
         """Return the C structure of what layers read and write; the residual x is (n_tokens, dim), fp32."""
         keys, values, table = batch.cache.keys, batch.cache.values, batch.page_table
         (n_rows, pages_per_row), n_pages, cached = table.shape, keys.shape[1], keys.numel()
@@ -299,7 +276,7 @@ class CpuBackend(EagerBackend):
             (batch.positions, torch.int64, n_tokens),
             (batch.rows, torch.int32, n_tokens),
             (table, torch.int32, n_rows * pages_per_row),
-            (rotation, torch.complex64, n_tokens * half),
+            (rotations, torch.complex64, self._n_rotations * n_tokens * half),
             (keys, keys.dtype, cached),
             (values, keys.dtype, cached),
             (x, torch.float32, n_tokens * self.args.dim),
@@ -311,7 +288,7 @@ class CpuBackend(EagerBackend):
             pages_per_row=pages_per_row,
             n_pages=n_pages,
             cache_type=ops.FLOAT_TYPE_IDS[keys.dtype],
-            **dict(zip(("positions", "rows", "page_table", "rotation", "keys", "values"), addresses, strict=True)),
+            **dict(zip(("positions", "rows", "page_table", "rotations", "keys", "values"), addresses, strict=True)),
             x=residual,
             out=residual,
             threads=torch.get_num_threads(),
@@ -319,9 +296,3 @@ class CpuBackend(EagerBackend):
         )
         assert ops.is_within_cache(inputs)
         return inputs
-
-
-def _gated(module: FeedForward, x: Tensor) -> Tensor:
-    """Compute a feed-forward of many tokens (n_tokens, dim)."""
-    y: Tensor = module.w2(ops.silu_and_mul(module.w1(x), module.w3(x)))
-    return y

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import mmap
-import threading
-import weakref
-from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import get_args
 
@@ -16,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.backends.cpu.arena import Arena
 from llama.backends.cpu.build import library
-from llama.config import Router
+from llama.config import Activation, Router
 
 # Most tokens that the kernels take at once, as in csrc/layers.h, and most for which they beat a matrix unit's products:
 # see D32.
@@ -26,15 +22,15 @@ FEW_TOKENS = 16
 PAGE_SIZE = 16  # positions of a page of the cache, as in csrc/attention.h and cache.py
 TILE_ROWS = 16  # rows of packed blocks that are stored together: see D31
 
-CACHE_LINE = 64  # bytes
-CHUNK_BYTES = 1 << 26  # of memory for packed weights, taken from the system at once; only what is written is used
-
-# Halves of a layer, for `run_layers`.
-ATTENTION, FEED_FORWARD = 1, 2
+# Parts of a layer, for `run_layers`.
+PROJECTION, ATTENTION, FEED_FORWARD = 1, 2, 4
 
 # What a chosen expert counts, as in csrc/experts.h.
 ROUTER_IDS = {name: i for i, name in enumerate(get_args(Router))}
-
+ACTIVATION_IDS = {name: i for i, name in enumerate(get_args(Activation))}
+# HeadNorm in norms.h; "all heads" of several ranks is the caller's.
+HEAD_NORM_IDS = {None: 0, "head": 1, "unit": 1, "rotated head": 2, "all heads": 3}
+HEADS_OF_RANKS = 4
 FLOAT_TYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BLOCK_TYPE_IDS = {
     name: 3 + i
@@ -79,13 +75,35 @@ class LowRankView(ctypes.Structure):
     tiles: Tensor  # what b points at
 
 
+class NormView(ctypes.Structure):
+    """Norm in norms.h; by default none."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class SightView(ctypes.Structure):
+    """Sight in attention.h; 0 is all."""
+
+    _fields_ = [("window", c_int64), ("chunk", c_int64)]
+
+
+class ActivationView(ctypes.Structure):
+    """Activation in activations.h; by default SiLU, of a gate."""
+
+    _fields_ = [("kind", c_int32), ("slopes", c_void_p)]
+
+
 class Layer(ctypes.Structure):
-    """Layer in layers.h."""
+    """Layer in plan.h."""
 
     _fields_ = [
         *((name, WeightView) for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),
-        ("attention_norm", c_void_p),
-        ("ffn_norm", c_void_p),
+        *((name, NormView) for name in ("attention_norm", "ffn_norm", "attention_output_norm", "ffn_output_norm")),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("sight", SightView),
+        *((name, c_int32) for name in ("head_norm", "q_rotation", "k_rotation")),
+        ("activation", ActivationView),
         ("experts", c_void_p),
     ]
 
@@ -107,15 +125,13 @@ class ExpertsView(ctypes.Structure):
 
 
 class LayersInput(ctypes.Structure):
-    """LayersInput in layers.h: what layers read and write beside their weights."""
+    """LayersInput in plan.h: what layers read and write beside their weights."""
 
     _fields_ = [
         *((name, c_int32) for name in ("n_tokens", "n_rows", "pages_per_row", "n_pages")),
         *((name, c_int32) for name in ("dim", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "cache_type")),
-        ("window", c_int64),
-        *((name, c_void_p) for name in ("positions", "rows", "page_table", "rotation", "keys", "values")),
-        ("x", c_void_p),
-        ("out", c_void_p),
+        *((name, c_void_p) for name in ("positions", "rows", "page_table", "rotations", "keys", "values")),
+        *((name, c_void_p) for name in ("x", "q", "k", "out")),
         ("eps", c_float),
         ("threads", c_int32),
     ]
@@ -175,40 +191,6 @@ def packed_bytes(block_type: str, rows: int, columns: int) -> int:
     elements, head, codes = PACKED_SIZES[block_type]
     blocks = columns // elements
     return -(-rows // TILE_ROWS) * (-(-blocks * head // 64) * 64 + blocks * codes)
-
-
-class Arena:
-    """Memory for weights, in huge pages where the system has them: kernels read a fourth faster from these.
-
-    Small weights follow each other in chunks, as they are no multiple of a huge page. A chunk lives as long as one of
-    them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._chunk: Callable[[], mmap.mmap | None] = lambda: None  # a weak reference to the newest
-        self._used = 0  # bytes of the newest chunk
-
-    def take(self, n_bytes: int) -> Tensor:
-        """Return memory of n_bytes, uint8, that begins at a cache line."""
-        if n_bytes > CHUNK_BYTES // 4:
-            return torch.frombuffer(huge_pages(n_bytes), dtype=torch.uint8)
-        with self._lock:
-            chunk = self._chunk()
-            if chunk is None or self._used + n_bytes > CHUNK_BYTES:
-                chunk, self._used = huge_pages(CHUNK_BYTES), 0
-                self._chunk = weakref.ref(chunk)
-            at, self._used = self._used, self._used + -(-n_bytes // CACHE_LINE) * CACHE_LINE
-        return torch.frombuffer(chunk, dtype=torch.uint8, count=n_bytes, offset=at)
-
-
-def huge_pages(n_bytes: int) -> mmap.mmap:
-    """Return zeroed memory that is taken from the system as it is written to."""
-    memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANON)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 _arena = Arena()
@@ -294,10 +276,10 @@ def gemm(weight: WeightView, x: Tensor) -> Tensor:
     return y
 
 
-def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, halves: int, inputs: LayersInput) -> None:
-    """Compute layers [first, stop), or a half of each: ATTENTION, FEED_FORWARD, or both, combined by |."""
+def run_layers(layers: ctypes.Array[Layer], first: int, stop: int, parts: int, inputs: LayersInput) -> None:
+    """Compute layers [first, stop), or parts of each: PROJECTION, ATTENTION and FEED_FORWARD, combined by |."""
     assert inputs.n_tokens <= MAX_FEW_TOKENS, inputs.n_tokens
-    kernels().run_layers(layers, first, stop, halves, ctypes.byref(inputs))
+    kernels().run_layers(layers, first, stop, parts, ctypes.byref(inputs))
 
 
 def is_within_cache(inputs: LayersInput) -> bool:
@@ -305,47 +287,60 @@ def is_within_cache(inputs: LayersInput) -> bool:
     return bool(kernels().is_within_cache(ctypes.byref(inputs)))
 
 
-def fused_add_rms_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+def fused_add_norm(
+    x: Tensor, delta: Tensor | None, of_delta: NormView, of_sum: NormView | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Add delta to x (n, dim), fp32, in place; return its RMSNorm with weight (dim,), fp32, in `dtype`: (n, dim).
+    """Add the norm of delta to x (n, dim), fp32, in place; return the norm of the sum, in `dtype`: (n, dim).
 
-    Without a weight nothing is normalised, and x is returned.
+    delta has that dtype. A view of no norm leaves what it is of as it is; where of_sum is None, x is returned.
     """
     n, dim = x.shape
-    y = new(n, dim, dtype=dtype) if weight is not None else None
+    y = new(n, dim, dtype=dtype) if of_sum is not None else None
     added = pointers((delta, dtype, n * dim))[0] if delta is not None else None
     (residual,) = pointers((x, torch.float32, n * dim))
-    scale = vector(weight, dim) if weight is not None else None
     result = pointers((y, dtype, n * dim))[0] if y is not None else None
+    norms = ctypes.byref(of_delta), ctypes.byref(of_sum) if of_sum is not None else None
     threads = torch.get_num_threads()
-    kernels().fused_add_rms_norm(residual, added, scale, c_float(eps), n, dim, result, FLOAT_TYPE_IDS[dtype], threads)
+    kernels().fused_add_norm(residual, added, *norms, c_float(eps), n, dim, result, FLOAT_TYPE_IDS[dtype], threads)
     return x if y is None else y
 
 
 def silu_and_mul(gates: Tensor, ups: Tensor) -> Tensor:
     """Compute silu(gates) * ups in place of gates, and return it; both are contiguous, with the same dtype."""
-    dtype, n = gates.dtype, gates.numel()
-    both = pointers((gates, dtype, n), (ups, dtype, n))
-    kernels().silu_and_mul(*both, ctypes.c_size_t(n), FLOAT_TYPE_IDS[dtype], torch.get_num_threads())
-    return gates
+    return activate(ActivationView(), gates, ups)
 
 
-def rope_and_append_kv(inputs: LayersInput, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Rotate q in place; write k, rotated, and v to the cache that `inputs` points at. All have the cache's dtype."""
+def activate(activation: ActivationView, values: Tensor, ups: Tensor | None = None) -> Tensor:
+    """Compute an activation in place of contiguous values, and return them; SiLU multiplies ups, which others lack."""
+    assert (activation.kind == ACTIVATION_IDS["silu"]) == (ups is not None)
+    dtype, n = values.dtype, values.numel()
+    (to,) = pointers((values, dtype, n))
+    other = pointers((ups, dtype, n))[0] if ups is not None else None
+    threads = torch.get_num_threads()
+    kernels().activate(ctypes.byref(activation), to, other, ctypes.c_size_t(n), FLOAT_TYPE_IDS[dtype], threads)
+    return values
+
+
+def rope_and_append_kv(
+    layers: ctypes.Array[Layer], layer: int, inputs: LayersInput, q: Tensor, k: Tensor, v: Tensor
+) -> None:
+    """Normalise and rotate q in place as a layer does; write k, turned alike, and v to the cache of `inputs`.
+
+    All have the cache's dtype.
+    """
     dtype = q.dtype
     assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
     n, n_kv = (inputs.n_tokens * heads * inputs.head_dim for heads in (inputs.n_heads, inputs.n_kv_heads))
     three = pointers((q, dtype, n), (k, dtype, n_kv), (v, dtype, n_kv))
-    kernels().rope_and_append_kv(ctypes.byref(inputs), layer, *three)
+    kernels().rope_and_append_kv(layers, layer, ctypes.byref(inputs), *three)
 
 
-def attend(inputs: LayersInput, layer: int, q: Tensor) -> None:
-    """Compute attention of q (n_tokens, n_heads * head_dim), of the cache's dtype, over the cache, in place.
+def attend(layers: ctypes.Array[Layer], layer: int, inputs: LayersInput, q: Tensor) -> None:
+    """Compute a layer's attention of q (n_tokens, n_heads * head_dim), of the cache's dtype, over the cache, in place.
 
     A token's result depends neither on the others nor on how its row comes in calls.
     """
     dtype = q.dtype
     assert FLOAT_TYPE_IDS[dtype] == inputs.cache_type, dtype
     (queries,) = pointers((q, dtype, inputs.n_tokens * inputs.n_heads * inputs.head_dim))
-    kernels().attend(ctypes.byref(inputs), layer, queries)
+    kernels().attend(layers, layer, ctypes.byref(inputs), queries)

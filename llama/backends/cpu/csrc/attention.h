@@ -4,30 +4,13 @@
 // of values, and these are merged in order. Neither threads nor the tokens that share a block change what is computed
 // for a token: see D30.
 #pragma once
-#include <cmath>
-
+#include "norms.h"
 #include "panels.h"
 #include "threads.h"
 
 constexpr int PAGE_SIZE = 16;  // positions of a page of the cache, as in cache.py
 constexpr int PART = 256;  // keys
 constexpr int PANEL_KEYS = 64;  // of whole pages: keys or values that are made a panel at once, within a core's L1 cache
-
-inline float dot(const float *a, const float *b, int n) {
-    f32 products{};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) products += load<f32>(a + i) * load<f32>(b + i);
-    float rest = 0;
-    for (; i < n; i++) rest += a[i] * b[i];
-    return sum(products) + rest;
-}
-
-// to += scale * v
-inline void add_scaled(float *to, float scale, const float *v, int n) {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load<f32>(to + i) + scale * load<f32>(v + i));
-    for (; i < n; i++) to[i] += scale * v[i];
-}
 
 inline int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -79,15 +62,27 @@ struct CachedHeads {
     }
 };
 
+// Which keys a query sees: those of a window that ends with it, and those of its chunk.
+struct Sight {
+    int64_t window, chunk;  // keys; 0: all
+
+    int first_key(int64_t position) const {
+        const int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0;
+        return int(chunk ? std::max(first, position / chunk * chunk) : first);
+    }
+    bool operator==(const Sight &other) const { return window == other.window && chunk == other.chunk; }
+};
+
 // The query heads of these KV heads of n tokens at successive positions, each of `words` words: for each KV head rows
 // t * group + h.
 struct Queries {
     const float *values;
     int group, n, words;
-    int64_t position, window;  // of the first token; the number of keys that a query sees
+    int64_t position;  // of the first token
+    Sight sight;
 
     int rows() const { return n * group; }  // of a KV head
-    int first_key(int row) const { return int(std::max<int64_t>(0, position + row / group - window + 1)); }
+    int first_key(int row) const { return sight.first_key(position + row / group); }
     int stop_key(int row) const { return int(position) + row / group + 1; }
     int first_part() const { return first_key(0) / PART; }
     int stop_part() const { return (stop_key(rows() - 1) - 1) / PART + 1; }

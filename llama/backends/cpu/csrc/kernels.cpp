@@ -63,25 +63,36 @@ extern "C" const char *instructions() {
         ;
 }
 
-// Runs layers [first, stop), or a half of each, in place on the residual in.x; see LayersInput.
-extern "C" void run_layers(const Layer *layers, int first, int stop, int halves, const LayersInput *inputs) {
-    static thread_local std::vector<float> q_storage, hidden_storage, score_storage;
+// Runs layers [first, stop), or parts of each, in place on the residual in.x; see LayersInput.
+extern "C" void run_layers(const Layer *layers, int first, int stop, int parts, const LayersInput *inputs) {
+    static thread_local std::vector<float> q_storage, k_storage, hidden_storage, added_storage, score_storage;
     static thread_local Lines result_storage;
     const LayersInput &in = *inputs;
-    const AttentionPlan plan(in);
-    float *q = buffer(q_storage, size_t(in.n_tokens) * in.n_heads * in.head_dim);
-    float *results = result_storage.room(plan.results.back() * result_size(in.head_dim));
-    float *hidden = buffer(hidden_storage, size_t(in.n_tokens) * in.hidden_dim);
+    std::vector<AttentionPlan> plans;  // of each sight
+    std::vector<int> plan_of;  // each layer
+    size_t results = 0;
     int experts = 0;
-    for (int layer = first; layer < stop; layer++)
+    for (int layer = first; layer < stop; layer++) {
         if (layers[layer].experts) experts = std::max(experts, layers[layer].experts->n);
-    float *scores = buffer(score_storage, size_t(in.n_tokens) * experts);
+        size_t i = 0;
+        while (i < plans.size() && !(plans[i].sight == layers[layer].sight)) i++;
+        if (i == plans.size()) plans.emplace_back(in, layers[layer].sight);
+        plan_of.push_back(int(i));
+        results = std::max(results, plans[i].results.back());
+    }
+    const size_t n = in.n_tokens;
     Team team;
+    float *q = in.q ? in.q : buffer(q_storage, n * in.n_heads * in.head_dim);
+    float *k = in.k ? in.k : buffer(k_storage, n * in.n_kv_heads * in.head_dim);
+    float *result_room = result_storage.room(results * result_size(in.head_dim));
+    float *hidden = buffer(hidden_storage, n * in.hidden_dim), *added = buffer(added_storage, n * in.dim);
+    float *scores = buffer(score_storage, n * experts);
     parallel(in.threads, [&](int thread, int size) {
-        Worker worker{in, team, thread, size, q, results, hidden, scores, plan, activations};
+        Worker worker{in, team, thread, size, q, k, result_room, hidden, added, scores, activations};
         for (int layer = first; layer < stop; layer++) {
-            if (halves & ATTENTION) worker.attention(layers[layer], layer);
-            if (halves & FEED_FORWARD) worker.feed_forward(layers[layer]);
+            if (parts & PROJECTION) worker.project(layers[layer], layer);
+            if (parts & ATTENTION) worker.attention(layers[layer], layer, plans[plan_of[layer - first]]);
+            if (parts & FEED_FORWARD) worker.feed_forward(layers[layer]);
         }
     });
 }
@@ -99,11 +110,14 @@ extern "C" int is_within_cache(const LayersInput *inputs) {
 }
 
 // Attention of a block's query heads of one KV head over a layer's cache, in place of q.
-template <class Op> static void attend_block(const LayersInput &in, int layer, const TokenBlock &block, int head, void *q) {
+template <class Op>
+static void attend_block(
+    const LayersInput &in, const Sight &sight, int layer, const TokenBlock &block, int head, void *q
+) {
     static thread_local PartMemory memory;
     static thread_local Lines query_storage, result_storage;
     const CachedHeads cached = cached_heads(in, layer, block, head, 1);
-    const Queries queries = block_queries<Op>(in, block, head, 1, q, in.cache_type, query_storage);
+    const Queries queries = block_queries<Op>(in, sight, block, head, 1, q, in.cache_type, query_storage);
     const int rows = queries.rows(), size = result_size(in.head_dim);
     float *results = result_storage.room(size_t(rows) * size * 2), *states = results + size_t(rows) * size;
     for (int r = 0; r < rows; r++) clear_result(states + size_t(r) * size, in.head_dim);
@@ -122,7 +136,7 @@ template <class Op> static void attend_block(const LayersInput &in, int layer, c
 // Attention of tokens over a layer's cache: y, like q (n_tokens, n_heads, head_dim). Both have the cache's type; where
 // that is bf16, and the processor multiplies pairs of bf16, so are the weights of values. No thread waits for another:
 // the last blocks, which have the most keys, begin first.
-extern "C" void attend(const LayersInput *inputs, int layer, void *q) {
+extern "C" void attend(const Layer *layers, int layer, const LayersInput *inputs, void *q) {
     constexpr int QUERIES = 60;  // of a block: ten tiles for each panel that is made
     const LayersInput &in = *inputs;
     const std::vector<TokenBlock> blocks = token_blocks(in, QUERIES);
@@ -133,11 +147,11 @@ extern "C" void attend(const LayersInput *inputs, int layer, void *q) {
             const int head = unit % in.n_kv_heads;
 #if defined(HAS_BF16_PAIRS)
             if (in.cache_type == BF16) {
-                attend_block<Bf16Pairs>(in, layer, block, head, q);
+                attend_block<Bf16Pairs>(in, layers[layer].sight, layer, block, head, q);
                 continue;
             }
 #endif
-            attend_block<Fp32>(in, layer, block, head, q);
+            attend_block<Fp32>(in, layers[layer].sight, layer, block, head, q);
         }
     });
 }

@@ -1,135 +1,10 @@
 // Transformer layers for a few tokens in one call: norms, products, rotation, cache, attention and feed-forward.
 #pragma once
-#include "attention.h"
-#include "experts.h"
+#include "plan.h"
 #include "threads.h"
-#include "weights.h"
 
-struct Layer {
-    Weight wq, wk, wv, wo, w1, w2, w3;
-    const float *attention_norm, *ffn_norm;
-    const Experts *experts;  // or null; beside them w1, w2 and w3 are the shared expert's, or have no rows
-};
-
-struct LayersInput {
-    int32_t n_tokens, n_rows, pages_per_row, n_pages;
-    int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, cache_type;  // hidden_dim: the most features of a token
-    int64_t window;  // number of keys that a query sees
-    const int64_t *positions;  // (n_tokens)
-    const int32_t *rows;  // (n_tokens): the row of each token
-    const int32_t *page_table;  // (n_rows, pages_per_row): the pages of each row
-    const float *rotation;  // (n_tokens, head_dim / 2) complex numbers
-    uint8_t *keys, *values;  // (layers, n_pages, PAGE_SIZE, n_kv_heads, head_dim)
-    float *x;  // (n_tokens, dim): the residual
-    float *out;  // x itself, which results are added to, or where this rank's part of a half's result is written
-    float eps;
-    int32_t threads;
-};
-
-// The pages of token t's row.
-inline const int32_t *pages_of(const LayersInput &in, int t) {
-    return in.page_table + size_t(in.rows[t]) * in.pages_per_row;
-}
-
-// The index in the cache at which the keys and values of a layer's slot begin, in numbers.
-inline size_t index_of(const LayersInput &in, int layer, size_t slot) {
-    return (size_t(layer) * in.n_pages * PAGE_SIZE + slot) * in.n_kv_heads * in.head_dim;
-}
-
-// The same of token t.
-inline size_t index_of_token(const LayersInput &in, int layer, int t) {
-    return index_of(in, layer, slot(pages_of(in, t), in.positions[t]));
-}
-
-// Tokens of one row at successive positions, which are attended together.
-struct TokenBlock {
-    int first, n;
-};
-
-// Cuts the tokens of a step to blocks with at most `queries` query heads of a KV head, or of one token.
-inline std::vector<TokenBlock> token_blocks(const LayersInput &in, int queries) {
-    const int most = std::max(1, queries / (in.n_heads / in.n_kv_heads));
-    std::vector<TokenBlock> blocks;
-    for (int t = 0; t < in.n_tokens; t++) {
-        const bool follows = t > 0 && in.rows[t] == in.rows[t - 1] && in.positions[t] == in.positions[t - 1] + 1;
-        if (follows && blocks.back().n < most) blocks.back().n++;
-        else blocks.push_back({t, 1});
-    }
-    return blocks;
-}
-
-// What KV heads [head, head + heads) of a block's row have in a layer's cache.
-inline CachedHeads cached_heads(const LayersInput &in, int layer, const TokenBlock &block, int head, int heads) {
-    const int bytes = value_bytes(in.cache_type);
-    const size_t at = (index_of(in, layer, 0) + size_t(head) * in.head_dim) * bytes;
-    const size_t stride = size_t(in.n_kv_heads) * in.head_dim * bytes;
-    return {in.keys + at, in.values + at, in.cache_type, in.head_dim, heads, stride, pages_of(in, block.first)};
-}
-
-// A block's queries of these heads, as Op multiplies them; those of all tokens are q (n_tokens, n_heads, head_dim).
-template <class Op>
-Queries block_queries(
-    const LayersInput &in, const TokenBlock &block, int head, int heads, const void *q, int type, Lines &memory
-) {
-    const int group = in.n_heads / in.n_kv_heads, values = group * in.head_dim, words = in.head_dim / Op::PER_WORD;
-    float *to = memory.room(size_t(heads) * block.n * group * words);
-    for (int h = 0; h < heads; h++)
-        for (int t = 0; t < block.n; t++) {
-            const size_t at = (size_t(block.first + t) * in.n_kv_heads + head + h) * values;
-            float *rows = to + (size_t(h) * block.n + t) * group * words;
-            if (Op::PER_WORD == 1) read_floats(q, type, at, values, rows);
-            else memcpy(rows, (const uint16_t *)q + at, values * 2);
-        }
-    return {to, group, block.n, words, in.positions[block.first], in.window};
-}
-
-// The attention of a step of few tokens: of each block its parts, and of each part some KV heads, are a unit of work.
-struct AttentionPlan {
-    static constexpr int QUERIES = 12;  // of a block: two tiles, so that there are enough blocks for all threads
-    std::vector<TokenBlock> blocks;
-    std::vector<int> parts;  // before each block, and in all
-    std::vector<size_t> results;  // the same
-    int heads;  // of a unit: all where there are parts enough for all threads, as memory is read best in its order
-
-    explicit AttentionPlan(const LayersInput &in)
-        : blocks(token_blocks(in, QUERIES)), parts{0}, results{0} {
-        for (const TokenBlock &block : blocks) {
-            const int64_t first = std::max<int64_t>(0, in.positions[block.first] - in.window + 1);
-            const int n = int((in.positions[block.first] + block.n - 1) / PART - first / PART) + 1;
-            parts.push_back(parts.back() + n);
-            results.push_back(results.back() + size_t(n) * block.n * in.n_heads);
-        }
-        heads = parts.back() >= 4 * in.threads ? in.n_kv_heads : 1;
-    }
-};
-
-// a * b + c, rounded once where the processor does that: of two products in a sum, compilers choose which one is not
-// rounded, in each place anew.
-inline float fused(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-// Multiplies an adjacent pair, as a complex number, by the complex number of its rotation.
-inline void rotate_pair(const float *rotation, float *pair) {
-    float real = fused(pair[0], rotation[0], -(pair[1] * rotation[1]));
-    float imaginary = fused(pair[0], rotation[1], pair[1] * rotation[0]);
-    pair[0] = real, pair[1] = imaginary;
-}
-
-inline void rms_norm(const float *x, const float *weight, int dim, float eps, float *y) {
-    float scale = 1.0f / std::sqrt(dot(x, x, dim) / float(dim) + eps);
-    int i = 0;
-    for (; i + LANES <= dim; i += LANES) store(y + i, load<f32>(x + i) * scale * load<f32>(weight + i));
-    for (; i < dim; i++) y[i] = x[i] * scale * weight[i];
-}
-
-inline f32 silu(f32 x) { return x / (1.0f + exponential(-x)); }
-
-enum Halves { ATTENTION = 1, FEED_FORWARD = 2 };
+// Queries, keys and values; what attention makes of them; and the rest of a layer.
+enum Parts { PROJECTION = 1, ATTENTION = 2, FEED_FORWARD = 4 };
 
 // Grows a buffer to at least n values, the first of which begins a cache line.
 template <class T> T *buffer(std::vector<T> &storage, size_t n) {
@@ -164,9 +39,10 @@ struct Activations {
     }
 
     template <class... Weights>
-    Input normalised(const float *x, const float *norm, int n, int dim, float eps, const Weights &...weights) {
+    Input normalised(const float *x, const Norm &norm, int n, int dim, float eps, const Weights &...weights) {
+        if (!norm.weight) return input(x, n, dim, weights...);
         float *to = buffer(values, size_t(n) * dim);
-        for (int t = 0; t < n; t++) rms_norm(x + size_t(t) * dim, norm, dim, eps, to + size_t(t) * dim);
+        for (int t = 0; t < n; t++) normalise(x + size_t(t) * dim, norm, dim, eps, to + size_t(t) * dim);
         return input(to, n, dim, weights...);
     }
 };
@@ -176,8 +52,7 @@ struct Worker {
     const LayersInput &in;
     Team &team;
     int thread, size;
-    float *q, *results, *hidden, *scores;  // shared by the threads
-    const AttentionPlan &plan;
+    float *q, *k, *results, *hidden, *added, *scores;  // shared by the threads
     Activations &own;
 
     // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
@@ -192,35 +67,42 @@ struct Worker {
     }
 
     // The keys of a unit of attention, of block b or the one after it.
-    Following following(int layer, int unit, int units, int b) {
+    Following following(const AttentionPlan &plan, int layer, int unit, int units, int b) {
         const int part = unit / units;
         b += part >= plan.parts[b + 1];
         const TokenBlock &block = plan.blocks[b];
-        const int64_t first = std::max<int64_t>(0, in.positions[block.first] - in.window + 1);
-        const int64_t start = std::max(first / PAGE_SIZE * PAGE_SIZE, (first / PART + part - plan.parts[b]) * PART);
+        const int first = plan.sight.first_key(in.positions[block.first]);
+        const int start = std::max(first / PAGE_SIZE * PAGE_SIZE, (first / PART + part - plan.parts[b]) * PART);
         return {
-            cached_heads(in, layer, block, unit % units * plan.heads, plan.heads), int(start),
+            cached_heads(in, layer, block, unit % units * plan.heads, plan.heads), start,
             int(in.positions[block.first]) + block.n
         };
     }
 
-    void attention(const Layer &w, int layer) {
-        const int n = in.n_tokens, q_dim = in.n_heads * in.head_dim, group = in.n_heads / in.n_kv_heads;
+    // Caches keys and values of all tokens, and leaves their queries in q. Heads that are normalised are left as they are,
+    // in q and k: a tile is not a whole head.
+    void project(const Layer &w, int layer) {
+        const int n = in.n_tokens, q_dim = in.n_heads * in.head_dim, kv_dim = in.n_kv_heads * in.head_dim;
+        const bool whole = w.head_norm != NO_HEAD;
         Input x = own.normalised(in.x, w.attention_norm, n, in.dim, in.eps, w.wq, w.wk, w.wv);
-        auto rotate = [&](int t, int row, int rows, float *y) {
-            const float *rotation = in.rotation + size_t(t) * in.head_dim;
-            for (int r = 0; r < rows; r += 2) rotate_pair(rotation + (row + r) % in.head_dim, y + r);
+        auto rotate = [&](int rotation, int t, int row, int rows, float *y) {
+            const float *from = rotation_of(in, rotation, t);
+            for (int r = 0; r < rows; r += 2) rotate_pair(from + (row + r) % in.head_dim, y + r);
         };
         tiles(w.wq, x, [&](int row, int rows, float *y) {
-            for (int t = 0; t < n; t++) {
-                rotate(t, row, rows, y + t * TILE);
-                memcpy(q + size_t(t) * q_dim + row, y + t * TILE, rows * 4);
+            for (int t = 0; t < n; t++, y += TILE) {
+                if (!whole) rotate(w.q_rotation, t, row, rows, y);
+                memcpy(q + size_t(t) * q_dim + row, y, rows * 4);
             }
         });
         tiles(w.wk, x, [&](int row, int rows, float *y) {
-            for (int t = 0; t < n; t++) {
-                rotate(t, row, rows, y + t * TILE);
-                write_floats(in.keys, in.cache_type, index_of_token(in, layer, t) + row, rows, y + t * TILE);
+            for (int t = 0; t < n; t++, y += TILE) {
+                if (whole) {
+                    memcpy(k + size_t(t) * kv_dim + row, y, rows * 4);
+                } else {
+                    rotate(w.k_rotation, t, row, rows, y);
+                    write_floats(in.keys, in.cache_type, index_of_token(in, layer, t) + row, rows, y);
+                }
             }
         });
         tiles(w.wv, x, [&](int row, int rows, float *y) {
@@ -228,7 +110,32 @@ struct Worker {
                 write_floats(in.values, in.cache_type, index_of_token(in, layer, t) + row, rows, y + t * TILE);
         });
         team.wait(size);
+    }
 
+    // Normalises and rotates what `project` left, and caches the keys.
+    void turn(const Layer &w, int layer) {
+        const int together = w.head_norm == ALL_HEADS, dim = in.head_dim;
+        const int heads = together ? in.n_heads : 1, kv_heads = together ? in.n_kv_heads : 1;  // of a unit of work
+        const int q_units = in.n_heads / heads, units = q_units + in.n_kv_heads / kv_heads;
+        Share share(in.n_tokens * units, thread, size);
+        for (int unit = share.start; unit < share.stop; unit++) {
+            const int t = unit / units, of_q = unit % units, of_k = of_q - q_units;
+            if (of_k < 0) {
+                float *x = q + (size_t(t) * in.n_heads + of_q * heads) * dim;
+                turn_heads(x, heads, dim, w.head_norm, w.q_norm, rotation_of(in, w.q_rotation, t), in.eps);
+            } else {
+                float *x = k + (size_t(t) * in.n_kv_heads + of_k * kv_heads) * dim;
+                turn_heads(x, kv_heads, dim, w.head_norm, w.k_norm, rotation_of(in, w.k_rotation, t), in.eps);
+                const size_t at = index_of_token(in, layer, t) + of_k * kv_heads * dim;
+                write_floats(in.keys, in.cache_type, at, kv_heads * dim, x);
+            }
+        }
+        team.wait(size);
+    }
+
+    void attention(const Layer &w, int layer, const AttentionPlan &plan) {
+        if (w.head_norm != NO_HEAD) turn(w, layer);
+        const int n = in.n_tokens, q_dim = in.n_heads * in.head_dim, group = in.n_heads / in.n_kv_heads;
         const size_t length = result_size(in.head_dim);
         const int units = in.n_kv_heads / plan.heads;  // of a part
         Share share(plan.parts.back() * units, thread, size);
@@ -236,11 +143,11 @@ struct Worker {
             const int part = unit / units, head = unit % units * plan.heads;
             while (part >= plan.parts[b + 1]) b++;
             const TokenBlock &block = plan.blocks[b];
-            const Queries queries = block_queries<Fp32>(in, block, head, plan.heads, q, F32, own.queries);
+            const Queries queries = block_queries<Fp32>(in, plan.sight, block, head, plan.heads, q, F32, own.queries);
             const size_t before = (size_t(part - plan.parts[b]) * in.n_kv_heads + head) * queries.rows();
             attend_part<Fp32>(
                 cached_heads(in, layer, block, head, plan.heads), queries, queries.first_part() + part - plan.parts[b],
-                following(layer, unit + 1 < share.stop ? unit + 1 : unit, units, b), own.part,
+                following(plan, layer, unit + 1 < share.stop ? unit + 1 : unit, units, b), own.part,
                 results + (plan.results[b] + before) * length
             );
         }
@@ -260,29 +167,39 @@ struct Worker {
                     finish(state, in.head_dim, y + size_t(block.first + t) * q_dim + h * in.head_dim);
                 }
         }
-        add(w.wo, own.input(y, n, q_dim, w.wo));
+        products(w.wo, own.input(y, n, q_dim, w.wo), target(w.attention_output_norm));
+        finish_half(w.attention_output_norm);
     }
 
     void feed_forward(const Layer &w) {
-        const int n = in.n_tokens, shared = w.w1.rows;
+        const int n = in.n_tokens, features = w.w3.rows;  // of the shared expert, where there are experts
         Input x = own.normalised(in.x, w.ffn_norm, n, in.dim, in.eps, w.w1, w.w3);
-        gate(w.w1, w.w3, x, hidden);
-        if (!w.experts) {
+        float *out = target(w.ffn_output_norm);
+        if (w.activation.kind == SILU) gate(w.w1, w.w3, x, hidden);
+        else
+            tiles(w.w3, x, [&](int row, int rows, float *y) {
+                for (int t = 0; t < n; t++) {
+                    activate(w.activation, y + t * TILE);
+                    memcpy(hidden + size_t(t) * features + row, y + t * TILE, rows * 4);
+                }
+            });
+        if (w.experts) {
+            const Experts &e = *w.experts;
+            float *routed = hidden + size_t(n) * features;
+            tiles(e.gate, x, [&](int row, int rows, float *y) {
+                for (int t = 0; t < n; t++) memcpy(scores + size_t(t) * e.n + row, y + t * TILE, rows * 4);
+            });
             team.wait(size);
-            add(w.w2, own.input(hidden, n, shared, w.w2));
-            return;
+            const Routes routes(e, scores, n);
+            gate(e, routes, x.values, routed);
+            team.wait(size);
+            if (features) products(w.w2, own.input(hidden, n, features, w.w2), out);
+            products(e, routes, routed, out, features == 0 && out != in.x);
+        } else {
+            team.wait(size);
+            products(w.w2, own.input(hidden, n, features, w.w2), out);
         }
-        const Experts &e = *w.experts;
-        float *routed = hidden + size_t(n) * shared;
-        tiles(e.gate, x, [&](int row, int rows, float *y) {
-            for (int t = 0; t < n; t++) memcpy(scores + size_t(t) * e.n + row, y + t * TILE, rows * 4);
-        });
-        team.wait(size);
-        const Routes routes(e, scores, n);
-        gate(e, routes, x.values, routed);
-        team.wait(size);
-        if (shared) add(w.w2, own.input(hidden, n, shared, w.w2));
-        add(e, routes, routed, shared == 0);
+        finish_half(w.ffn_output_norm);
     }
 
     // Writes silu(w1 x) * w3 x of all tokens: (n, rows).
@@ -328,14 +245,27 @@ struct Worker {
         }
     }
 
-    // Adds what experts make of their tokens' features to the residual, or to this rank's part: the first to be added
-    // there where `first` says so. An order of experts is that of their numbers, whatever tokens are beside.
-    void add(const Experts &e, const Routes &routes, const float *features, bool first) {
+    // Where the products of a half are: added to the residual, or by themselves, to be normalised or as a rank's part.
+    float *target(const Norm &norm) const { return in.out == in.x && norm.weight ? added : in.out; }
+
+    // Multiplies x, and writes the products, or adds them to the residual.
+    void products(const Weight &w, const Input &x, float *out) {
+        tiles(w, x, [&](int row, int rows, float *y) {
+            for (int t = 0; t < in.n_tokens; t++) {
+                float *to = out + size_t(t) * in.dim + row;
+                for (int r = 0; r < rows; r++) to[r] = (out == in.x ? to[r] : 0.0f) + y[t * TILE + r];
+            }
+        });
+    }
+
+    // Adds what experts make of their tokens' features, in the order of the experts' numbers, whatever tokens are
+    // beside; is_first: to zeros. A thread has the rows that it has of a shared expert's products.
+    void products(const Experts &e, const Routes &routes, const float *features, float *out, bool is_first) {
         float y[MAX_FEW_TOKENS * TILE];
         Share share((in.dim + TILE - 1) / TILE, thread, size);
         const int start = share.start * TILE, wide = std::min(in.dim, share.stop * TILE) - start;
-        if (first && in.out != in.x && wide > 0)
-            for (int t = 0; t < in.n_tokens; t++) memset(in.out + size_t(t) * in.dim + start, 0, size_t(wide) * 4);
+        if (is_first && wide > 0)
+            for (int t = 0; t < in.n_tokens; t++) memset(out + size_t(t) * in.dim + start, 0, size_t(wide) * 4);
         for (const Routes::Use &use : routes.uses) {
             const Weight &w = e.experts[use.expert].w2;
             const Input part = own.input(features + size_t(use.first) * w.columns, use.n, w.columns, w);
@@ -344,23 +274,24 @@ struct Worker {
                 gemv_tile(w, tile, part, y, low);
                 const int row = tile * TILE, rows = std::min(TILE, in.dim - row);
                 for (int t = 0; t < use.n; t++) {
-                    float *to = in.out + size_t(routes.tokens[use.first + t]) * in.dim + row;
+                    float *to = out + size_t(routes.tokens[use.first + t]) * in.dim + row;
                     const float factor = e.router == SIGMOID_OF_INPUT ? 1.0f : routes.factors[use.first + t];
                     for (int r = 0; r < rows; r++) to[r] += factor * y[t * TILE + r];
                 }
             }
         }
-        team.wait(size);
     }
 
-    // Multiplies x, and adds the products to the residual, or writes them to this rank's part.
-    void add(const Weight &w, const Input &x) {
-        tiles(w, x, [&](int row, int rows, float *y) {
-            for (int t = 0; t < in.n_tokens; t++) {
-                float *to = in.out + size_t(t) * in.dim + row;
-                for (int r = 0; r < rows; r++) to[r] = (in.out == in.x ? to[r] : 0.0f) + y[t * TILE + r];
-            }
-        });
+    // Waits for all products of a half, and adds them to the residual where they are normalised first.
+    void finish_half(const Norm &norm) {
+        team.wait(size);
+        float *out = target(norm);
+        if (out != added) return;
+        Share share(in.n_tokens, thread, size);
+        for (int t = share.start; t < share.stop; t++) {
+            normalise(out + size_t(t) * in.dim, norm, in.dim, in.eps, out + size_t(t) * in.dim);
+            add_scaled(in.x + size_t(t) * in.dim, 1.0f, out + size_t(t) * in.dim, in.dim);
+        }
         team.wait(size);
     }
 };
