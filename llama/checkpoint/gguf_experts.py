@@ -26,13 +26,15 @@ def read_gguf_experts(metadata: Mapping[str, Any], family: Family) -> Experts | 
     """Return the experts of a file, whose metadata is under llama's keys; None where it has none."""
     if metadata.get(COUNT, 0) == 0:
         return None
+    if USED_COUNT not in metadata:
+        raise ValueError(f"{USED_COUNT} is missing, of {metadata[COUNT]!r} experts")
     router = family.router or "softmax of chosen"  # Mixtral's files say that they are llama's
     hidden_dim, n_layers = metadata.get(HIDDEN, metadata.get("llama.feed_forward_length")), _n_layers(metadata)
     step = metadata.get(STEP, 1) if router == "sigmoid of input" else 1
     check_int(STEP, step)
     return Experts(
         n_experts=metadata[COUNT],
-        n_active=metadata.get(USED_COUNT, 0),
+        n_active=metadata[USED_COUNT],
         hidden_dim=hidden_dim,
         router=router,
         shared_hidden_dim=hidden_dim if router == "sigmoid of input" else None,

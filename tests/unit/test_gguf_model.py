@@ -68,7 +68,7 @@ def test_every_rank_gets_its_slice(tmp_path: Path, size: int) -> None:
         ({"general__architecture": "olmo"}, "architecture 'olmo' is not supported, as it has layer norms"),
         ({"general__architecture": "qwen2"}, r"qwen2\.embedding_length must be of type int, found nothing"),
         ({"general__architecture": "gemma"}, "architecture 'gemma'"),
-        ({"llama__expert_count": 8}, "mixture of experts"),
+        ({"llama__expert_count": 8}, "expert_used_count is missing, of 8 experts"),
         ({"llama__rope__scaling__type": "longrope"}, "scaling.type 'longrope' is not supported, only linear and yarn"),
         ({"llama__rope__dimension_count": 8}, "dimension_count 8 differs from the 16 dimensions of a head"),
         ({"llama__embedding_length": None}, r"llama\.embedding_length must be of type int, found nothing"),
