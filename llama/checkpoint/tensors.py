@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llama.checkpoint.families import Family
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import NamingScheme, meta_name, module_name
 from llama.config import ModelArgs
@@ -83,6 +85,17 @@ def missing_biases(
         if name in names:
             raise ValueError(f"{path} has an unexpected bias of {name.removesuffix('.bias')}")
     return missing
+
+
+def norm_offset(name: str, family: Family) -> float:
+    """Return what is added to a tensor of a Hugging Face folder: to the weights of some families' norms, 1."""
+    return family.hf_norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def xielu_weight(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Tensor:
+    """Return the weight of `llama.norms.XIELU` for what files have, whose alphas were trained before a softplus."""
+    alphas = F.softplus(torch.tensor([alpha_p, alpha_n], dtype=torch.float32, device="cpu"))
+    return torch.stack([alphas[0], beta + alphas[1], torch.tensor(beta), torch.tensor(eps)])
 
 
 def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
     CwmConfig,
     Ernie4_5Config,
@@ -23,11 +25,14 @@ from transformers import (
     IQuestCoderConfig,
     Ministral3Config,
     MinistralConfig,
+    NemotronConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     SeedOssConfig,
+    StableLmConfig,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
@@ -97,6 +102,22 @@ RELATIVES: dict[str, tuple[Any, dict[str, Any], int]] = {
     ),
     "cwm": (CwmConfig, {**WIDE, "sliding_window": 512, "max_position_embeddings": 256, "rope_parameters": LLAMA3}, 100),
     "iquestcoder": (IQuestCoderConfig, {**WIDE, "rope_parameters": THETA}, 40),
+    "arcee": (ArceeConfig, {**SIZES, "rope_parameters": YARN}, 100),
+    "arcee, biases": (ArceeConfig, {**SIZES, "attention_bias": True, "mlp_bias": True}, 40),
+    "nemotron": (NemotronConfig, {**WIDE, "norm_eps": 1e-2, "rope_parameters": THETA}, 40),
+    "nemotron, biases": (
+        NemotronConfig,
+        {**SIZES, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        40,
+    ),
+    "apertus": (ApertusConfig, {**SIZES, "rope_parameters": LLAMA3}, 100),
+    "apertus, biases": (ApertusConfig, {**SIZES, "attention_bias": True, "tie_word_embeddings": True}, 40),
+    "stablelm": (StableLmConfig, {**SIZES, "use_qkv_bias": True, "layer_norm_eps": 1e-2}, 40),
+    "stablelm, no biases": (
+        StableLmConfig,
+        {**SIZES, "hidden_size": 192, "rope_parameters": {**THETA, "partial_rotary_factor": 0.5}},
+        40,
+    ),
 }
 
 
@@ -193,6 +214,8 @@ def rotated_as_neighbours(rows: np.ndarray, n_heads: int) -> np.ndarray:
     return rows.reshape(n_heads, 2, len(rows) // n_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+# Architectures whose queries and keys llama.cpp rotates as neighbours, as Meta's code does.
+NEIGHBOURS = ("llama", "granite", "minicpm", "smollm3", "mistral3", "arcee")
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
 
@@ -206,6 +229,8 @@ def write_as_gguf(
     )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if arch == "apertus":
+        keys |= xielu_keys(theirs)
     metadata = {
         "general.architecture": arch,
         f"{arch}.embedding_length": config.hidden_size,
@@ -214,7 +239,7 @@ def write_as_gguf(
         f"{arch}.feed_forward_length": config.intermediate_size,
         f"{arch}.attention.head_count": config.num_attention_heads,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        **eps_keys(config, arch),
         f"{arch}.rope.freq_base": float(rope["rope_theta"]),
         f"{arch}.rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
         "tokenizer.ggml.tokens": [f"token {i}" for i in range(config.vocab_size)],
@@ -224,16 +249,37 @@ def write_as_gguf(
         metadata |= {f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim}
     tensors = {name: (np.array(value, np.float32), F32) for name, value in keys.items() if name.endswith(".weight")}
     for name, tensor in theirs.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or "act_fn" in name:
             continue
         own = kind if tensor.dim() == 2 else F32
         stored = gguf.quantize(np.ascontiguousarray(tensor.numpy()), own)
         tensor.copy_(torch.from_numpy(np.array(gguf.dequantize(stored, own))).view(tensor.shape))
-        if arch in ("llama", "granite", "minicpm", "smollm3", "mistral3") and ("q_proj" in name or "k_proj" in name):
+        if arch == "nemotron" and name.endswith("norm.weight"):
+            stored = stored + np.float32(1)
+        if arch in NEIGHBOURS and ("q_proj" in name or "k_proj" in name):
             n_heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             stored = rotated_as_neighbours(stored, n_heads)
         tensors[names.get_name(name, (".weight", ".bias")) or name] = stored, own
     write_gguf(path, metadata, tensors)
+
+
+def eps_keys(config: Any, arch: str) -> dict[str, float]:
+    keys = {"rms_norm_eps": "rms_epsilon", "norm_eps": "epsilon", "layer_norm_eps": "epsilon"}
+    return {
+        f"{arch}.attention.layer_norm_{key}": getattr(config, own) for own, key in keys.items() if hasattr(config, own)
+    }
+
+
+def llama3_tensors(config: Any) -> dict[str, Any]:
+    """The factors of wavelengths that llama.cpp's converter works out for Llama 3.1's rule."""
+    plain, scaled = 5000.0 ** (-torch.arange(0, 16, 2) / 16), ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+    return {"rope_freqs.weight": (plain / scaled).numpy()}
+
+
+def xielu_keys(model: Any) -> dict[str, Any]:
+    """Of each layer, as the tensors have them: llama.cpp computes softplus itself."""
+    parts = ("alpha_p", "alpha_n", "beta", "eps")
+    return {f"xielu.{part}": [float(getattr(layer.mlp.act_fn, part)) for layer in model.model.layers] for part in parts}
 
 
 def long_tensors(config: Any) -> dict[str, Any]:
@@ -281,6 +327,12 @@ GGUFS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "ernie4_5": ("ernie4_5", no_keys),
     "internlm3": ("llama", no_keys),
     "iquestcoder": ("exaone", no_keys),  # the same weights under EXAONE's name
+    "arcee": ("arcee", yarn_keys),
+    "nemotron": ("nemotron", lambda config: {"{arch}.rope.scaling.type": "none"}),
+    "nemotron, biases": ("nemotron", no_keys),
+    "apertus": ("apertus", llama3_tensors),
+    "stablelm": ("stablelm", lambda config: {"{arch}.use_parallel_residual": True}),  # which llama.cpp does not read
+    "stablelm, no biases": ("stablelm", no_keys),
     # MiniCPM's keys are Granite's, but for the scale of scores, which it has not.
     "minicpm": ("minicpm", lambda config: scale_keys(config) | {"{arch}.attention.scale": None}),
 }
@@ -295,7 +347,9 @@ def test_gguf_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     assert_same(tmp_path / "m.gguf", theirs, RELATIVES[name][2])
 
 
-@pytest.mark.parametrize("name", ["qwen2", "granite, tied", "phi3", "phi4 mini"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "granite, tied", "phi3", "phi4 mini", "arcee", "nemotron, biases", "apertus", "stablelm"]
+)
 @torch.inference_mode()
 def test_blocks_stay_blocks(tmp_path: Path, name: str) -> None:
     """Rows in another order, fused tensors and multipliers do not cost the blocks of any matrix of a layer."""
