@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama.checkpoint.families import Family
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import NamingScheme, meta_name, module_name
+from llama.checkpoint.names import XIELU_PARTS, NamingScheme, meta_name, module_name
 from llama.config import ModelArgs
 
 # Modules of a layer that hold several of the model's, one after the other.
@@ -98,6 +98,14 @@ def xielu_weight(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Ten
     return torch.stack([alphas[0], beta + alphas[1], torch.tensor(beta), torch.tensor(eps)])
 
 
+def xielu_parts(weight: Tensor) -> dict[str, Tensor]:
+    """Return what files have for the weight of an xIELU, as `xielu_weight` reads it."""
+    alpha_p, alpha_n, beta, eps = weight.float()
+    alphas = torch.stack([alpha_p, alpha_n - beta])
+    before = (alphas + torch.log(-torch.expm1(-alphas))).split(1)
+    return dict(zip(XIELU_PARTS, (*before, beta, eps), strict=True))
+
+
 def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:
     """Put rows of whole heads from Hugging Face's order, whose RoPE rotates halves, into Meta's, with neighbours.
 
@@ -109,9 +117,12 @@ def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) 
     return (rotated if dim == head_dim else torch.cat([rotated, heads[:, dim:]], dim=1)).flatten(0, 1)
 
 
-def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
+def pair_halves(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:
     """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    dim = rotary_dim or head_dim
+    heads = rows.unflatten(0, (-1, head_dim))
+    rotated = heads[:, :dim].unflatten(1, (dim // 2, 2)).transpose(1, 2).flatten(1, 2)
+    return (rotated if dim == head_dim else torch.cat([rotated, heads[:, dim:]], dim=1)).flatten(0, 1)
 
 
 def part_of_pairs(

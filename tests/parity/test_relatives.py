@@ -37,6 +37,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.model import Transformer
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
 from tests.gguf_files import write_gguf
 from tests.models import one_pass, random_tokens
@@ -111,7 +112,11 @@ RELATIVES: dict[str, tuple[Any, dict[str, Any], int]] = {
         40,
     ),
     "apertus": (ApertusConfig, {**SIZES, "rope_parameters": LLAMA3}, 100),
-    "apertus, biases": (ApertusConfig, {**SIZES, "attention_bias": True, "tie_word_embeddings": True}, 40),
+    "apertus, biases": (
+        ApertusConfig,
+        {**SIZES, "attention_bias": True, "tie_word_embeddings": True, "rope_parameters": THETA},
+        40,
+    ),
     "stablelm": (StableLmConfig, {**SIZES, "use_qkv_bias": True, "layer_norm_eps": 1e-2}, 40),
     "stablelm, no biases": (
         StableLmConfig,
@@ -124,7 +129,11 @@ RELATIVES: dict[str, tuple[Any, dict[str, Any], int]] = {
 def made(name: str, **changes: Any) -> PreTrainedModel:
     """A model with random weights, of which no two parts are alike; norms and biases too."""
     config_cls, settings, _ = RELATIVES[name]
-    model: Any = AutoModelForCausalLM.from_config(config_cls(**settings | changes), dtype=torch.float32)
+    return of_config(config_cls(**settings | changes))
+
+
+def of_config(config: Any) -> Any:
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     for key, weight in model.named_parameters():
         if weight.dim() == 2:
@@ -148,6 +157,22 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     theirs = made(name)
     theirs.save_pretrained(tmp_path)
     assert_same(tmp_path, theirs, RELATIVES[name][2])
+
+
+@pytest.mark.parametrize("name", ["arcee", "nemotron", "apertus", "stablelm"])
+@torch.inference_mode()
+def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path, name: str) -> None:
+    """Files of older versions, and by hand, say less than transformers writes."""
+    config_cls, _, _ = RELATIVES[name]
+    theirs = of_config(config_cls(**SIZES, max_position_embeddings=16384))
+    theirs.save_pretrained(tmp_path)
+    said = {**SIZES, "model_type": name, "max_position_embeddings": 16384}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert_same(tmp_path, theirs, 40)
+    # Beyond the original context, where long wavelengths show.
+    frequencies = Transformer(open_checkpoint(tmp_path).args).rope.kinds[0].frequencies
+    expected = theirs.model.rotary_emb.inv_freq
+    torch.testing.assert_close(frequencies[: len(expected)], expected)
 
 
 def relabelled(folder: Path, names: dict[str, str], **config: Any) -> None:
@@ -364,10 +389,23 @@ def test_blocks_stay_blocks(tmp_path: Path, name: str) -> None:
     assert floats == (["tok_embeddings.weight"] if "granite" in name else [])
 
 
-@pytest.mark.parametrize("name", ["qwen2", "granite, tied", "phi3, long, beyond", "ernie4_5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2",
+        "granite, tied",
+        "phi3, long, beyond",
+        "ernie4_5",
+        "arcee",
+        "nemotron, biases",
+        "apertus",
+        "apertus, biases",
+        "stablelm",
+    ],
+)
 @torch.inference_mode()
 def test_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path, name: str) -> None:
-    """As a Llama with biases that are zeros, or as a Granite where scores have another scale."""
+    """As a Llama with biases that are zeros, as a Granite where scores have another scale, or as what it was."""
     theirs = made(name, vocab_size=BYTE_VOCAB_SIZE, eos_token_id=257)
     theirs.save_pretrained(tmp_path / "own")
     write_byte_tokenizer(tmp_path / "own")
@@ -403,6 +441,11 @@ def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
             {"rope_scaling": {**long_rope(8, 64)["rope_parameters"], "partial_rotary_factor": 0.5}},
             "8 rope factors do not fit head_dim 8",
         ),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True is not supported: only attention"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm True is not supported"),
+        ("arcee", {"hidden_act": "silu"}, "hidden_act 'silu': only 'relu2' is supported"),
+        ("nemotron", {"norm_eps": 0}, "norm_eps must be a positive number"),
+        ("apertus", {"num_hidden_layers": 3}, r"layers\.2\.mlp\.act_fn\.alpha_p must be a number, but is missing"),
         ("internlm3", {"bias": "no"}, "bias must be true or false"),
         ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, "only llama, mistral"),
     ],
