@@ -49,8 +49,8 @@ class ByteLevel(NamedTuple):
 
 
 BYTE_LEVEL = {
-    "llama3": ByteLevel("llama-bpe", *SPECIAL_TOKENS[:2], last=SPECIAL_TOKENS, add_bos=True),
-    "smollm": ByteLevel("smollm", *SMOLLM_SPECIAL_TOKENS[1:3], first=SMOLLM_SPECIAL_TOKENS),
+    "llama3": ByteLevel("llama-bpe", SPECIAL_TOKENS[0], SPECIAL_TOKENS[1], last=SPECIAL_TOKENS, add_bos=True),
+    "smollm": ByteLevel("smollm", "<|im_start|>", "<|im_end|>", first=SMOLLM_SPECIAL_TOKENS),
     "qwen2": ByteLevel("qwen2", "<|endoftext|>", "<|im_end|>", last=CHAT_TOKENS),
     "olmo2": ByteLevel("dbrx", "<|endoftext|>", "<|endoftext|>", last=CHAT_TOKENS),
 }
