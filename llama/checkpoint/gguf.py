@@ -114,6 +114,9 @@ class GGUFCheckpoint:
                     name: tuple(decode_rows(each, 0, each.shape[0]).tolist()) for name, each in rope_factors.items()
                 },
             )
+            why = self.family.refused.get("use_parallel_residual")  # which GGUF's own key does not tell
+            if why is not None and "blk.0.ffn_norm.weight" not in tensors:
+                raise ValueError(f"attention beside the feed-forward is not supported: {why}")
             multipliers = read_multipliers(self._metadata, self.family, args)
             self.args, self.factors = folded(args, multipliers)
             xielu = read_xielu(self._metadata, args.n_layers) if args.activation == "xielu" else []

@@ -254,8 +254,7 @@ def write_as_gguf(
     )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    if arch == "apertus":
-        keys |= xielu_keys(theirs)
+    keys = xielu_keys(theirs) | keys if arch == "apertus" else keys
     metadata = {
         "general.architecture": arch,
         f"{arch}.embedding_length": config.hidden_size,
@@ -356,6 +355,7 @@ GGUFS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "nemotron": ("nemotron", lambda config: {"{arch}.rope.scaling.type": "none"}),
     "nemotron, biases": ("nemotron", no_keys),
     "apertus": ("apertus", llama3_tensors),
+    "apertus, biases": ("apertus", lambda config: {"xielu.beta": 0.5, "xielu.eps": -1e-6}),  # of all layers
     "stablelm": ("stablelm", lambda config: {"{arch}.use_parallel_residual": True}),  # which llama.cpp does not read
     "stablelm, no biases": ("stablelm", no_keys),
     # MiniCPM's keys are Granite's, but for the scale of scores, which it has not.
@@ -370,6 +370,31 @@ def test_gguf_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     arch, keys = GGUFS[name]
     write_as_gguf(tmp_path / "m.gguf", theirs, arch, **keys(theirs.config))
     assert_same(tmp_path / "m.gguf", theirs, RELATIVES[name][2])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "keys", "said"),
+    [
+        ("stablelm", {"use_parallel_residual": True}, {}, "attention beside the feed-forward is not supported"),
+        ("apertus", {}, {"xielu.beta": [0.5]}, r"xielu\.beta must be a number, or 2 numbers, found \[0\.5\]"),
+        ("apertus", {}, {"xielu.alpha_n": None}, r"xielu\.alpha_n must be a number"),
+        (
+            "nemotron",
+            {},
+            {"nemotron.attention.layer_norm_epsilon": None},
+            r"nemotron\.attention\.layer_norm_epsilon must be of type float",
+        ),
+    ],
+)
+def test_a_gguf_file_that_is_refused_says_why(
+    tmp_path: Path, name: str, changes: dict[str, Any], keys: dict[str, Any], said: str
+) -> None:
+    theirs = made(name, **changes)
+    with torch.inference_mode():
+        write_as_gguf(tmp_path / "m.gguf", theirs, GGUFS[name][0], **keys)
+    with pytest.raises(ValueError, match=said) as caught:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
