@@ -95,7 +95,7 @@ def norm_offset(name: str, family: Family) -> float:
 def xielu_weight(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Tensor:
     """Return the weight of `llama.norms.XIELU` for what files have, whose alphas were trained before a softplus."""
     alphas = F.softplus(torch.tensor([alpha_p, alpha_n], dtype=torch.float32, device="cpu"))
-    return torch.stack([alphas[0], beta + alphas[1], torch.tensor(beta), torch.tensor(eps)])
+    return torch.cat([alphas, alphas.new_tensor([beta, eps])]) + alphas.new_tensor([0.0, beta, 0.0, 0.0])
 
 
 def xielu_parts(weight: Tensor) -> dict[str, Tensor]:

@@ -137,8 +137,8 @@ def _sentencepiece_metadata(vocab_size: int, last: tuple[str, ...]) -> dict[str,
     }
 
 
-def _byte_level_metadata(vocab_size: int, kind: ByteLevel) -> dict[str, Any]:
-    first, last = kind.first, kind.last
+def _byte_level_metadata(vocab_size: int, tokenizer: ByteLevel) -> dict[str, Any]:
+    first, last = tokenizer.first, tokenizer.last
     alphabet = byte_alphabet()
     space = next(char for char, byte in alphabet.items() if byte == ord(" "))
     n_words = vocab_size - len(first) - len(alphabet) - len(last)
@@ -149,13 +149,13 @@ def _byte_level_metadata(vocab_size: int, kind: ByteLevel) -> dict[str, Any]:
     kinds = [control] * len(first) + [TokenType.NORMAL] * len(pieces) + [control] * len(last)
     return {
         TOKENIZER_KEY + "model": "gpt2",
-        TOKENIZER_KEY + "pre": kind.pre,
+        TOKENIZER_KEY + "pre": tokenizer.pre,
         TOKENIZER_KEY + "tokens": tokens,
         TOKENIZER_KEY + "token_type": [int(kind) for kind in kinds],
         TOKENIZER_KEY + "merges": [f"{a.decode()} {b.decode()}" for a, b in merges_of(priorities)],
-        TOKENIZER_KEY + "bos_token_id": tokens.index(kind.bos),
-        TOKENIZER_KEY + "eos_token_id": tokens.index(kind.eos),
-        TOKENIZER_KEY + "add_bos_token": kind.add_bos,
+        TOKENIZER_KEY + "bos_token_id": tokens.index(tokenizer.bos),
+        TOKENIZER_KEY + "eos_token_id": tokens.index(tokenizer.eos),
+        TOKENIZER_KEY + "add_bos_token": tokenizer.add_bos,
     }
 
 

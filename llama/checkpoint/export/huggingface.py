@@ -18,7 +18,7 @@ from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEnt
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.hf_config import BLOCKS_METHOD
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import ROTATED, module_name, stored_name, with_own_parts
+from llama.checkpoint.names import ROTATED, XIELU_PARTS, module_name, stored_name, with_own_parts
 from llama.checkpoint.tensors import norm_offset, pair_halves, xielu_parts
 from llama.quantization.gguf_blocks import BlockType, quantize
 
@@ -83,9 +83,9 @@ class HuggingFaceWriter:
         """Return what the family's files have for a tensor, by their names."""
         if module_name(name) != "xielu":
             return {self._name(name): self.entries[name]}
-        parts = xielu_parts(torch.ones(4)).items()
-        module = self._name(name).rpartition(".")[0]
-        return {f"{module}.{part}": TensorEntry(tuple(value.shape), self.plan.dtype) for part, value in parts}
+        module, shapes = self._name(name).rpartition(".")[0], ((1,), (1,), (), ())
+        parts = zip(XIELU_PARTS, shapes, strict=True)
+        return {f"{module}.{part}": TensorEntry(shape, self.plan.dtype) for part, shape in parts}
 
     def _split_names(self) -> list[list[str]]:
         """Return the names of the tensors in each file, all of which are at most max_file_bytes long if possible."""
