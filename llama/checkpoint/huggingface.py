@@ -211,7 +211,9 @@ class HuggingFaceCheckpoint:
             for name in (f"{module}.{part}" for part in XIELU_PARTS):
                 tensor = self._tensors.pop(name, None)
                 if not isinstance(tensor, Tensor) or tensor.numel() != 1 or not tensor.is_floating_point():
-                    found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+                    found = (
+                        "missing" if tensor is None else f"{getattr(tensor, 'dtype', 'blocks')} {tuple(tensor.shape)}"
+                    )
                     raise ValueError(f"{self.path}: {stored_name(name, 'hf')} must be a number, but is {found}")
                 values.append(float(tensor))
             self._tensors[f"{module}.weight"] = xielu_weight(*values)
