@@ -71,6 +71,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     biases: Biases = field(default_factory=lambda: LLAMA_BIASES)
     fields: Mapping[str, Any] = field(default_factory=dict)  # of ModelArgs, that are the same in all its models
+    refused: Mapping[str, str] = field(default_factory=dict)  # keys that must not say anything, and why
     window: Window = "none"
     # Which layers are not rotated: those that no_rope_layers or no_rope_layer_interval say, or those without a window
     # where others have one.
@@ -82,6 +83,7 @@ class Family:
     is_scaled: bool = False  # whether it has Multipliers
     hf_rows: RowOrder = "halves"
     hf_names: Mapping[str, str] = field(default_factory=dict)
+    hf_norm_offset: float = 0.0  # added to the weights of norms in Hugging Face's folders
     gguf: str = ""  # the architecture in GGUF, where it is not llama's
     gguf_rows: RowOrder = "neighbours"
     gguf_names: Mapping[str, str] = field(default_factory=dict)
@@ -197,6 +199,7 @@ FAMILIES: dict[str, Family] = {
     "minicpm": Family(
         ("MiniCPMForCausalLM",),
         biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        refused=dict.fromkeys(("num_experts", "sparse_config"), "only dense models with full attention are"),
         is_scaled=True,
         gguf="minicpm",
     ),
@@ -342,6 +345,58 @@ FAMILIES: dict[str, Family] = {
         gguf="llama4",
     ),
     "telechat3": Family(("TeleChat3ForCausalLM", "Telechat3ForCausalLM")),
+    "arcee": Family(
+        ("ArceeForCausalLM",), defaults={"rms_norm_eps": 1e-5}, fields={"activation": "relu2"}, gguf="arcee"
+    ),
+    "nemotron": Family(
+        ("NemotronForCausalLM",),
+        keys={"rms_norm_eps": "norm_eps"},
+        defaults={"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        fields={"activation": "relu2", "layer_norms": True},
+        is_partly_rotated=True,
+        hf_norm_offset=1.0,
+        gguf="nemotron",
+        gguf_rows="halves",
+    ),
+    "apertus": Family(
+        ("ApertusForCausalLM",),
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 12000000.0,
+            "max_position_embeddings": 65536,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 12000000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        fields={"activation": "xielu", "qk_norm": "head"},
+        refused={"post_norm": "only norms of what goes into a layer's parts are"},
+        hf_names={
+            ".attention_layernorm.": ".input_layernorm.",
+            ".feedforward_layernorm.": ".post_attention_layernorm.",
+        },
+        gguf="apertus",
+        gguf_rows="halves",
+    ),
+    "stablelm": Family(
+        ("StableLmForCausalLM",),
+        keys={"rms_norm_eps": "layer_norm_eps", "attention_bias": "use_qkv_bias"},
+        defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "partial_rotary_factor": 0.25},
+        biases=dict.fromkeys(("wq", "wk", "wv"), "attention_bias"),
+        fields={"layer_norms": True},
+        refused={
+            "use_parallel_residual": "only attention before the feed-forward is",
+            "qk_layernorm": "only models without norms of queries and keys are",
+        },
+        is_partly_rotated=True,
+        gguf="stablelm",
+        gguf_rows="halves",
+    ),
 }
 # OLMo 3 is OLMo 2 in GGUF, with windows.
 GGUF_FAMILIES = {"llama": FAMILIES["llama"]} | {row.gguf: row for row in FAMILIES.values() if row.gguf}
@@ -351,14 +406,10 @@ _EXPERTS = "is a mixture of experts"
 _SIGHT = "sees pictures: only text models are supported"
 # What others compute that is not Llama's computation, by the model_type of config.json, GGUF's name or both.
 REFUSED = {
-    "apertus": f"{_NORMS}, and has another activation (xIELU)",
-    "arcee": "has another feed-forward (squared ReLU, no gate)",
-    "nemotron": "has another feed-forward (squared ReLU, no gate) and layer norms",
     "olmo": "has layer norms without weights",
     "phi": "has layer norms, and attention beside the feed-forward",
     "phi2": "has layer norms, and attention beside the feed-forward",
-    "stablelm": "has layer norms",
-    "starcoder2": "has layer norms",
+    "starcoder2": "has another activation (GELU) and no gate",
     "gemma": "has another activation (GELU), and norms of another kind",
     "gemma2": "has another activation (GELU), norms of outputs and capped scores",
     "gemma3_text": f"{_NORMS}, and has another activation (GELU)",

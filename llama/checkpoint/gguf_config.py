@@ -10,6 +10,7 @@ from typing import Any
 
 from llama.checkpoint.families import FAMILIES, GGUF_FAMILIES, REFUSED, Family, Multipliers
 from llama.checkpoint.gguf_experts import COUNT, EXPERTS_KEYS, USED_COUNT, gguf_llama4_fields, read_gguf_experts
+from llama.checkpoint.names import XIELU_PARTS
 from llama.checks import check_number
 from llama.config import ModelArgs
 from llama.rope_scaling import FactorScaling, LinearScaling, LongRopeScaling, QueryScaling, RopeScaling, YarnScaling
@@ -30,6 +31,7 @@ OTHER_FIELD_KEYS = {
     "n_experts": COUNT,
     "n_active": USED_COUNT,
 }
+LAYER_NORM_EPS = "llama.attention.layer_norm_epsilon"
 ROTARY_DIM = "llama.rope.dimension_count"
 # Of layers with a window: which they are, and their theta; of queries beyond the original context.
 WINDOW_PATTERN, WINDOW_THETA = "llama.attention.sliding_window_pattern", "llama.rope.freq_base_swa"
@@ -40,10 +42,11 @@ ALL_ROPE_FACTORS = {ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS}
 FIELD_KEYS = REQUIRED_GGUF_KEYS | OPTIONAL_GGUF_KEYS | OTHER_FIELD_KEYS
 # What else is read under the model's own keys, and what says nothing about the computation.
 OTHER_GGUF_KEYS = {
-    "llama.attention.value_length", "llama.rope.dimension_count", "llama.rope.scale_linear",
-    "llama.rope.scaling.attn_factor", "llama.rope.scaling.factor", "llama.rope.scaling.finetuned",
-    "llama.rope.scaling.original_context_length", "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast",
-    "llama.rope.scaling.yarn_beta_slow", "llama.rope.scaling.yarn_log_multiplier", "llama.context_length",
+    LAYER_NORM_EPS, "llama.use_parallel_residual", "llama.attention.value_length",
+    "llama.rope.dimension_count", "llama.rope.scale_linear", "llama.rope.scaling.attn_factor",
+    "llama.rope.scaling.factor", "llama.rope.scaling.finetuned", "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast", "llama.rope.scaling.yarn_beta_slow",
+    "llama.rope.scaling.yarn_log_multiplier", "llama.context_length",
     "llama.tensor_data_layout", "llama.vocab_size",
 }  # fmt: skip
 
@@ -105,7 +108,7 @@ def read_metadata(
         **{field: _get(metadata, key, int) for field, key in REQUIRED_GGUF_KEYS.items()},
         **{field: metadata.get(key) for field, key in OPTIONAL_GGUF_KEYS.items()},  # type: ignore[arg-type]
         vocab_size=len(tokens) if isinstance(tokens, list) and tokens else -1,
-        norm_eps=_get(metadata, FIELD_KEYS["norm_eps"], float),
+        norm_eps=_get(metadata, LAYER_NORM_EPS if family.fields.get("layer_norms") else FIELD_KEYS["norm_eps"], float),
         rope_theta=metadata.get(FIELD_KEYS["rope_theta"], 10000.0),
         rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
         rotary_dim=metadata.get(ROTARY_DIM) if family.is_partly_rotated else None,
@@ -165,6 +168,18 @@ def read_multipliers(metadata: Mapping[str, Any], family: Family, args: ModelArg
         check_number(SCALE_KEYS["scores"], scores)
         given["scores"] = scores * math.sqrt(args.head_dim)
     return Multipliers(**given)
+
+
+def read_xielu(metadata: Mapping[str, Any], n_layers: int) -> list[tuple[float, ...]]:
+    """Return the numbers of each layer's activation, in the order of XIELU_PARTS: a key has one, or one a layer."""
+    columns = []
+    for part in XIELU_PARTS:
+        values = metadata.get(f"xielu.{part}")
+        values = values if isinstance(values, list) else [values] * n_layers
+        if len(values) != n_layers or not all(type(value) is float and math.isfinite(value) for value in values):
+            raise ValueError(f"xielu.{part} must be a number, or {n_layers} numbers, found {values!r:.80}")
+        columns.append(values)
+    return list(zip(*columns, strict=True))
 
 
 def _gguf_rope_scaling(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[float, ...]]) -> RopeScaling | None:

@@ -49,9 +49,8 @@ GRANITE_KEYS = {
     "logits": "logits_scaling",
 }
 FAMILY_CONFIG_KEYS = {
-    *GRANITE_KEYS.values(), "scale_emb", "scale_depth", "dim_model_base", "num_experts", "sparse_config",
-    "attention_out_bias", "use_sliding_window", "layer_types", "sliding_window_pattern", "no_rope_layers",
-    "no_rope_layer_interval",
+    *GRANITE_KEYS.values(), "scale_emb", "scale_depth", "dim_model_base", "attention_out_bias", "use_sliding_window",
+    "layer_types", "sliding_window_pattern", "no_rope_layers", "no_rope_layer_interval", "qk_norm",
 }  # fmt: skip
 
 USED_CONFIG_KEYS = {
@@ -63,9 +62,9 @@ USED_CONFIG_KEYS = {
 # Keys that say nothing about the computation of inference.
 HARMLESS_CONFIG_KEYS = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attention_dropout", "auto_map",
-    "bos_token_id", "dtype", "initializer_range", "max_sequence_length", "max_window_layers", "pad_token_id",
-    "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache",
-    "is_llama_config", "rope_interleaved", "neftune_noise_alpha", "id2label", "label2id", "return_dict",
+    "hidden_dropout", "bos_token_id", "dtype", "initializer_range", "max_sequence_length", "max_window_layers",
+    "pad_token_id", "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id",
+    "use_cache", "is_llama_config", "rope_interleaved", "neftune_noise_alpha", "id2label", "label2id", "return_dict",
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type",
 }  # fmt: skip
 
@@ -90,7 +89,7 @@ def read_config(path: Path) -> Config:
     config = read_text_config(path)
     family = _family(path, config)
     _check_method(path, config)
-    known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | set(family.keys.values())
+    known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | {*family.keys.values(), *family.refused}
     known |= set() if family.router is None else {*EXPERTS_CONFIG_KEYS.values(), *OTHER_EXPERTS_KEYS}
     known |= LLAMA4_KEYS if family is FAMILIES["llama4_text"] else set()
     unknown = sorted(config.keys() - known - (set() if family is FAMILIES["llama"] else FAMILY_CONFIG_KEYS))
@@ -103,13 +102,14 @@ def interpret(path: Path, said: Mapping[str, Any], family: Family) -> Config:
     """Return what the object of a family's config.json says; raise ValueError, which names the path."""
     own_keys = family.keys
     config = {**family.defaults, **said, **{key: said[own] for key, own in own_keys.items() if own in said}}
-    if config.get("hidden_act") not in (None, "silu"):
+    activation = family.fields.get("activation", "silu")
+    if config.get("hidden_act") not in (None, activation):
         key = own_keys.get("hidden_act", "hidden_act")
-        raise ValueError(f"{path} has {key} {config['hidden_act']!r}: only 'silu' is supported")
+        raise ValueError(f"{path} has {key} {config['hidden_act']!r}: only {activation!r} is supported")
     try:
-        for key in ("num_experts", "sparse_config"):
-            if family is FAMILIES["minicpm"] and config.get(key):
-                raise ValueError(f"{key} {config[key]!r} is not supported: only dense models with full attention are")
+        for key, why in family.refused.items():
+            if config.get(key):
+                raise ValueError(f"{key} {config[key]!r} is not supported: {why}")
         biases = {name: key is True or true_or_false(config, str(key)) for name, key in family.biases.items()}
         biased = frozenset(name for name, has in biases.items() if has)
         args = ModelArgs(

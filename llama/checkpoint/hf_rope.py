@@ -108,7 +108,7 @@ def _filled_in(settings: Mapping[str, Any], config: Mapping[str, Any], family: F
     """Return RoPE settings under the newer keys, with what they leave to keys beside them."""
     old_context_len = "original_max_position_embeddings"
     thetas = (settings.get("rope_theta"), config.get("rope_theta"), family.defaults.get("rope_theta"))
-    parts = (settings.get("partial_rotary_factor"), config.get("partial_rotary_factor"))
+    parts = (each.get("partial_rotary_factor") for each in (settings, config, family.defaults))
     filled = {key: value for key, value in settings.items() if key != "type"} | {
         "rope_type": settings.get("rope_type") or settings.get("type") or "default",
         "rope_theta": next((theta for theta in thetas if theta is not None), 10000.0),
@@ -119,7 +119,7 @@ def _filled_in(settings: Mapping[str, Any], config: Mapping[str, Any], family: F
     }
     if filled["partial_rotary_factor"] != 1.0 and not family.is_partly_rotated:
         raise ValueError(f"partial_rotary_factor {filled['partial_rotary_factor']!r} is not supported")
-    if family.is_partly_rotated and filled["rope_type"] in ("su", "yarn"):  # as Phi-3 once called it
+    if "short_factor" in filled and filled["rope_type"] in ("su", "yarn"):  # as Phi-3 once called it
         filled["rope_type"] = "longrope"
     return filled
 

@@ -24,7 +24,7 @@ from llama.checkpoint.load import global_shapes
 from llama.checkpoint.lora import OUTPUT, TABLE, AdaptedCheckpoint, Adapter, LowRankPair
 from llama.checkpoint.mapped_file import Layouts, map_folder
 from llama.checkpoint.names import ROTATED, meta_name, module_name, with_parts
-from llama.checkpoint.tensors import FUSED, pair_neighbours, parts_of_fused
+from llama.checkpoint.tensors import FUSED, norm_offset, pair_neighbours, parts_of_fused
 from llama.config import ModelArgs, read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -111,6 +111,8 @@ def _read_peft(folder: Path, scale: float, checkpoint: StoredCheckpoint) -> Adap
             whole = meta_name(with_parts(f"{module}.{found['whole']}", family.hf_names), "hf")
             fits.check(whole, module, tuple(tensor.shape), is_whole=True)
             if not (found["base"] and found["whole"] == "weight"):  # a table that PEFT saves as it was
+                offset = norm_offset(whole, family)
+                tensor = tensor.float() + offset if offset else tensor
                 replaced[whole] = _in_metas_order(whole, tensor, checkpoint.args, family.hf_rows)
             continue
         is_embedding = "embedding" in part  # whose A is of tokens, as its weight is A's transposed by B's

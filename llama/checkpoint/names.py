@@ -38,6 +38,8 @@ MODULE_NAMES = (
     ("attention_norm", "input_layernorm", "attn_norm"),
     ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 )
+# What files have in place of the weight of an xIELU, each in a tensor or in a key of its own.
+XIELU_PARTS = ("alpha_p", "alpha_n", "beta", "eps")
 # Names in files of tensors that inference does not use: what is computed here, heads of training, what sees pictures.
 DERIVED = re.compile(r"rope\.freqs|([\w.]+\.)?rotary_emb\.inv_freq")
 UNNEEDED = re.compile(

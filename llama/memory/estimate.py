@@ -103,10 +103,10 @@ def activation_bytes(
         rotate_q = 2 * q * size + 8 * q * half
         attend = max(3 * q * size, 2 * q * size + scores)
         norms = (q + 2 * kv) * size + norm_q * q
+        norm = 2 * x + of_norm * args.dim * (not args.layer_norms)  # whose kernel has no copies
+        features = 3 * hidden + (hidden + hidden // size) * (args.activation == "xielu")  # two sides, and which it is
         inside = 2 * x - x * args.output_norms  # the layer's input, and what it is normalised to
-        layer = max(
-            2 * x + of_norm * args.dim, inside + max(rotate_k, rotate_q, attend, norms, x + 3 * hidden + routed)
-        )
+        layer = max(norm, inside + max(rotate_k, rotate_q, attend, norms, x + features + routed))
     prefill = n_tokens * (inputs + layer) + once
     sampled = max(shape.bsz, MAX_SPECULATIVE_POSITIONS * shape.speculative) * SAMPLED_LOGIT_BYTES
     scored = min(shape.prompt_len, MAX_SCORED_POSITIONS) * SCORED_LOGIT_BYTES * shape.scored

@@ -22,8 +22,10 @@ pytestmark = pytest.mark.slow
 RELATIVES = ("qwen2", "seed_oss", "granite, tied", "phi3", "phi4 mini", "internlm3", "ernie4_5, biases", "helium")
 # Norms of all heads, where two ranks share one of three KV heads, which counts once; norms of a head, which are whole.
 LAYERED = ("olmo3", "exaone4")
+# Layer norms and their biases, feed-forwards without a gate, an activation with numbers of its own.
+UNGATED = ("nemotron, biases", "apertus")
 CASES = [(name, size) for name in RELATIVES for size in (1, 2, 3)]
-CASES += [(name, size) for name in LAYERED for size in (2, 3)]
+CASES += [(name, size) for name in LAYERED + UNGATED for size in (2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     folder, jobs, expected = tmp_path_factory.mktemp("ranks"), list[dict[str, Any]](), dict[str, Tensor]()
     tokens = random_tokens(2, 20, vocab_size=BYTE_VOCAB_SIZE)
     for name in dict(CASES):
-        made = test_relatives.made if name in RELATIVES else test_layer_families.made
+        made = test_relatives.made if name in RELATIVES + UNGATED else test_layer_families.made
         theirs = made(name, vocab_size=BYTE_VOCAB_SIZE)
         theirs.save_pretrained(folder / name)
         write_byte_tokenizer(folder / name)

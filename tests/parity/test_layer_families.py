@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -225,6 +226,16 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     assert llm.generate(tokens.tolist(), 30, temperature=0)[0] == expected[:, 30:].tolist()
 
 
+def with_eye(name: str) -> PreTrainedModel:
+    """A model of text inside of one that sees pictures."""
+    eye = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    eye |= {"num_attention_heads": 2, "head_dim": 8, "patch_size": 4, "image_size": 16}
+    config_cls, settings, _ = LAYERED[name]
+    config = Mistral3Config(text_config={**settings, "model_type": config_cls.model_type}, vision_config=eye)
+    config.tie_word_embeddings = False
+    return randomised(Mistral3ForConditionalGeneration(config).float())
+
+
 @pytest.mark.parametrize(
     "prefixes", [{}, {"language_model.model.": "model.language_model.", "language_model.lm": "lm"}]
 )
@@ -233,17 +244,33 @@ def test_what_sees_pictures_is_left_out(
     tmp_path: Path, prefixes: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ministral 3 is released inside of a model that sees pictures, whose tensors two versions of it call otherwise."""
-    config_cls, settings, seqlen = LAYERED["ministral3"]
-    eye = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
-    eye |= {"num_attention_heads": 2, "head_dim": 8, "patch_size": 4, "image_size": 16}
-    config = Mistral3Config(text_config={**settings, "model_type": "ministral3"}, vision_config=eye)
-    config.tie_word_embeddings = False
-    theirs = randomised(Mistral3ForConditionalGeneration(config).float())
+    theirs = with_eye("ministral3")
     theirs.save_pretrained(tmp_path)
     relabelled(tmp_path, prefixes)
     caplog.set_level("INFO")
-    assert_same(tmp_path, theirs, seqlen)
+    assert_same(tmp_path, theirs, LAYERED["ministral3"][2])
     assert "has tensors that are not used: multi_modal_projector" in caplog.text
+
+
+@torch.inference_mode()
+def test_ministral_3_loads_as_it_is_released(tmp_path: Path) -> None:
+    """Inside of a model that sees pictures, in FP8, with scales of activations, which were once unexpected tensors."""
+    theirs: Any = with_eye("ministral3")
+    theirs.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in stored if name.startswith("language_model.model.layers") and "proj" in name]:
+        scale = (stored[name].abs().max() / 448).bfloat16()
+        stored[name] = (stored[name] / scale).to(torch.float8_e4m3fn)
+        module = name.removesuffix(".weight")
+        stored |= {f"{module}.weight_scale_inv": scale, f"{module}.activation_scale": torch.tensor(1.0)}
+        own = theirs.get_parameter(name.replace("language_model.model.", "model.language_model."))
+        own.copy_(stored[name].float() * scale.float())
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    method = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    relabelled(
+        tmp_path, {}, quantization_config={**method, "modules_to_not_convert": ["model.vision_tower", "lm_head"]}
+    )
+    assert_same(tmp_path, theirs, 40)
 
 
 @pytest.mark.parametrize(

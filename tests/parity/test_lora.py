@@ -89,6 +89,7 @@ def logits_of(model: PeftModel) -> Tensor:
 
 
 FAMILIES = ["qwen2", "granite", "phi3", "phi4 mini", "ernie4_5", "helium", "olmo2", "exaone4", "hunyuan"]
+FAMILIES += ["nemotron", "apertus"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,7 +99,13 @@ def test_adapters_of_other_families_change_logits_as_pefts_do(tmp_path: Path, na
     theirs.save_pretrained(tmp_path / "base")
     write_byte_tokenizer(tmp_path / "base")
     modules = ["qkv_proj", "gate_up_proj", "o_proj"] if name.startswith("phi") else ALL
-    whole = {"olmo2": ["post_attention_layernorm", "q_norm"], "hunyuan": ["key_layernorm"]}.get(name)
+    modules = [module for module in modules if module != "gate_proj" or name not in ("nemotron", "apertus")]
+    whole = {
+        "olmo2": ["post_attention_layernorm", "q_norm"],
+        "hunyuan": ["key_layernorm"],
+        "nemotron": ["input_layernorm"],
+        "apertus": ["feedforward_layernorm"],
+    }.get(name)
     config = LoraConfig(
         init_lora_weights=False, task_type="CAUSAL_LM", r=3, lora_alpha=8, target_modules=modules, modules_to_save=whole
     )

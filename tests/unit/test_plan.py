@@ -188,6 +188,22 @@ SHAPES = {
     ),
     # Each has all tokens, which no more than one of many may have.
     "experts": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, experts=Experts(2, 2, 704)),
+    "layer norms, no gate": ModelArgs(
+        dim=256,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=2,
+        vocab_size=512,
+        hidden_dim=704,
+        activation="relu2",
+        layer_norms=True,
+    ),
+    "layer norms, narrow": ModelArgs(
+        dim=512, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, vocab_size=512, hidden_dim=64, layer_norms=True
+    ),
+    "xielu": ModelArgs(
+        dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=704, activation="xielu", qk_norm="head"
+    ),
     "vocabulary": ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=60_000, hidden_dim=64),
 }
 

@@ -138,6 +138,8 @@ def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
         {"tied_embeddings": True, "head_dim": 16},
         {"attention_bias": True, "mlp_bias": True},
         {"sliding_window": 16},
+        {"activation": "relu2"},
+        {"activation": "relu2", "layer_norms": True, "rotary_dim": 4},
         *({"rope_scaling": scaling} for scaling in SCALINGS),
     ],
     ids=str,
@@ -163,7 +165,18 @@ def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> 
     assert stops == source.tokenizer.stop_tokens
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "model_type"),
+    [("qwen3-8b", "qwen3"), ("olmo2-7b", "olmo2"), ("smollm3-3b", "smollm3"), ("arcee-4.5b", "arcee")],
+)
+def test_a_preset_is_written_as_what_it_was_released_as(preset: str, model_type: str) -> None:
+    args = dataclasses.replace(PRESETS[preset].args, vocab_size=512)
+    checkpoint = RandomCheckpoint(preset, PRESETS[preset]._replace(args=args, tokenizer="sentencepiece"), 1)
+    plan = ExportPlan(checkpoint, lambda: checkpoint, args, tokenizer_source(checkpoint), torch.bfloat16, 4096)
+    assert hf_config(plan)[0]["model_type"] == model_type
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.args.is_plain])
 def test_the_architecture_of_every_preset_survives_params_json(tmp_path: Path, name: str) -> None:
     args = PRESETS[name].args
     (tmp_path / "params.json").write_text(json.dumps(meta_params(args)))
@@ -337,6 +350,10 @@ PARAMETERS = {
     "mistral-7b": 7241732096,
     "tinyllama-1.1b": 1100048384,
     "smollm2-135m": 134515008,
+    "qwen3-0.6b": 596049920,
+    "qwen3-8b": 8190735360,
+    "olmo2-7b": 7298617344,
+    "smollm3-3b": 3075098624,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 from llama.checkpoint.base import dtype_name
@@ -17,6 +18,8 @@ from llama.checkpoint.hf_config import (
     REQUIRED_CONFIG_KEYS,
     interpret,
 )
+from llama.checkpoint.load import global_shapes
+from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.rope_scaling import (
     DynamicScaling,
@@ -31,7 +34,7 @@ from llama.rope_scaling import (
 # What a model may be written as, the plainest first.
 WRITTEN = (
     "llama", "mistral", "granite", "ministral", "qwen3", "olmo2", "olmo3", "exaone4", "hunyuan_v1_dense", "ministral3",
-    "smollm3",
+    "smollm3", "arcee", "nemotron", "apertus", "stablelm",
 )  # fmt: skip
 ROPE_TYPES = {
     LinearScaling: "linear",
@@ -46,9 +49,10 @@ _BESIDE_LAYERS = ("attention_bias", "mlp_bias", "sliding_window", "rotary_dim", 
 _OTHER_FIELDS = ("max_batch_size", "max_seq_len", "multiple_of", "ffn_dim_multiplier", "use_scaled_rope")
 
 
-def hf_config(plan: ExportPlan) -> tuple[dict[str, Any], Family]:
+def hf_config(plan: ExportPlan) -> tuple[dict[str, Any], Family, frozenset[str]]:
     """Return the content of config.json, and the family that it is of: the first by whose rules it means the model.
 
+    Return also the modules whose biases the family has not, which are zeros.
     Raise ValueError where it means that by none.
     """
     args, tokenizer = plan.args, plan.tokenizer.tokenizer
@@ -68,8 +72,9 @@ def hf_config(plan: ExportPlan) -> tuple[dict[str, Any], Family]:
         read, factors = folded(said.args, said.multipliers)
         if math.isclose(read.score_factor, wanted.score_factor, rel_tol=1e-12):
             read = dataclasses.replace(read, score_factor=wanted.score_factor)
-        if _computed(read) == _computed(wanted) and said.biased == biased and not factors:
-            found = config, family
+        lost = frozenset(biased - said.biased)
+        if _computed(read) == _computed(wanted) and not factors and _have_no_biases(plan, lost):
+            found = config, family, lost
             break
     if found is None:
         plain = ModelArgs()
@@ -77,14 +82,20 @@ def hf_config(plan: ExportPlan) -> tuple[dict[str, Any], Family]:
         kept = beside | args.beyond_llama
         both = " and ".join(f"{name} {value!r}" for name, value in kept.items())
         raise ValueError(f"config.json cannot express {both}: {', '.join(WRITTEN)} can be written, and none has that")
-    config, family = found
+    config, family, lost = found
     config["torch_dtype"] = dtype_name(plan.dtype)
     if tokenizer.bos_id >= 0:
         config["bos_token_id"] = tokenizer.bos_id
     stops = sorted(tokenizer.stop_tokens | plan.checkpoint.stop_tokens)
     if stops:
         config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-    return config, family
+    return config, family, lost
+
+
+def _have_no_biases(plan: ExportPlan, modules: Collection[str]) -> bool:
+    """Tell whether all biases of modules are zeros."""
+    names = (name for name in global_shapes(plan.args) if name.endswith(".bias") and module_name(name) in modules)
+    return not any(bool(plan.checkpoint.read(name).any()) for name in names)
 
 
 def _computed(args: ModelArgs) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def _config(args: ModelArgs, model_type: str, family: Family, context_len: int) 
         "rms_norm_eps": args.norm_eps,
         "rope_theta": args.rope_theta,
         "rope_scaling": None,
-        "hidden_act": "silu",
+        "hidden_act": family.fields.get("activation", "silu"),
         "use_cache": True,
         "pad_token_id": None,  # the default of some families is beyond a small vocabulary
     }
@@ -114,6 +125,8 @@ def _config(args: ModelArgs, model_type: str, family: Family, context_len: int) 
         config["rope_scaling"] = _rope_settings(args.rope_scaling)
         if isinstance(args.rope_scaling, DynamicScaling):
             config["max_position_embeddings"] = args.rope_scaling.old_context_len
+    elif "rope_parameters" in family.defaults:
+        config["rope_scaling"] = {"rope_type": "default"}
     if family is FAMILIES["granite"]:
         config |= dict.fromkeys(GRANITE_KEYS.values(), 1.0)
         config[GRANITE_KEYS["scores"]] = args.score_factor / math.sqrt(args.head_dim)
@@ -138,7 +151,9 @@ def _config(args: ModelArgs, model_type: str, family: Family, context_len: int) 
             settings.setdefault("original_max_position_embeddings", args.query_scaling.period)
             settings["llama_4_scaling_beta"] = args.query_scaling.beta
         config["rope_parameters"] = settings
-    return config
+    if family.is_partly_rotated:
+        config["partial_rotary_factor"] = (args.rotary_dim or args.head_dim) / args.head_dim
+    return {family.keys.get(key, key): value for key, value in config.items()}
 
 
 def _rope_settings(scaling: RopeScaling) -> dict[str, Any]:

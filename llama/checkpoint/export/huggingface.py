@@ -18,8 +18,8 @@ from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEnt
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.hf_config import BLOCKS_METHOD
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import ROTATED, module_name, stored_name, with_own_parts
-from llama.checkpoint.tensors import pair_halves
+from llama.checkpoint.names import ROTATED, XIELU_PARTS, module_name, stored_name, with_own_parts
+from llama.checkpoint.tensors import norm_offset, pair_halves, xielu_parts
 from llama.quantization.gguf_blocks import BlockType, quantize
 
 MAX_FILE_BYTES = 5_000_000_000
@@ -31,10 +31,12 @@ class HuggingFaceWriter:
     def __init__(self, plan: ExportPlan, quantize: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
         """Plan the files. quantize is int8 or int4; None keeps all weights in the plan's dtype."""
         self.plan, self.max_file_bytes = plan, max_file_bytes
-        self.config, self.family = hf_config(plan)
+        self.config, self.family, lost = hf_config(plan)
         self.entries: dict[str, TensorEntry] = {}
         self.block_types: dict[str, BlockType] = {}
         for name, shape in global_shapes(plan.args).items():
+            if name.endswith(".bias") and module_name(name) in lost:
+                continue
             block_type = quantized_type(name, shape, quantize) if quantize else None
             if block_type is None:
                 self.entries[name] = TensorEntry(shape, plan.dtype)
@@ -54,15 +56,17 @@ class HuggingFaceWriter:
         folder.mkdir()
         write_tokenizer(self.plan.tokenizer, folder, "hf")
         names_of_files = self._split_names()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(names_of_files):
             count = len(names_of_files)
             file_name = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-            file = SafetensorsFile(folder / file_name, {self._name(name): self.entries[name] for name in names})
+            entries = {own: entry for name in names for own, entry in self._entries(name).items()}
+            file = SafetensorsFile(folder / file_name, entries)
             for name, tensor in self.plan.read_all(names):
-                file.add(self._stored(name, tensor))
+                for part in self._stored(name, tensor):
+                    file.add(part)
                 progress(self.entries[name].nbytes)
-                weight_map[self._name(name)] = file_name
+            weight_map |= dict.fromkeys(entries, file_name)
             file.close()
         if len(names_of_files) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
@@ -74,6 +78,14 @@ class HuggingFaceWriter:
     def _name(self, name: str) -> str:
         """Return what the family calls a tensor in its files."""
         return with_own_parts(stored_name(name, "hf"), self.family.hf_names)
+
+    def _entries(self, name: str) -> dict[str, TensorEntry]:
+        """Return what the family's files have for a tensor, by their names."""
+        if module_name(name) != "xielu":
+            return {self._name(name): self.entries[name]}
+        module, shapes = self._name(name).rpartition(".")[0], ((1,), (1,), (), ())
+        parts = zip(XIELU_PARTS, shapes, strict=True)
+        return {f"{module}.{part}": TensorEntry(shape, self.plan.dtype) for part, shape in parts}
 
     def _split_names(self) -> list[list[str]]:
         """Return the names of the tensors in each file, all of which are at most max_file_bytes long if possible."""
@@ -87,16 +99,20 @@ class HuggingFaceWriter:
             size += entry.nbytes
         return files
 
-    def _stored(self, name: str, tensor: Tensor) -> Tensor:
+    def _stored(self, name: str, tensor: Tensor) -> list[Tensor]:
         """Return a whole tensor as it is written: in the plan's dtype or in blocks, rows in Hugging Face's order."""
+        if module_name(name) == "xielu":
+            return [part.to(self.plan.dtype) for part in xielu_parts(tensor).values()]
         if name not in self.block_types:
-            stored = self.plan.as_dtype(name, tensor, self.plan.dtype)
+            offset = norm_offset(name, self.family)
+            stored = self.plan.as_dtype(name, tensor.float() - offset if offset else tensor, self.plan.dtype)
         else:
             try:
                 stored = quantize(tensor, self.block_types[name])
             except ValueError as error:
                 raise ValueError(f"{self.plan.own_name(name)}: {error}") from None
-        return pair_halves(stored, self.plan.args.head_dim) if module_name(name) in ROTATED else stored
+        args = self.plan.args
+        return [pair_halves(stored, args.head_dim, args.rotary_dim) if module_name(name) in ROTATED else stored]
 
     def _write_generation_config(self, path: Path) -> None:
         """Copy the checkpoint's own file where it has one; else write the ids that begin and end a generation."""
