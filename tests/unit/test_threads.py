@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.backends.cpu.backend import StepThreads
 from llama.backends.cpu.build import library
-from llama.backends.cpu.step_threads import StepThreads
 from llama.distributed.threads import allowed_cpus, share_cores, usable_cores, user_chose_threads
 from tests.models import BYTE_BOS
 

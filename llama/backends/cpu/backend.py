@@ -7,9 +7,13 @@ rotations, the gates of feed-forwards, and attention.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import math
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -17,21 +21,69 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.backends.cpu import ops
+from llama.backends.cpu.cpu_times import CpuTimes
 from llama.backends.cpu.packed_weight import PackedWeight
-from llama.backends.cpu.step_threads import StepThreads
 from llama.backends.eager import EagerBackend
 from llama.cache import ForwardBatch
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from llama.distributed.threads import user_chose_threads
+from llama.distributed.threads import allowed_cpus, user_chose_threads
 from llama.feed_forward import ExpertsFeedForward, FeedForward
 from llama.model import Attention, Transformer, TransformerBlock
 from llama.norms import LayerNorm, RMSNorm
 from llama.sampling import FilterTensors, SamplingTensors, TokenSampler, sample
 
+# Seconds between looks at what other processes take: 25 of the kernel's ticks.
+SECONDS_TO_LOOK = 0.25
+# Cores that others may keep busy before a thread gives way; one that shares its core with another process counts half.
+TOLERATED = 0.3
+
 ALL_PARTS = ops.PROJECTION | ops.ATTENTION | ops.FEED_FORWARD
 
 # Runs all layers on the residual (n_tokens, dim), in place.
 Layers = Callable[[Tensor, ops.LayersInput], None]
+
+
+class StepThreads:
+    """A context with as many threads as other processes leave cores free, and at most torch's number of them.
+
+    Threads wait for each other some 150 times a token: where one has to wait for a core, all wait. It is for work whose
+    results do not depend on the number (see D30), which torch's matrix products do not promise. Only the thread that
+    enters is told. A number that the user chose stays.
+    """
+
+    def __init__(self, share: int, root: Path = Path("/"), seconds: float = SECONDS_TO_LOOK) -> None:
+        """Give way where torch's number of threads is `share`; look every `seconds`. root: of the file system."""
+        self._root, self._seconds = root, seconds
+        self._share = self._threads = share
+        self._cpus = allowed_cpus()
+        self._look_at = math.inf
+        if self._share > 1:
+            with contextlib.suppress(OSError):
+                self._times = CpuTimes.read(self._cpus, root)
+                self._look_at = time.monotonic() + seconds
+
+    def __enter__(self) -> None:
+        if time.monotonic() >= self._look_at:
+            self._look()
+        self._torchs = torch.get_num_threads()
+        if self._threads < self._torchs == self._share:
+            ops.set_openmp_threads(self._threads)
+
+    def __exit__(self, *error: object) -> None:
+        if self._threads < self._torchs == self._share:
+            ops.set_openmp_threads(self._torchs)
+
+    def _look(self) -> None:
+        self._look_at = time.monotonic() + self._seconds
+        try:
+            before, now = self._times, CpuTimes.read(self._cpus, self._root)
+        except OSError:  # too many open files, at the moment
+            return
+        elapsed = now.elapsed - before.elapsed
+        if elapsed > 0:
+            others = ((now.busy - before.busy) - (now.own - before.own)) / elapsed
+            free = int(len(self._cpus) - others + TOLERATED)
+            self._threads, self._times = max(1, min(self._share, free)), now
 
 
 class CpuSampler:
@@ -99,6 +151,8 @@ class CpuBackend(EagerBackend):
         self._max_few = ops.max_few_tokens()
         self._c_output = self._describe(self.output)
         self._c_table = self._describe(self.tok_embeddings)
+        self._norm_weight = self.norm.weight.float()
+        self._norm_bias = self.norm.bias.float() if isinstance(self.norm, LayerNorm) else None
         attention = self.layers[0].attention
         # Fields of LayersInput that are the same for every call.
         self._constants = {
@@ -130,8 +184,11 @@ class CpuBackend(EagerBackend):
     def _run(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch, layers: Layers) -> Tensor:
         residual = self._embed(tokens)
         layers(residual, self._inputs(residual, rotations, batch))
-        states: Tensor = self.norm(residual)
-        return states
+        if self._norm_bias is not None:
+            return F.layer_norm(
+                residual, self._norm_weight.shape, self._norm_weight, self._norm_bias, self.args.norm_eps
+            )
+        return F.rms_norm(residual, self._norm_weight.shape, self._norm_weight, self.args.norm_eps)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens (n_tokens,) in new memory, fp32: layers add to them in place."""
@@ -173,13 +230,26 @@ class CpuBackend(EagerBackend):
         eps, dtype = self.args.norm_eps, self.dtype
         delta, of_delta = None, ops.NormView()
         for i, described in enumerate(self._c_layers):
-            h = ops.fused_add_norm(x, delta, of_delta, described.attention_norm, eps, dtype)
-            del delta
-            delta = self._attend(i, h, inputs)
+            delta = self._attend(i, x, delta, of_delta, inputs)
             h = ops.fused_add_norm(x, delta, described.attention_output_norm, described.ffn_norm, eps, dtype)
             delta, of_delta = self._feed_forward(i, h), described.ffn_output_norm
             del h
         ops.fused_add_norm(x, delta, of_delta, None, eps, dtype)
+
+    def _attend(
+        self, layer: int, x: Tensor, delta: Tensor | None, of_delta: ops.NormView, inputs: ops.LayersInput
+    ) -> Tensor:
+        """Add the norm of delta to the residual x in place; return a layer's attention of the sum: (n_tokens, dim)."""
+        attention, of_sum = self.layers[layer].attention, self._c_layers[layer].attention_norm
+        h = ops.fused_add_norm(x, delta, of_delta, of_sum, self.args.norm_eps, self.dtype)
+        q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
+        if self._c_layers[layer].head_norm == ops.HEADS_OF_RANKS:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        ops.rope_and_append_kv(self._c_layers, layer, inputs, q, k, v)
+        del h, k, v
+        ops.attend(self._c_layers, layer, inputs, q)
+        y: Tensor = attention.wo(q)
+        return y
 
     def _feed_forward(self, layer: int, h: Tensor) -> Tensor:
         """Return a layer's feed-forward of h (n_tokens, dim)."""
@@ -197,18 +267,6 @@ class CpuBackend(EagerBackend):
         if isinstance(feed_forward, FeedForward):
             return run(feed_forward, h)
         return self.parallel.all_reduce(feed_forward.local_sum(h, run).to(self.dtype))
-
-    def _attend(self, layer: int, h: Tensor, inputs: ops.LayersInput) -> Tensor:
-        """Return a layer's attention of h (n_tokens, dim)."""
-        attention = self.layers[layer].attention
-        q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
-        if self._c_layers[layer].head_norm == ops.HEADS_OF_RANKS:
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        ops.rope_and_append_kv(self._c_layers, layer, inputs, q, k, v)
-        del k, v
-        ops.attend(self._c_layers, layer, inputs, q)
-        y: Tensor = attention.wo(q)
-        return y
 
     def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.WeightView:
         """Return the C structure of a linear or of the embedding table."""
