@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama.backends.cuda import matmul as matmul_module
 from llama.backends.cuda.matmul import matmul
+from llama.norms import XIELU
 from llama.quantization import planar as planes
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, BlockType, dequantize
 from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
@@ -119,6 +120,20 @@ def test_one_token_is_multiplied_in_fp32(block_type: BlockType) -> None:
         rounded = x.to(dtype)
         close(gemv.gemv(rounded, weight, bias, torch.float32), rounded.double() @ values.t() + bias)
     close(matmul(x, weight, bias, torch.float32), expected + bias)
+
+
+def test_activations_without_a_gate_are_of_the_product_and_its_bias() -> None:
+    """As relu^2 of Nemotron's and xIELU of Apertus' feed-forwards, which have w3 alone."""
+    weight, values = stored(BLOCK_TYPES["Q4_0"], 10)
+    x, bias = random(3, COLUMNS) / values.abs().max(), random(len(values))
+    xielu = XIELU().double().to(DEVICE)
+    xielu.weight.data = torch.tensor([0.7, 1.3, 0.5, -1e-6], dtype=torch.float64, device=DEVICE)
+    for multiply, n_tokens in ((gemv.gemv, 1), (gemm.gemm, 3)):
+        ups = x[:n_tokens].double() @ values.t() + bias
+        assert ups.min() < -1 and ups.max() > 1
+        close(multiply(x[:n_tokens], weight, bias, activation="relu2"), F.relu(ups).square(), 5e-6)
+        slopes = xielu.weight.float()
+        close(multiply(x[:n_tokens], weight, bias, activation="xielu", slopes=slopes), xielu(ups), 5e-6)
 
 
 @pytest.mark.parametrize("columns", [2 * 4096, 4096 + 256])
@@ -260,6 +275,7 @@ def ahead_of_time() -> Iterator[Ahead]:
     sizes = dict.fromkeys(("n_out", "n_in", "n_groups", "x_stride"), "i32:16") | {"n_tokens": "i32"}
     for kind, pointers in (POINTERS | LARGEST).items():
         absent = dict.fromkeys({"high_ptr", "scales_ptr", "sub_scales_ptr"} - pointers.keys())
+        no_ends = dict.fromkeys(("bias_ptr", "slopes_ptr"))
         # For fp32, as it takes the most registers, the type that does so, too.
         for dtype, name in [(torch.bfloat16, "bf16"), *([(torch.float32, "fp32")] if kind == "Q6_K" else [])]:
             tensors = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "codes_ptr": "*i32", **pointers}
@@ -267,12 +283,12 @@ def ahead_of_time() -> Iterator[Ahead]:
                 (MAX_GEMV_TOKENS, MAX_DEQUANT_GEMM_TOKENS), (4096, 28672), (False, True)
             ):
                 tokens, tile = gemm.tile_for(kind, n_tokens, n_rows, dtype)
-                constants = {"bias_ptr": None, "KIND": kind, "GATED": gated, "TOKENS": tokens, "EVEN": True}
+                constants = {"KIND": kind, "ACTIVATION": "silu" if gated else None, "TOKENS": tokens, "EVEN": True}
                 constants |= {"ROWS": tile.rows, "GROUPS": tile.groups, "STAGES": tile.stages}
                 # What is gated has many rows.
                 if gated == (n_rows == 28672) and (kind in POINTERS or (gated and n_tokens > MAX_GEMV_TOKENS)):
                     label = f"gemm {kind} {name} {n_tokens} {n_rows}"
-                    kernel = gemm._gemm_kernel, tensors | sizes, absent | constants
+                    kernel = gemm._gemm_kernel, tensors | sizes, absent | no_ends | constants
                     yield Ahead(label, *kernel, num_warps=tile.warps, num_stages=tile.stages)
             byte_pointers = {name: "*u8" if name == "high_ptr" else kind for name, kind in pointers.items()}
             alone = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "codes_ptr": "*u8", **byte_pointers}
@@ -280,9 +296,20 @@ def ahead_of_time() -> Iterator[Ahead]:
             vector, rows = 16 // dtype.itemsize, gemv.ROWS[dtype.itemsize]
             uneven = [(4, False, False)]  # as w2 is
             for warps, gated, even in [*uneven, *([(4, False, True), (2, True, True)] if kind in POINTERS else [])]:
-                constants = {"bias_ptr": None, "KIND": kind, "GATED": gated, "ROWS": rows, "LANES": 32 * warps}
+                constants = {"KIND": kind, "ACTIVATION": "silu" if gated else None, "ROWS": rows, "LANES": 32 * warps}
                 constants |= {"VECTOR": vector, "EVEN": even}
-                yield Ahead(f"gemv {kind} {name} {warps} {even}", gemv._gemv_kernel, alone, absent | constants, warps)
+                yield Ahead(
+                    f"gemv {kind} {name} {warps} {even}", gemv._gemv_kernel, alone, absent | no_ends | constants, warps
+                )
+            if kind == "Q4_K":  # gates, biases and activations come after all that is held at once
+                ends = {"bias_ptr": "*bf16", "slopes_ptr": "*bf16"}
+                constants |= {"EVEN": True, "ACTIVATION": "xielu"}
+                yield Ahead(f"gemv {kind} {name} xielu", gemv._gemv_kernel, alone | ends, absent | constants, warps)
+                tokens, tile = gemm.tile_for(kind, MAX_DEQUANT_GEMM_TOKENS, 28672, dtype)
+                constants = {"KIND": kind, "ACTIVATION": "xielu", "TOKENS": tokens, "EVEN": True}
+                constants |= {"ROWS": tile.rows, "GROUPS": tile.groups, "STAGES": tile.stages}
+                kernel = gemm._gemm_kernel, tensors | ends | sizes, absent | constants
+                yield Ahead(f"gemm {kind} {name} xielu", *kernel, num_warps=tile.warps, num_stages=tile.stages)
         if kind in LARGEST:
             continue
         signature = {"codes_ptr": "*i32", **pointers, "values_ptr": "*bf16", "n_in": "i32:16", "n_groups": "i32:16"}
