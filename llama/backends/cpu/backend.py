@@ -209,11 +209,13 @@ class CpuBackend(EagerBackend):
         heads = [ops.new(len(x), n * inputs.head_dim) for n in (inputs.n_heads, inputs.n_kv_heads)]
         inputs.q, inputs.k = ops.pointers(*((each, torch.float32, each.numel()) for each in heads))
         for i, layer in enumerate(self.layers):
-            ops.run_layers(self._c_layers, i, i + 1, ops.PROJECTION, inputs)
+            parts = ops.PROJECTION | ops.ATTENTION
             if self._c_layers[i].head_norm == ops.HEADS_OF_RANKS:
+                ops.run_layers(self._c_layers, i, i + 1, ops.PROJECTION, inputs)
+                parts = ops.ATTENTION
                 for each, norm in zip(heads, (layer.attention.q_norm, layer.attention.k_norm), strict=True):
                     each.copy_(norm(each))
-            ops.run_layers(self._c_layers, i, i + 1, ops.ATTENTION, inputs)
+            ops.run_layers(self._c_layers, i, i + 1, parts, inputs)
             self._add_shares(x, share, layer.attention.wo.bias, layer.attention_norm)
             ops.run_layers(self._c_layers, i, i + 1, ops.FEED_FORWARD, inputs)
             self._add_shares(x, share, layer.feed_forward.bias, layer.ffn_norm)
