@@ -13,11 +13,12 @@ from gpu_checking.bench import Bench
 from gpu_checking.clock import UNCACHED, copy_gb_s, seconds_each
 from gpu_checking.random_models import Maker
 from gpu_checking.sizes import FLOATS
-from llama.backends.cuda import attention, elementwise, gemm, gemv
+from llama.backends.cuda import attention, elementwise, gemm, gemv, heads
 from llama.backends.cuda import sampling as gpu_sampling
+from llama.backends.cuda.elementwise import NormWeights
 from llama.backends.cuda.matmul import GpuWeight, matmul
 from llama.cache import PAGE_SIZE, pages_for
-from llama.config import ModelArgs
+from llama.config import ModelArgs, Sight
 from llama.quantization.planar import MAX_GEMV_TOKENS
 from llama.rope import Rotary
 
@@ -106,9 +107,8 @@ def measure_attention(bench: Bench, context: int) -> None:
     start_pos = torch.tensor([context - 1], device=bench.device)
     q = torch.randn(1, 1, args.n_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
     table = torch.randperm(n_pages, device=bench.device).to(torch.int32)[None]
-    runs = [
-        partial(attention.flash_attention, q, k, v, table, start_pos, None) for k, v in zip(keys, values, strict=True)
-    ]
+    each_layer = zip(keys, values, strict=True)
+    runs = [partial(attention.flash_attention, q, k, v, table, start_pos, Sight()) for k, v in each_layer]
     took = seconds_each(runs, bench)
     gb_s = 2 * keys[0].nbytes / took / 1e9
     percent = 100 * gb_s / copy_gb_s(bench)
@@ -126,7 +126,7 @@ def measure_between(bench: Bench) -> None:
         x, delta = (torch.randn(n, args.dim, device=bench.device) for _ in range(2))
         weight = torch.ones(args.dim, device=bench.device, dtype=bench.dtype)
         run: Callable[[], object] = partial(
-            elementwise.fused_add_rms_norm, x, delta, weight, args.norm_eps, bench.dtype
+            elementwise.fused_add_norm, x, delta, NormWeights(weight), args.norm_eps, bench.dtype
         )
         time_kernel(bench, f"sum and norm, tokens: {n}", run)
         both = torch.randn(n, 2 * args.hidden_dim, device=bench.device, dtype=bench.dtype)
@@ -136,8 +136,8 @@ def measure_between(bench: Bench) -> None:
         columns = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
         qkv = torch.randn(n, columns, device=bench.device, dtype=bench.dtype)
         cache = torch.zeros(2, n, PAGE_SIZE, args.n_kv_heads, args.head_dim, device=bench.device, dtype=bench.dtype)
-        heads = args.n_heads, args.n_kv_heads
-        run = partial(elementwise.rope_and_append_kv, qkv, rotation, slots, cache[0], cache[1], *heads)
+        counts = args.n_heads, args.n_kv_heads
+        run = partial(heads.rope_and_append_kv, qkv, (rotation, rotation), slots, cache[0], cache[1], *counts)
         time_kernel(bench, f"rotation, tokens: {n}", run)
 
 

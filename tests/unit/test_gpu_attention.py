@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="GPU kernels are written in Triton")
 from llama.backends.cuda import attention
 from llama.backends.cuda.attention import attention_tile, flash_attention, n_splits
 from llama.cache import PAGE_SIZE, pages_for
+from llama.config import Sight
 from llama.quantization.planar import MAX_GEMV_TOKENS
 
 pytestmark = pytest.mark.slow
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.slow
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 N_KV_HEADS = 2
+ALL = Sight()
 NO_PAGE = 1 << 30  # reading it would end the process
 
 
@@ -37,7 +40,7 @@ def random_step(
 
 
 def attention_over_pages(
-    q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None, seed: int | None = 0
+    q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, sight: Sight, seed: int | None = 0
 ) -> Tensor:
     """flash_attention over pages in a random order; what lies beyond a row's length is no number, or no page at all."""
     bsz, max_seq_len, width = len(keys), keys.shape[1], pages_for(keys.shape[1])
@@ -56,17 +59,19 @@ def attention_over_pages(
             pages[0, table[row, page], : stop - first] = keys[row, first:stop]
             pages[1, table[row, page], : stop - first] = values[row, first:stop]
         table[row, pages_for(length) :] = NO_PAGE
-    return flash_attention(q, pages[0], pages[1], table, start_pos, window)
+    return flash_attention(q, pages[0], pages[1], table, start_pos, sight)
 
 
-def expected(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, window: int | None) -> Tensor:
+def expected(q: Tensor, keys: Tensor, values: Tensor, start_pos: Tensor, sight: Sight) -> Tensor:
     """By torch in fp64, from the same inputs."""
     seqlen = q.shape[1]
     queries = (start_pos[:, None] + torch.arange(seqlen, device=DEVICE))[:, None, :, None]
     places = torch.arange(keys.shape[1], device=DEVICE)
     mask = places <= queries
-    if window is not None:
-        mask &= places > queries - window
+    if sight.window is not None:
+        mask &= places > queries - sight.window
+    if sight.chunk is not None:
+        mask &= places // sight.chunk == queries // sight.chunk
     return reference.attend(q.double(), keys.double(), values.double(), mask)
 
 
@@ -75,20 +80,23 @@ def close(actual: Tensor, wanted: Tensor) -> None:
     assert (actual.double() - wanted).abs().max() <= BOUNDS[actual.dtype] * wanted.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of what a tile has beyond the last token
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(
-    ("seqlen", "group", "head_dim", "max_seq_len", "window"),
+    ("seqlen", "group", "head_dim", "max_seq_len", "sight"),
     [
-        (1, 3, 64, 150, None),  # several splits, of which a short row uses one
-        (1, 4, 128, 30, None),
-        (1, 1, 80, 150, 50),
-        (3, 4, 80, 150, 33),  # a window shorter than a block
-        (3, 1, 12, 150, None),
-        (8, 7, 12, 80, 70),  # more rows than a tile
-        (8, 3, 256, 60, None),
-        (40, 1, 64, 150, None),
-        (33, 4, 128, 60, None),  # a row more than a tile of 128 holds
-        (19, 7, 80, 60, 33),
+        (1, 3, 64, 150, ALL),  # several splits, of which a short row uses one
+        (1, 4, 128, 30, ALL),
+        (1, 1, 80, 150, Sight(50)),
+        (3, 4, 80, 150, Sight(33)),  # a window shorter than a block
+        (3, 1, 12, 150, ALL),
+        (8, 7, 12, 80, Sight(70)),  # more rows than a tile
+        (8, 3, 256, 60, ALL),
+        (40, 1, 64, 150, ALL),
+        (33, 4, 128, 60, ALL),  # a row more than a tile of 128 holds
+        (19, 7, 80, 60, Sight(33)),
+        (3, 3, 64, 150, Sight(chunk=50)),  # of which a tile sees two
+        (19, 1, 12, 80, Sight(9, 21)),  # by its chunk or by its window, whichever ends first
     ],
 )
 def test_a_query_sees_the_keys_up_to_its_own(
@@ -96,7 +104,7 @@ def test_a_query_sees_the_keys_up_to_its_own(
     group: int,
     head_dim: int,
     max_seq_len: int,
-    window: int | None,
+    sight: Sight,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -105,43 +113,44 @@ def test_a_query_sees_the_keys_up_to_its_own(
         monkeypatch.setattr(attention, "PROGRAMS", 1)
     q, keys, values = random_step(3, seqlen, group, head_dim, max_seq_len, dtype)
     start_pos = torch.tensor([max_seq_len - seqlen, 0, (max_seq_len - seqlen) // 2], device=DEVICE)
-    y = attention_over_pages(q, keys, values, start_pos, window)
+    y = attention_over_pages(q, keys, values, start_pos, sight)
     assert y.dtype == dtype
-    close(y, expected(q, keys, values, start_pos, window))
+    close(y, expected(q, keys, values, start_pos, sight))
 
 
-@pytest.mark.parametrize(("seqlen", "group", "window"), [(1, 3, None), (3, 1, 40), (19, 3, None)])
-def test_the_same_bits_whatever_the_pages(seqlen: int, group: int, window: int | None) -> None:
+@pytest.mark.parametrize(("seqlen", "group", "sight"), [(1, 3, ALL), (3, 1, Sight(40)), (19, 3, ALL)])
+def test_the_same_bits_whatever_the_pages(seqlen: int, group: int, sight: Sight) -> None:
     """A text would otherwise depend on what was in the cache before it, or beside it."""
     q, keys, values = random_step(2, seqlen, group, 64, 100, torch.bfloat16)
     start_pos = torch.tensor([80, 30], device=DEVICE)
-    in_order = attention_over_pages(q, keys, values, start_pos, window, seed=None)
+    in_order = attention_over_pages(q, keys, values, start_pos, sight, seed=None)
     for seed in (1, 2):
-        assert torch.equal(attention_over_pages(q, keys, values, start_pos, window, seed), in_order)
+        assert torch.equal(attention_over_pages(q, keys, values, start_pos, sight, seed), in_order)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("group", "max_seq_len", "window"), [(1, 30, None), (1, 150, 40), (3, 150, None), (7, 30, 20), (7, 80, None)]
+    ("group", "max_seq_len", "sight"),
+    [(1, 30, ALL), (1, 150, Sight(40)), (3, 150, ALL), (7, 30, Sight(chunk=20)), (7, 80, ALL)],
 )
 def test_a_token_gets_the_same_bits_whatever_goes_with_it(
-    group: int, max_seq_len: int, window: int | None, dtype: torch.dtype
+    group: int, max_seq_len: int, sight: Sight, dtype: torch.dtype
 ) -> None:
     """Speculation would otherwise change texts: a guess is checked among others, and generated alone."""
     q, keys, values = random_step(2, MAX_GEMV_TOKENS, group, 64, max_seq_len, dtype)
     start_pos = torch.tensor([max_seq_len - MAX_GEMV_TOKENS, 5], device=DEVICE)
-    together = attention_over_pages(q, keys, values, start_pos, window)
-    three = attention_over_pages(q[:, :3], keys, values, start_pos, window)
+    together = attention_over_pages(q, keys, values, start_pos, sight)
+    three = attention_over_pages(q[:, :3], keys, values, start_pos, sight)
     assert torch.equal(together[:, :3], three)
     for token in (0, 4, MAX_GEMV_TOKENS - 1):
-        alone = attention_over_pages(q[:, token : token + 1], keys, values, start_pos + token, window)
+        alone = attention_over_pages(q[:, token : token + 1], keys, values, start_pos + token, sight)
         assert torch.equal(together[:, token : token + 1], alone), token
 
 
 def test_a_dead_row_yields_something_finite() -> None:
     q, keys, values = random_step(2, 1, 3, 64, 150, torch.bfloat16)
     keys[1], values[1] = 0, 0
-    y = attention_over_pages(q, keys, values, torch.tensor([140, 0], device=DEVICE), None)
+    y = attention_over_pages(q, keys, values, torch.tensor([140, 0], device=DEVICE), ALL)
     assert y.isfinite().all() and not y[1].any()
 
 
@@ -169,25 +178,27 @@ def test_pages_beyond_two_to_the_31_values_are_read() -> None:
     keys = torch.randn(2, 2, 1, head_dim, generator=generator).to(DEVICE, torch.float16)
     pages[[0, last], :2] = keys
     q = torch.randn(2, 1, 3, head_dim, generator=generator).to(DEVICE, torch.float16)
-    close(flash_attention(q, pages, pages, table, start_pos, None), expected(q, keys, keys, start_pos, None))
+    close(flash_attention(q, pages, pages, table, start_pos, ALL), expected(q, keys, keys, start_pos, ALL))
 
 
 def ahead_of_time() -> Iterator[Ahead]:
     """At the shape of Llama 3 8B: a step with splits and a prompt without."""
     pointers = ("q_ptr", "keys_ptr", "values_ptr", "out_ptr")
-    numbers = {"seqlen": "i32", "max_seq_len": "i32", "window": "i32"}
+    numbers = {"seqlen": "i32", "max_seq_len": "i32", "window": "i32", "chunk": "i32"}
     parts = {"table_ptr": "*i32", "start_pos_ptr": "*i64", "partial_ptr": "*fp32", "weights_ptr": "*fp32"}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         signature = {pointer: f"*{name}" for pointer in pointers} | parts | numbers
         for seqlen in (1, 4096):
-            for capability in CAPABILITIES:
+            chunks = (False, True) if dtype == torch.bfloat16 else (False,)
+            for capability, chunk in itertools.product(CAPABILITIES, chunks):
                 tile = attention_tile(dtype, 128, 4, seqlen, capability)
                 constants = {
                     **{"N_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_D": 128},
                     **{"BLOCK_M": tile.rows, "BLOCK_N": tile.keys},
-                    **{"WINDOW": False, "SPLIT": seqlen == 1, "WHOLE": seqlen > MAX_GEMV_TOKENS},
+                    **{"WINDOW": chunk, "CHUNK": chunk, "SPLIT": seqlen == 1},
+                    "WHOLE": seqlen > MAX_GEMV_TOKENS and not chunk,
                 }
-                label = f"{name} {seqlen} for {capability}"
+                label = f"{name} {seqlen}{' of a chunk' if chunk else ''} for {capability}"
                 yield Ahead(label, attention._attend, signature, constants, tile.warps, tile.stages)
     signature = {"partial_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32"}
     yield Ahead("combine", attention._combine, signature, {"HEAD_DIM": 128, "BLOCK_S": 32, "BLOCK_D": 128})
@@ -197,7 +208,7 @@ def test_no_kernel_spills_registers_at_the_shape_of_8b() -> None:
     kernels = compiled_kernels("tests.unit.test_gpu_attention")
     # Each tile for the GPU that it is meant for.
     kernels = {name: kernel for name, kernel in kernels.items() if " for " not in name or name[-2:] == name[-8:-6]}
-    assert len(kernels) == 10
+    assert len(kernels) == 14
     for name, kernel in kernels.items():
         assert kernel.spills == 0, name
         assert kernel.shared <= 160 << 10, name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from llama.model import Transformer
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, quantize
 from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 from llama.quantization.weights import LowRank
+from llama.rope_scaling import QueryScaling
 from tests.checkpoints import TINY, random_state, write_meta
 from tests.models import build, random_tokens, transformer
 
@@ -46,10 +49,18 @@ def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def state_of(args: ModelArgs) -> dict[str, Tensor]:
+    """Random tensors of all names, of vectors beside Llama's too."""
     generator = torch.Generator().manual_seed(3)
-    shapes = global_shapes(args)
-    biases = {name: torch.randn(shape, generator=generator) / 8 for name, shape in shapes.items() if "bias" in name}
-    return random_state(args) | biases
+    state = random_state(args)
+
+    def made(name: str, shape: tuple[int, ...]) -> Tensor:
+        if "bias" in name:
+            return torch.randn(shape, generator=generator) / 8
+        if "xielu" in name:
+            return torch.tensor([0.7, 1.3, 0.5, -1e-6])
+        return state.get(name, 1 + torch.randn(shape, generator=generator) / 4)
+
+    return {name: made(name, shape) for name, shape in global_shapes(args).items()}
 
 
 MODELS = {
@@ -57,6 +68,35 @@ MODELS = {
     "biases": dataclasses.replace(ARGS, attention_bias=True, mlp_bias=True),
     "window": dataclasses.replace(ARGS, sliding_window=7),
     "tied": dataclasses.replace(ARGS, tied_embeddings=True),
+}
+# What further families compute, in a few models that have all of it.
+FURTHER = {
+    "chunks": dataclasses.replace(
+        ARGS,
+        attention_chunk=5,
+        full_layers=(1,),
+        unrotated_layers=(1,),
+        qk_norm="unit",
+        query_scaling=QueryScaling(beta=0.5, period=4),
+        activation="relu2",
+        mlp_bias=True,
+    ),
+    "windows": dataclasses.replace(
+        ARGS,
+        sliding_window=7,
+        full_layers=(1,),
+        window_rope_theta=50.0,
+        qk_norm="all heads",
+        output_norms=True,
+        activation="xielu",
+    ),
+    "layer norms": dataclasses.replace(
+        ARGS,
+        layer_norms=True,
+        rotary_dim=8,
+        qk_norm="rotated head",
+        query_scaling=QueryScaling(beta=0.5, period=4, shift=1),
+    ),
 }
 
 
@@ -67,18 +107,17 @@ def pair(args: ModelArgs, dtype: torch.dtype = torch.float32) -> tuple[Transform
     return plain, other
 
 
-def logits(model: Transformer, prompt_len: int = 12, chunk_len: int = 11) -> list[Tensor]:
+def logits(model: Transformer, prompt_len: int = 12, chunk_len: int = 11) -> Iterator[Tensor]:
     """Of ragged prompts, and then of steps of three tokens and of one, at positions of each row's own."""
     cache = model.new_cache(3, 32)
     tokens = random_tokens(3, 24, vocab_size=64).to(DEVICE)
     start_pos = torch.tensor([12, 4, 9], device=DEVICE).clamp(max=prompt_len)
-    found = [model(tokens[:, :prompt_len], torch.zeros_like(start_pos), cache)]
+    yield model(tokens[:, :prompt_len], torch.zeros_like(start_pos), cache)
     for seqlen in (3, 1):  # nine tokens, and three
-        found.append(model(tokens[:, :seqlen], start_pos, cache))
+        yield model(tokens[:, :seqlen], start_pos, cache)
         start_pos += seqlen
-    found.append(model(tokens[:2, :chunk_len], start_pos[:2], cache))  # a chunk of a prompt, of two rows
-    found.append(model(tokens[:1, 11:12], start_pos[:1] + chunk_len, cache))  # one token
-    return found
+    yield model(tokens[:2, :chunk_len], start_pos[:2], cache)  # a chunk of a prompt, of two rows
+    yield model(tokens[:1, 11:12], start_pos[:1] + chunk_len, cache)  # one token
 
 
 @torch.inference_mode()
@@ -86,6 +125,16 @@ def logits(model: Transformer, prompt_len: int = 12, chunk_len: int = 11) -> lis
 def test_layers_by_kernels_give_the_models_own_logits(name: str) -> None:
     plain, other = pair(MODELS[name])
     for found, expected in zip(logits(other), logits(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of what a tile has beyond the last token
+@pytest.mark.parametrize("name", FURTHER)
+def test_layers_of_further_families_give_the_models_own_logits(name: str) -> None:
+    """Prompts beyond windows and chunks, and a step; the CPU's eager layers are what transformers is compared with."""
+    assert CudaBackend.computes(FURTHER[name])
+    for found, expected in itertools.islice(zip(*map(logits, pair(FURTHER[name])), strict=True), 2):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -221,10 +270,13 @@ class NoWait(TorchDispatchMode):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("seqlen", [1, 3])
-def test_a_step_whose_lengths_the_host_does_not_know_is_the_same(seqlen: int) -> None:
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of what a tile has beyond the last token
+@pytest.mark.parametrize(
+    ("seqlen", "args"), [(1, ARGS), (3, ARGS), (1, FURTHER["chunks"])], ids=["one token", "three", "chunks"]
+)
+def test_a_step_whose_lengths_the_host_does_not_know_is_the_same(seqlen: int, args: ModelArgs) -> None:
     """As a CUDA graph captures it, which holds at every length."""
-    _, model = pair(ARGS, torch.bfloat16)
+    _, model = pair(args, torch.bfloat16)
     starts = [19, 2, 9]
     tokens = random_tokens(3, seqlen, vocab_size=64).flatten().to(DEVICE)
     caches = [model.new_cache(1, 10 * PAGE_SIZE) for _ in range(2)]

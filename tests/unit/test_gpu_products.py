@@ -260,6 +260,7 @@ def ahead_of_time() -> Iterator[Ahead]:
     sizes = dict.fromkeys(("n_out", "n_in", "n_groups", "x_stride"), "i32:16") | {"n_tokens": "i32"}
     for kind, pointers in (POINTERS | LARGEST).items():
         absent = dict.fromkeys({"high_ptr", "scales_ptr", "sub_scales_ptr"} - pointers.keys())
+        no_ends = dict.fromkeys(("bias_ptr", "slopes_ptr"))
         # For fp32, as it takes the most registers, the type that does so, too.
         for dtype, name in [(torch.bfloat16, "bf16"), *([(torch.float32, "fp32")] if kind == "Q6_K" else [])]:
             tensors = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "codes_ptr": "*i32", **pointers}
@@ -267,12 +268,12 @@ def ahead_of_time() -> Iterator[Ahead]:
                 (MAX_GEMV_TOKENS, MAX_DEQUANT_GEMM_TOKENS), (4096, 28672), (False, True)
             ):
                 tokens, tile = gemm.tile_for(kind, n_tokens, n_rows, dtype)
-                constants = {"bias_ptr": None, "KIND": kind, "GATED": gated, "TOKENS": tokens, "EVEN": True}
+                constants = {"KIND": kind, "ACTIVATION": "silu" if gated else None, "TOKENS": tokens, "EVEN": True}
                 constants |= {"ROWS": tile.rows, "GROUPS": tile.groups, "STAGES": tile.stages}
                 # What is gated has many rows.
                 if gated == (n_rows == 28672) and (kind in POINTERS or (gated and n_tokens > MAX_GEMV_TOKENS)):
                     label = f"gemm {kind} {name} {n_tokens} {n_rows}"
-                    kernel = gemm._gemm_kernel, tensors | sizes, absent | constants
+                    kernel = gemm._gemm_kernel, tensors | sizes, absent | no_ends | constants
                     yield Ahead(label, *kernel, num_warps=tile.warps, num_stages=tile.stages)
             byte_pointers = {name: "*u8" if name == "high_ptr" else kind for name, kind in pointers.items()}
             alone = {"x_ptr": f"*{name}", "y_ptr": f"*{name}", "codes_ptr": "*u8", **byte_pointers}
@@ -280,9 +281,20 @@ def ahead_of_time() -> Iterator[Ahead]:
             vector, rows = 16 // dtype.itemsize, gemv.ROWS[dtype.itemsize]
             uneven = [(4, False, False)]  # as w2 is
             for warps, gated, even in [*uneven, *([(4, False, True), (2, True, True)] if kind in POINTERS else [])]:
-                constants = {"bias_ptr": None, "KIND": kind, "GATED": gated, "ROWS": rows, "LANES": 32 * warps}
+                constants = {"KIND": kind, "ACTIVATION": "silu" if gated else None, "ROWS": rows, "LANES": 32 * warps}
                 constants |= {"VECTOR": vector, "EVEN": even}
-                yield Ahead(f"gemv {kind} {name} {warps} {even}", gemv._gemv_kernel, alone, absent | constants, warps)
+                yield Ahead(
+                    f"gemv {kind} {name} {warps} {even}", gemv._gemv_kernel, alone, absent | no_ends | constants, warps
+                )
+            if kind == "Q4_K":  # gates, biases and activations come after all that is held at once
+                ends = {"bias_ptr": "*bf16", "slopes_ptr": "*bf16"}
+                constants |= {"EVEN": True, "ACTIVATION": "xielu"}
+                yield Ahead(f"gemv {kind} {name} xielu", gemv._gemv_kernel, alone | ends, absent | constants, warps)
+                tokens, tile = gemm.tile_for(kind, MAX_DEQUANT_GEMM_TOKENS, 28672, dtype)
+                constants = {"KIND": kind, "ACTIVATION": "xielu", "TOKENS": tokens, "EVEN": True}
+                constants |= {"ROWS": tile.rows, "GROUPS": tile.groups, "STAGES": tile.stages}
+                kernel = gemm._gemm_kernel, tensors | ends | sizes, absent | constants
+                yield Ahead(f"gemm {kind} {name} xielu", *kernel, num_warps=tile.warps, num_stages=tile.stages)
         if kind in LARGEST:
             continue
         signature = {"codes_ptr": "*i32", **pointers, "values_ptr": "*bf16", "n_in": "i32:16", "n_groups": "i32:16"}

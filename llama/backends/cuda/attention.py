@@ -17,6 +17,7 @@ from torch import Tensor
 from llama.backends.cuda.available import OLDEST
 from llama.backends.cuda.dequantize import INTERPRETED
 from llama.cache import PAGE_SIZE
+from llama.config import Sight
 from llama.quantization.planar import MAX_GEMV_TOKENS
 
 # Programs that a launch aims at: two for each of the 108 to 132 multiprocessors of an A100 or H100.
@@ -69,7 +70,7 @@ def flash_attention(
     values: Tensor,
     page_table: Tensor,
     start_pos: Tensor,
-    window: int | None,
+    sight: Sight,
     out: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention over a layer's cache, in which the queries' own keys are written already.
@@ -78,7 +79,7 @@ def flash_attention(
     contiguous; head_dim is at most 256.
     keys, values: (n_pages, PAGE_SIZE, n_kv_heads, head_dim), contiguous.
     page_table: (rows, pages), int32, contiguous: each row's pages in order; what lies beyond its length is not read.
-    start_pos: (rows,), int64, position of each row's first query. A query sees the `window` positions up to its own.
+    start_pos: (rows,), int64, position of each row's first query; sight: which positions up to its own a query sees.
 
     Which blocks a program sums follows from the shape of the page table, not from lengths nor from which pages it
     names: of up to MAX_GEMV_TOKENS tokens each gets the same bits as alone. A row without a token, at start_pos 0, gets
@@ -113,7 +114,8 @@ def flash_attention(
         weights,
         seqlen,
         max_seq_len,
-        window or 0,
+        sight.window or 0,
+        sight.chunk or 0,
         # Constants, so that Triton sees how far places are aligned: of head_dim 100, to 4 values.
         N_KV_HEADS=n_kv_heads,
         GROUP=group,
@@ -121,9 +123,10 @@ def flash_attention(
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
         BLOCK_D=padded_dim,
-        WINDOW=window is not None,
+        WINDOW=sight.window is not None,
+        CHUNK=sight.chunk is not None,
         SPLIT=splits > 1,
-        WHOLE=seqlen > MAX_GEMV_TOKENS and window is None,
+        WHOLE=seqlen > MAX_GEMV_TOKENS and sight == Sight(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -155,7 +158,7 @@ def _padded(n: int) -> int:
 
 # Not specialized: for another number of tokens, or another first row, the same code runs, and rounds the same.
 @triton.jit(
-    do_not_specialize=["seqlen", "max_seq_len", "window"],
+    do_not_specialize=["seqlen", "max_seq_len", "window", "chunk"],
     do_not_specialize_on_alignment=["table_ptr", "start_pos_ptr"],
 )
 def _attend(
@@ -170,6 +173,7 @@ def _attend(
     seqlen: tl.tensor,
     max_seq_len: tl.tensor,
     window: tl.tensor,
+    chunk: tl.tensor,
     N_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -177,6 +181,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
@@ -209,8 +214,8 @@ def _attend(
     last_token = tl.minimum((first_pair + BLOCK_M - 1) // GROUP, seqlen - 1)
     stop = tl.minimum(start_pos + last_token + 1, max_seq_len)
     at = split * BLOCK_N
-    if WINDOW:
-        seen = tl.maximum(first_pos - window + 1, 0) // BLOCK_N
+    if WINDOW or CHUNK:
+        seen = _first_seen(first_pos, window, chunk, WINDOW, CHUNK) // BLOCK_N
         at = (seen + (split + splits - seen % splits) % splits) * BLOCK_N
     step = splits * BLOCK_N
 
@@ -237,8 +242,8 @@ def _attend(
         slots = next_slots
         key_positions = key + tl.arange(0, BLOCK_N)[None, :]
         sees = key_positions <= positions[:, None]
-        if WINDOW:
-            sees &= key_positions > positions[:, None] - window
+        if WINDOW or CHUNK:
+            sees &= key_positions >= _first_seen(positions, window, chunk, WINDOW, CHUNK)[:, None]
         scores = tl.where(sees, scores, float("-inf"))
         acc, highest, total = _add(acc, highest, total, scores, v)
 
@@ -251,6 +256,20 @@ def _attend(
     else:
         acc = acc / total[:, None]
         tl.store(out_ptr + queries[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _first_seen(
+    position: tl.tensor, window: tl.tensor, chunk: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr
+) -> tl.tensor:
+    """The first position that a query at `position` sees, by its window, by its chunk, or by both."""
+    if WINDOW and CHUNK:
+        first = tl.maximum(position - window + 1, position // chunk * chunk)
+    elif CHUNK:
+        first = position // chunk * chunk
+    else:
+        first = position - window + 1
+    return tl.maximum(first, 0)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ class CudaBackend(EagerBackend):
     @staticmethod
     def computes(args: ModelArgs) -> bool:
         """Tell whether the kernels compute a model of this architecture."""
-        return args.is_plain and args.head_dim <= MAX_HEAD_DIM
+        return args.head_dim <= MAX_HEAD_DIM
 
     def bind(self, model: Transformer) -> None:
         for module in model.modules():
@@ -54,7 +54,7 @@ class CudaBackend(EagerBackend):
         return CudaGraphs(self.device)
 
     def run_layers(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
-        return self._layers(tokens, rotations[0], batch)
+        return self._layers(tokens, rotations, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with torch.cuda.device_of(hidden):

@@ -1,17 +1,38 @@
-"""What lies between the matrix products of a layer on a GPU, each in one pass: sums and norms, rotations, gates."""
+"""What lies between the matrix products of a layer on a GPU, each in one pass: sums and norms, and activations."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from llama.config import Activation
+
 VECTOR = 1024  # values of a program of 4 warps: 16 bytes of bf16 a thread
 
 
-def fused_add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x (n_tokens, dim), fp32, grows by delta of any dtype; the sum's RMS norm times weight (dim,), in `dtype`.
+class NormWeights(NamedTuple):
+    """Of a norm of states, (dim,) each: an RMS norm, or a layer norm where it has a bias."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+NO_NORM = None, None
+
+
+def fused_add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    norm: NormWeights | None,
+    eps: float,
+    dtype: torch.dtype,
+    delta_norm: NormWeights | None = None,
+) -> Tensor:
+    """x (n_tokens, dim), fp32, grows by delta of any dtype, or by its norm; the sum, or its norm, in `dtype`.
 
     All are contiguous. Computed in fp32, a token at a time.
     """
@@ -20,57 +41,16 @@ def fused_add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: flo
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     _add_and_norm[(n_tokens,)](
         x,
-        x if delta is None else delta,  # not read then
-        weight,
+        delta,
+        *(delta_norm or NO_NORM),
+        *(norm or NO_NORM),
         y,
         dim,
         eps,
         BLOCK=triton.next_power_of_2(dim),
-        ADD=delta is not None,
         num_warps=4 if dim <= 2048 else 8 if dim <= 8192 else 16,
     )
     return y
-
-
-def rope_and_append_kv(
-    qkv: Tensor,
-    rotation: Tensor,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    n_heads: int,
-    n_kv_heads: int,
-) -> Tensor:
-    """Rotated queries (n_tokens, n_heads, head_dim), in the cache's dtype.
-
-    Rotated keys, and values, go to the slots of a layer's cache.
-
-    qkv: (n_tokens, (n_heads + 2 * n_kv_heads) * head_dim), contiguous, as one product made it.
-    rotation: complex64 (n_tokens, 1, head_dim / 2), as `llama.rope.rotate` takes it.
-    slots: (n_tokens,), int64. keys, values: (n_pages, PAGE_SIZE, n_kv_heads, head_dim), contiguous.
-    """
-    n_tokens, heads, head_dim = len(qkv), n_heads + 2 * n_kv_heads, keys.shape[3]
-    assert qkv.is_contiguous() and qkv.shape[1] == heads * head_dim and len(rotation) == n_tokens, qkv.shape
-    assert slots.shape == (n_tokens,) and slots.dtype == torch.int64 and slots.is_contiguous(), slots.shape
-    assert keys.shape == values.shape and keys.is_contiguous() and values.is_contiguous()
-    q = keys.new_empty(n_tokens, n_heads, head_dim)
-    block_d = triton.next_power_of_2(head_dim)
-    block_heads = max(1, VECTOR // block_d)
-    _rotate_and_keep[(n_tokens, triton.cdiv(heads, block_heads))](
-        qkv,
-        torch.view_as_real(rotation.contiguous()),
-        slots,
-        q,
-        keys,
-        values,
-        N_HEADS=n_heads,
-        N_KV_HEADS=n_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_HEADS=block_heads,
-        BLOCK_D=block_d,
-        num_warps=4,
-    )
-    return q
 
 
 def silu_and_mul(both: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -85,74 +65,61 @@ def silu_and_mul(both: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return y
 
 
+def activate(
+    ups: Tensor, activation: Activation, slopes: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An activation without a gate of ups (n_tokens, hidden), contiguous, in `dtype`, or else in that of ups.
+
+    slopes: (4,), the numbers of xIELU as `llama.norms.XIELU` has them.
+    """
+    assert ups.is_contiguous()
+    y = torch.empty_like(ups, dtype=dtype or ups.dtype)
+    _activate[(triton.cdiv(ups.numel(), VECTOR),)](
+        ups, slopes, y, ups.numel(), ACTIVATION=activation, BLOCK=VECTOR, num_warps=4
+    )
+    return y
+
+
 @triton.jit
 def _add_and_norm(
     x_ptr: tl.tensor,
     delta_ptr: tl.tensor,
+    delta_weight_ptr: tl.tensor,
+    delta_bias_ptr: tl.tensor,
     weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
     y_ptr: tl.tensor,
     dim: tl.tensor,
     eps: tl.tensor,
     BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
 ) -> None:
-    """One token of x, delta, y (n_tokens, dim); weight: (dim,). BLOCK is at least dim."""
+    """One token of x, delta, y (n_tokens, dim); weights and biases: (dim,), or None. BLOCK is at least dim."""
     at = tl.arange(0, BLOCK)
     exists = at < dim
     row = tl.program_id(0).to(tl.int64) * dim
     x = tl.load(x_ptr + row + at, mask=exists, other=0.0)
-    if ADD:
-        x += tl.load(delta_ptr + row + at, mask=exists, other=0.0).to(tl.float32)
+    if delta_ptr is not None:
+        delta = tl.load(delta_ptr + row + at, mask=exists, other=0.0).to(tl.float32)
+        x += _norm(delta, delta_weight_ptr, delta_bias_ptr, at, dim, eps)
         tl.store(x_ptr + row + at, x, mask=exists)
-    scale = 1 / tl.sqrt(tl.sum(x * x, 0) / dim + eps)
-    weight = tl.load(weight_ptr + at, mask=exists, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row + at, (x * scale * weight).to(y_ptr.dtype.element_ty), mask=exists)
+    y = _norm(x, weight_ptr, bias_ptr, at, dim, eps)
+    tl.store(y_ptr + row + at, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _rotate_and_keep(
-    qkv_ptr: tl.tensor,
-    rotation_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    q_ptr: tl.tensor,
-    keys_ptr: tl.tensor,
-    values_ptr: tl.tensor,
-    N_HEADS: tl.constexpr,
-    N_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
-    """BLOCK_HEADS heads of one token of qkv (n_tokens, heads, HEAD_DIM): queries, then keys, then values.
-
-    rotation: (n_tokens, HEAD_DIM / 2, 2), cosines and sines; q: (n_tokens, N_HEADS, HEAD_DIM); slots: (n_tokens,);
-    keys, values: (slots of the cache, N_KV_HEADS, HEAD_DIM).
-    """
-    token = tl.program_id(0)
-    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    d = tl.arange(0, BLOCK_D)
-    inside = (d < HEAD_DIM)[None, :]
-    exists = (heads < N_HEADS + 2 * N_KV_HEADS)[:, None] & inside
-    first = token.to(tl.int64) * ((N_HEADS + 2 * N_KV_HEADS) * HEAD_DIM)
-    x = tl.load(qkv_ptr + first + heads[:, None] * HEAD_DIM + d[None, :], mask=exists, other=0.0).to(tl.float32)
-
-    rotation = tl.load(rotation_ptr + token.to(tl.int64) * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)
-    cos, sin = tl.split(tl.reshape(rotation, (1, BLOCK_D // 2, 2)))
-    even, odd = tl.split(tl.reshape(x, (BLOCK_HEADS, BLOCK_D // 2, 2)))
-    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    turned = tl.reshape(turned, (BLOCK_HEADS, BLOCK_D))
-
-    q_place = token.to(tl.int64) * (N_HEADS * HEAD_DIM) + heads[:, None] * HEAD_DIM + d[None, :]
-    is_query = (heads < N_HEADS)[:, None] & inside
-    tl.store(q_ptr + q_place, turned.to(q_ptr.dtype.element_ty), mask=is_query)
-
-    place = tl.load(slots_ptr + token) * (N_KV_HEADS * HEAD_DIM) + d[None, :]
-    head = (heads - N_HEADS)[:, None]
-    is_key = inside & (head >= 0) & (head < N_KV_HEADS)
-    tl.store(keys_ptr + place + head * HEAD_DIM, turned.to(keys_ptr.dtype.element_ty), mask=is_key)
-    head -= N_KV_HEADS
-    is_value = inside & (head >= 0) & (head < N_KV_HEADS)
-    tl.store(values_ptr + place + head * HEAD_DIM, x.to(values_ptr.dtype.element_ty), mask=is_value)
+def _norm(
+    x: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, at: tl.tensor, dim: tl.tensor, eps: tl.tensor
+) -> tl.tensor:
+    """The norm of x (BLOCK,), of which dim values exist: by root mean square, or with a bias by deviation."""
+    y = x
+    if weight_ptr is not None:
+        if bias_ptr is not None:
+            y = tl.where(at < dim, y - tl.sum(y, 0) / dim, 0.0)
+        scale = 1 / tl.sqrt(tl.sum(y * y, 0) / dim + eps)
+        y = y * scale * tl.load(weight_ptr + at, mask=at < dim, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + at, mask=at < dim, other=0.0).to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -165,3 +132,32 @@ def _gate(both_ptr: tl.tensor, y_ptr: tl.tensor, hidden: tl.tensor, BLOCK: tl.co
     ups = tl.load(both_ptr + 2 * row + hidden + at, mask=exists, other=0.0).to(tl.float32)
     y = gates / (1 + tl.exp(-gates)) * ups
     tl.store(y_ptr + row + at, y.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _activate(
+    ups_ptr: tl.tensor,
+    slopes_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    numel: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """BLOCK values of ups and y (numel,)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ups = tl.load(ups_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, activated(ups, slopes_ptr, ACTIVATION).to(y_ptr.dtype.element_ty), mask=at < numel)
+
+
+@triton.jit
+def activated(ups: tl.tensor, slopes_ptr: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """The activation of ups, fp32; they themselves where it is None. slopes: (4,), of xIELU."""
+    if ACTIVATION == "relu2":
+        ups = tl.maximum(ups, 0.0)
+        ups *= ups
+    elif ACTIVATION == "xielu":
+        alpha_p, alpha_n = tl.load(slopes_ptr).to(tl.float32), tl.load(slopes_ptr + 1).to(tl.float32)
+        beta, eps = tl.load(slopes_ptr + 2).to(tl.float32), tl.load(slopes_ptr + 3).to(tl.float32)
+        below = (tl.exp(tl.minimum(ups, eps)) - 1 - ups) * alpha_n
+        ups = tl.where(ups > 0, alpha_p * ups * ups, below) + beta * ups
+    return ups

@@ -23,6 +23,8 @@ from llama.backends.cuda.dequantize import (
     units,
     upper_codes,
 )
+from llama.backends.cuda.elementwise import activated
+from llama.config import Activation
 from llama.quantization.planar import GROUP_SIZE, MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 
 
@@ -62,21 +64,23 @@ def gemm(
     weight: PlanarWeight | Fp8Weight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: Activation | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Multiply x (n_tokens, in) by weight (out, in) transposed and add bias (out,): (n_tokens, out) in out_dtype.
 
     At most MAX_DEQUANT_GEMM_TOKENS tokens. Nothing but the result is rounded to less than fp32. Up to MAX_GEMV_TOKENS
-    tokens a token's numbers do not depend on the others.
+    tokens a token's numbers do not depend on the others. activation, slopes: see `gemv`.
     """
     y = torch.empty(len(x), weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
-    _launch(x, weight, bias, y, gated=False)
+    _launch(x, weight, bias, y, activation, slopes)
     return y
 
 
 def gated_gemm(x: Tensor, weight: PlanarWeight | Fp8Weight, out_dtype: torch.dtype | None = None) -> Tensor:
     """silu(x w1^T) * (x w3^T), (n_tokens, hidden), for weight (2 * hidden, in): w1 above w3. Otherwise as `gemm`."""
     y = torch.empty(len(x), weight.shape[0] // 2, dtype=out_dtype or x.dtype, device=x.device)
-    _launch(x, weight, None, y, gated=True)
+    _launch(x, weight, None, y, "silu")
     return y
 
 
@@ -96,7 +100,14 @@ def tile_for(kind: str, n_tokens: int, n_rows: int, dtype: torch.dtype) -> tuple
     return tokens, FP32_TILE if dtype == torch.float32 else TILES[kind][tokens][n_rows >= MANY_ROWS]
 
 
-def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y: Tensor, gated: bool) -> None:
+def _launch(
+    x: Tensor,
+    weight: PlanarWeight | Fp8Weight,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: Activation | None,
+    slopes: Tensor | None = None,
+) -> None:
     n_tokens, n_in = x.shape
     n_rows = weight.shape[0]
     assert n_in == weight.shape[1] and 0 < n_tokens <= MAX_DEQUANT_GEMM_TOKENS and x.stride(1) == 1, (
@@ -110,6 +121,7 @@ def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y:
         x,
         *planes,
         bias,
+        slopes,
         y,
         n_tokens,
         y.shape[1],
@@ -117,7 +129,7 @@ def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y:
         n_in // GROUP_SIZE,
         x.stride(0) if n_tokens > 1 else n_in,  # a single row's stride may be anything
         KIND=kind,
-        GATED=gated,
+        ACTIVATION=activation,
         TOKENS=tokens,
         ROWS=tile.rows,
         GROUPS=tile.groups,
@@ -155,6 +167,7 @@ def _gemm_kernel(
     scales_ptr: tl.tensor,
     sub_scales_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    slopes_ptr: tl.tensor,
     y_ptr: tl.tensor,
     n_tokens: tl.tensor,
     n_out: tl.tensor,
@@ -162,7 +175,7 @@ def _gemm_kernel(
     n_groups: tl.tensor,
     x_stride: tl.tensor,
     KIND: tl.constexpr,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -180,7 +193,7 @@ def _gemm_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     CODE: tl.constexpr = tl.float16 if tl.float32 == DTYPE else DTYPE
     UNIT: tl.constexpr = 1.0 if KIND == "F8_BYTES" or KIND == "F8_E4M3" else 2.0**-6 if tl.bfloat16 == CODE else 2.0**-9
-    rows = _rows(n_out, ROWS, GATED)
+    rows = _rows(n_out, ROWS, ACTIVATION == "silu")
     row = rows[:, None, None]
     token = tl.arange(0, TOKENS)
     x_row = (token * x_stride)[None, :, None]
@@ -231,7 +244,7 @@ def _gemm_kernel(
                     else:
                         sums += low[:, :, None] * (product + upper)
     y = tl.sum(sums, axis=0) * (1 / UNIT)
-    _store(y, rows, scales_ptr, bias_ptr, y_ptr, n_tokens, n_out, KIND, GATED, TOKENS, ROWS)
+    _store(y, rows, scales_ptr, bias_ptr, slopes_ptr, y_ptr, n_tokens, n_out, KIND, ACTIVATION, TOKENS, ROWS)
 
 
 @triton.jit
@@ -301,15 +314,17 @@ def _store(
     rows: tl.tensor,
     scales_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    slopes_ptr: tl.tensor,
     y_ptr: tl.tensor,
     n_tokens: tl.tensor,
     n_out: tl.tensor,
     KIND: tl.constexpr,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
     """Finish the sums y (ROWS, TOKENS) of `rows`, and store them as (n_tokens, n_out)."""
+    GATED: tl.constexpr = ACTIVATION == "silu"
     COLUMNS: tl.constexpr = ROWS // 2 if GATED else ROWS
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if KIND == "F8_E4M3" or KIND == "F8_BYTES":
@@ -319,6 +334,8 @@ def _store(
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(y, [2, COLUMNS, TOKENS]), [1, 2, 0]))
         y = gate / (1 + tl.exp(-gate)) * up
+    else:
+        y = activated(y, slopes_ptr, ACTIVATION)
     token = tl.arange(0, TOKENS)[None, :]
     mask = (token < n_tokens) & (column[:, None] < n_out)
     tl.store(y_ptr + token * n_out + column[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llama.backends.cuda.dequantize import fp16_pair, from_e4m3, looked_up
+from llama.backends.cuda.elementwise import activated
+from llama.config import Activation
 from llama.quantization.planar import GROUP_SIZE, Fp8Weight, PlanarWeight
 
 # Rows of a program: what is read of x serves them all. In fp32 more would spill registers.
@@ -29,24 +31,34 @@ def gemv(
     weight: PlanarWeight | Fp8Weight,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: Activation | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Multiply x (1, in) by weight (out, in) transposed and add bias (out,): (1, out), in out_dtype or else in x's.
 
+    activation: of the result, one without a gate; slopes: its numbers, where it has any (see `elementwise.activate`).
     Nothing but the result is rounded to less than fp32.
     """
     y = torch.empty(1, weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
-    _launch(x, weight, bias, y, gated=False)
+    _launch(x, weight, bias, y, activation, slopes)
     return y
 
 
 def gated_gemv(x: Tensor, weight: PlanarWeight | Fp8Weight, out_dtype: torch.dtype | None = None) -> Tensor:
     """Compute silu(x w1^T) * (x w3^T), (1, hidden), of weight (2 * hidden, in): w1 above w3. Otherwise as `gemv`."""
     y = torch.empty(1, weight.shape[0] // 2, dtype=out_dtype or x.dtype, device=x.device)
-    _launch(x, weight, None, y, gated=True)
+    _launch(x, weight, None, y, "silu")
     return y
 
 
-def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y: Tensor, gated: bool) -> None:
+def _launch(
+    x: Tensor,
+    weight: PlanarWeight | Fp8Weight,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: Activation | None,
+    slopes: Tensor | None = None,
+) -> None:
     n_in, n_rows = x.shape[1], weight.shape[0]
     assert x.shape == (1, weight.shape[1]) and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
     rows = ROWS[x.element_size()]
@@ -57,12 +69,13 @@ def _launch(x: Tensor, weight: PlanarWeight | Fp8Weight, bias: Tensor | None, y:
         x,
         *planes,
         bias,
+        slopes,
         y,
         y.shape[1],
         n_in,
         MAGIC,
         KIND=kind,
-        GATED=gated,
+        ACTIVATION=activation,
         ROWS=rows,
         LANES=lanes,
         # 16 bytes of x: more would be spread over several threads, and what is multiplied by it as well.
@@ -93,12 +106,13 @@ def _gemv_kernel(
     scales_ptr: tl.tensor,
     sub_scales_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    slopes_ptr: tl.tensor,
     y_ptr: tl.tensor,
     n_out: tl.tensor,
     n_in: tl.tensor,
     magic: tl.tensor,
     KIND: tl.constexpr,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -107,9 +121,10 @@ def _gemv_kernel(
     """Multiply x (n_in,) with ROWS rows of the weight a program: y (n_out,).
 
     Each of LANES threads takes a group at a time, VECTOR values of both halves after each other; of 8-bit floats, which
-    have no groups, neighbours take neighbouring vectors. Rows beyond the last repeat it, unstored. With GATED as many
+    have no groups, neighbours take neighbouring vectors. Rows beyond the last repeat it, unstored. Of silu as many
     rows are w1's as w3's, which begins at n_out. EVEN: n_in is a multiple of 32 * LANES.
     """
+    GATED: tl.constexpr = ACTIVATION == "silu"
     COLUMNS: tl.constexpr = ROWS // 2 if GATED else ROWS
     i = tl.arange(0, ROWS)
     rows = tl.minimum(tl.program_id(0) * COLUMNS + i % COLUMNS, n_out - 1) + i // COLUMNS * n_out
@@ -154,6 +169,8 @@ def _gemv_kernel(
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(y, [2, COLUMNS]), [1, 0]))
         y = gate / (1 + tl.exp(-gate)) * up
+    else:
+        y = activated(y, slopes_ptr, ACTIVATION)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), mask=column < n_out)
 

@@ -1,7 +1,8 @@
 """The layers of a model on a GPU, computed by kernels in Triton for backend.py.
 
-Nine kernels a layer for a few tokens, which find all lengths on the device, so that a step can be captured (graphs.py).
-The sum over layers is fp32. Of many tokens, torch multiplies the matrices and the kernels do what lies between.
+Nine kernels a layer of Llama's for a few tokens, and one more where all heads are normalised together. They find all
+lengths on the device, so that a step can be captured (graphs.py). The sum over layers is fp32. Of many tokens, torch
+multiplies the matrices and the kernels do what lies between.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from llama.attention import attend
 from llama.backends.cuda import attention, elementwise, gemm, gemv
+from llama.backends.cuda.elementwise import NormWeights
+from llama.backends.cuda.heads import HeadNorms, mean_squares, rope_and_append_kv
 from llama.backends.cuda.matmul import GpuWeight, is_few, matmul
 from llama.backends.cuda.one_shot import OneShot, open_one_shot
 from llama.cache import ForwardBatch, RowGroup
 from llama.distributed.job import local_world_size
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
-from llama.model import Transformer, TransformerBlock
+from llama.model import Attention, FeedForward, Transformer, TransformerBlock
+from llama.norms import AllHeadsNorm, LayerNorm, RMSNorm
 from llama.quantization.planar import MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
 from llama.quantization.weights import LowRank
 
@@ -53,10 +57,18 @@ class GpuLayers:
 
     def __init__(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
-        self.tok_embeddings, self.norm = model.tok_embeddings, model.norm
+        self.tok_embeddings, self.rope, self.device = model.tok_embeddings, model.rope, model.device
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
         self._qkv = [join([layer.attention.wq, layer.attention.wk, layer.attention.wv]) for layer in self.layers]
-        self._gates = [join([layer.feed_forward.w1, layer.feed_forward.w3]) for layer in self.layers]
+        self._ups = [_join_ups(layer.feed_forward) for layer in self.layers]
+        self._head_norms = [_head_norms(layer.attention) for layer in self.layers]
+        norms = [weights_of(norm) for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)]
+        of_states: list[NormWeights | None] = [*norms, weights_of(model.norm)]
+        # Of each sum of states and of what is added to them, before each half of a layer and at the end.
+        if self.args.output_norms:
+            self._norms = list(zip([None] * len(norms) + of_states[-1:], [None, *norms], strict=True))
+        else:
+            self._norms = [(norm, None) for norm in of_states]
         weights = [
             module.weight
             for module in model.layers.modules()
@@ -73,14 +85,14 @@ class GpuLayers:
         if self.parallel.group is None or self.parallel.size == 1:
             return None
         numel = MAX_GEMV_TOKENS * self.args.dim
-        return open_one_shot(self.parallel.group, numel, self.norm.weight.device, local_world_size())
+        return open_one_shot(self.parallel.group, numel, self.device, local_world_size())
 
-    def __call__(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, tokens: Tensor, rotations: Tensor, batch: ForwardBatch) -> Tensor:
         """See `Transformer.run_layers`."""
         with torch.cuda.device_of(tokens):
-            return self._run(tokens, rotation, batch)
+            return self._run(tokens, rotations.unbind(), batch)
 
-    def _run(self, tokens: Tensor, rotation: Tensor, batch: ForwardBatch) -> Tensor:
+    def _run(self, tokens: Tensor, rotations: Sequence[Tensor], batch: ForwardBatch) -> Tensor:
         sums = self._one_shot  # before anything is captured
         x = self.tok_embeddings(tokens).to(torch.float32, copy=True)
         n_tokens = len(x)
@@ -91,58 +103,86 @@ class GpuLayers:
         starts = [batch.positions[group.tokens][:: group.seqlen].contiguous() for group in batch.groups]
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            h = self._norm(x, delta, layer.attention_norm.weight)
-            q = elementwise.rope_and_append_kv(
-                self._qkv[i](h)[:n_tokens],
-                rotation,
-                batch.slots,
-                batch.cache.keys[i],
-                batch.cache.values[i],
-                layer.attention.n_local_heads,
-                layer.attention.n_local_kv_heads,
-            )
+            h = self._add_and_norm(x, delta, 2 * i)
+            qkv, norms = self._qkv[i](h)[:n_tokens], self._head_norms[i]
+            n_heads = layer.attention.n_local_heads, layer.attention.n_local_kv_heads
+            means = None
+            if norms is not None and norms.shares is not None:
+                means = self._all_reduce(mean_squares(qkv, norms.shares, *n_heads), sums)
+            turns = rotations[self.rope.of_queries[i]], rotations[self.rope.of_keys[i]]
+            keys, values = batch.cache.keys[i], batch.cache.values[i]
+            q = rope_and_append_kv(qkv, turns, batch.slots, keys, values, *n_heads, norms, means)
             for group, start_pos in zip(batch.groups, starts, strict=True):
                 shape = group.n_rows, group.seqlen, *q.shape[1:]
                 self._attend(q[group.tokens].view(shape), start_pos, batch, group, i, heads[group.tokens].view(shape))
             delta = self._sum(heads, layer.attention.wo, sums)
-            h = self._norm(x, delta, layer.ffn_norm.weight)
-            delta = self._sum(self._gated(h, self._gates[i]), layer.feed_forward.w2, sums)
-        return self._norm(x, delta, self.norm.weight)[:n_tokens]
+            h = self._add_and_norm(x, delta, 2 * i + 1)
+            delta = self._sum(self._activated(h, i), layer.feed_forward.w2, sums)
+        return self._add_and_norm(x, delta, -1)[:n_tokens]
 
-    def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
-        return elementwise.fused_add_rms_norm(x, delta, weight, self.args.norm_eps, self.dtype)
+    def _add_and_norm(self, x: Tensor, delta: Tensor | None, at: int) -> Tensor:
+        of_sum, of_delta = self._norms[at]
+        return elementwise.fused_add_norm(x, delta, of_sum, self.args.norm_eps, self.dtype, of_delta)
 
     def _attend(
         self, q: Tensor, start_pos: Tensor, batch: ForwardBatch, group: RowGroup, layer: int, out: Tensor
     ) -> None:
         """Attention of a group's queries (n_rows, seqlen, n_heads, head_dim) to out, of the same shape."""
-        window = self.args.sliding_window
-        whole = group.from_start and group.seqlen > MAX_GEMV_TOKENS and (window is None or window >= group.kv_len)
+        sight = self.layers[layer].attention.sight
+        whole = group.from_start and group.seqlen > MAX_GEMV_TOKENS and sight.reaches(group.kv_len)
         if whole and q.dtype != torch.float32:
             # A whole prompt: torch has flash attention for it, but in fp32 a matrix of all scores.
             out.copy_(attend(q, *batch.read(layer, group), None))
         else:
             keys, values, table = batch.cache.keys[layer], batch.cache.values[layer], batch.page_table[group.rows]
-            attention.flash_attention(q, keys, values, table, start_pos, window, out)
+            attention.flash_attention(q, keys, values, table, start_pos, sight, out)
 
-    def _gated(self, h: Tensor, gates: Joined) -> Tensor:
-        """silu(w1 h) * w3 h, (n_tokens, this rank's hidden features)."""
-        weight = gates.weights[0]
-        plain = len(gates.weights) == 1 and gates.bias is None and not gates.low_ranks
+    def _activated(self, h: Tensor, layer: int) -> Tensor:
+        """silu(w1 h) * w3 h, or another activation of w3 h: (n_tokens, this rank's hidden features)."""
+        ups, activation = self._ups[layer], self.args.activation
+        slopes = self.layers[layer].feed_forward.xielu.weight if activation == "xielu" else None
+        weight = ups.weights[0]
+        plain = len(ups.weights) == 1 and ups.bias is None and not ups.low_ranks
         if plain and not isinstance(weight, Tensor) and is_few(h, weight):
-            return gemv.gated_gemv(h, weight) if len(h) == 1 else gemm.gated_gemm(h, weight)
-        return elementwise.silu_and_mul(gates(h), self.dtype)
+            if self.args.is_gated:
+                return gemv.gated_gemv(h, weight) if len(h) == 1 else gemm.gated_gemm(h, weight)
+            multiply = gemv.gemv if len(h) == 1 else gemm.gemm
+            return multiply(h, weight, activation=activation, slopes=slopes)
+        if self.args.is_gated:
+            return elementwise.silu_and_mul(ups(h), self.dtype)
+        return elementwise.activate(ups(h), activation, slopes, self.dtype)
 
     def _sum(self, x: Tensor, last: RowParallelLinear, sums: OneShot | None) -> Tensor:
         """x times the weight, summed over the ranks: in fp32 for few tokens."""
         delta = matmul(x, held(last), few_dtype=torch.float32)
         if last.low_rank is not None:
             last.low_rank.add_to(delta, x)
-        if sums is not None and sums.takes(delta):
-            delta = sums(delta)
-        else:
-            delta = self.parallel.all_reduce(delta)
+        delta = self._all_reduce(delta, sums)
         return delta if last.bias is None else delta + last.bias
+
+    def _all_reduce(self, x: Tensor, sums: OneShot | None) -> Tensor:
+        return sums(x) if sums is not None and sums.takes(x) else self.parallel.all_reduce(x)
+
+
+def weights_of(norm: RMSNorm | LayerNorm) -> NormWeights:
+    return NormWeights(norm.weight, norm.bias if isinstance(norm, LayerNorm) else None)
+
+
+def _head_norms(module: Attention) -> HeadNorms | None:
+    if module.qk_norm is None:
+        return None
+    if module.qk_norm == "unit":
+        return HeadNorms("unit", module.norm_eps)
+    q, k = cast("tuple[RMSNorm | AllHeadsNorm, RMSNorm | AllHeadsNorm]", (module.q_norm, module.k_norm))
+    shares = None
+    if isinstance(q, AllHeadsNorm) and isinstance(k, AllHeadsNorm):
+        shares = torch.cat([1 / (norm.dim * norm.repeats.float()) for norm in (q, k)])
+    return HeadNorms(module.qk_norm, module.norm_eps, q.weight, k.weight, shares)
+
+
+def _join_ups(module: FeedForward) -> Joined:
+    """Join what goes up into a feed-forward: w1, where it has a gate, and w3."""
+    return join([module.w1, module.w3] if module.activation == "silu" else [module.w3])
 
 
 def held(linear: ColumnParallelLinear | RowParallelLinear) -> GpuWeight:
