@@ -129,16 +129,6 @@ def test_layers_by_kernels_give_the_models_own_logits(name: str) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of what a tile has beyond the last token
-@pytest.mark.parametrize("name", FURTHER)
-def test_layers_of_further_families_give_the_models_own_logits(name: str) -> None:
-    """Prompts beyond windows and chunks, and a step; the CPU's eager layers are what transformers is compared with."""
-    assert CudaBackend.computes(FURTHER[name])
-    for found, expected in itertools.islice(zip(*map(logits, pair(FURTHER[name])), strict=True), 2):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-
-
-@torch.inference_mode()
 def test_in_bf16_the_kernels_are_as_near_to_fp32_as_torch() -> None:
     """Prompts, too, which take torch's own attention."""
     plain, other = pair(ARGS, torch.bfloat16)
@@ -185,6 +175,18 @@ def test_quantized_layers_give_the_logits_of_their_values(how: dict[str, str]) -
     # More than 16 tokens make weights dense, for which the interpreter runs a program a row: in the mixed model alone.
     lengths = (5, 11) if "wo" not in how else (5, 8)
     for found, expected in zip(logits(model, *lengths), logits(dense, *lengths), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of what a tile has beyond the last token
+@pytest.mark.parametrize("name", FURTHER)
+def test_layers_of_further_families_give_the_models_own_logits(name: str) -> None:
+    """Prompts beyond windows and chunks, and a step, in which blocks are multiplied as they are stored."""
+    assert CudaBackend.computes(FURTHER[name])
+    model = transformer(FURTHER[name], state_of(FURTHER[name])).to(DEVICE)
+    dense = hold(model, {"w3": "int4"} if name == "windows" else {})
+    for found, expected in itertools.islice(zip(logits(model), logits(dense), strict=True), 2):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama.backends.cuda import matmul as matmul_module
 from llama.backends.cuda.matmul import matmul
+from llama.norms import XIELU
 from llama.quantization import planar as planes
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, BlockType, dequantize
 from llama.quantization.planar import MAX_DEQUANT_GEMM_TOKENS, MAX_GEMV_TOKENS, Fp8Weight, PlanarWeight
@@ -119,6 +120,20 @@ def test_one_token_is_multiplied_in_fp32(block_type: BlockType) -> None:
         rounded = x.to(dtype)
         close(gemv.gemv(rounded, weight, bias, torch.float32), rounded.double() @ values.t() + bias)
     close(matmul(x, weight, bias, torch.float32), expected + bias)
+
+
+def test_activations_without_a_gate_are_of_the_product_and_its_bias() -> None:
+    """As relu^2 of Nemotron's and xIELU of Apertus' feed-forwards, which have w3 alone."""
+    weight, values = stored(BLOCK_TYPES["Q4_0"], 10)
+    x, bias = random(3, COLUMNS) / values.abs().max(), random(len(values))
+    xielu = XIELU().double().to(DEVICE)
+    xielu.weight.data = torch.tensor([0.7, 1.3, 0.5, -1e-6], dtype=torch.float64, device=DEVICE)
+    for multiply, n_tokens in ((gemv.gemv, 1), (gemm.gemm, 3)):
+        ups = x[:n_tokens].double() @ values.t() + bias
+        assert ups.min() < -1 and ups.max() > 1
+        close(multiply(x[:n_tokens], weight, bias, activation="relu2"), F.relu(ups).square(), 5e-6)
+        slopes = xielu.weight.float()
+        close(multiply(x[:n_tokens], weight, bias, activation="xielu", slopes=slopes), xielu(ups), 5e-6)
 
 
 @pytest.mark.parametrize("columns", [2 * 4096, 4096 + 256])
