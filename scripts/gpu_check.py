@@ -18,6 +18,7 @@ import torch
 import triton
 
 from gpu_checking import (
+    check_families,
     check_ranks,
     clock,
     measure,
@@ -98,8 +99,8 @@ def tests(bench: Bench) -> list[Section]:
     bench.report.left_out.append("several GPUs: start them with torchrun")
     if bench.device.type != "cuda":
         bench.report.left_out.append("tests: pytest runs them by Triton's interpreter")
-        return []
-    return [("tests", 16, partial(run_tests, bench))]
+        return [("families", 1, partial(check_families.check_families, bench))]
+    return [("families", 3, partial(check_families.check_families, bench)), ("tests", 16, partial(run_tests, bench))]
 
 
 def measurements(bench: Bench) -> list[Section]:

@@ -13,9 +13,9 @@ from llama.backends.cuda.backend import CudaBackend
 from llama.backends.cuda.matmul import GpuWeight
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
-from llama.distributed.layers import set_quantized_weight, tie_output
+from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, set_quantized_weight, tie_output
 from llama.model import Transformer
-from llama.norms import RMSNorm
+from llama.norms import XIELU, AllHeadsNorm, LayerNorm, RMSNorm
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize
 from llama.quantization.planar import Fp8Weight, PlanarWeight
 
@@ -57,15 +57,22 @@ def random_model(
     """A model that computes in dtype and is run by the GPU's kernels; its embedding is in floats, unless it is tied."""
     with torch.device("meta"):
         model = Transformer(args, parallel)
-    norms: list[Any] = [module for module in model.modules() if isinstance(module, RMSNorm)]
-    for norm in norms:
-        _set(norm, 1 + random_values(norm.weight.shape, 0.1, device, dtype))
+    vectors: list[Any] = list(model.modules())
+    for module in vectors:
+        if isinstance(module, RMSNorm | LayerNorm | AllHeadsNorm | XIELU):
+            _set(module, 1 + random_values(module.weight.shape, 0.1, device, dtype))
+        if getattr(module, "bias", None) is not None:
+            bias = random_values(module.bias.shape, 0.1, device, dtype)
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        if isinstance(module, AllHeadsNorm):
+            module.to(device)
     make = Maker(form, device, dtype)
     layers: list[Any] = list(model.layers)
     for layer in layers:
         for half in (layer.attention, layer.feed_forward):
             for name, linear in half.named_children():
-                _set(linear, make(name, linear.weight.shape))
+                if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+                    _set(linear, make(name, linear.weight.shape))
     output, table = model.output, model.tok_embeddings
     if args.tied_embeddings:
         _set(table, make("output", table.weight.shape, times=LOGITS))
