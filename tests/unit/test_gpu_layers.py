@@ -99,6 +99,35 @@ FURTHER = {
         query_scaling=QueryScaling(beta=0.5, period=4, shift=1),
     ),
 }
+# What further families compute, in a few models that have all of it.
+FURTHER = {
+    "chunks": dataclasses.replace(
+        ARGS,
+        attention_chunk=5,
+        full_layers=(1,),
+        unrotated_layers=(1,),
+        qk_norm="unit",
+        query_scaling=QueryScaling(beta=0.5, period=4),
+        activation="relu2",
+        mlp_bias=True,
+    ),
+    "windows": dataclasses.replace(
+        ARGS,
+        sliding_window=7,
+        full_layers=(1,),
+        window_rope_theta=50.0,
+        qk_norm="all heads",
+        output_norms=True,
+        activation="xielu",
+    ),
+    "layer norms": dataclasses.replace(
+        ARGS,
+        layer_norms=True,
+        rotary_dim=8,
+        qk_norm="rotated head",
+        query_scaling=QueryScaling(beta=0.5, period=4, shift=1),
+    ),
+}
 
 
 def pair(args: ModelArgs, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Transformer]:
