@@ -96,9 +96,15 @@ def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) 
     return (rotated if dim == head_dim else torch.cat([rotated, heads[:, dim:]], dim=1)).flatten(0, 1)
 
 
-def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
-    """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+def pair_halves(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:
+    """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves.
+
+    rotary_dim: as in pair_neighbours, whose inverse this is.
+    """
+    dim = rotary_dim or head_dim
+    heads = rows.unflatten(0, (-1, head_dim))
+    rotated = heads[:, :dim].unflatten(1, (dim // 2, 2)).transpose(1, 2).flatten(1, 2)
+    return (rotated if dim == head_dim else torch.cat([rotated, heads[:, dim:]], dim=1)).flatten(0, 1)
 
 
 def part_of_pairs(
