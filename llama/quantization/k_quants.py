@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from llama.quantization.gguf_blocks import IQ4_VALUES, LAYOUTS, ROUNDING, BlockFields, BlockType, quantize
-from llama.quantization.plain_blocks import put_together
+from llama.quantization.packing import put_together
 
 # Values that a thread works on at once: few enough for its cache, and for torch to start no threads of its own.
 SEARCHED_AT_ONCE = 30 << 10
 BLOCK_REFITS = 3
+TOO_LARGE = 1e15  # for sums of squares in fp32, and for any scale in fp16
 FLAT = 1e-5  # a share of a determinant, below which it is rounding
 
 
@@ -108,6 +109,8 @@ class _Groups:
         if self.search.has_low:
             self.base = self.low.clamp(max=0) if self.search.most else self.low
             x = x - self.base
+        if weight is not None:  # where nothing counts, all does
+            weight = torch.where(weight.sum(dim=0) == 0, 1.0, weight)
         self.x, self.weight = x, weight
         self.wx = x if weight is None else x * weight
         self.w = torch.full_like(self.low, len(x)) if weight is None else weight.sum(dim=0)
@@ -151,8 +154,8 @@ class _Groups:
         scale = (self.w * sums.cx - sums.c * self.sum_x) / determinant
         low = (sums.cc * self.sum_x - sums.c * sums.cx) / determinant
         if self.search.most:  # no low is above 0
-            above = low > -self.base
-            low = torch.minimum(low, -self.base)
+            above = ~(low <= -self.base)
+            low = torch.where(above, -self.base, low)
             scale = torch.where(above, (sums.cx - low * sums.c) / sums.cc, scale)
         gain = scale * (2 * sums.cx - scale * sums.cc) + low * (2 * (self.sum_x - scale * sums.c) - low * self.w)
         return scale, low + self.base, gain
@@ -161,6 +164,7 @@ class _Groups:
 def _encode(values: Tensor, block_type: BlockType, weight: Tensor | None) -> Tensor:
     """Quantize fp32 values (n_blocks, elements), with weights of the same shape, to blocks (n_blocks, size)."""
     search = SEARCHES[block_type.name]
+    largest = values.abs().max()
 
     def in_groups(each: Tensor) -> Tensor:
         return each.unflatten(1, (search.n_groups, -1)).permute(2, 1, 0).contiguous()
@@ -180,9 +184,9 @@ def _encode(values: Tensor, block_type: BlockType, weight: Tensor | None) -> Ten
     if groups.table is not None:
         codes = groups.nearest[codes.int()].to(torch.uint8)
     scales = torch.stack(units[: 1 + search.has_low], dim=-1).half()
-    if not scales.isfinite().all():
+    if not largest < TOO_LARGE or not scales.isfinite().all():
         raise ValueError(
-            f"values up to {values.abs().max():g} cannot be quantized to {block_type.name}, whose scales are "
+            f"values up to {largest:g} cannot be quantized to {block_type.name}, whose scales are "
             "float16: leave --quantize out"
         )
     return put_together(BlockFields(codes.permute(2, 1, 0).flatten(1), scales, sub_scales), block_type)

@@ -23,7 +23,8 @@ from llama.checkpoint.names import ROTATED, module_name, stored_name
 from llama.checkpoint.tensors import pair_halves
 from llama.quantization.gguf_blocks import BLOCK_TYPES
 from llama.quantization.k_quants import quantize_blocks
-from llama.tokenizer import Tokenizer
+from llama.tokenizer.gguf_tokens import GGUFTokens
+from llama.tokenizer.vocab import END_TOKENS
 
 log = logging.getLogger("llama")
 
@@ -61,7 +62,8 @@ class GGUFFileWriter:
         is_pure: whether all matrices get the type that a mixture is mostly of.
         """
         self.plan, self.type_name, self.is_pure = plan, type_name, is_pure
-        self.description = describe(plan)
+        self._biased = self._modules_with_biases()
+        self.description = describe(plan, self._biased)
         self.tokenizer_metadata = plan.tokenizer.gguf_metadata()
         self._name_stops()
         self.entries = dict(self._planned())
@@ -106,9 +108,8 @@ class GGUFFileWriter:
         """Yield the file's tensors by their names there, in their order."""
         family = self.description.family
         shapes = global_shapes(self.plan.args)
-        absent = self._absent_biases(shapes)
         for name, shape in shapes.items():
-            if name in absent:
+            if name.endswith(".bias") and "norm" not in name and module_name(name) not in self._biased:
                 continue
             parts: tuple[str, ...] = (name,)
             rows = shape[0]
@@ -140,11 +141,10 @@ class GGUFFileWriter:
         ((most, _),) = sizes.most_common(1)
         return next(mixture.code for mixture in GGUF_FILE_TYPES.values() if mixture.type == most)
 
-    def _absent_biases(self, shapes: dict[str, tuple[int, ...]]) -> set[str]:
-        """Return the biases of modules whose biases are zeros in all layers, which their family may have none of."""
-        biases = [name for name in shapes if name.endswith(".bias")]
-        used = {module_name(name) for name in biases if self.plan.checkpoint.read(name).any()}
-        return {name for name in biases if module_name(name) not in used}
+    def _modules_with_biases(self) -> set[str]:
+        """Return the linears that have a bias other than zeros in some layer; of others, none is written."""
+        biases = (name for name in global_shapes(self.plan.args) if name.endswith(".bias") and "norm" not in name)
+        return {module_name(name) for name in biases if self.plan.checkpoint.read(name).any()}
 
     def _rows(self) -> Iterator[Tensor]:
         """Yield the rows (rows, row_bytes) of the model's tensors, one after the other, as the file has them."""
@@ -171,7 +171,9 @@ class GGUFFileWriter:
     def _name_stops(self) -> None:
         """Have the file name the tokens that end a generation by the model's configuration; log what it cannot."""
         wanted = self.plan.tokenizer.tokenizer.stop_tokens | self.plan.checkpoint.stop_tokens
-        missing = sorted(wanted - Tokenizer.from_gguf(self.tokenizer_metadata).stop_tokens)
+        tokens = GGUFTokens.from_metadata(self.tokenizer_metadata)
+        named = {i for i, text in enumerate(tokens.texts) if text in END_TOKENS}
+        missing = sorted(wanted - named - {tokens.eos_id, *tokens.stops})
         keys = [key for key in _STOP_KEYS if key not in self.tokenizer_metadata]
         self.tokenizer_metadata = {**self.tokenizer_metadata, **dict(zip(keys, missing, strict=False))}
         lost = missing[len(keys) :]

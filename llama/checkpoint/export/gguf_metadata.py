@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from llama.checkpoint.export.plan import ExportPlan
-from llama.checkpoint.families import FAMILIES, Family, folded
+from llama.checkpoint.families import GGUF_FAMILIES, Family, folded
 from llama.checkpoint.gguf_config import (
     LONG_FACTORS,
     OPTIONAL_GGUF_KEYS,
@@ -28,6 +28,9 @@ from llama.config import ModelArgs
 from llama.rope import scaled_frequencies
 from llama.rope_scaling import FactorScaling, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 
+# Architectures in which llama.cpp reads biases of every linear; others have some of q, k and v, or none.
+ANY_BIASES = ("llama", "granite")
+QKV = {"wq", "wk", "wv"}
 # Fields that GGUF says by which tensors there are, or not at all.
 _BY_TENSORS = {
     "attention_bias", "mlp_bias", "vocab_size", "rope_scaling", "multiple_of", "ffn_dim_multiplier", "use_scaled_rope",
@@ -47,14 +50,16 @@ class Description(NamedTuple):
         return self.family.gguf or "llama"
 
 
-def describe(plan: ExportPlan) -> Description:
+def describe(plan: ExportPlan, biased: Collection[str]) -> Description:
     """Return the checkpoint's architecture under its family's name in GGUF, else as the first that says the same.
 
-    Whether it says the same is told by reading it back. Raise ValueError where nothing does.
+    biased: modules that have biases. Whether it says the same is told by reading it back.
+    Raise ValueError where nothing does.
     """
     differences: dict[str, Any] = {}
-    for family in dict.fromkeys((plan.checkpoint.family.gguf, "", "granite")):
-        row = next(row for row in FAMILIES.values() if row.gguf == family)
+    own = plan.checkpoint.family.gguf or "llama"
+    for name in dict.fromkeys((own, *ANY_BIASES) if QKV.issuperset(biased) else ANY_BIASES):
+        row = GGUF_FAMILIES[name]
         keys, factors = _metadata(plan.args, plan.context_len, row)
         different = _differences(plan.args, keys, factors, row)
         if not different:
