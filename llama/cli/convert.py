@@ -56,7 +56,7 @@ def main(
     check_suffix(dst, format)
     if pure and format != "gguf":
         raise ValueError(f"--pure is for --format gguf alone, got --format {format}")
-    checkpoint = with_adapters(open_checkpoint(src), lora)
+    checkpoint = with_adapters(open_checkpoint(src), lora, requantizes=True)
     for adapter in adapters_of(checkpoint):
         log.info("lora %s", adapter)
     own = None if tokenizer_path is None else Path(local_path(tokenizer_path, tokenizer_only=True))
@@ -69,7 +69,7 @@ def main(
         dtype=dtype,
         quantize=quantize,
         is_pure=pure,
-        reopen=lambda: with_adapters(open_checkpoint(checkpoint.path), lora),
+        reopen=lambda: with_adapters(open_checkpoint(checkpoint.path), lora, requantizes=True),
     )
     if checkpoint.is_quantized and dtype is None and quantize is None and format != "gguf":
         log.info("the weights are quantized: they are written in bfloat16, unless --dtype or --quantize says otherwise")

@@ -36,12 +36,13 @@ class _Search:
     # Types without minima have negative ones as well, down to -most - 1.
     most: int = 0
     refits: int = 2
+    favours_large: bool = False  # whether large values count more: scales that shrink them cost more than their error
 
 
 SEARCHES = {
-    "Q4_0": _Search(1, (-1.0, 0.0, 0.7, 1.5)),
+    "Q4_0": _Search(1, (-1.0, 0.0, 0.7, 1.5), favours_large=True),
     "Q4_1": _Search(1, (-0.5, 0.0, 0.5, 1.2, 2.0), True),
-    "Q5_0": _Search(1, (-1.0, 0.0, 0.7, 1.5)),
+    "Q5_0": _Search(1, (-1.0, 0.0, 0.7, 1.5), favours_large=True),
     "Q5_1": _Search(1, (-1.0, 0.0, 0.7, 1.5, 2.5), True),
     "Q2_K": _Search(16, (-0.1, 0.2, 0.5, 0.8), True, 15),
     "Q3_K": _Search(16, (-0.6, -0.3, 0.0, 0.3, 0.6, 0.9), False, 31),
@@ -165,6 +166,9 @@ def _encode(values: Tensor, block_type: BlockType, weight: Tensor | None) -> Ten
     """Quantize fp32 values (n_blocks, elements), with weights of the same shape, to blocks (n_blocks, size)."""
     search = SEARCHES[block_type.name]
     largest = values.abs().max()
+    if search.favours_large:
+        own = torch.sqrt(values.square().mean(dim=1, keepdim=True) + values.square())
+        weight = own if weight is None else weight * own
 
     def in_groups(each: Tensor) -> Tensor:
         return each.unflatten(1, (search.n_groups, -1)).permute(2, 1, 0).contiguous()

@@ -13,7 +13,7 @@ from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, TokenType
 from llama.tokenizer.hf_config import TokenizerConfig, read_object
 from llama.tokenizer.hf_decoder import Pipeline, parse_pipeline
 from llama.tokenizer.hf_vocab import BYTE_PIECE, added_tokens, trained_pieces
-from llama.tokenizer.pre_rules import GPT2, PRE_RULES
+from llama.tokenizer.pre_rules import GPT2, PRE_RULES, PreRule
 from llama.tokenizer.vocab import parse_merges
 
 log = logging.getLogger("llama")
@@ -22,31 +22,34 @@ log = logging.getLogger("llama")
 UNICODE_FORMS: tuple[Literal["NFC", "NFKC", "NFD", "NFKD"], ...] = ("NFC", "NFKC", "NFD", "NFKD")
 
 
-def keys_of_json(path: Path, tokenizer: Tokenizer, check: Callable[[Tokenizer, str], None]) -> dict[str, Any]:
+def keys_of_json(
+    path: Path, tokenizer: Tokenizer, check: Callable[[Tokenizer, Callable[[str], str]], None]
+) -> dict[str, Any]:
     """Return the keys of a tokenizer.json.
 
-    check: raises ValueError unless a tokenizer gives the same ids on texts in a Unicode form, "" for any. Of the rules
-    by which GGUF splits text, the one counts that has the file's own patterns, or else any that gives the same ids.
-    Raise ValueError where none does.
+    check: adapts texts by what GGUF has no key for. Of the rules by which GGUF splits text, the one counts that has the
+    file's own patterns, or else any that gives the same ids. Raise ValueError where none does.
     """
     content = read_object(path.read_bytes(), str(path))
     pipeline = parse_pipeline(content)
     form = next((step["type"] for step in pipeline["normalizer"] if step["type"] in UNICODE_FORMS), "")
     if form:
         log.info("GGUF has no key that says that text is put into Unicode's %s: programs do it, or leave it out", form)
+    # SentencePiece puts a space before a text that begins with one, too.
+    drops_space = any(step["type"] == "Metaspace" for step in pipeline["pre_tokenizer"])
+
+    def adapt(text: str) -> str:
+        text = next((unicodedata.normalize(each, text) for each in UNICODE_FORMS if each == form), text)
+        return text.lstrip(" ") if drops_space else text
+
     said: ValueError | None = None
     for keys in _candidates(path, content, pipeline, tokenizer):
         try:
-            check(Tokenizer.from_gguf(keys), form)
+            check(Tokenizer.from_gguf(keys), adapt)
             return keys
         except ValueError as error:
             said = said or error
     raise ValueError(f"GGUF cannot express the tokenizer of {path}: {said}") from None
-
-
-def in_form(text: str, form: str) -> str:
-    """Return a text in one of UNICODE_FORMS, or as it is."""
-    return next((unicodedata.normalize(each, text) for each in UNICODE_FORMS if each == form), text)
 
 
 def _candidates(
@@ -90,7 +93,7 @@ def _candidates(
         yield keys | _sentencepiece_keys(keys[TOKENIZER_KEY + "tokens"], merges, pipeline)
         return
     keys |= {TOKENIZER_KEY + "model": "gpt2", TOKENIZER_KEY + "merges": [f"{a} {b}" for a, b in merges]}
-    for name in _rules(pipeline, bool(model.get("ignore_merges"))):
+    for name in _rules(pipeline, bool(model.get("ignore_merges")), tokenizer.add_bos):
         yield keys | {TOKENIZER_KEY + "pre": name}
 
 
@@ -108,7 +111,7 @@ def _sentencepiece_keys(texts: list[str], merges: list[tuple[str, str]], pipelin
     }
 
 
-def _rules(pipeline: Pipeline, ignore_merges: bool) -> Iterator[str]:
+def _rules(pipeline: Pipeline, ignore_merges: bool, add_bos: bool) -> Iterator[str]:
     """Yield the names of rules, one for each: those with the patterns of a pipeline first, then all others."""
     splits: list[str] = []
     for step in pipeline["pre_tokenizer"]:
@@ -118,8 +121,12 @@ def _rules(pipeline: Pipeline, ignore_merges: bool) -> Iterator[str]:
             splits.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
         elif step.get("use_regex"):
             splits.append(GPT2)
-    names = {rule: name for name, rule in reversed(PRE_RULES.items())}  # the first name of each
-    yield from sorted(
-        names.values(),
-        key=lambda name: (PRE_RULES[name].splits != tuple(splits), PRE_RULES[name].ignore_merges != ignore_merges),
-    )
+    names: dict[PreRule, str] = {}
+    for name, rule in PRE_RULES.items():
+        names.setdefault(rule, name)
+
+    def unlike(name: str) -> tuple[bool, ...]:
+        rule = PRE_RULES[name]
+        return rule.splits != tuple(splits), rule.ignore_merges != ignore_merges, rule.add_bos != add_bos
+
+    yield from sorted(names.values(), key=unlike)
