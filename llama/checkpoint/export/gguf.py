@@ -126,10 +126,13 @@ class GGUFFileWriter:
         """Return the ggml type of a tensor."""
         if self.type_name != AS_STORED:
             return type_of(GGUF_FILE_TYPES[self.type_name], name, shape, self.plan.args, self.is_pure)
-        stored = self.plan.checkpoint.stored_as(name)
         if len(shape) < 2:
             return "F32"
-        return fitting(stored, shape[-1]) if stored in BLOCK_TYPES else "BF16"
+        block_type = self.plan.checkpoint.block_type(name)
+        stored = block_type.name if block_type else self.plan.checkpoint.stored_as(name)
+        if stored in BLOCK_TYPES:
+            return fitting(stored, shape[-1])
+        return GGUF_FILE_TYPES[stored].type if stored in GGUF_FILE_TYPES else "BF16"
 
     def _file_type(self) -> int:
         """Return the code of the mixture, or of the type that most of the weights have."""
