@@ -141,7 +141,7 @@ def test_flags_that_do_not_fit_are_refused(tmp_path: Path, name: str, options: A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["q3_k_m", "q4_k_m", "iq4_xs"])
+@pytest.mark.parametrize("dtype", ["q3_k_m", "q4_k_m"])
 def test_the_demo_model_knows_paris_in_every_type(demo_model: Path, tmp_path: Path, dtype: str) -> None:
     from llama import Llama
 
