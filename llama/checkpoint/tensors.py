@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llama.checkpoint.families import Family
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import NamingScheme, meta_name, module_name
+from llama.checkpoint.names import XIELU_PARTS, NamingScheme, meta_name, module_name
 from llama.config import ModelArgs
 
 # Modules of a layer that hold several of the model's, one after the other.
@@ -83,6 +85,25 @@ def missing_biases(
         if name in names:
             raise ValueError(f"{path} has an unexpected bias of {name.removesuffix('.bias')}")
     return missing
+
+
+def norm_offset(name: str, family: Family) -> float:
+    """Return what is added to a tensor of a Hugging Face folder: to the weights of some families' norms, 1."""
+    return family.hf_norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def xielu_weight(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Tensor:
+    """Return the weight of `llama.norms.XIELU` for what files have, whose alphas were trained before a softplus."""
+    alphas = F.softplus(torch.tensor([alpha_p, alpha_n], dtype=torch.float32, device="cpu"))
+    return torch.cat([alphas, alphas.new_tensor([beta, eps])]) + alphas.new_tensor([0.0, beta, 0.0, 0.0])
+
+
+def xielu_parts(weight: Tensor) -> dict[str, Tensor]:
+    """Return what files have for the weight of an xIELU, as `xielu_weight` reads it."""
+    alpha_p, alpha_n, beta, eps = weight.float()
+    alphas = torch.stack([alpha_p, alpha_n - beta])
+    before = (alphas + torch.log(-torch.expm1(-alphas))).split(1)
+    return dict(zip(XIELU_PARTS, (*before, beta, eps), strict=True))
 
 
 def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:

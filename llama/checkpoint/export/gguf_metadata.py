@@ -89,6 +89,8 @@ def _differences(
         close = isinstance(value, float) and isinstance(found, float) and math.isclose(value, found, rel_tol=1e-6)
         if field.name not in _BY_TENSORS and value != found and not close:
             different[field.name] = value
+    if args.activation == "xielu":  # whose numbers are keys for each layer
+        different["activation"] = args.activation
     if (args.rope_scaling is None) != (read.rope_scaling is None):
         different["rope_scaling"] = args.rope_scaling
     return different
@@ -101,7 +103,7 @@ def _metadata(args: ModelArgs, context_len: int, family: Family) -> tuple[dict[s
         "llama.context_length": context_len,
         **{key: getattr(args, field) for field, key in {**REQUIRED_GGUF_KEYS, **OPTIONAL_GGUF_KEYS}.items()},
         "llama.attention.value_length": args.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
+        f"llama.attention.layer_norm_{'' if args.layer_norms else 'rms_'}epsilon": float(args.norm_eps),
         ROTARY_DIM: args.rotary_dim or args.head_dim,
         "llama.rope.freq_base": float(args.rope_theta),
     }
