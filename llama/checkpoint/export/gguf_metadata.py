@@ -58,7 +58,7 @@ def describe(plan: ExportPlan, biased: Collection[str]) -> Description:
     """
     differences: dict[str, Any] = {}
     own = plan.checkpoint.family.gguf or "llama"
-    for name in dict.fromkeys((own, *ANY_BIASES) if QKV.issuperset(biased) else ANY_BIASES):
+    for name in dict.fromkeys((own, *ANY_BIASES) if QKV.issuperset(biased) else (*ANY_BIASES, own)):
         row = GGUF_FAMILIES[name]
         keys, factors = _metadata(plan.args, plan.context_len, row)
         different = _differences(plan.args, keys, factors, row)
