@@ -147,6 +147,16 @@ class Checkpoint(Protocol):
         ...
 
     @property
+    def family(self) -> Family:
+        """Return what the model is one of, and how its files name and order what they hold."""
+        ...
+
+    @property
+    def is_quantized(self) -> bool:
+        """Tell whether any matrix is stored in blocks."""
+        ...
+
+    @property
     def context_len(self) -> int | None:
         """Return how many tokens of context the files say that the model was trained for, if they say it."""
         ...
@@ -176,46 +186,6 @@ class Checkpoint(Protocol):
         """Return indices [start, stop) along `dim` of a tensor, on the CPU; a view of the mapped file if possible."""
         ...
 
-    def tokenizer(self) -> Tokenizer:
-        """Open the tokenizer inside or beside the weights; raise FileNotFoundError when there is none."""
-        ...
-
-
-class StoredCheckpoint(Checkpoint, Protocol):
-    """Offer a checkpoint that lies in files; there is one class per format."""
-
-    @property
-    def model_name(self) -> str:
-        """Return what the files call the model, empty where they do not say."""
-        ...
-
-    @property
-    def family(self) -> Family:
-        """Return what the model is one of, and how its files name and order what they hold."""
-        ...
-
-    @property
-    def factors(self) -> Mapping[str, float]:
-        """Return by module what is multiplied as weights are read, where the model's multipliers are folded."""
-        ...
-
-    @property
-    def is_quantized(self) -> bool:
-        """Tell whether any matrix is stored in blocks."""
-        ...
-
-    @property
-    def rounding(self) -> float:
-        """Return the largest error of the blocks read so far that the files have in another form, as a share.
-
-        It is one of the largest value of their matrix. Where blocks are stored, and where floats are read, it is 0.
-        """
-        ...
-
-    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
-        """Return the dtype that `read` would return, and where its memory is; read nothing."""
-        ...
-
     def stored_as(self, name: str) -> str:
         """Return what a tensor is stored in, for people: a dtype or a block type, run as it is or not."""
         ...
@@ -231,6 +201,36 @@ class StoredCheckpoint(Checkpoint, Protocol):
 
         start and stop count rows or, along dim 1, values: multiples of the type's `elements`.
         """
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """Open the tokenizer inside or beside the weights; raise FileNotFoundError when there is none."""
+        ...
+
+
+class StoredCheckpoint(Checkpoint, Protocol):
+    """Offer a checkpoint that lies in files; there is one class per format."""
+
+    @property
+    def model_name(self) -> str:
+        """Return what the files call the model, empty where they do not say."""
+        ...
+
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """Return by module what is multiplied as weights are read, where the model's multipliers are folded."""
+        ...
+
+    @property
+    def rounding(self) -> float:
+        """Return the largest error of the blocks read so far that the files have in another form, as a share.
+
+        It is one of the largest value of their matrix. Where blocks are stored, and where floats are read, it is 0.
+        """
+        ...
+
+    def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
+        """Return the dtype that `read` would return, and where its memory is; read nothing."""
         ...
 
     def release(self, name: str) -> None:

@@ -118,7 +118,10 @@ def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) 
 
 
 def pair_halves(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:
-    """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves."""
+    """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves.
+
+    rotary_dim: as in pair_neighbours, whose inverse this is.
+    """
     dim = rotary_dim or head_dim
     heads = rows.unflatten(0, (-1, head_dim))
     rotated = heads[:, :dim].unflatten(1, (dim // 2, 2)).transpose(1, 2).flatten(1, 2)

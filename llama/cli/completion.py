@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from llama.benchmark.peer_worker import PEERS
 from llama.chat.formats import CHAT_FORMATS
-from llama.checkpoint.export.gguf import GGUF_FILE_TYPES
+from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES
 from llama.checkpoint.export.writer import EXPORT_FORMATS
 from llama.cli.conversation import OVERFLOWS
 from llama.cli.flags import Flag, flags_of, placeholder
@@ -20,6 +20,7 @@ from llama.distributed.device import DTYPES
 from llama.engine.options import QUANTIZE_MODES
 from llama.testing.model_presets import PRESETS
 
+FILE_TYPES = (*DTYPES, *(name for name in GGUF_FILE_TYPES if name not in DTYPES))
 # What a flag may be, where that is known: in every command, or in one.
 VALUES: dict[str, Sequence[str]] = {
     "device": ("cuda", "mps", "cpu"),
@@ -31,10 +32,11 @@ VALUES: dict[str, Sequence[str]] = {
     "overflow": OVERFLOWS,
     "preset": tuple(PRESETS),
     "compare": ("all", *PEERS, "plain"),
-    "convert --format": ("meta", "hf"),
+    "convert --format": EXPORT_FORMATS,
+    "convert --dtype": FILE_TYPES,
     "convert --quantize": ("int8", "int4"),
     "make --format": EXPORT_FORMATS,
-    "make --dtype": (*DTYPES, *(name for name in GGUF_FILE_TYPES if name not in DTYPES)),
+    "make --dtype": FILE_TYPES,
 }
 LONGEST_MEANING = 60  # characters
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import writer
-from llama.cli.convert import write
+from llama.cli.convert import check_suffix, write
 from llama.testing.model_presets import PRESETS
 from llama.testing.random_checkpoint import RandomCheckpoint
 
@@ -44,8 +44,7 @@ def main(
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}")
     check_new(dst)
-    if format == "gguf" and dst.suffix != ".gguf":
-        raise ValueError(f"{dst} must end in .gguf: this format is one file")
+    check_suffix(dst, format)
     checkpoint = RandomCheckpoint(preset, PRESETS[preset], seed)
-    made = writer(checkpoint, tokenizer_source(checkpoint), format, shards=shards, dtype=dtype)
+    made = writer(checkpoint, tokenizer_source(checkpoint), format, shards=shards, dtype=dtype, is_pure=True)
     write(made, dst)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockFields, BlockType
-from llama.quantization.plain_blocks import put_together
+from llama.quantization.packing import put_together
 from llama.quantization.released_layouts import IntegerLayout, Parts
 
 DECODED_AT_ONCE = 1 << 21  # values; their temporaries take some 20 MB

@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.checkpoint.base import dtype_name
 from llama.checkpoint.export.tokenizer_model import merges_of
+from llama.checkpoint.families import FAMILIES
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import NamingScheme, module_name
+from llama.quantization.gguf_blocks import BlockType
 from llama.testing.model_presets import Preset, TokenizerKind
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.gguf_tokens import TOKENIZER_KEY, TokenType
@@ -63,6 +66,8 @@ class RandomCheckpoint:
     stop_tokens: frozenset[int] = frozenset()
     pads_vocab = False
     naming: NamingScheme = "meta"
+    family = FAMILIES["llama"]
+    is_quantized = False
 
     def __init__(self, name: str, preset: Preset, seed: int) -> None:
         """Name the checkpoint, for errors, and draw what `seed` gives for that architecture."""
@@ -82,6 +87,15 @@ class RandomCheckpoint:
         mean, std = (1.0, 0.1) if len(shape) == 1 else (0.0, self._std(name))
         whole = self._normal(name, math.prod(shape), mean, std).view(shape)
         return whole.narrow(dim, start, (shape[dim] if stop is None else stop) - start)
+
+    def stored_as(self, name: str) -> str:
+        return dtype_name(self.dtype)
+
+    def block_type(self, name: str) -> BlockType | None:
+        return None
+
+    def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        raise AssertionError(f"{name} is not in blocks")
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.tokenizer_metadata)

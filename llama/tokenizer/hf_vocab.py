@@ -43,8 +43,8 @@ class HuggingFaceVocab:
 
     def _load(self, content: dict[str, Any], config: TokenizerConfig) -> None:
         model = expect(dict, content.get("model"), "its model")
-        trained, unknown = _trained(model)
-        added = _added(content, config, trained)
+        trained, unknown = trained_pieces(model)
+        added = added_tokens(content, config, trained)
         ids = trained | {token.content: number for number, token in added.items()}
         self._texts = {number: text for text, number in ids.items()}
         self._added = added.keys()
@@ -121,7 +121,7 @@ def _library_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {said}") from None
 
 
-def _trained(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
+def trained_pieces(model: dict[str, Any]) -> tuple[dict[str, int], str | None]:
     """Return the ids of the vocabulary's pieces by text, and the piece for text that no other piece fits."""
     kind = model["type"] = model.get("type") or ("BPE" if "merges" in model else "Unigram")  # Older files have none.
     if kind not in ("BPE", "Unigram"):
@@ -148,7 +148,7 @@ def _scored_text(entry: Any) -> str:
     return entry[0]
 
 
-def _added(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, Any]:
+def added_tokens(content: dict[str, Any], config: TokenizerConfig, trained: Mapping[str, int]) -> dict[int, Any]:
     """Return added tokens by id: the file's, then those that only the files beside it have."""
     where = "an added token"
     entries = expect(list, given(content, "added_tokens", []), "its added_tokens")

@@ -442,6 +442,41 @@ def test_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path, name
         torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-5, atol=1e-4)
 
 
+# The architecture that each is written under: its own, but where llama.cpp's has no such biases, or no window.
+WRITTEN = {
+    "qwen2": "qwen2",
+    "qwen2, tied, yarn": "qwen2",
+    "qwen2, window": "llama",
+    "seed_oss": "seed_oss",
+    "seed_oss, all biases": "llama",
+    "granite, tied": "granite",
+    "granite, biases": "granite",
+    "phi3": "phi3",
+    "phi3, long, beyond": "phi3",
+    "phi4 mini": "phi3",
+    "internlm3, biases": "llama",
+    "ernie4_5": "ernie4_5",
+    "helium": "llama",
+    "ministral": "llama",
+    "iquestcoder": "llama",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@torch.inference_mode()
+def test_conversion_writes_gguf_under_an_architecture_that_says_the_same(tmp_path: Path, name: str) -> None:
+    """With the same weights and keys, llama.cpp gave the same logits, but for windows, which it leaves out."""
+    theirs = made(name, vocab_size=BYTE_VOCAB_SIZE, eos_token_id=257)
+    theirs.save_pretrained(tmp_path / "own")
+    write_byte_tokenizer(tmp_path / "own")
+    checkpoint = open_checkpoint(tmp_path / "own")
+    path = tmp_path / "m.gguf"
+    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), "gguf"), path, lambda n_bytes: None)
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == WRITTEN[name]
+    tokens = random_tokens(2, RELATIVES[name][2], vocab_size=BYTE_VOCAB_SIZE)
+    torch.testing.assert_close(one_pass(opened(path), tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-4)
+
+
 def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
     made("phi4 mini", vocab_size=BYTE_VOCAB_SIZE).save_pretrained(tmp_path)
     write_byte_tokenizer(tmp_path)
@@ -449,6 +484,14 @@ def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
     for form in ("hf", "meta"):
         with pytest.raises(ValueError, match=r"rotary_dim 12|12 of them"):
             writer(checkpoint, tokenizer_source(checkpoint), form)
+
+
+def test_what_no_architecture_of_gguf_says_is_refused_by_its_field(tmp_path: Path) -> None:
+    made("ministral3", vocab_size=BYTE_VOCAB_SIZE).save_pretrained(tmp_path)
+    write_byte_tokenizer(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="GGUF cannot express rope_scaling YarnScaling"):
+        writer(checkpoint, tokenizer_source(checkpoint), "gguf")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from llama.quantization.gguf_blocks import BLOCK_TYPES, QUANTIZE, BlockType, dequantize, quantize, take_apart
-from llama.quantization.plain_blocks import plain_blocks, put_together
+from llama.quantization.packing import put_together
 from tests.gguf_files import SCALES_AT
 
 # The library's, about values that scales cannot hold.
@@ -97,21 +97,6 @@ def test_columns_and_rows_of_blocks_are_decoded_where_they_lie(name: str) -> Non
 def test_blocks_that_were_taken_apart_are_put_together_again(name: str) -> None:
     blocks = torch.from_numpy(finite_blocks(name, 256)).unflatten(0, (16, 16))
     assert torch.equal(put_together(take_apart(blocks, BLOCK_TYPES[name]), BLOCK_TYPES[name]), blocks)
-
-
-# Root mean square of the error of normal values, as a part of theirs.
-PLAIN_ERRORS = {"Q2_K": 0.35, "Q3_K": 0.21, "Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.02, "IQ4_NL": 0.09, "IQ4_XS": 0.09}
-
-
-@pytest.mark.parametrize("name", PLAIN_ERRORS)
-def test_random_weights_are_near_in_every_type_that_is_made(name: str) -> None:
-    values = normal(64, 1024)
-    values[3], values[5] = 0.0, values[5].abs()  # no scale, and no minimum
-    values[7, :256] = 0.01
-    blocks = plain_blocks(values.reshape(-1, BLOCK_TYPES[name].elements), BLOCK_TYPES[name])
-    found = torch.from_numpy(np.array(library(blocks.numpy(), name))).view_as(values)
-    assert squared_error(values, found) < PLAIN_ERRORS[name] ** 2 * float(values.double().square().sum())
-    assert not found[3].any() and torch.allclose(found[7, :256], values[7, :256], rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -26,7 +26,7 @@ TYPED: dict[str, set[str] | None] = {
     "llama complete --quantize ": set(QUANTIZE_MODES),
     "llama complete --device=c": {"cuda", "cpu"},
     "llama chat --chat_format ": set(CHAT_FORMATS),
-    "llama convert --format ": {"meta", "hf"},
+    "llama convert --format ": {"meta", "hf", "gguf"},
     "llama make new --dtype q8": {"q8_0"},
     "llama completion ": set(SCRIPTS),
     "llama perplexity --": {f"--{name}" for name in flags_of(perplexity)} | {"--help"},

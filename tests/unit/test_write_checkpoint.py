@@ -236,7 +236,6 @@ def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> Non
         ("hf", {"dtype": "q8_0"}, {}, "q8_0"),
         ("hf", {}, {"sliding_window": 8, "score_factor": 2.0}, "sliding_window 8 and score_factor 2.0"),
         ("gguf", {}, {"rope_scaling": DynamicScaling(2.0, 512)}, "DynamicScaling"),
-        ("gguf", {"dtype": "q4_0"}, {"hidden_dim": 200}, "multiple of 32"),
         ("onnx", {}, {}, "meta, hf, gguf"),
     ],
 )
@@ -317,15 +316,14 @@ def test_gguf_files_are_what_the_gguf_library_reads(tmp_path: Path, dtype: str) 
     assert open_checkpoint(path).tokenizer().n_words == 512
 
 
-def test_random_weights_are_written_in_types_that_the_gguf_library_only_decodes(tmp_path: Path) -> None:
-    """As 8B models of Q4_K, to measure with."""
+def test_weights_are_written_in_types_that_the_gguf_library_only_decodes(tmp_path: Path) -> None:
     args: dict[str, Any] = {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "hidden_dim": 512, "n_layers": 1}
-    path = convert(random_checkpoint(**args), tmp_path / "a.gguf", "gguf", dtype="q4_k")
+    path = convert(random_checkpoint(**args), tmp_path / "a.gguf", "gguf", dtype="q4_k", is_pure=True)
     (found,) = (tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_down.weight")
     assert found.tensor_type == gguf.GGMLQuantizationType.Q4_K
     expected = random_checkpoint(**args).read("layers.0.feed_forward.w2.weight")
     values = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
-    assert (values - expected).abs().max() <= 0.06 * expected.abs().max()
+    assert (values - expected).square().mean().sqrt() <= 0.08 * expected.float().std()
 
 
 @pytest.mark.parametrize("scaling", [None, LinearScaling(4.0), Llama3Scaling(8.0), YarnScaling(8.0, 64)], ids=str)

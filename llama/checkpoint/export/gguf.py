@@ -1,8 +1,12 @@
-"""Write one GGUF file of architecture "llama", dense or in blocks, made by the `gguf` library or by plain rounding."""
+"""Write one GGUF file, dense or in blocks, as llama.cpp's converter and quantize write it, a few tensors at a time."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,168 +15,176 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Progress
+from llama.checkpoint.export.gguf_metadata import describe
+from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES, fitting, type_of
 from llama.checkpoint.export.plan import ExportPlan
-from llama.checkpoint.gguf import convert_rows
-from llama.checkpoint.gguf_config import OPTIONAL_GGUF_KEYS, REQUIRED_GGUF_KEYS, ROPE_FACTORS
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import stored_name
-from llama.config import ModelArgs
+from llama.checkpoint.names import ROTATED, module_name, stored_name
+from llama.checkpoint.tensors import pair_halves
 from llama.quantization.gguf_blocks import BLOCK_TYPES
-from llama.quantization.plain_blocks import GROUPS, plain_blocks
-from llama.rope import scaled_frequencies
-from llama.rope_scaling import FactorScaling, LinearScaling, Llama3Scaling, YarnScaling
+from llama.quantization.k_quants import quantize_blocks
+from llama.tokenizer.gguf_tokens import GGUFTokens
+from llama.tokenizer.vocab import END_TOKENS
 
-# What --dtype is called by ggml, and the code of a file that has mostly that.
-GGUF_FILE_TYPES = {
-    "float32": ("F32", 0),
-    "float16": ("F16", 1),
-    "bfloat16": ("BF16", 32),
-    "q4_0": ("Q4_0", 2),
-    "q4_1": ("Q4_1", 3),
-    "q5_0": ("Q5_0", 8),
-    "q5_1": ("Q5_1", 9),
-    "q8_0": ("Q8_0", 7),
-    "q2_k": ("Q2_K", 10),
-    "q3_k": ("Q3_K", 11),
-    "q4_k": ("Q4_K", 14),
-    "q5_k": ("Q5_K", 16),
-    "q6_k": ("Q6_K", 18),
-    "iq4_nl": ("IQ4_NL", 25),
-    "iq4_xs": ("IQ4_XS", 30),
-}
+log = logging.getLogger("llama")
+
+# What a file's weights keep the types that they have by, where they are quantized and --dtype says nothing.
+AS_STORED = "stored"
 
 
-class GGUFFileWriter:
-    """Write a GGUF file. Making the writer raises ValueError for what the format or the type cannot express."""
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file: the model's tensors whose rows it holds, and its ggml type."""
 
-    def __init__(self, plan: ExportPlan, type_name: str) -> None:
-        """Plan a file whose matrices have the type type_name, one of GGUF_FILE_TYPES."""
-        import gguf
-
-        self.plan = plan
-        name, self.file_type = GGUF_FILE_TYPES[type_name]
-        self.qtype = gguf.GGMLQuantizationType[name]
-        args = plan.args
-        if plan.tokenizer.metadata is None:
-            raise ValueError("this tokenizer cannot be written to GGUF: use --format hf")
-        self.metadata = {**_metadata(args, plan.context_len), **plan.tokenizer.metadata}
-        self.shapes = global_shapes(args)
-        elements, _ = gguf.GGML_QUANT_SIZES[self.qtype]
-        for name, shape in self.shapes.items():
-            if len(shape) > 1 and shape[-1] % elements:
-                raise ValueError(
-                    f"{plan.own_name(name)} has rows of {shape[-1]}, {type_name} needs a multiple of {elements}"
-                )
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    type: str
 
     @property
     def nbytes(self) -> int:
-        return sum(self._nbytes(shape) for shape in self.shapes.values())
+        return torch.Size(self.shape[:-1]).numel() * row_bytes(self.type, self.shape[-1])
+
+
+def row_bytes(type_name: str, columns: int) -> int:
+    """Return the bytes of a row of so many values of a ggml type."""
+    if type_name in WEIGHT_DTYPES:
+        return columns * WEIGHT_DTYPES[type_name].itemsize
+    block_type = BLOCK_TYPES[type_name]
+    return columns // block_type.elements * block_type.size
+
+
+class GGUFFileWriter:
+    """Write a GGUF file. Making the writer raises ValueError for what the format cannot express."""
+
+    def __init__(self, plan: ExportPlan, type_name: str, *, is_pure: bool = False) -> None:
+        """Plan a file of the type or mixture type_name, one of GGUF_FILE_TYPES, or AS_STORED.
+
+        is_pure: whether all matrices get the type that a mixture is mostly of.
+        """
+        self.plan, self.type_name, self.is_pure = plan, type_name, is_pure
+        self._biased = self._modules_with_biases()
+        self.description = describe(plan, self._biased)
+        self.tokenizer_metadata = plan.tokenizer.gguf_metadata()
+        self._name_stops()
+        self.entries = dict(self._planned())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
 
     def write(self, path: Path, progress: Progress) -> None:
         import gguf
 
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_file_type(self.file_type)
-        if self.qtype.name not in WEIGHT_DTYPES:
+        architecture, factors = self.description.architecture, self.description.factors
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_file_type(self._file_type())
+        if any(entry.type not in WEIGHT_DTYPES for entry in self.entries.values()):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in self.metadata.items():
+        for key, value in {**self.description.metadata, **self.tokenizer_metadata}.items():
             _add_value(writer, key, value)
-        factors = _rope_factors(self.plan.args)
-        if factors is not None:
-            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-        for name, shape in self.shapes.items():
-            float32 = np.dtype(np.float32)  # the library looks at raw_dtype instead
-            writer.add_tensor_info(
-                stored_name(name, "gguf"), shape, float32, self._nbytes(shape), raw_dtype=self._type(shape)
-            )
+        float32 = np.dtype(np.float32)  # of tensors in blocks the library looks at raw_dtype instead
+        for name, values in factors.items():
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+        for name, entry in self.entries.items():
+            raw_dtype = gguf.GGMLQuantizationType[entry.type]
+            writer.add_tensor_info(name, entry.shape, float32, entry.nbytes, raw_dtype=raw_dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
-        for name, tensor in self.plan.read_all(self.shapes):
-            shape = self.shapes[name]
-            if self.qtype.name == "F16":
-                self.plan.as_dtype(name, tensor, torch.float16)
-            writer.write_tensor_data(_encode(tensor, self._type(shape)))
-            progress(self._nbytes(shape))
+        for values in factors.values():
+            writer.write_tensor_data(values)
+        rows = self._rows()
+        for entry in self.entries.values():
+            parts = [next(rows) for _ in entry.parts]
+            writer.write_tensor_data((parts[0] if len(parts) == 1 else torch.cat(parts)).numpy())
+            del parts
+            progress(entry.nbytes)
         writer.flush()
         for file in writer.fout or ():
             os.fsync(file.fileno())
         writer.close()
 
-    def _type(self, shape: tuple[int, ...]) -> Any:
-        """Return the ggml type of a tensor. Norms stay in fp32, as llama.cpp asks for."""
-        import gguf
+    def _planned(self) -> Iterator[tuple[str, _Entry]]:
+        """Yield the file's tensors by their names there, in their order."""
+        family = self.description.family
+        shapes = global_shapes(self.plan.args)
+        for name, shape in shapes.items():
+            if name.endswith(".bias") and "norm" not in name and module_name(name) not in self._biased:
+                continue
+            parts: tuple[str, ...] = (name,)
+            rows = shape[0]
+            if family.gguf_gate_in_up and module_name(name) in ("w1", "w3"):
+                if module_name(name) == "w1":
+                    continue
+                parts, rows = (name.replace(".w3.", ".w1."), name), 2 * shape[0]
+            stored = stored_name(name, "gguf")
+            for own, llamas in family.gguf_names.items():
+                stored = stored.replace(llamas, own)
+            yield stored, _Entry(parts, (rows, *shape[1:]), self._type(name, shape))
 
-        return self.qtype if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+    def _type(self, name: str, shape: tuple[int, ...]) -> str:
+        """Return the ggml type of a tensor."""
+        if self.type_name != AS_STORED:
+            return type_of(GGUF_FILE_TYPES[self.type_name], name, shape, self.plan.args, self.is_pure)
+        if len(shape) < 2:
+            return "F32"
+        block_type = self.plan.checkpoint.block_type(name)
+        stored = block_type.name if block_type else self.plan.checkpoint.stored_as(name)
+        if stored in BLOCK_TYPES:
+            return fitting(stored, shape[-1])
+        return GGUF_FILE_TYPES[stored].type if stored in GGUF_FILE_TYPES else "BF16"
 
-    def _nbytes(self, shape: tuple[int, ...]) -> int:
-        import gguf
+    def _file_type(self) -> int:
+        """Return the code of the mixture, or of the type that most of the weights have."""
+        if self.type_name != AS_STORED:
+            return GGUF_FILE_TYPES[self.type_name].code
+        sizes: Counter[str] = Counter()
+        for entry in self.entries.values():
+            sizes[entry.type] += entry.nbytes
+        ((most, _),) = sizes.most_common(1)
+        return next(mixture.code for mixture in GGUF_FILE_TYPES.values() if mixture.type == most)
 
-        elements, size = gguf.GGML_QUANT_SIZES[self._type(shape)]
-        return torch.Size(shape).numel() // elements * size
+    def _modules_with_biases(self) -> set[str]:
+        """Return the linears that have a bias other than zeros in some layer; of others, none is written."""
+        biases = (name for name in global_shapes(self.plan.args) if name.endswith(".bias") and "norm" not in name)
+        return {module_name(name) for name in biases if self.plan.checkpoint.read(name).any()}
 
+    def _rows(self) -> Iterator[Tensor]:
+        """Yield the rows (rows, row_bytes) of the model's tensors, one after the other, as the file has them."""
+        types = {part: entry.type for entry in self.entries.values() for part in entry.parts}
+        family, args = self.description.family, self.plan.args
+        shapes = global_shapes(args)
+        for name, tensor in self.plan.read_all(types, types):
+            tensor = tensor.narrow(0, 0, shapes[name][0])  # rows that only pad a table are left out
+            rows = tensor if tensor.dtype == torch.uint8 else self._encoded(name, tensor, types[name])
+            if family.gguf_rows == "halves" and module_name(name) in ROTATED:
+                rows = pair_halves(rows.view(len(tensor), -1), args.head_dim, args.rotary_dim)
+            yield rows.view(-1) if tensor.dim() == 1 else rows
 
-def _encode(tensor: Tensor, qtype: Any) -> np.ndarray:
-    """Return a tensor's values as bytes of that ggml type."""
-    from gguf import GGML_QUANT_SIZES, quantize
+    def _encoded(self, name: str, tensor: Tensor, type_name: str) -> Tensor:
+        """Return a tensor's values as bytes of that ggml type, (rows, row_bytes)."""
+        if type_name in WEIGHT_DTYPES:
+            values = self.plan.as_dtype(name, tensor, WEIGHT_DTYPES[type_name])
+            return values.contiguous().view(torch.uint8)
+        try:
+            return quantize_blocks(tensor, BLOCK_TYPES[type_name])
+        except ValueError as error:
+            raise ValueError(f"{self.plan.own_name(name)}: {error}") from None
 
-    if qtype.name in WEIGHT_DTYPES:
-        return tensor.to(WEIGHT_DTYPES[qtype.name]).contiguous().view(torch.uint8).numpy()
-    elements, size = GGML_QUANT_SIZES[qtype]
-    values = tensor.float().contiguous().view(-1, elements).numpy()
-    blocks = np.empty((len(values), size), np.uint8)
-    if qtype.name in GROUPS:
-        block_type = BLOCK_TYPES[qtype.name]
-        convert_rows(values, blocks, elements, lambda rows: plain_blocks(torch.from_numpy(rows), block_type).numpy())
-    else:
-        convert_rows(values, blocks, elements, lambda rows: quantize(rows, qtype))
-    return blocks
-
-
-def _metadata(args: ModelArgs, context_len: int) -> dict[str, Any]:
-    """Return the architecture under GGUF's keys; raise ValueError when they cannot express its RoPE scaling."""
-    metadata: dict[str, Any] = {
-        "llama.vocab_size": args.vocab_size,
-        "llama.context_length": context_len,
-        **{key: getattr(args, field) for field, key in {**REQUIRED_GGUF_KEYS, **OPTIONAL_GGUF_KEYS}.items()},
-        "llama.attention.value_length": args.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": float(args.norm_eps),
-        "llama.rope.dimension_count": args.head_dim,
-        "llama.rope.freq_base": float(args.rope_theta),
-    }
-    if args.rotary_dim is not None or args.score_factor != 1.0:
-        raise ValueError(
-            f"GGUF's Llama cannot express rotary_dim {args.rotary_dim} and score_factor "
-            f"{args.score_factor}: use --format hf"
-        )
-    if args.sliding_window is not None:
-        metadata["llama.attention.sliding_window"] = args.sliding_window
-    scaling = args.rope_scaling
-    if isinstance(scaling, LinearScaling):
-        metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
-    elif isinstance(scaling, YarnScaling) and scaling.attention_factor is None and scaling.truncate:
-        metadata |= {
-            "llama.rope.scaling.type": "yarn",
-            "llama.rope.scaling.factor": float(scaling.factor),
-            "llama.rope.scaling.original_context_length": scaling.old_context_len,
-            "llama.rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
-            "llama.rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
-        }
-    elif scaling is not None and _rope_factors(args) is None:
-        raise ValueError(f"GGUF cannot express {scaling}: use --format hf")
-    return metadata
+    def _name_stops(self) -> None:
+        """Have the file name the tokens that end a generation by the model's configuration; log what it cannot."""
+        wanted = self.plan.tokenizer.tokenizer.stop_tokens | self.plan.checkpoint.stop_tokens
+        tokens = GGUFTokens.from_metadata(self.tokenizer_metadata)
+        named = {i for i, text in enumerate(tokens.texts) if text in END_TOKENS}
+        missing = sorted(wanted - named - {tokens.eos_id, *tokens.stops})
+        keys = [key for key in _STOP_KEYS if key not in self.tokenizer_metadata]
+        self.tokenizer_metadata = {**self.tokenizer_metadata, **dict(zip(keys, missing, strict=False))}
+        lost = missing[len(keys) :]
+        if lost:
+            log.warning("GGUF cannot say that these tokens end a generation: %s", ", ".join(map(str, lost)))
 
 
-def _rope_factors(args: ModelArgs) -> np.ndarray | None:
-    """Return Llama 3.1's rule as GGUF stores it: a wavelength factor for each rotated pair, (head_dim / 2,)."""
-    if isinstance(args.rope_scaling, FactorScaling):
-        return np.array(args.rope_scaling.factors, np.float32)
-    if not isinstance(args.rope_scaling, Llama3Scaling):
-        return None
-    plain = scaled_frequencies(args.head_dim, args.rope_theta, None).double()
-    return (plain / scaled_frequencies(args.head_dim, args.rope_theta, args.rope_scaling)).float().numpy()
+_STOP_KEYS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
 def _add_value(writer: Any, key: str, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,23 @@ class ExportPlan:
             beyond = ", ".join(f"{name} {value!r}" for name, value in self.args.beyond_llama.items())
             raise ValueError(f"{format} cannot express {beyond}: use --format hf")
 
-    def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield names in their order with whole tensors, as stored."""
-        return read_in_turn(names, lambda: self.reopen().read)
+    def read_all(self, names: Iterable[str], types: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield names in their order with whole tensors, as stored.
+
+        types: of tensors that may stay the blocks that they are, uint8 (rows, row_bytes), where these are of that type.
+        """
+
+        def reader() -> Callable[[str], Tensor]:
+            checkpoint = self.reopen()
+
+            def read(name: str) -> Tensor:
+                block_type = checkpoint.block_type(name) if types else None
+                stays = types is not None and block_type is not None and block_type.name == types[name]
+                return checkpoint.read_blocks(name) if stays else checkpoint.read(name)
+
+            return read
+
+        return read_in_turn(names, reader)
 
     def own_name(self, name: str) -> str:
         """Return what the checkpoint's files call a tensor, for messages."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.export.streaming_writers import write_json
 from llama.checkpoint.export.tokenizer_json import tokenizer_config, tokenizer_json
+from llama.checkpoint.export.tokenizer_keys import keys_of_json
 from llama.checkpoint.export.tokenizer_model import metadata_of, sentencepiece_model, tiktoken_model
 from llama.tokenizer import Tokenizer, find_tokenizer
 from llama.tokenizer.hf_config import read_object
@@ -54,6 +55,17 @@ class TokenizerSource:
     @property
     def is_sentencepiece(self) -> bool:
         return self.metadata is not None and self.metadata.get("tokenizer.ggml.model") == "llama"
+
+    def gguf_metadata(self) -> Mapping[str, Any]:
+        """Return the tokenizer as GGUF metadata; raise ValueError where that cannot express it."""
+        if self.metadata is not None:
+            return self.metadata
+        assert self.path is not None
+
+        def check(written: Tokenizer, adapt: Callable[[str], str]) -> None:
+            _check_same(self.tokenizer, written, "GGUF form", adapt)
+
+        return keys_of_json(self.path, self.tokenizer, check)
 
 
 def tokenizer_source(checkpoint: Checkpoint, path: Path | None = None) -> TokenizerSource:
@@ -107,7 +119,7 @@ def _write_hf(source: TokenizerSource, folder: Path) -> None:
         write_json(path, tokenizer_json(source.metadata, source.tokenizer), indent=1)
         if not had_config:
             write_json(config_path, tokenizer_config(source.metadata, source.tokenizer))
-        _check_same(source.tokenizer, path)
+        _check_same(source.tokenizer, Tokenizer(path), path.name)
     except ValueError as error:
         if not (folder / "tokenizer.model").exists():
             raise
@@ -125,7 +137,7 @@ def _write_meta(source: TokenizerSource, folder: Path) -> None:
         path.write_bytes(sentencepiece_model(source.metadata))
         if template is not None:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        _check_same(source.tokenizer, path)
+        _check_same(source.tokenizer, Tokenizer(path), path.name)
     elif not _write_tiktoken(source.tokenizer, path):
         log.info("this tokenizer has no form as a tokenizer.model: a tokenizer.json is written, for this package alone")
         if source.metadata is not None:
@@ -141,7 +153,7 @@ def _write_tiktoken(tokenizer: Tokenizer, path: Path) -> bool:
         return False
     path.write_bytes(model)
     try:
-        _check_same(tokenizer, path)
+        _check_same(tokenizer, Tokenizer(path), path.name)
     except ValueError:
         path.unlink()
         return False
@@ -149,15 +161,16 @@ def _write_tiktoken(tokenizer: Tokenizer, path: Path) -> bool:
     return True
 
 
-def _check_same(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise ValueError unless the file gives the same ids on probe texts."""
-    written = Tokenizer(path)
+def _check_same(tokenizer: Tokenizer, written: Tokenizer, what: str, adapt: Callable[[str], str] = str) -> None:
+    """Raise ValueError unless what was written gives the same ids on probe texts, which are adapted before."""
     for name in ("n_words", "bos_id", "eos_id", "add_bos"):
         found, expected = getattr(written, name), getattr(tokenizer, name)
         if found != expected:
-            raise ValueError(f"a {path.name} of this tokenizer has {name} {found!r}, not {expected!r}")
-    if set(written.special_tokens.values()) != set(tokenizer.special_tokens.values()):
-        raise ValueError(f"a {path.name} of this tokenizer has other control tokens")
-    for text in (*PROBES, *tokenizer.special_tokens):
+            raise ValueError(f"a {what} of this tokenizer has {name} {found!r}, not {expected!r}")
+    # SentencePiece's unknown piece is no control token, which some files of transformers make it.
+    control, others = (set(each.special_tokens.values()) for each in (written, tokenizer))
+    if (control ^ others) - {tokenizer.special_tokens.get("<unk>")}:
+        raise ValueError(f"a {what} of this tokenizer has other control tokens")
+    for text in (*map(adapt, PROBES), *tokenizer.special_tokens):
         if written.encode(text, bos=False, eos=False) != tokenizer.encode(text, bos=False, eos=False):
-            raise ValueError(f"a {path.name} of this tokenizer gives other ids for {text[:40]!r}")
+            raise ValueError(f"a {what} of this tokenizer gives other ids for {text[:40]!r}")

@@ -12,7 +12,8 @@ import torch
 
 from llama.checkpoint.base import Checkpoint, Progress, dtype_name, same_matrix
 from llama.checkpoint.context import trained_context_len
-from llama.checkpoint.export.gguf import GGUF_FILE_TYPES, GGUFFileWriter
+from llama.checkpoint.export.gguf import AS_STORED, GGUFFileWriter
+from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES
 from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.meta import MetaWriter
 from llama.checkpoint.export.plan import ExportPlan
@@ -50,14 +51,16 @@ def writer(
     shards: int = 1,
     dtype: str | None = None,
     quantize: str | None = None,
+    is_pure: bool = False,
     context_len: int | None = None,
     reopen: Callable[[], Checkpoint] | None = None,
 ) -> Writer:
     """Return what writes the checkpoint in that format, one of EXPORT_FORMATS.
 
     shards: number of Meta's files.
-    dtype: None is what the weights are stored in.
+    dtype: None is what the weights are stored in: for GGUF the type of each, for others bfloat16 in place of blocks.
     quantize: int8 or int4, for Hugging Face's format; None leaves linear weights in that dtype, too.
+    is_pure: whether all matrices of a GGUF file get the type that a mixture is mostly of.
     context_len: None is what the checkpoint says, or its kind implies.
     reopen: opens the same checkpoint again, where that releases memory.
     Raise ValueError when the format cannot express the checkpoint, or weights are missing or mis-shaped.
@@ -77,7 +80,7 @@ def writer(
         raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
     if quantize is not None and format != "hf":
         raise ValueError(f"--quantize {quantize} is for --format hf alone, got --format {format}")
-    name = dtype or dtype_name(checkpoint.dtype)
+    name = dtype or (AS_STORED if format == "gguf" and checkpoint.is_quantized else dtype_name(checkpoint.dtype))
     plan = ExportPlan(
         checkpoint=checkpoint,
         reopen=reopen or (lambda: checkpoint),
@@ -88,10 +91,7 @@ def writer(
     )
     if format == "meta":
         return MetaWriter(plan, shards)
-    if format == "hf":
-        return HuggingFaceWriter(plan, quantize)
-    plan.check_plain("GGUF's Llama")
-    return GGUFFileWriter(plan, name)
+    return HuggingFaceWriter(plan, quantize) if format == "hf" else GGUFFileWriter(plan, name, is_pure=is_pure)
 
 
 def write_checkpoint(writer: Writer, path: Path, progress: Progress) -> None:
