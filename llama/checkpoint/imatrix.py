@@ -31,7 +31,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 SAME_INPUT = (("attn_q", "attn_k", "attn_v", "attn_qkv"), ("ffn_gate", "ffn_up"))
 # A column that a text leaves at 0 still counts, as another text may not: a share of its matrix's mean.
 LEAST_SHARE = 1e-6
-FIX = "llama calibrate makes one"
+_FIX = "llama calibrate makes one"
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ class ImportanceMatrix:
         return next((self.means[each] for each in names if each in self.means), None)
 
 
-_OTHER_MODEL = "it is of another model, " + FIX + " of this one"
+_OTHER_MODEL = "it is of another model, " + _FIX + " of this one"
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
     """Read a file of llama.cpp's, of either form; raise ValueError for what is none, is damaged or makes no sense."""
     if not path.is_file():
-        raise FileNotFoundError(f"imatrix {path} does not exist: {FIX}")
+        raise FileNotFoundError(f"imatrix {path} does not exist: {_FIX}")
     if is_gguf(path):
         return _read_gguf_imatrix(path)
     check_content(path, is_binary=True)
@@ -116,20 +116,20 @@ def _read_gguf_imatrix(path: Path) -> ImportanceMatrix:
     header = read_header(path)
     stored_type = header.metadata.get("general.type")
     if stored_type != IMATRIX_TYPE and not any(name.endswith(SUMS) for name in header.tensors):
-        raise ValueError(f"{path} is a GGUF file of type {stored_type or 'model'}, and no imatrix: {FIX}")
+        raise ValueError(f"{path} is a GGUF file of type {stored_type or 'model'}, and no imatrix: {_FIX}")
     tensors = map_tensors(path, header)
     names = [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]
     means = {}
     for name in names:
         if name + COUNTS not in tensors:
-            raise ValueError(f"imatrix {path} has no {name + COUNTS}, only its sums: it is damaged, {FIX}")
+            raise ValueError(f"imatrix {path} has no {name + COUNTS}, only its sums: it is damaged, {_FIX}")
         stored = [tensors[name + SUMS], tensors[name + COUNTS]]
         if any(each.dtype != torch.float32 for each in stored):
-            raise ValueError(f"imatrix {path}: what it has of {name} must be F32: {FIX}")
+            raise ValueError(f"imatrix {path}: what it has of {name} must be F32: {_FIX}")
         sums, counts = (decode_rows(each, 0, each.shape[0]) for each in stored)
         sums, counts = sums.view(-1, sums.shape[-1]), counts.flatten()
         if len(counts) not in (1, len(sums)):
-            raise ValueError(f"imatrix {path} has {len(counts)} counts of {name} for {len(sums)} sums: {FIX}")
+            raise ValueError(f"imatrix {path} has {len(counts)} counts of {name} for {len(sums)} sums: {_FIX}")
         means[name] = _means(path, name, sums, counts[:, None])
     datasets, chunk_count = header.metadata.get(DATASETS), header.metadata.get(CHUNK_COUNT)
     return ImportanceMatrix(
@@ -144,12 +144,12 @@ def _means(path: Path, name: str, sums: Tensor, counts: Tensor) -> Tensor:
     """Return sums (n, columns) over counts (n or 1, 1), or ones; raise ValueError where they are impossible."""
     if not counts.isfinite().all() or (counts < 0).any() or not (counts > 0).any():
         shown = ", ".join(f"{count:g}" for count in counts.flatten()[:4].tolist())
-        raise ValueError(f"imatrix {path}: its counts of {name} are {shown}, some must be above 0: {FIX}")
+        raise ValueError(f"imatrix {path}: its counts of {name} are {shown}, some must be above 0: {_FIX}")
     if not sums.isfinite().all() or (sums < 0).any():
         place = int((~sums.isfinite() | (sums < 0)).flatten().int().argmax())
         raise ValueError(
             f"imatrix {path}: {name} has {sums.flatten()[place]:g} for column {place % sums.shape[-1]}, which no sum "
-            f"of squares can be: {FIX}"
+            f"of squares can be: {_FIX}"
         )
     means = torch.where(counts > 0, sums / counts, 1.0)
     return torch.where(means.sum(dim=-1, keepdim=True) > 0, means, 1.0)
@@ -157,7 +157,7 @@ def _means(path: Path, name: str, sums: Tensor, counts: Tensor) -> Tensor:
 
 def _some(path: Path, means: dict[str, Tensor]) -> dict[str, Tensor]:
     if not means:
-        raise ValueError(f"imatrix {path} has no matrices: {FIX}")
+        raise ValueError(f"imatrix {path} has no matrices: {_FIX}")
     return means
 
 
@@ -170,13 +170,13 @@ class _DatReader:
     def read(self) -> ImportanceMatrix:
         n_entries = self.integer()
         if n_entries < 1:
-            raise ValueError(f"{self.path} is no imatrix, it begins with a count of {n_entries}: {FIX}")
+            raise ValueError(f"{self.path} is no imatrix, it begins with a count of {n_entries}: {_FIX}")
         means: dict[str, Tensor] = {}
         for _ in range(n_entries):
             name = self.take(self.integer()).decode(errors="replace")
             n_calls, n_values = self.integer(), self.integer()
             if name in means or n_values < 1:
-                raise ValueError(f"imatrix {self.path} has {name!r} twice, or no values of it: it is damaged, {FIX}")
+                raise ValueError(f"imatrix {self.path} has {name!r} twice, or no values of it: it is damaged, {_FIX}")
             sums = torch.frombuffer(bytearray(self.take(4 * n_values)), dtype=torch.float32)
             means[name] = _means(self.path, name, sums[None], torch.tensor([[float(n_calls)]]))
         chunk_count, datasets = 0, []
@@ -191,7 +191,7 @@ class _DatReader:
 
     def take(self, size: int) -> bytes:
         if not 0 <= size <= self.left:
-            raise ValueError(f"{self.path} is no imatrix, or it is damaged or cut off: {FIX}")
+            raise ValueError(f"{self.path} is no imatrix, or it is damaged or cut off: {_FIX}")
         self.left -= size
         return self.file.read(size)
 

@@ -67,6 +67,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     halves = random_halves(base.args, {name: base.read(name) for name in base.names()})
     write_peft(root / "my-adapter", base.args, halves)
     write_gguf_adapter(root / "style.gguf", halves)
+    (root / "articles.txt").write_text("Salt was dear where the sea was far away. " * 40)
     return root
 
 
