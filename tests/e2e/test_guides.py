@@ -39,6 +39,7 @@ STAND_INS = {
     "Llama-2-70b": (TINY, "meta", 8),
     "Llama-3.1-8B": (TINY, "hf", 1),
     "Llama-3.2-1B": (TINY, "hf", 1),
+    "Llama-3.2-1B-Instruct": (TINY, "hf", 1),
     "Meta-Llama-3-8B-Instruct": (TINY, "meta", 1),
     "Meta-Llama-3.1-405B": (TINY, "meta", 8),
 }
