@@ -100,6 +100,8 @@ class GGUFCheckpoint:
                 tensors[name] = tensor
         if self._metadata.get("general.type") == "adapter":
             raise ValueError(f"{path} is an adapter: give its base model as --ckpt_dir, and this file as --lora")
+        if self._metadata.get("general.type") == "imatrix":
+            raise ValueError(f"{path} is an importance matrix, no model: llama convert --imatrix takes it")
         rope_factors = {name: tensors.pop(name) for name in ALL_ROPE_FACTORS & tensors.keys()}
         try:
             self.family = family_of(self._metadata)

@@ -12,6 +12,7 @@ from llama.checkpoint import open_checkpoint, with_adapters
 from llama.checkpoint.export.streaming_writers import check_new
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import Writer, write_checkpoint, writer
+from llama.checkpoint.imatrix import read_imatrix
 from llama.checkpoint.lora import adapters_of
 from llama.cli.signals import signals_raise
 from llama.hub.find import local_path
@@ -28,6 +29,7 @@ def main(
     dtype: str | None = None,
     quantize: str | None = None,
     pure: bool = False,
+    imatrix: Path | None = None,
     lora: tuple[str, ...] = (),
     tokenizer_path: Path | None = None,
 ) -> None:
@@ -43,6 +45,8 @@ def main(
             q4_0, q4_1, q5_0, q5_1, iq4_nl, iq4_xs; quantized weights keep their types by default.
         quantize: int8 or int4, for --format hf: linear weights in blocks of 32 values, of 8.5 or 5 bits each.
         pure: for --format gguf: have no tensor a finer type than the others.
+        imatrix: what llama calibrate or llama.cpp's llama-imatrix has measured of this model: columns of weights that
+            count more are rounded with more care.
         lora: adapter to merge, as PATH or PATH:SCALE, a folder of peft's or a GGUF file; may be given several times.
         tokenizer_path: tokenizer.model or tokenizer.json, or a model's name; default: the one beside or inside the
             weights.
@@ -51,6 +55,7 @@ def main(
         llama convert Llama-2-13b-hf Llama-2-13b --format meta --shards 2
         llama convert model.gguf Llama-2-13b-int4 --format hf --quantize int4
         llama convert Llama-3.2-1B-Instruct Llama-3.2-1B-Instruct.Q4_K_M.gguf --format gguf --dtype q4_k_m
+        llama convert Llama-3.2-1B 1B.Q2_K.gguf --format gguf --dtype q2_k --imatrix 1b.imatrix.gguf
     """
     check_new(dst)
     check_suffix(dst, format)
@@ -69,6 +74,7 @@ def main(
         dtype=dtype,
         quantize=quantize,
         is_pure=pure,
+        importance=None if imatrix is None else read_imatrix(imatrix),
         reopen=lambda: with_adapters(open_checkpoint(checkpoint.path), lora, requantizes=True),
     )
     if checkpoint.is_quantized and dtype is None and quantize is None and format != "gguf":

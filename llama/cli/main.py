@@ -30,7 +30,8 @@ COMMANDS = {
         "list": "list the models on this disk that have names",
         "rm": "remove models by name",
         "verify": "check a checkpoint's files before they are used",
-        "convert": "convert a checkpoint to Meta's shards or to a Hugging Face folder",
+        "convert": "convert a checkpoint to Meta's shards, Hugging Face's or GGUF",
+        "calibrate": "measure on a text which weights to quantize with most care",
         "make": "make a checkpoint of a released model's shape, with random weights",
     },
     "the shell": {

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llama.backends.base import Backend, choose_backend
+from llama.backends.eager import EagerBackend
 from llama.chat.formats import choose_chat_format, find_chat_format
 from llama.chat.template import TemplateChat, read_template
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint, with_adapters
@@ -62,16 +63,20 @@ def with_local_files(options: BuildOptions) -> BuildOptions:
 
 
 def build_model(
-    options: BuildOptions, check: Callable[[Tokenizer, ModelArgs], None] | None = None
+    options: BuildOptions,
+    check: Callable[[Tokenizer, ModelArgs], None] | None = None,
+    *,
+    by_modules: bool = False,
 ) -> tuple[Transformer, Tokenizer, str | None]:
     """Load this rank's share of a model; return it with its tokenizer and, where it has one, its chat format's name.
 
-    check: as for `Llama.from_options`.
+    check: as for `Llama.from_options`. by_modules: have modules, whose hooks run then, compute in floats, whatever
+    kernels there are.
     """
     start = time.perf_counter()
     join_job(options.timeout)
     with agree():
-        source = open_source(options)
+        source = open_source(options, by_modules=by_modules)
         chat_format = options.chat_format
         if chat_format is None:
             chat_format = find_chat_format(source.tokenizer, source.model_names)
@@ -264,8 +269,11 @@ class Source:
         return BatchShape(min(len(prompts), self.args.max_batch_size), longest, length, scored)
 
 
-def open_source(options: BuildOptions) -> Source:
-    """Open the files that the options name; raise ValueError or FileNotFoundError where they do not fit together."""
+def open_source(options: BuildOptions, *, by_modules: bool = False) -> Source:
+    """Open the files that the options name; raise ValueError or FileNotFoundError where they do not fit together.
+
+    by_modules: as for `build_model`.
+    """
     device = choose_device(options.device)
     checkpoint = open_checkpoint(options.ckpt_dir)
     path = options.tokenizer_path
@@ -283,7 +291,7 @@ def open_source(options: BuildOptions) -> Source:
     dtype = choose_dtype(
         options.dtype, device, checkpoint.dtype, checkpoint.is_quantized or options.quantize is not None
     )
-    backend = choose_backend(device, args, options.compile)
+    backend = EagerBackend(device) if by_modules else choose_backend(device, args, options.compile)
     if options.quantize is not None and options.quantize not in backend.quantize_modes:
         raise ValueError(
             f"quantize {options.quantize} needs a CUDA device and Triton kernels, got {device}: use int8 instead"

@@ -39,6 +39,7 @@ STAND_INS = {
     "Llama-2-70b": (TINY, "meta", 8),
     "Llama-3.1-8B": (TINY, "hf", 1),
     "Llama-3.2-1B": (TINY, "hf", 1),
+    "Llama-3.2-1B-Instruct": (TINY, "hf", 1),
     "Meta-Llama-3-8B-Instruct": (TINY, "meta", 1),
     "Meta-Llama-3.1-405B": (TINY, "meta", 8),
 }
@@ -67,6 +68,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     halves = random_halves(base.args, {name: base.read(name) for name in base.names()})
     write_peft(root / "my-adapter", base.args, halves)
     write_gguf_adapter(root / "style.gguf", halves)
+    (root / "articles.txt").write_text("Salt was dear where the sea was far away. " * 40)
     return root
 
 

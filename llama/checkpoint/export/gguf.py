@@ -18,6 +18,7 @@ from llama.checkpoint.base import WEIGHT_DTYPES, Progress
 from llama.checkpoint.export.gguf_metadata import describe
 from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES, fitting, type_of
 from llama.checkpoint.export.plan import ExportPlan
+from llama.checkpoint.imatrix import origin
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, module_name, stored_name
 from llama.checkpoint.tensors import pair_halves
@@ -67,6 +68,7 @@ class GGUFFileWriter:
         self.tokenizer_metadata = plan.tokenizer.gguf_metadata()
         self._name_stops()
         self.entries = dict(self._planned())
+        plan.check_importance(self._quantized())
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +82,8 @@ class GGUFFileWriter:
         writer.add_file_type(self._file_type())
         if any(entry.type not in WEIGHT_DTYPES for entry in self.entries.values()):
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in {**self.description.metadata, **self.tokenizer_metadata}.items():
+        calibrated = origin(self.plan.importance) if self.plan.importance else {}
+        for key, value in {**self.description.metadata, **self.tokenizer_metadata, **calibrated}.items():
             _add_value(writer, key, value)
         float32 = np.dtype(np.float32)  # of tensors in blocks the library looks at raw_dtype instead
         for name, values in factors.items():
@@ -121,6 +124,17 @@ class GGUFFileWriter:
             for own, llamas in family.gguf_names.items():
                 stored = stored.replace(llamas, own)
             yield stored, _Entry(parts, (rows, *shape[1:]), self._type(name, shape))
+
+    def _quantized(self) -> dict[str, tuple[int, ...]]:
+        """Return the matrices whose values become blocks, with their shapes."""
+        shapes, checkpoint = global_shapes(self.plan.args), self.plan.checkpoint
+        types = {part: entry.type for entry in self.entries.values() for part in entry.parts}
+        stored = {name: checkpoint.block_type(name) for name in types}
+        return {
+            name: shapes[name]
+            for name, type_name in types.items()
+            if type_name in BLOCK_TYPES and getattr(stored[name], "name", None) != type_name
+        }
 
     def _type(self, name: str, shape: tuple[int, ...]) -> str:
         """Return the ggml type of a tensor."""
@@ -167,7 +181,8 @@ class GGUFFileWriter:
             values = self.plan.as_dtype(name, tensor, WEIGHT_DTYPES[type_name])
             return values.contiguous().view(torch.uint8)
         try:
-            return quantize_blocks(tensor, BLOCK_TYPES[type_name])
+            weights = self.plan.column_weights(name, tuple(tensor.shape))
+            return quantize_blocks(tensor, BLOCK_TYPES[type_name], weights)
         except ValueError as error:
             raise ValueError(f"{self.plan.own_name(name)}: {error}") from None
 

@@ -21,6 +21,7 @@ from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, XIELU_PARTS, module_name, stored_name, with_own_parts
 from llama.checkpoint.tensors import norm_offset, pair_halves, xielu_parts
 from llama.quantization.gguf_blocks import BlockType, quantize
+from llama.quantization.k_quants import quantize_blocks
 
 MAX_FILE_BYTES = 5_000_000_000
 
@@ -44,6 +45,7 @@ class HuggingFaceWriter:
                 row_bytes = shape[1] // block_type.elements * block_type.size
                 self.entries[name] = TensorEntry((shape[0], row_bytes), torch.uint8)
                 self.block_types[name] = block_type
+        plan.check_importance({name: global_shapes(plan.args)[name] for name in self.block_types})
         if self.block_types:
             types = {self._name(name): block_type.name for name, block_type in self.block_types.items()}
             self.config["quantization_config"] = {"quant_method": BLOCKS_METHOD, "types": types}
@@ -108,7 +110,11 @@ class HuggingFaceWriter:
             stored = self.plan.as_dtype(name, tensor.float() - offset if offset else tensor, self.plan.dtype)
         else:
             try:
-                stored = quantize(tensor, self.block_types[name])
+                weights = self.plan.column_weights(name, tuple(tensor.shape))
+                if weights is None:
+                    stored = quantize(tensor, self.block_types[name])
+                else:
+                    stored = quantize_blocks(tensor.float(), self.block_types[name], weights)
             except ValueError as error:
                 raise ValueError(f"{self.plan.own_name(name)}: {error}") from None
         args = self.plan.args

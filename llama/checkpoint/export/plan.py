@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import Checkpoint, read_in_turn
 from llama.checkpoint.export.tokenizer import TokenizerSource
+from llama.checkpoint.imatrix import ImportanceMatrix
 from llama.checkpoint.names import stored_name
 from llama.config import ModelArgs
 
@@ -20,6 +21,7 @@ class ExportPlan:
 
     args: its architecture, with ties that its files do not tell. context_len: what the model was trained for.
     reopen: opens the checkpoint once more, so that what was read of a file can leave the memory.
+    importance: what columns count where matrices are quantized; None: all the same.
     """
 
     checkpoint: Checkpoint
@@ -28,6 +30,7 @@ class ExportPlan:
     tokenizer: TokenizerSource
     dtype: torch.dtype
     context_len: int
+    importance: ImportanceMatrix | None = None
 
     def check_plain(self, format: str) -> None:
         """Raise ValueError where layers compute what a format of Llama alone cannot express."""
@@ -52,6 +55,23 @@ class ExportPlan:
             return read
 
         return read_in_turn(names, reader)
+
+    def column_weights(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Return what each column of a whole matrix counts; None: all the same. Raise ValueError as its `of` does."""
+        return None if self.importance is None else self.importance.of(name, shape)
+
+    def check_importance(self, quantized: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError where an importance matrix does not fit the matrices that are quantized, or none is."""
+        if self.importance is None:
+            return
+        if not quantized:
+            raise ValueError(
+                f"imatrix {self.importance.path} has nothing to do, as no weight is quantized: give --format gguf with "
+                "--dtype q4_k_m, or --format hf with --quantize int4"
+            )
+        self.importance.check_layers(self.args.n_layers)
+        for name, shape in quantized.items():
+            self.importance.of(name, shape)
 
     def own_name(self, name: str) -> str:
         """Return what the checkpoint's files call a tensor, for messages."""

@@ -19,6 +19,7 @@ from llama.checkpoint.export.meta import MetaWriter
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import new_path
 from llama.checkpoint.export.tokenizer import TokenizerSource
+from llama.checkpoint.imatrix import ImportanceMatrix
 from llama.checkpoint.load import check_vocab_size, check_weights
 from llama.config import ModelArgs
 from llama.distributed.device import DTYPES
@@ -53,6 +54,7 @@ def writer(
     quantize: str | None = None,
     is_pure: bool = False,
     context_len: int | None = None,
+    importance: ImportanceMatrix | None = None,
     reopen: Callable[[], Checkpoint] | None = None,
 ) -> Writer:
     """Return what writes the checkpoint in that format, one of EXPORT_FORMATS.
@@ -62,6 +64,7 @@ def writer(
     quantize: int8 or int4, for Hugging Face's format; None leaves linear weights in that dtype, too.
     is_pure: whether all matrices of a GGUF file get the type that a mixture is mostly of.
     context_len: None is what the checkpoint says, or its kind implies.
+    importance: what columns count where weights are quantized.
     reopen: opens the same checkpoint again, where that releases memory.
     Raise ValueError when the format cannot express the checkpoint, or weights are missing or mis-shaped.
     """
@@ -80,6 +83,8 @@ def writer(
         raise ValueError(f"--quantize must be one of {', '.join(QUANTIZE)}, got {quantize!r}")
     if quantize is not None and format != "hf":
         raise ValueError(f"--quantize {quantize} is for --format hf alone, got --format {format}")
+    if importance is not None and format == "meta":
+        raise ValueError(f"--imatrix {importance.path} is for weights that are quantized, --format meta has none")
     name = dtype or (AS_STORED if format == "gguf" and checkpoint.is_quantized else dtype_name(checkpoint.dtype))
     plan = ExportPlan(
         checkpoint=checkpoint,
@@ -88,6 +93,7 @@ def writer(
         tokenizer=tokenizer,
         dtype=DTYPES.get(name, torch.float32),
         context_len=context_len or trained_context_len(checkpoint),
+        importance=importance,
     )
     if format == "meta":
         return MetaWriter(plan, shards)
