@@ -236,8 +236,8 @@ def test_planned_activations_are_what_a_run_allocates(
     for weight in model.parameters():
         weight.data = torch.randn_like(weight).div(weight.shape[-1] ** 0.5).to(dtype)
     if kernels:
-        if library() is None or not CpuBackend.computes(args):
-            pytest.skip("no C++ compiler here, or no kernels for this")
+        if library() is None:
+            pytest.skip("no C++ compiler here")
         CpuBackend(CPU).bind(model)
     own = min(job.prompt_len - PAGE_SIZE, backend_of(model).max_prefill_tokens // job.bsz)
     shared = pages_for(job.prompt_len - own) * PAGE_SIZE
