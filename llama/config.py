@@ -182,10 +182,16 @@ class ModelArgs:
             raise ValueError(f"rotary_dim {self.rotary_dim} must be even, and at most head_dim {self.head_dim}")
 
     @property
+    def beyond_llama(self) -> dict[str, Any]:
+        """The fields that say what layers compute otherwise than Llama's, with their values."""
+        fields = ModelArgs.__dataclass_fields__
+        found = {name: getattr(self, name) for name in _BEYOND_LLAMA}
+        return {name: value for name, value in found.items() if value != fields[name].default}
+
+    @property
     def is_plain(self) -> bool:
         """Whether every layer computes what Llama's do."""
-        fields = ModelArgs.__dataclass_fields__
-        return all(getattr(self, name) == fields[name].default for name in _BEYOND_LLAMA)
+        return not self.beyond_llama
 
     @property
     def is_gated(self) -> bool:

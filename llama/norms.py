@@ -48,15 +48,15 @@ class AllHeadsNorm(nn.Module):
         counts = Counter(head for heads in heads_of_ranks for head in heads)
         local = heads_of_ranks[parallel.rank]
         self.dim = len(counts) * args.head_dim
-        shares = torch.tensor([1 / counts[head] for head in local], dtype=torch.float32, device="cpu")
-        self.register_buffer("shares", shares, persistent=False)
+        repeats = torch.tensor([counts[head] for head in local], device="cpu")
+        self.register_buffer("repeats", repeats, persistent=False)
         self.weight = nn.Parameter(torch.empty(len(local) * args.head_dim, dtype=torch.float32), requires_grad=False)
 
-    shares: Tensor  # (local heads,): of each head's squares, what this rank counts
+    repeats: Tensor  # (local heads,): how often each is there on all ranks together
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (n_tokens, local heads * head_dim)."""
-        squares = x.float().view(len(x), -1, self.head_dim).square().sum(-1) @ self.shares.float()
+        squares = (x.float().view(len(x), -1, self.head_dim).square().sum(-1) / self.repeats).sum(-1)
         scale = torch.rsqrt(self.parallel.all_reduce(squares) / self.dim + self.eps)
         return (x.float() * scale[..., None] * self.weight.float()).type_as(x)
 

@@ -123,6 +123,11 @@ class LayerRotations(nn.Module):
         self._wanted = wanted
         self.kinds = nn.ModuleList(Rotary(args.head_dim, *kind, args.score_factor) for kind in kinds)
 
+    @property
+    def count(self) -> int:
+        """How many rotations of a position there are."""
+        return len(self._wanted)
+
     def forward(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return what rotates pairs at positions (n_tokens,): complex (n_rotations, n_tokens, 1, head_dim / 2)."""
         if len(self._wanted) == 1:

@@ -65,12 +65,16 @@ def write_peft(
 
 
 def write_gguf_adapter(
-    path: Path, halves: Mapping[str, tuple[Tensor, Tensor]], more: Mapping[str, Tensor] = {}, **changes: Any
+    path: Path,
+    halves: Mapping[str, tuple[Tensor, Tensor]],
+    more: Mapping[str, Tensor] = {},
+    arch: str = "llama",
+    **changes: Any,
 ) -> Path:
     """What llama.cpp's convert_lora_to_gguf.py writes; `more`: further tensors. A key of None is left out."""
     metadata: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}
     metadata |= {key.replace("__", "."): value for key, value in changes.items()}
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
         if isinstance(value, float):
             writer.add_float32(key, value)

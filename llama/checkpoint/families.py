@@ -20,9 +20,30 @@ ATTENTION = ("wq", "wk", "wv", "wo")
 FEED_FORWARD = ("w1", "w2", "w3")
 BIASED = {"attention": ATTENTION, "feed_forward": FEED_FORWARD}
 
+# Which layers sliding_window counts in, where layer_types does not say it: none; all, whatever that says; all; all but
+# the first of four, or the last; those from max_window_layers on, if use_sliding_window says so; those that are not
+# rotated, if it says so; by sliding_window_pattern, all but the last of so many, or as its letters L and G repeat.
+Window = Literal[
+    "none", "all", "listed", "after first of four", "before last of four", "if used", "unrotated if used", "pattern"
+]
+
 # A bias of each module: True where it always has one, or the key of config.json that says it.
 Biases = Mapping[str, str | bool]
 LLAMA_BIASES: Biases = dict.fromkeys(ATTENTION, "attention_bias") | dict.fromkeys(FEED_FORWARD, "mlp_bias")
+
+
+# Names of norms of what attention and feed-forward add, and of those that Llama has in their place.
+_OUTPUT_NORMS = {
+    "hf": {
+        ".post_attention_layernorm.": ".input_layernorm.",
+        ".post_feedforward_layernorm.": ".post_attention_layernorm.",
+    },
+    "gguf": {".post_attention_norm.": ".attn_norm.", ".post_ffw_norm.": ".ffn_norm."},
+}
+
+
+# What names of a model of text have more, where it is part of one that sees pictures.
+_BESIDE_PICTURES = {"language_model.": ""}
 
 
 @dataclass(frozen=True)
@@ -47,25 +68,67 @@ class Family:
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     biases: Biases = field(default_factory=lambda: LLAMA_BIASES)
-    # Where sliding_window counts: nowhere, in all layers, in those that layer_types lists or, without that key, in all,
-    # in three of four, or in those from max_window_layers on if use_sliding_window says so.
-    window: Literal["none", "all", "listed", "three of four", "if used"] = "none"
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of ModelArgs, that are the same in all its models
+    refused: Mapping[str, str] = field(default_factory=dict)  # keys that must not say anything, and why
+    window: Window = "none"
+    # Which layers are not rotated: those that no_rope_layers or no_rope_layer_interval say, or those without a window
+    # where others have one.
+    unrotated: Literal["none", "listed", "without window"] = "none"
     is_partly_rotated: bool = False  # whether partial_rotary_factor counts
+    # Keys of RoPE settings that count here alone: llama_4_scaling_beta, which scales queries; alpha, by which theta
+    # grows; sliding_attention, settings of layers with a window, whose RoPE is not scaled where they are missing.
+    rope_keys: tuple[str, ...] = ()
     is_scaled: bool = False  # whether it has Multipliers
     hf_rows: RowOrder = "halves"
     hf_names: Mapping[str, str] = field(default_factory=dict)
+    hf_norm_offset: float = 0.0  # added to the weights of norms in Hugging Face's folders
     gguf: str = ""  # the architecture in GGUF, where it is not llama's
     gguf_rows: RowOrder = "neighbours"
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     gguf_gate_in_up: bool = False  # whether ffn_up holds the gate's rows before its own
 
 
+_OLMO = Family(
+    ("Olmo2ForCausalLM",),
+    defaults={"rms_norm_eps": 1e-5},
+    biases=dict.fromkeys(ATTENTION, "attention_bias"),
+    fields={"qk_norm": "all heads", "output_norms": True},
+    hf_names=_OUTPUT_NORMS["hf"],
+    gguf="olmo2",
+    gguf_rows="halves",
+    gguf_names=_OUTPUT_NORMS["gguf"],
+)
+
 # Every key that a config.json of these always has needs no default here.
 FAMILIES: dict[str, Family] = {
     "llama": Family(("LlamaForCausalLM", "LLaMAForCausalLM")),
-    "mistral": Family(("MistralForCausalLM",), defaults={"sliding_window": 4096}, window="all"),
+    "mistral": Family(
+        ("MistralForCausalLM",), defaults={"sliding_window": 4096}, window="all", hf_names=_BESIDE_PICTURES
+    ),
     "ministral": Family(("MinistralForCausalLM",), defaults={"sliding_window": 4096}, biases={}, window="listed"),
-    "ministral3": Family(("Ministral3ForCausalLM",), biases={}, window="all"),
+    "ministral3": Family(
+        ("Ministral3ForCausalLM",),
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        biases={},
+        window="all",
+        rope_keys=("llama_4_scaling_beta",),
+        hf_names=_BESIDE_PICTURES,
+        gguf="mistral3",
+    ),
     "qwen2": Family(
         ("Qwen2ForCausalLM",),
         defaults={"sliding_window": 4096},
@@ -73,6 +136,52 @@ FAMILIES: dict[str, Family] = {
         window="if used",
         gguf="qwen2",
         gguf_rows="halves",
+    ),
+    "qwen3": Family(
+        ("Qwen3ForCausalLM",),
+        defaults={"head_dim": 128, "num_key_value_heads": 32, "sliding_window": 4096},
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        fields={"qk_norm": "head"},
+        window="if used",
+        gguf="qwen3",
+        gguf_rows="halves",
+    ),
+    "olmo2": _OLMO,
+    "olmo3": replace(
+        _OLMO,
+        architectures=("Olmo3ForCausalLM",),
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 500000.0},
+        window="before last of four",
+        rope_keys=("sliding_attention",),
+    ),
+    "exaone4": Family(
+        ("Exaone4ForCausalLM",),
+        defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4},
+        biases={},
+        fields={"qk_norm": "head", "output_norms": True},
+        window="pattern",
+        unrotated="without window",
+        hf_names=_OUTPUT_NORMS["hf"],
+        gguf="exaone4",
+        gguf_rows="halves",
+        gguf_names=_OUTPUT_NORMS["gguf"],
+    ),
+    "hunyuan_v1_dense": Family(
+        ("HunYuanDenseV1ForCausalLM",),
+        defaults={"rms_norm_eps": 1e-5},
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        fields={"qk_norm": "rotated head"},
+        rope_keys=("alpha",),
+        hf_names={".query_layernorm.": ".q_norm.", ".key_layernorm.": ".k_norm."},
+        gguf="hunyuan-dense",
+        gguf_rows="halves",
+    ),
+    "smollm3": Family(
+        ("SmolLM3ForCausalLM",),
+        defaults={"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2000000.0},
+        window="unrotated if used",
+        unrotated="listed",
+        gguf="smollm3",
     ),
     "seed_oss": Family(
         ("SeedOssForCausalLM",),
@@ -86,6 +195,7 @@ FAMILIES: dict[str, Family] = {
     "minicpm": Family(
         ("MiniCPMForCausalLM",),
         biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        refused=dict.fromkeys(("num_experts", "sparse_config"), "only dense models with full attention are"),
         is_scaled=True,
         gguf="minicpm",
     ),
@@ -126,9 +236,23 @@ FAMILIES: dict[str, Family] = {
     ),
     "cwm": Family(
         ("CwmForCausalLM",),
-        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8, "sliding_window": 8192},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "sliding_window": 8192,
+            "rope_theta": 1000000.0,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
         biases=dict.fromkeys(FEED_FORWARD, "mlp_bias"),
-        window="three of four",
+        window="after first of four",
     ),
     "exaone": Family(
         ("ExaoneForCausalLM",),
@@ -159,7 +283,60 @@ FAMILIES: dict[str, Family] = {
         defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "num_key_value_heads": 8},
     ),
     "telechat3": Family(("TeleChat3ForCausalLM", "Telechat3ForCausalLM")),
+    "arcee": Family(
+        ("ArceeForCausalLM",), defaults={"rms_norm_eps": 1e-5}, fields={"activation": "relu2"}, gguf="arcee"
+    ),
+    "nemotron": Family(
+        ("NemotronForCausalLM",),
+        keys={"rms_norm_eps": "norm_eps"},
+        defaults={"rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+        fields={"activation": "relu2", "layer_norms": True},
+        is_partly_rotated=True,
+        hf_norm_offset=1.0,
+        gguf="nemotron",
+        gguf_rows="halves",
+    ),
+    "apertus": Family(
+        ("ApertusForCausalLM",),
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 12000000.0,
+            "max_position_embeddings": 65536,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 12000000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+        biases=dict.fromkeys(ATTENTION, "attention_bias"),
+        fields={"activation": "xielu", "qk_norm": "head"},
+        refused={"post_norm": "only norms of what goes into a layer's parts are"},
+        hf_names={
+            ".attention_layernorm.": ".input_layernorm.",
+            ".feedforward_layernorm.": ".post_attention_layernorm.",
+        },
+        gguf="apertus",
+        gguf_rows="halves",
+    ),
+    "stablelm": Family(
+        ("StableLmForCausalLM",),
+        keys={"rms_norm_eps": "layer_norm_eps", "attention_bias": "use_qkv_bias"},
+        defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "partial_rotary_factor": 0.25},
+        biases=dict.fromkeys(("wq", "wk", "wv"), "attention_bias"),
+        fields={"layer_norms": True},
+        refused={
+            "use_parallel_residual": "only attention before the feed-forward is",
+            "qk_layernorm": "only models without norms of queries and keys are",
+        },
+        is_partly_rotated=True,
+        gguf="stablelm",
+        gguf_rows="halves",
+    ),
 }
+# OLMo 3 is OLMo 2 in GGUF, with windows.
 GGUF_FAMILIES = {"llama": FAMILIES["llama"]} | {row.gguf: row for row in FAMILIES.values() if row.gguf}
 
 _NORMS = "norms queries and keys"
@@ -167,21 +344,10 @@ _EXPERTS = "is a mixture of experts"
 _SIGHT = "sees pictures: only text models are supported"
 # What others compute that is not Llama's computation, by the model_type of config.json, GGUF's name or both.
 REFUSED = {
-    "qwen3": _NORMS,
-    "olmo2": f"{_NORMS}, and the outputs of layers in place of their inputs",
-    "olmo3": f"{_NORMS}, and the outputs of layers in place of their inputs",
-    "exaone4": f"{_NORMS}, and rotates in some layers alone",
-    "hunyuan_v1_dense": _NORMS,
-    "hunyuan-dense": _NORMS,
-    "apertus": f"{_NORMS}, and has another activation (xIELU)",
-    "smollm3": "does not rotate in every fourth layer",
-    "arcee": "has another feed-forward (squared ReLU, no gate)",
-    "nemotron": "has another feed-forward (squared ReLU, no gate) and layer norms",
     "olmo": "has layer norms without weights",
     "phi": "has layer norms, and attention beside the feed-forward",
     "phi2": "has layer norms, and attention beside the feed-forward",
-    "stablelm": "has layer norms",
-    "starcoder2": "has layer norms",
+    "starcoder2": "has another activation (GELU) and no gate",
     "gemma": "has another activation (GELU), and norms of another kind",
     "gemma2": "has another activation (GELU), norms of outputs and capped scores",
     "gemma3_text": f"{_NORMS}, and has another activation (GELU)",
@@ -202,7 +368,6 @@ REFUSED = {
         _EXPERTS,
     ),
     **dict.fromkeys(("mllama", "llava", "qwen2_vl", "qwen2vl", "qwen2_5_vl", "idefics3"), _SIGHT),
-    "mistral3": "scales queries by their position, or sees pictures",
 }  # fmt: skip
 
 

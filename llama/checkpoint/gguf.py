@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
-from llama.checkpoint.families import Multipliers, folded
+from llama.checkpoint.families import ATTENTION, FEED_FORWARD, Multipliers, folded
 from llama.checkpoint.gguf_config import (
     ALL_ROPE_FACTORS,
     FIELD_KEYS,
@@ -25,6 +25,7 @@ from llama.checkpoint.gguf_config import (
     ignored_keys,
     read_metadata,
     read_multipliers,
+    read_xielu,
     under_llamas_keys,
     with_own_keys,
 )
@@ -32,7 +33,7 @@ from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import MappedMemory
 from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed
-from llama.checkpoint.tensors import FUSED, GATE_IN_UP, part_of_pairs, unfused
+from llama.checkpoint.tensors import FUSED, GATE_IN_UP, part_of_pairs, unfused, xielu_weight
 from llama.config import ModelArgs, with_keys_of_file
 from llama.files import GGUF_SPLIT, cannot_map
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
@@ -40,6 +41,7 @@ from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
+F32 = BlockType("F32", 1, 4)
 TABLE, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 # Values decoded or encoded at once by a thread, whose temporaries stay in its cache: see D10.
@@ -112,16 +114,23 @@ class GGUFCheckpoint:
                     name: tuple(decode_rows(each, 0, each.shape[0]).tolist()) for name, each in rope_factors.items()
                 },
             )
+            why = self.family.refused.get("use_parallel_residual")  # which GGUF's own key does not tell
+            if why is not None and "blk.0.ffn_norm.weight" not in tensors:
+                raise ValueError(f"attention beside the feed-forward is not supported: {why}")
             multipliers = read_multipliers(self._metadata, self.family, args)
             self.args, self.factors = folded(args, multipliers)
+            xielu = read_xielu(self._metadata, args.n_layers) if args.activation == "xielu" else []
         except ValueError as error:
             keys = {field: key for field, key in FIELD_KEYS.items() if key in self._metadata}
             raise ValueError(f"{path}: {with_own_keys(with_keys_of_file(error, keys), self.family)}") from None
         fused = FUSED["gguf"] | (GATE_IN_UP if self.family.gguf_gate_in_up else {})
         if "blk.0.ffn_gate.weight" in tensors:
             fused = FUSED["gguf"]
-        parts = unfused(path, renamed(needed(path, tensors), self.family.gguf_names), fused, args, "gguf")
+        parts = unfused(path, renamed(path, needed(path, tensors), self.family.gguf_names), fused, args, "gguf")
         self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in parts}
+        for layer, values in enumerate(xielu):
+            raw = xielu_weight(*values).numpy().view(np.uint8)
+            self._tensors[f"layers.{layer}.feed_forward.xielu.weight"] = _StoredTensor(raw, (4,), F32)
         if args.tied_embeddings and "tok_embeddings" in self.factors and self.block_type(TABLE) is not None:
             self._untie(args, multipliers)
         self._find_biases()
@@ -140,12 +149,12 @@ class GGUFCheckpoint:
         biased = {module_name(name) for name in self._tensors if name.endswith(".bias")}
         self.args = dataclasses.replace(
             self.args,
-            attention_bias=not biased.isdisjoint(("wq", "wk", "wv", "wo")),
-            mlp_bias=not biased.isdisjoint(("w1", "w2", "w3")),
+            attention_bias=not biased.isdisjoint(ATTENTION),
+            mlp_bias=not biased.isdisjoint(FEED_FORWARD),
         )
         for name, shape in global_shapes(self.args).items():
-            if name.endswith(".bias") and module_name(name) not in biased:
-                self._tensors[name] = _StoredTensor(np.zeros(4 * shape[0], np.uint8), shape, BlockType("F32", 1, 4))
+            if name.endswith(".bias") and module_name(name) in {*ATTENTION, *FEED_FORWARD} - biased:
+                self._tensors[name] = _StoredTensor(np.zeros(4 * shape[0], np.uint8), shape, F32)
 
     @property
     def model_name(self) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llama.checkpoint.families import GGUF_FAMILIES, REFUSED, Family, Multipliers
+from llama.checkpoint.names import XIELU_PARTS
 from llama.checks import check_number
 from llama.config import ModelArgs
-from llama.rope_scaling import FactorScaling, LinearScaling, LongRopeScaling, RopeScaling, YarnScaling
+from llama.rope_scaling import FactorScaling, LinearScaling, LongRopeScaling, QueryScaling, RopeScaling, YarnScaling
 from llama.tokenizer.gguf_tokens import KNOWN_TOKENIZER_KEYS, TOKENIZER_KEY
 
 # Fields of ModelArgs and the keys that say them: integers that must be there, and those that may.
@@ -26,18 +28,23 @@ OTHER_FIELD_KEYS = {
     "rope_theta": "llama.rope.freq_base",
     "sliding_window": "llama.attention.sliding_window",
 }
+LAYER_NORM_EPS = "llama.attention.layer_norm_epsilon"
 ROTARY_DIM = "llama.rope.dimension_count"
+# Of layers with a window: which they are, and their theta; of queries beyond the original context.
+WINDOW_PATTERN, WINDOW_THETA = "llama.attention.sliding_window_pattern", "llama.rope.freq_base_swa"
+TEMPERATURE_SCALE = "llama.attention.temperature_scale"
 # Tensors of wavelength factors, one for each rotated pair: of every text, or of short ones and of long ones.
 ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 ALL_ROPE_FACTORS = {ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS}
 FIELD_KEYS = REQUIRED_GGUF_KEYS | OPTIONAL_GGUF_KEYS | OTHER_FIELD_KEYS
 # What else is read under the model's own keys, and what says nothing about the computation.
 OTHER_GGUF_KEYS = {
-    "llama.attention.value_length", "llama.expert_count", "llama.rope.dimension_count", "llama.rope.scale_linear",
-    "llama.rope.scaling.attn_factor", "llama.rope.scaling.factor", "llama.rope.scaling.finetuned",
-    "llama.rope.scaling.original_context_length", "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast",
-    "llama.rope.scaling.yarn_beta_slow", "llama.rope.scaling.yarn_log_multiplier", "llama.context_length",
-    "llama.expert_used_count", "llama.tensor_data_layout", "llama.vocab_size",
+    LAYER_NORM_EPS, "llama.use_parallel_residual", "llama.attention.value_length", "llama.expert_count",
+    "llama.rope.dimension_count", "llama.rope.scale_linear", "llama.rope.scaling.attn_factor",
+    "llama.rope.scaling.factor", "llama.rope.scaling.finetuned", "llama.rope.scaling.original_context_length",
+    "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast", "llama.rope.scaling.yarn_beta_slow",
+    "llama.rope.scaling.yarn_log_multiplier", "llama.context_length", "llama.expert_used_count",
+    "llama.tensor_data_layout", "llama.vocab_size",
 }  # fmt: skip
 
 
@@ -76,6 +83,9 @@ def with_own_keys(message: str, family: Family) -> str:
 def ignored_keys(metadata: Mapping[str, Any], family: Family) -> list[str]:
     """Return the keys of the model and of its tokenizer that nothing here reads, though they might mean something."""
     known = {*FIELD_KEYS.values(), *OTHER_GGUF_KEYS, *KNOWN_TOKENIZER_KEYS}
+    known |= {WINDOW_PATTERN} if family.window in ("before last of four", "pattern") else set()
+    known |= {WINDOW_THETA} if "sliding_attention" in family.rope_keys else set()
+    known |= {TEMPERATURE_SCALE} if "llama_4_scaling_beta" in family.rope_keys else set()
     known |= set(SCALE_KEYS.values()) if family.is_scaled else set()
     own = (key for key in metadata if key.startswith(("llama.", TOKENIZER_KEY)))
     return sorted(key for key in own if key not in known)
@@ -91,23 +101,53 @@ def read_metadata(
     """
     if metadata.get("llama.expert_count", 0):
         raise ValueError("a mixture of experts is not supported, only dense LLaMA models are")
-    has_window = not family.gguf or family.window == "all"
     tokens = metadata.get("tokenizer.ggml.tokens")
     args = ModelArgs(
         **{field: _get(metadata, key, int) for field, key in REQUIRED_GGUF_KEYS.items()},
         **{field: metadata.get(key) for field, key in OPTIONAL_GGUF_KEYS.items()},  # type: ignore[arg-type]
         vocab_size=len(tokens) if isinstance(tokens, list) and tokens else -1,
-        norm_eps=_get(metadata, FIELD_KEYS["norm_eps"], float),
+        norm_eps=_get(metadata, LAYER_NORM_EPS if family.fields.get("layer_norms") else FIELD_KEYS["norm_eps"], float),
         rope_theta=metadata.get(FIELD_KEYS["rope_theta"], 10000.0),
         rope_scaling=_gguf_rope_scaling(metadata, rope_factors),
         rotary_dim=metadata.get(ROTARY_DIM) if family.is_partly_rotated else None,
         tied_embeddings=tied,
-        sliding_window=(metadata.get(FIELD_KEYS["sliding_window"]) or None) if has_window else None,
+        **family.fields,
     )
+    args = replace(args, **_layers(metadata, family, args))
     for key in ("llama.attention.value_length", *(() if family.is_partly_rotated else (ROTARY_DIM,))):
         if metadata.get(key, args.head_dim) != args.head_dim:
             raise ValueError(f"{key} {metadata[key]!r} differs from the {args.head_dim} dimensions of a head")
     return args
+
+
+def _layers(metadata: Mapping[str, Any], family: Family, args: ModelArgs) -> dict[str, Any]:
+    """Return the fields of ModelArgs that say what layers do otherwise than each other, as llama.cpp has it."""
+    fields: dict[str, Any] = {}
+    beta = metadata.get(TEMPERATURE_SCALE)
+    if beta and "llama_4_scaling_beta" in family.rope_keys:
+        check_number(TEMPERATURE_SCALE, beta)
+        period = _get(metadata, "llama.rope.scaling.original_context_length", int)
+        fields["query_scaling"] = QueryScaling(beta, period)
+    if family.unrotated == "listed":  # no key says it
+        fields["unrotated_layers"] = tuple(range(3, args.n_layers, 4))
+    window = metadata.get(FIELD_KEYS["sliding_window"]) or None
+    if window is None or (family.gguf and family.window not in ("all", "before last of four", "pattern")):
+        return fields
+    pattern = metadata.get(WINDOW_PATTERN, 4)
+    if type(pattern) is int and pattern > 0:
+        pattern = [i % pattern != pattern - 1 for i in range(args.n_layers)]
+    if not isinstance(pattern, list) or len(pattern) != args.n_layers or any(each not in (0, 1) for each in pattern):
+        raise ValueError(f"{WINDOW_PATTERN} must be a number of layers, or 0 or 1 of each, got {pattern!r}")
+    full = () if not family.gguf or family.window == "all" else tuple(i for i, has in enumerate(pattern) if not has)
+    if len(full) < args.n_layers:
+        fields |= {"sliding_window": window, "full_layers": full}
+    if family.unrotated == "without window":
+        fields["unrotated_layers"] = full
+    theta = metadata.get(WINDOW_THETA, args.rope_theta)
+    check_number(WINDOW_THETA, theta)
+    if "sliding_attention" in family.rope_keys and len(full) < args.n_layers:
+        fields["window_rope_theta"] = theta if args.rope_scaling is not None or theta != args.rope_theta else None
+    return fields
 
 
 def read_multipliers(metadata: Mapping[str, Any], family: Family, args: ModelArgs) -> Multipliers:
@@ -123,6 +163,18 @@ def read_multipliers(metadata: Mapping[str, Any], family: Family, args: ModelArg
         check_number(SCALE_KEYS["scores"], scores)
         given["scores"] = scores * math.sqrt(args.head_dim)
     return Multipliers(**given)
+
+
+def read_xielu(metadata: Mapping[str, Any], n_layers: int) -> list[tuple[float, ...]]:
+    """Return the numbers of each layer's activation, in the order of XIELU_PARTS: a key has one, or one a layer."""
+    columns = []
+    for part in XIELU_PARTS:
+        values = metadata.get(f"xielu.{part}")
+        values = values if isinstance(values, list) else [values] * n_layers
+        if len(values) != n_layers or not all(type(value) is float and math.isfinite(value) for value in values):
+            raise ValueError(f"xielu.{part} must be a number, or {n_layers} numbers, found {values!r:.80}")
+        columns.append(values)
+    return list(zip(*columns, strict=True))
 
 
 def _gguf_rope_scaling(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[float, ...]]) -> RopeScaling | None:
@@ -143,14 +195,21 @@ def _gguf_rope_scaling(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[
     if metadata.get("llama.rope.scaling.attn_factor", 1.0) != 1.0:
         raise ValueError("llama.rope.scaling.attn_factor is not supported")
     if kind == "yarn":
+        if factors is not None:
+            raise ValueError("RoPE scaling 'yarn' with rope_freqs is not supported")
+        check_number("llama.rope.scaling.factor", factor)
+        magnitude = None
         log_multiplier = metadata.get("llama.rope.scaling.yarn_log_multiplier", 0.0)
-        if log_multiplier or factors is not None:
-            raise ValueError("RoPE scaling 'yarn' with yarn_log_multiplier or rope_freqs is not supported")
+        if log_multiplier:  # what other formats call mscale_all_dim, beside an mscale of 1
+            check_number("llama.rope.scaling.yarn_log_multiplier", log_multiplier)
+            growth = 0.1 * math.log(max(factor, 1.0))
+            magnitude = (growth + 1) / (growth * log_multiplier + 1)
         return YarnScaling(
             factor,
             metadata.get("llama.rope.scaling.original_context_length") or _get(metadata, "llama.context_length", int),
             beta_fast=metadata.get("llama.rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=metadata.get("llama.rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=magnitude,
         )
     if kind not in (None, "none", "linear"):
         raise ValueError(f"llama.rope.scaling.type {kind!r} is not supported, only linear and yarn are")

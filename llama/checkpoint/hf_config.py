@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, REFUSED, Family, Multipliers, supported
-from llama.checkpoint.hf_rope import read_rope_scaling, required, rope_parameters, true_or_false
-from llama.checks import check_int, check_number
+from llama.checkpoint.hf_layers import read_layers
+from llama.checkpoint.hf_rope import read_rope, required, true_or_false
+from llama.checks import check_number
 from llama.config import ModelArgs, read_json_object, with_keys_of_file
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 
@@ -31,7 +32,8 @@ REQUIRED_CONFIG_KEYS = {
 }
 OPTIONAL_CONFIG_KEYS = {"n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 CONFIG_FLAGS = {"tied_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias", "mlp_bias": "mlp_bias"}
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Keys beside the text_config of a model that sees pictures, too, which count for its model of text.
+BESIDE_TEXT = {"_name_or_path", "eos_token_id", "quantization_config", "tie_word_embeddings"}
 # Granite's multipliers, and the other keys that some families have.
 GRANITE_KEYS = {
     "embedding": "embedding_multiplier",
@@ -40,8 +42,8 @@ GRANITE_KEYS = {
     "logits": "logits_scaling",
 }
 FAMILY_CONFIG_KEYS = {
-    *GRANITE_KEYS.values(), "scale_emb", "scale_depth", "dim_model_base", "num_experts", "sparse_config",
-    "attention_out_bias", "use_sliding_window", "layer_types",
+    *GRANITE_KEYS.values(), "scale_emb", "scale_depth", "dim_model_base", "attention_out_bias", "use_sliding_window",
+    "layer_types", "sliding_window_pattern", "no_rope_layers", "no_rope_layer_interval", "qk_norm",
 }  # fmt: skip
 
 USED_CONFIG_KEYS = {
@@ -53,9 +55,9 @@ USED_CONFIG_KEYS = {
 # Keys that say nothing about the computation of inference.
 HARMLESS_CONFIG_KEYS = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attention_dropout", "auto_map",
-    "bos_token_id", "dtype", "initializer_range", "max_sequence_length", "max_window_layers", "pad_token_id",
-    "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "use_cache",
-    "is_llama_config", "rope_interleaved", "neftune_noise_alpha", "id2label", "label2id", "return_dict",
+    "hidden_dropout", "bos_token_id", "dtype", "initializer_range", "max_sequence_length", "max_window_layers",
+    "pad_token_id", "pretraining_tp", "torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id",
+    "use_cache", "is_llama_config", "rope_interleaved", "neftune_noise_alpha", "id2label", "label2id", "return_dict",
     "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "problem_type",
 }  # fmt: skip
 
@@ -77,27 +79,28 @@ def read_config(path: Path) -> Config:
     Raise ValueError that names what is not supported, before any weight is looked at. Ignore keys that are not known,
     as transformers does, and log them: see D17.
     """
-    config = read_json_object(path)
+    config = read_text_config(path)
     family = _family(path, config)
     _check_method(path, config)
-    own_keys = family.keys
-    known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | set(own_keys.values())
+    known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | {*family.keys.values(), *family.refused}
     unknown = sorted(config.keys() - known - (set() if family is FAMILIES["llama"] else FAMILY_CONFIG_KEYS))
     if unknown:
         log.warning("%s has keys that are ignored: %s", path, ", ".join(unknown))
-    config = {**family.defaults, **config, **{key: config[own] for key, own in own_keys.items() if own in config}}
-    rotated = 1.0 if family.is_partly_rotated else config.get("partial_rotary_factor")
-    for key, value, expected in (
-        ("hidden_act", config.get("hidden_act"), "silu"),
-        ("partial_rotary_factor", rotated, 1.0),
-    ):
-        if value not in (None, expected):
-            raise ValueError(f"{path} has {own_keys.get(key, key)} {value!r}: only {expected!r} is supported")
+    return interpret(path, config, family)
+
+
+def interpret(path: Path, said: Mapping[str, Any], family: Family) -> Config:
+    """Return what the object of a family's config.json says; raise ValueError, which names the path."""
+    own_keys = family.keys
+    config = {**family.defaults, **said, **{key: said[own] for key, own in own_keys.items() if own in said}}
+    activation = family.fields.get("activation", "silu")
+    if config.get("hidden_act") not in (None, activation):
+        key = own_keys.get("hidden_act", "hidden_act")
+        raise ValueError(f"{path} has {key} {config['hidden_act']!r}: only {activation!r} is supported")
     try:
-        for key in ("num_experts", "sparse_config"):
-            if family is FAMILIES["minicpm"] and config.get(key):
-                raise ValueError(f"{key} {config[key]!r} is not supported: only dense models with full attention are")
-        rope = rope_parameters(path, config, family)
+        for key, why in family.refused.items():
+            if config.get(key):
+                raise ValueError(f"{key} {config[key]!r} is not supported: {why}")
         biases = {name: key is True or true_or_false(config, str(key)) for name, key in family.biases.items()}
         biased = frozenset(name for name, has in biases.items() if has)
         args = ModelArgs(
@@ -107,16 +110,25 @@ def read_config(path: Path) -> Config:
             attention_bias=not biased.isdisjoint(ATTENTION),
             mlp_bias=not biased.isdisjoint(FEED_FORWARD),
             norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", 10000.0),
-            rope_scaling=read_rope_scaling(rope, config),
-            sliding_window=_window(config, family),
-            rotary_dim=_rotary_dim(config, rope),
+            **family.fields,
         )
+        args = replace(args, **read_layers(config, family, args.n_layers))
+        args = replace(args, **read_rope(path, said, config, family, args))
         return Config(args, token_ids(config.get("eos_token_id")), family, biased, _multipliers(config, family, args))
     except ValueError as error:
         keys = {**REQUIRED_CONFIG_KEYS, **OPTIONAL_CONFIG_KEYS, "norm_eps": "rms_norm_eps"}
         keys |= {**{field: own_keys[key] for field, key in keys.items() if key in own_keys}, **own_keys}
         raise ValueError(f"{path}: {with_keys_of_file(error, keys)}") from None
+
+
+def read_text_config(path: Path) -> dict[str, Any]:
+    """Read the object of a config.json; of a model that sees pictures, too, what it says of the model of text."""
+    config = read_json_object(path)
+    text = config.get("text_config")
+    if config.get("model_type") != "mistral3" or not isinstance(text, dict):
+        return config
+    beside = {key: value for key, value in config.items() if key in BESIDE_TEXT}
+    return {"model_type": "mistral", "tie_word_embeddings": True, **text, **beside}
 
 
 def _family(path: Path, config: Mapping[str, Any]) -> Family:
@@ -136,59 +148,6 @@ def _family(path: Path, config: Mapping[str, Any]) -> Family:
     if found and first not in family.architectures:
         log.warning("%s: model_type %r is used, not architectures %s", path, model_type, described)
     return family
-
-
-def _rotary_dim(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int | None:
-    """Return how many dimensions of a head are rotated; None for all."""
-    part = rope["partial_rotary_factor"]
-    check_number("partial_rotary_factor", part)
-    if part == 1.0:
-        return None
-    dim, n_heads = (required(config, key) for key in ("hidden_size", "num_attention_heads"))
-    check_int("hidden_size", dim)
-    check_int("num_attention_heads", n_heads)
-    head_dim = config.get("head_dim") or dim // n_heads
-    check_int("head_dim", head_dim)
-    return int(head_dim * part)
-
-
-def _window(config: Mapping[str, Any], family: Family) -> int | None:
-    """Return the sliding window of all layers, where there is one.
-
-    Llama's own code has no window, whatever the key says. Raise ValueError where some layers have one and others none,
-    unless no text that the model was trained for is longer.
-    """
-    window = config.get("sliding_window")
-    if family.window == "none" or window is None:
-        return None
-    n_layers = required(config, "num_hidden_layers")
-    check_int("num_hidden_layers", n_layers)
-    kinds = config.get("layer_types")
-    if family.window == "if used":
-        if not true_or_false(config, "use_sliding_window"):
-            return None
-        full = config.get("max_window_layers", 28)  # the first layers
-        check_number("max_window_layers", full + 1 if type(full) is int else full)
-        has_window = [i >= full for i in range(n_layers)]
-    else:
-        has_window = [family.window != "three of four" or i % 4 != 0 for i in range(n_layers)]
-    if kinds is not None and family.window != "all":
-        if not isinstance(kinds, list) or len(kinds) != n_layers or not LAYER_TYPES.issuperset(map(str, kinds)):
-            raise ValueError(f"layer_types must be a list of {n_layers}, each of {sorted(LAYER_TYPES)}, got {kinds!r}")
-        has_window = [kind == "sliding_attention" for kind in kinds]
-    if not any(has_window):
-        return None
-    if not all(has_window):
-        context_len = config.get("max_position_embeddings")
-        check_int("max_position_embeddings", context_len)
-        check_int("sliding_window", window)
-        if window < context_len:
-            raise ValueError(
-                f"sliding_window {window} in {sum(has_window)} of {n_layers} layers is not supported: "
-                "only a window in all layers, or in none, is"
-            )
-        return None
-    return window
 
 
 def _multipliers(config: Mapping[str, Any], family: Family, args: ModelArgs) -> Multipliers:

@@ -10,7 +10,16 @@ from typing import Any
 
 from llama.checkpoint.families import Family
 from llama.checks import check_int, check_number
-from llama.rope_scaling import DynamicScaling, LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, YarnScaling
+from llama.config import ModelArgs
+from llama.rope_scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    QueryScaling,
+    RopeScaling,
+    YarnScaling,
+)
 
 log = logging.getLogger("llama")
 
@@ -28,8 +37,42 @@ def true_or_false(config: Mapping[str, Any], key: str, default: bool = False) ->
     return value
 
 
-def rope_parameters(path: Path, config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return the RoPE settings of either spelling as one dictionary, with every key that may stand beside them.
+def read_rope(
+    path: Path, said: Mapping[str, Any], config: Mapping[str, Any], family: Family, args: ModelArgs
+) -> dict[str, Any]:
+    """Return the fields of ModelArgs that say how heads are rotated, of an architecture that has the others.
+
+    said: what a config.json has; config: the same with the family's defaults.
+    """
+    rope, of_windows = _rope_parameters(path, said, family)
+    part, theta, alpha = rope["partial_rotary_factor"], rope["rope_theta"], rope.get("alpha")
+    check_number("partial_rotary_factor", part)
+    check_number("rope_theta", theta)
+    if "alpha" in family.rope_keys and rope["rope_type"] == "dynamic" and alpha:
+        check_number("alpha", alpha)
+        if args.head_dim <= 2:
+            raise ValueError(f"alpha {alpha} of RoPE settings needs a head_dim above 2, got {args.head_dim}")
+        theta, rope["rope_type"] = theta * alpha ** (args.head_dim / (args.head_dim - 2)), "default"
+    fields: dict[str, Any] = {
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(rope, config),
+        "rotary_dim": None if part == 1.0 else int(args.head_dim * part),
+    }
+    beta = rope.get("llama_4_scaling_beta")
+    if "llama_4_scaling_beta" in family.rope_keys and beta:
+        check_number("llama_4_scaling_beta", beta)
+        fields["query_scaling"] = QueryScaling(beta, required(rope, "original_max_position_embeddings"))
+    if args.sliding_window is not None and of_windows != rope:
+        if _rope_scaling(of_windows, config) is not None:
+            raise ValueError(f"scaled RoPE in layers with a window is not supported, got {of_windows}")
+        fields["window_rope_theta"] = of_windows["rope_theta"]
+    return fields
+
+
+def _rope_parameters(path: Path, config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the RoPE settings of either spelling, with every key that may stand beside them, of a file's content.
+
+    They are two dictionaries, of layers without a window and of those with one, mostly the same.
 
     Where a file says two things, decide as transformers does, and log it: rope_scaling goes before rope_parameters,
     whose rope_theta is then ignored as well; a rope_theta beside them counts where they have none, an original context
@@ -38,36 +81,50 @@ def rope_parameters(path: Path, config: Mapping[str, Any], family: Family) -> di
     given = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
     if not all(isinstance(settings, dict) for settings in given):
         raise ValueError(f"rope_scaling and rope_parameters must be objects, got {given}")
-    spellings = [settings for settings in given if settings] or [{}]
-    if spellings[0].get("partial_rotary_factor", 1.0) != 1.0 and not family.is_partly_rotated:
-        raise ValueError(f"partial_rotary_factor {spellings[0]['partial_rotary_factor']!r} is not supported")
-    used, *others = [_filled_in(settings, config) for settings in spellings]
-    beside = [(config.get(key), spellings[0].get(key)) for key in ("rope_theta", "original_max_position_embeddings")]
-    if any(other != used for other in others) or any(a != b and None not in (a, b) for a, b in beside):
-        log.warning("%s says two things about RoPE: %s is used", path, used)
-    if family.is_partly_rotated and used["rope_type"] in ("su", "yarn"):  # as Phi-3 once called it
-        used["rope_type"] = "longrope"
-    if used.get("llama_4_scaling_beta"):
-        raise ValueError(
-            f"llama_4_scaling_beta {used['llama_4_scaling_beta']!r}, which scales queries by their position beyond "
-            f"{used['original_max_position_embeddings']!r} tokens, is not supported"
-        )
-    return used
+    spellings = [settings for settings in given if settings] or [family.defaults.get("rope_parameters", {})]
+    used, of_windows = _by_window(spellings[0], family)
+    read = _filled_in(used, config, family)
+    others = [_filled_in(_by_window(settings, family)[0], config, family) for settings in spellings[1:]]
+    beside = [(config.get(key), used.get(key)) for key in ("rope_theta", "original_max_position_embeddings")]
+    if any(other != read for other in others) or any(a != b and None not in (a, b) for a, b in beside):
+        log.warning("%s says two things about RoPE: %s is used", path, read)
+    return read, _filled_in(of_windows, config, family)
 
 
-def _filled_in(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _by_window(settings: Mapping[str, Any], family: Family) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the settings of layers without a window, and of those with one."""
+    if "sliding_attention" not in family.rope_keys:
+        return settings, settings
+    full, windowed = (settings.get(f"{kind}_attention") for kind in ("full", "sliding"))
+    if full is None and windowed is None:
+        return settings, {"rope_theta": settings.get("rope_theta")}
+    full, windowed = full or {}, windowed or {}
+    if not isinstance(full, dict) or not isinstance(windowed, dict):
+        raise ValueError(f"full_attention and sliding_attention of RoPE settings must be objects, got {settings!r}")
+    return full, windowed
+
+
+def _filled_in(settings: Mapping[str, Any], config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return RoPE settings under the newer keys, with what they leave to keys beside them."""
     old_context_len = "original_max_position_embeddings"
-    thetas = [theta for theta in (settings.get("rope_theta"), config.get("rope_theta")) if theta is not None]
-    return {key: value for key, value in settings.items() if key != "type"} | {
+    thetas = (settings.get("rope_theta"), config.get("rope_theta"), family.defaults.get("rope_theta"))
+    parts = (each.get("partial_rotary_factor") for each in (settings, config, family.defaults))
+    filled = {key: value for key, value in settings.items() if key != "type"} | {
         "rope_type": settings.get("rope_type") or settings.get("type") or "default",
-        "rope_theta": thetas[0] if thetas else 10000.0,
-        old_context_len: config.get(old_context_len) or settings.get(old_context_len),
-        "partial_rotary_factor": settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0,
+        "rope_theta": next((theta for theta in thetas if theta is not None), 10000.0),
+        old_context_len: config.get(old_context_len)
+        or family.defaults.get(old_context_len)
+        or settings.get(old_context_len),
+        "partial_rotary_factor": next((part for part in parts if part is not None), 1.0),
     }
+    if filled["partial_rotary_factor"] != 1.0 and not family.is_partly_rotated:
+        raise ValueError(f"partial_rotary_factor {filled['partial_rotary_factor']!r} is not supported")
+    if "short_factor" in filled and filled["rope_type"] in ("su", "yarn"):  # as Phi-3 once called it
+        filled["rope_type"] = "longrope"
+    return filled
 
 
-def read_rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+def _rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
     kind = rope["rope_type"]
     context_len = config.get("max_position_embeddings", 2048)
     old_context_len = rope["original_max_position_embeddings"] or context_len

@@ -12,13 +12,21 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
-from llama.checkpoint.families import folded
-from llama.checkpoint.hf_config import read_block_types, read_config, read_release, token_ids
+from llama.checkpoint.families import ATTENTION, FEED_FORWARD, folded
+from llama.checkpoint.hf_config import read_block_types, read_config, read_release, read_text_config, token_ids
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
-from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed, stored_name
+from llama.checkpoint.names import ROTATED, XIELU_PARTS, NamingScheme, meta_name, module_name, renamed, stored_name
 from llama.checkpoint.releases import find_matrices
-from llama.checkpoint.tensors import FUSED, missing_biases, pair_neighbours, part_of_pairs, unfused
+from llama.checkpoint.tensors import (
+    FUSED,
+    missing_biases,
+    norm_offset,
+    pair_neighbours,
+    part_of_pairs,
+    unfused,
+    xielu_weight,
+)
 from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType, dequantize
 from llama.quantization.released import ReleasedMatrix
@@ -58,10 +66,13 @@ class HuggingFaceCheckpoint:
         self._mapped = MappedMemory()
         block_types = check_blocks(folder, tensors)
         matrices = {} if release is None else find_matrices(folder, tensors, release)
-        self._block_types = {meta_name(name, "hf"): block_type for name, block_type in block_types.items()}
-        stored: dict[str, Tensor | ReleasedMatrix] = renamed({**tensors, **matrices}, self.family.hf_names)
+        own = self.family.hf_names
+        self._block_types = {meta_name(name, "hf"): each for name, each in renamed(folder, block_types, own).items()}
+        stored: dict[str, Tensor | ReleasedMatrix] = renamed(folder, {**tensors, **matrices}, own)
         parts = unfused(folder, stored, FUSED["hf"], self.args, "hf")
         self._tensors: dict[str, Tensor | ReleasedMatrix] = {meta_name(name, "hf"): tensor for name, tensor in parts}
+        if self.args.activation == "xielu":
+            self._fold_xielu()
         if matrices:
             self._drop_zero_biases(config.biased)
         for name, shape in missing_biases(folder, self.args, config.biased, self._tensors).items():
@@ -83,11 +94,11 @@ class HuggingFaceCheckpoint:
 
     @property
     def model_name(self) -> str:
-        return str(read_json_object(self.path / "config.json").get("_name_or_path") or "")
+        return str(read_text_config(self.path / "config.json").get("_name_or_path") or "")
 
     @property
     def context_len(self) -> int | None:
-        return positive_int(read_json_object(self.path / "config.json").get("max_position_embeddings"))
+        return positive_int(read_text_config(self.path / "config.json").get("max_position_embeddings"))
 
     def names(self) -> Collection[str]:
         return self._tensors.keys()
@@ -105,7 +116,8 @@ class HuggingFaceCheckpoint:
         stop = self.shape(name)[dim] if stop is None else stop
         block_type, factor = self.block_type(name), self.factors.get(module_name(name))
         if block_type is None or not isinstance(self._tensors[name], Tensor):
-            part = self._slice(name, dim, start, stop)
+            part, offset = self._slice(name, dim, start, stop), norm_offset(name, self.family)
+            part = part.float() + offset if offset else part
             return part if factor is None else part.float() * factor
         if dim == 0:
             return dequantize(self.read_blocks(name, 0, start, stop), block_type)
@@ -118,7 +130,7 @@ class HuggingFaceCheckpoint:
         tensor = self._tensors[name]
         if self.block_type(name) is not None or not isinstance(tensor, Tensor):
             return torch.float32, "copy"
-        if module_name(name) in self.factors:
+        if module_name(name) in self.factors or norm_offset(name, self.family):
             return torch.float32, "copy"
         return tensor.dtype, "copy" if self._is_reordered(name) else "strided" if dim else "zero_copy"
 
@@ -185,10 +197,26 @@ class HuggingFaceCheckpoint:
 
     def _drop_zero_biases(self, biased: Collection[str]) -> None:
         """Leave out biases of zeros that the architecture lacks: AutoGPTQ writes one beside every matrix."""
-        expected = {name for name in global_shapes(self.args) if module_name(name) in biased}
+        lacking = {"output", *ATTENTION, *FEED_FORWARD} - set(biased)
         for name, tensor in list(self._tensors.items()):
-            if name.endswith(".bias") and name not in expected and isinstance(tensor, Tensor) and not tensor.any():
+            is_bias = name.endswith(".bias") and module_name(name) in lacking
+            if is_bias and isinstance(tensor, Tensor) and not tensor.any():
                 del self._tensors[name]
+
+    def _fold_xielu(self) -> None:
+        """Have one tensor of each layer's activation in place of the four numbers that the files have."""
+        for layer in range(self.args.n_layers):
+            module = f"layers.{layer}.feed_forward.xielu"
+            values = []
+            for name in (f"{module}.{part}" for part in XIELU_PARTS):
+                tensor = self._tensors.pop(name, None)
+                if not isinstance(tensor, Tensor) or tensor.numel() != 1 or not tensor.is_floating_point():
+                    found = (
+                        "missing" if tensor is None else f"{getattr(tensor, 'dtype', 'blocks')} {tuple(tensor.shape)}"
+                    )
+                    raise ValueError(f"{self.path}: {stored_name(name, 'hf')} must be a number, but is {found}")
+                values.append(float(tensor))
+            self._tensors[f"{module}.weight"] = xielu_weight(*values)
 
     def _is_reordered(self, name: str) -> bool:
         return self.family.hf_rows == "halves" and module_name(name) in ROTATED

@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from llama.checkpoint.base import StoredCheckpoint, some_of
+from llama.checkpoint.families import RowOrder
 from llama.checkpoint.gguf import decode_rows, map_tensors
 from llama.checkpoint.gguf_header import is_gguf, read_header
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.lora import OUTPUT, TABLE, AdaptedCheckpoint, Adapter, LowRankPair
 from llama.checkpoint.mapped_file import Layouts, map_folder
-from llama.checkpoint.names import ROTATED, meta_name, module_name
-from llama.checkpoint.tensors import FUSED, pair_neighbours, parts_of_fused
+from llama.checkpoint.names import ROTATED, meta_name, module_name, with_parts
+from llama.checkpoint.tensors import FUSED, norm_offset, pair_neighbours, parts_of_fused
 from llama.config import ModelArgs, read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -99,6 +100,7 @@ def _read_peft(folder: Path, scale: float, checkpoint: StoredCheckpoint) -> Adap
     base = config.get("base_model_name_or_path") or None
     halves: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
+    family = checkpoint.family
     fits = _Fit(folder, checkpoint, f", it was trained on {base}" if base else "")
     for name, tensor in map_folder(folder, ADAPTER_LAYOUTS).items():
         found = PEFT_NAME.fullmatch(name)
@@ -106,10 +108,12 @@ def _read_peft(folder: Path, scale: float, checkpoint: StoredCheckpoint) -> Adap
             raise ValueError(f"lora {folder}: {name} is no tensor of an adapter that is known: {MERGE}")
         module, part = found["module"], found["part"]
         if part is None:
-            whole = meta_name(f"{module}.{found['whole']}", "hf")
+            whole = meta_name(with_parts(f"{module}.{found['whole']}", family.hf_names), "hf")
             fits.check(whole, module, tuple(tensor.shape), is_whole=True)
             if not (found["base"] and found["whole"] == "weight"):  # a table that PEFT saves as it was
-                replaced[whole] = _in_metas_order(whole, tensor, checkpoint)
+                offset = norm_offset(whole, family)
+                tensor = tensor.float() + offset if offset else tensor
+                replaced[whole] = _in_metas_order(whole, tensor, checkpoint.args, family.hf_rows)
             continue
         is_embedding = "embedding" in part  # whose A is of tokens, as its weight is A's transposed by B's
         kind = "a" if part.endswith("B" if is_embedding else "A") else "b"
@@ -126,9 +130,9 @@ def _read_peft(folder: Path, scale: float, checkpoint: StoredCheckpoint) -> Adap
             raise ValueError(f"lora {folder}: {ADAPTER_CONFIG} must have numbers for lora_alpha, got {alpha!r}")
         factor = scale * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         for target, rows in _unfused(module, b, checkpoint.args):
-            name = meta_name(f"{target}.weight", "hf")
+            name = meta_name(with_parts(f"{target}.weight", family.hf_names), "hf")
             fits.check(name, target, (len(rows), a.shape[1]))
-            pairs[name] = LowRankPair(a, _in_metas_order(name, rows, checkpoint), factor)
+            pairs[name] = LowRankPair(a, _in_metas_order(name, rows, checkpoint.args, family.hf_rows), factor)
     fits.changes_something(pairs or replaced)
     is_other = Path(str(base)).name not in (checkpoint.path.name, Path(checkpoint.model_name).name)
     return Adapter(folder, scale, pairs, replaced, str(base) if base and is_other else "")
@@ -165,7 +169,8 @@ def _read_gguf(file: Path, scale: float, checkpoint: StoredCheckpoint) -> Adapte
     metadata = header.metadata
     if metadata.get("general.type") != "adapter":
         raise ValueError(f"lora {file} is no adapter but a whole model: give it as --ckpt_dir")
-    for key, only in (("adapter.type", "lora"), ("general.architecture", "llama")):
+    family = checkpoint.family
+    for key, only in (("adapter.type", "lora"), ("general.architecture", family.gguf or "llama")):
         if metadata.get(key) != only:
             raise ValueError(f"lora {file}: {key} {metadata.get(key)!r} is not supported, only {only!r} is")
     if metadata.get("adapter.alora.invocation_tokens"):
@@ -180,8 +185,9 @@ def _read_gguf(file: Path, scale: float, checkpoint: StoredCheckpoint) -> Adapte
         tensor = decode_rows(stored, 0, stored.shape[0])
         found = GGUF_NAME.fullmatch(name)
         if found is None:
-            replaced[meta_name(name, "gguf")] = tensor
-            fits.check(meta_name(name, "gguf"), name, tuple(tensor.shape), is_whole=True)
+            whole = meta_name(with_parts(name, family.gguf_names), "gguf")
+            fits.check(whole, name, tuple(tensor.shape), is_whole=True)
+            replaced[whole] = _in_metas_order(whole, tensor, checkpoint.args, family.gguf_rows)
         elif meta_name(found["tensor"], "gguf") == TABLE:  # as they are looked up: A has a row a token
             halves.setdefault(found["tensor"], {})["b" if found["part"] == "a" else "a"] = (
                 tensor if found["part"] == "a" else tensor.t()
@@ -191,8 +197,9 @@ def _read_gguf(file: Path, scale: float, checkpoint: StoredCheckpoint) -> Adapte
     pairs: dict[str, LowRankPair] = {}
     for tensor_name, found_halves in halves.items():
         a, b = fits.both(tensor_name, found_halves)
-        name = meta_name(tensor_name, "gguf")
+        name = meta_name(with_parts(tensor_name, family.gguf_names), "gguf")
         fits.check(name, tensor_name, (len(b), a.shape[1]))
+        b = _in_metas_order(name, b, checkpoint.args, family.gguf_rows)
         pairs[name] = LowRankPair(a, b, scale * (alpha / len(a) if alpha else 1.0))  # as llama.cpp reads 0
     fits.changes_something(pairs or replaced)
     return Adapter(file, scale, pairs, replaced)
@@ -258,10 +265,9 @@ def _unfused(module: str, b: Tensor, args: ModelArgs) -> Iterator[tuple[str, Ten
         yield module, b
 
 
-def _in_metas_order(name: str, rows: Tensor, checkpoint: StoredCheckpoint) -> Tensor:
-    """Return what an adapter of PEFT's has for a tensor's rows in Meta's order."""
-    args = checkpoint.args
-    is_reordered = checkpoint.family.hf_rows == "halves" and module_name(name) in ROTATED
+def _in_metas_order(name: str, rows: Tensor, args: ModelArgs, order: RowOrder) -> Tensor:
+    """Return what an adapter has for a tensor's rows in Meta's order."""
+    is_reordered = order == "halves" and module_name(name) in ROTATED
     return pair_neighbours(rows, args.head_dim, args.rotary_dim) if is_reordered else rows
 
 

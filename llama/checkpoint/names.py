@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, TypeVar
 
 StoredT = TypeVar("StoredT")
@@ -30,11 +31,13 @@ MODULE_NAMES = (
     ("attention_norm", "input_layernorm", "attn_norm"),
     ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
 )
-# Names in files of tensors that inference does not use: what is computed here, heads of training, and the like.
+# What files have in place of the weight of an xIELU, each in a tensor or in a key of its own.
+XIELU_PARTS = ("alpha_p", "alpha_n", "beta", "eps")
+# Names in files of tensors that inference does not use: what is computed here, heads of training, what sees pictures.
 DERIVED = re.compile(r"rope\.freqs|([\w.]+\.)?rotary_emb\.inv_freq")
 UNNEEDED = re.compile(
     rf"{DERIVED.pattern}|([\w.]+\.)?(rotary_emb\.\w+|attn_rot_embd\.weight|position_ids|_extra_state)"
-    r"|(v_head|value_head)\.[\w.]+"
+    r"|(v_head|value_head)\.[\w.]+|(model\.)?(vision_tower|multi_modal_projector)\.[\w.]+"
 )
 # Modules whose outputs RoPE rotates, so that the order of their rows is the format's.
 ROTATED = {"wq", "wk", "q_norm", "k_norm"}
@@ -67,13 +70,25 @@ def stored_name(name: str, scheme: NamingScheme) -> str:
     return _translate(name, META_LAYERS, LAYER_PREFIXES[scheme], _FROM_META[scheme]) or name
 
 
-def renamed(tensors: Mapping[str, StoredT], parts: Mapping[str, str]) -> dict[str, StoredT]:
-    """Return tensors with parts of their names replaced, one after the other."""
-    new = {}
+def with_parts(name: str, parts: Mapping[str, str]) -> str:
+    """Return a name with parts of it replaced, one after the other."""
+    for part, other in parts.items():
+        name = name.replace(part, other)
+    return name
+
+
+def with_own_parts(name: str, parts: Mapping[str, str]) -> str:
+    """Return the name that `with_parts` makes this one of; what it leaves out stays out."""
+    return with_parts(name, {other: part for part, other in reversed(list(parts.items())) if other})
+
+
+def renamed(path: Path, tensors: Mapping[str, StoredT], parts: Mapping[str, str]) -> dict[str, StoredT]:
+    """Return a file's tensors with parts of their names replaced; raise ValueError where two get one name."""
+    new: dict[str, StoredT] = {}
     for name, tensor in tensors.items():
-        for part, other in parts.items():
-            name = name.replace(part, other)
-        new[name] = tensor
+        if with_parts(name, parts) in new:
+            raise ValueError(f"{path} has an unexpected tensor {name}, beside one that is called otherwise here")
+        new[with_parts(name, parts)] = tensor
     return new
 
 

@@ -28,8 +28,8 @@ log = logging.getLogger("llama")
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Tensors that say how activations and caches are rounded: here they are not.
 UNUSED = re.compile(
-    r".+\.(input_scale|input_scale_ub|input_zero_point|input_global_scale|output_scale|output_zero_point"
-    r"|[qkv]_scale|[qkv]_zero_point|weight_format)"
+    r".+\.(activation_scale|input_scale|input_scale_ub|input_zero_point|input_global_scale|output_scale"
+    r"|output_zero_point|[qkv]_scale|[qkv]_zero_point|weight_format)"
 )
 # What compressed-tensors calls the ways of storing weights that are read here.
 COMPRESSED_FORMATS = (

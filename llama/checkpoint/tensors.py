@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llama.checkpoint.families import Family
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import NamingScheme, meta_name, module_name
+from llama.checkpoint.names import XIELU_PARTS, NamingScheme, meta_name, module_name
 from llama.config import ModelArgs
 
 # Modules of a layer that hold several of the model's, one after the other.
@@ -85,6 +87,25 @@ def missing_biases(
     return missing
 
 
+def norm_offset(name: str, family: Family) -> float:
+    """Return what is added to a tensor of a Hugging Face folder: to the weights of some families' norms, 1."""
+    return family.hf_norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def xielu_weight(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Tensor:
+    """Return the weight of `llama.norms.XIELU` for what files have, whose alphas were trained before a softplus."""
+    alphas = F.softplus(torch.tensor([alpha_p, alpha_n], dtype=torch.float32, device="cpu"))
+    return torch.cat([alphas, alphas.new_tensor([beta, eps])]) + alphas.new_tensor([0.0, beta, 0.0, 0.0])
+
+
+def xielu_parts(weight: Tensor) -> dict[str, Tensor]:
+    """Return what files have for the weight of an xIELU, as `xielu_weight` reads it."""
+    alpha_p, alpha_n, beta, eps = weight.float()
+    alphas = torch.stack([alpha_p, alpha_n - beta])
+    before = (alphas + torch.log(-torch.expm1(-alphas))).split(1)
+    return dict(zip(XIELU_PARTS, (*before, beta, eps), strict=True))
+
+
 def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:
     """Put rows of whole heads from Hugging Face's order, whose RoPE rotates halves, into Meta's, with neighbours.
 
@@ -96,9 +117,12 @@ def pair_neighbours(rows: Tensor, head_dim: int, rotary_dim: int | None = None) 
     return (rotated if dim == head_dim else torch.cat([rotated, heads[:, dim:]], dim=1)).flatten(0, 1)
 
 
-def pair_halves(rows: Tensor, head_dim: int) -> Tensor:
+def pair_halves(rows: Tensor, head_dim: int, rotary_dim: int | None = None) -> Tensor:
     """Put rows of whole heads from Meta's order, whose RoPE rotates neighbours, into Hugging Face's, with halves."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    dim = rotary_dim or head_dim
+    heads = rows.unflatten(0, (-1, head_dim))
+    rotated = heads[:, :dim].unflatten(1, (dim // 2, 2)).transpose(1, 2).flatten(1, 2)
+    return (rotated if dim == head_dim else torch.cat([rotated, heads[:, dim:]], dim=1)).flatten(0, 1)
 
 
 def part_of_pairs(

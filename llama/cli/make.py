@@ -28,7 +28,7 @@ def main(
 
     Args:
         dst: what to make; it must not exist.
-        preset: whose shape: tiny, smollm2-135m, llama-2-7b, llama-3.1-8b and others; any other word lists them all.
+        preset: whose shape: tiny, smollm2-135m, llama-3.1-8b, qwen3-8b and others; any other word lists them all.
         format: meta, hf or gguf.
         shards: number of Meta's files.
         dtype: float32, bfloat16 or float16; for GGUF also q8_0, q5_1, q5_0, q4_1, q4_0, q6_k, q5_k, q4_k, q3_k, q2_k,

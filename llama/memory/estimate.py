@@ -13,6 +13,7 @@ from llama.backends.base import Backend
 from llama.cache import PAGE_SIZE, pages_for
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
+from llama.rope import LayerRotations
 
 # Positions whose logits are in memory at once while a prompt is scored: 128 MiB for a vocabulary of 128k.
 MAX_SCORED_POSITIONS = 256
@@ -67,16 +68,16 @@ def activation_bytes(
     # One of several rows may be set back, and be computed again with all that it has generated.
     longest = shape.length if shape.bsz > 1 else shape.prompt_len
     n_tokens = min(shape.bsz * longest, backend.max_prefill_tokens + shape.bsz - 1)
-    inputs = 4 * args.head_dim + 32  # rotation, positions, slots, ids
+    inputs = 4 * args.head_dim * LayerRotations(args).count + 32  # rotations, positions, slots, ids
     once = 0
     if kernels and device.type == "cuda":
-        inputs = 8 * args.head_dim + 32
+        inputs += 4 * args.head_dim
         layer = 4 * args.dim + 2 * x + max((3 * q + 4 * kv) * size, 3 * hidden)
         once = backend.dequantized_values * size
     elif kernels:  # one residual, in fp32, and no memory beside the results of norms, rotations and attention
-        layer = 4 * args.dim + 2 * x + max((q + 2 * kv) * size, 2 * hidden)
+        layer = 4 * args.dim + 2 * x + max((q + 2 * kv) * size, hidden * (1 + args.is_gated), x + hidden)
     else:
-        inputs += longest  # the mask
+        inputs += longest * len({args.sight(layer) for layer in range(args.n_layers)})  # the masks
         n_keys = shape.bsz * shape.length
         keys = 2 * n_keys * kv * size
         if device.type == "cuda" and args.n_heads != args.n_kv_heads:  # see `attend`
@@ -85,11 +86,16 @@ def activation_bytes(
             # For a matrix unit keys and values are packed: without a mask for all query heads.
             keys += 2 * max(n_keys * kv, n_tokens * q) * size
         scores = longest * size + keys // n_tokens  # torch converts the mask
-        norm = (12 if half else 8) * args.dim * (device.type != "cuda")  # fp32 copies; CUDA's kernel has none
+        of_norm = (12 if half else 8) * (device.type != "cuda")  # fp32 copies; CUDA's kernel has none
+        norm_q = (8 if args.qk_norm == "all heads" else of_norm) * (args.qk_norm is not None)
         rotate_k = (q + 3 * kv) * size + 8 * kv * half
         rotate_q = 2 * q * size + 8 * q * half
         attend = max(3 * q * size, 2 * q * size + scores)
-        layer = 2 * x + max(norm, rotate_k, rotate_q, attend, x + 3 * hidden)
+        norms = (q + 2 * kv) * size + norm_q * q
+        norm = 2 * x + of_norm * args.dim * (not args.layer_norms)  # whose kernel has no copies
+        features = 3 * hidden + (hidden + hidden // size) * (args.activation == "xielu")  # two sides, and which it is
+        inside = 2 * x - x * args.output_norms  # the layer's input, and what it is normalised to
+        layer = max(norm, inside + max(rotate_k, rotate_q, attend, norms, x + features))
     prefill = n_tokens * (inputs + layer) + once
     sampled = max(shape.bsz, MAX_SPECULATIVE_POSITIONS * shape.speculative) * SAMPLED_LOGIT_BYTES
     scored = min(shape.prompt_len, MAX_SCORED_POSITIONS) * SCORED_LOGIT_BYTES * shape.scored

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from llama.config import ModelArgs
+from llama.rope_scaling import YarnScaling
 
-TokenizerKind = Literal["sentencepiece", "code_llama", "llama3", "smollm"]
+TokenizerKind = Literal["sentencepiece", "code_llama", "llama3", "smollm", "qwen2", "olmo2"]
 
 
 class Preset(NamedTuple):
@@ -35,6 +36,23 @@ def _llama3(dim: int, n_layers: int, n_heads: int, multiple_of: int, multiplier:
         tied_embeddings=dim < 4096,  # Llama 3.2
     )
     return Preset(args, "llama3", 131072 if scaled else 8192)
+
+
+def _qwen3(dim: int, n_layers: int, n_heads: int, hidden_dim: int) -> Preset:
+    args = ModelArgs(
+        dim,
+        n_layers,
+        n_heads,
+        n_kv_heads=8,
+        vocab_size=151936,
+        norm_eps=1e-6,
+        rope_theta=1000000.0,
+        head_dim=128,
+        hidden_dim=hidden_dim,
+        tied_embeddings=dim < 4096,
+        qk_norm="head",
+    )
+    return Preset(args, "qwen2", 40960)
 
 
 PRESETS = {
@@ -69,4 +87,51 @@ PRESETS = {
     "llama-3.1-405b": _llama3(16384, 126, 128, 4096, 1.2, True),
     "llama-3.2-1b": _llama3(2048, 16, 32, 256, 1.5, True),
     "llama-3.2-3b": _llama3(3072, 28, 24, 256, 1.0, True),
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12288),
+    "olmo2-7b": Preset(
+        ModelArgs(
+            4096,
+            32,
+            32,
+            vocab_size=100352,
+            norm_eps=1e-6,
+            rope_theta=500000.0,
+            hidden_dim=11008,
+            qk_norm="all heads",
+            output_norms=True,
+        ),
+        "olmo2",
+        4096,
+    ),
+    "smollm3-3b": Preset(
+        ModelArgs(
+            2048,
+            36,
+            16,
+            n_kv_heads=4,
+            vocab_size=128256,
+            norm_eps=1e-6,
+            rope_theta=5000000.0,
+            hidden_dim=11008,
+            tied_embeddings=True,
+            unrotated_layers=tuple(range(3, 36, 4)),
+        ),
+        "llama3",
+        65536,
+    ),
+    "arcee-4.5b": Preset(
+        ModelArgs(
+            2560,
+            36,
+            20,
+            n_kv_heads=4,
+            vocab_size=128004,
+            hidden_dim=18432,
+            rope_scaling=YarnScaling(20.0, 4096),
+            activation="relu2",
+        ),
+        "llama3",
+        65536,
+    ),
 }

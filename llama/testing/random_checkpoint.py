@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,28 @@ from llama.tokenizer.vocab import byte_alphabet
 DRAWN_AT_ONCE = 1 << 20
 
 SMOLLM_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<reserved_{i}>" for i in range(14)))
+CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 INFILLING_TOKENS = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
 STANDARD_PIECES = ("<unk>", "<s>", "</s>")
+
+
+class ByteLevel(NamedTuple):
+    """Describe a tokenizer of byte-level BPE: how it splits text, its special tokens, and those that it begins with."""
+
+    pre: str
+    bos: str
+    eos: str
+    first: tuple[str, ...] = ()  # before its other tokens
+    last: tuple[str, ...] = ()  # behind them
+    add_bos: bool = False
+
+
+BYTE_LEVEL = {
+    "llama3": ByteLevel("llama-bpe", SPECIAL_TOKENS[0], SPECIAL_TOKENS[1], last=SPECIAL_TOKENS, add_bos=True),
+    "smollm": ByteLevel("smollm", "<|im_start|>", "<|im_end|>", first=SMOLLM_SPECIAL_TOKENS),
+    "qwen2": ByteLevel("qwen2", "<|endoftext|>", "<|im_end|>", last=CHAT_TOKENS),
+    "olmo2": ByteLevel("dbrx", "<|endoftext|>", "<|endoftext|>", last=CHAT_TOKENS),
+}
 
 
 class RandomCheckpoint:
@@ -92,19 +112,7 @@ def random_tokenizer(kind: TokenizerKind, vocab_size: int) -> dict[str, Any]:
     """Return GGUF metadata of a vocabulary of that size: every byte, and words that merge letter by letter."""
     if kind in ("sentencepiece", "code_llama"):
         return _sentencepiece_metadata(vocab_size, INFILLING_TOKENS if kind == "code_llama" else ())
-    if kind == "llama3":
-        return _byte_level_metadata(vocab_size, (), SPECIAL_TOKENS) | {
-            TOKENIZER_KEY + "pre": "llama-bpe",
-            TOKENIZER_KEY + "bos_token_id": vocab_size - len(SPECIAL_TOKENS),
-            TOKENIZER_KEY + "eos_token_id": vocab_size - len(SPECIAL_TOKENS) + 1,
-            TOKENIZER_KEY + "add_bos_token": True,
-        }
-    return _byte_level_metadata(vocab_size, SMOLLM_SPECIAL_TOKENS, ()) | {
-        TOKENIZER_KEY + "pre": "smollm",
-        TOKENIZER_KEY + "bos_token_id": 1,
-        TOKENIZER_KEY + "eos_token_id": 2,
-        TOKENIZER_KEY + "add_bos_token": False,
-    }
+    return _byte_level_metadata(vocab_size, BYTE_LEVEL[kind])
 
 
 def _sentencepiece_metadata(vocab_size: int, last: tuple[str, ...]) -> dict[str, Any]:
@@ -129,19 +137,25 @@ def _sentencepiece_metadata(vocab_size: int, last: tuple[str, ...]) -> dict[str,
     }
 
 
-def _byte_level_metadata(vocab_size: int, first: tuple[str, ...], last: tuple[str, ...]) -> dict[str, Any]:
+def _byte_level_metadata(vocab_size: int, tokenizer: ByteLevel) -> dict[str, Any]:
+    first, last = tokenizer.first, tokenizer.last
     alphabet = byte_alphabet()
     space = next(char for char, byte in alphabet.items() if byte == ord(" "))
     n_words = vocab_size - len(first) - len(alphabet) - len(last)
     pieces = [*alphabet, *itertools.islice(_letter_words(space), n_words)]
     priorities = {piece.encode(): i for i, piece in enumerate(pieces)}
     control = TokenType.CONTROL
+    tokens = [*first, *pieces, *last]
     kinds = [control] * len(first) + [TokenType.NORMAL] * len(pieces) + [control] * len(last)
     return {
         TOKENIZER_KEY + "model": "gpt2",
-        TOKENIZER_KEY + "tokens": [*first, *pieces, *last],
+        TOKENIZER_KEY + "pre": tokenizer.pre,
+        TOKENIZER_KEY + "tokens": tokens,
         TOKENIZER_KEY + "token_type": [int(kind) for kind in kinds],
         TOKENIZER_KEY + "merges": [f"{a.decode()} {b.decode()}" for a, b in merges_of(priorities)],
+        TOKENIZER_KEY + "bos_token_id": tokens.index(tokenizer.bos),
+        TOKENIZER_KEY + "eos_token_id": tokens.index(tokenizer.eos),
+        TOKENIZER_KEY + "add_bos_token": tokenizer.add_bos,
     }
 
 

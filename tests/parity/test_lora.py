@@ -20,11 +20,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from llama.config import ModelArgs
+from tests.adapters import MODULES, write_gguf_adapter
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
 from tests.hugging_face import hugging_face_model
 from tests.models import build, one_pass, random_tokens
+from tests.parity.test_layer_families import LAYERED
+from tests.parity.test_layer_families import made as layered
 from tests.parity.test_relatives import made as relative
+from tests.parity.test_relatives import write_as_gguf
 
 pytestmark = pytest.mark.slow
 
@@ -84,21 +88,63 @@ def logits_of(model: PeftModel) -> Tensor:
     return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("name", ["qwen2", "granite", "phi3", "phi4 mini", "ernie4_5", "helium"])
+FAMILIES = ["qwen2", "granite", "phi3", "phi4 mini", "ernie4_5", "helium", "olmo2", "exaone4", "hunyuan"]
+FAMILIES += ["nemotron", "apertus"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_adapters_of_other_families_change_logits_as_pefts_do(tmp_path: Path, name: str) -> None:
-    """Of rows in the family's order, of fused tensors, and beside multipliers."""
-    theirs = relative(name, vocab_size=BYTE_VOCAB_SIZE)
+    """Of rows in the family's order, of fused tensors, of norms under other names, and beside multipliers."""
+    theirs = (layered if name in LAYERED else relative)(name, vocab_size=BYTE_VOCAB_SIZE)
     theirs.save_pretrained(tmp_path / "base")
     write_byte_tokenizer(tmp_path / "base")
     modules = ["qkv_proj", "gate_up_proj", "o_proj"] if name.startswith("phi") else ALL
-    config = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", r=3, lora_alpha=8, target_modules=modules)
+    modules = [module for module in modules if module != "gate_proj" or name not in ("nemotron", "apertus")]
+    whole = {
+        "olmo2": ["post_attention_layernorm", "q_norm"],
+        "hunyuan": ["key_layernorm"],
+        "nemotron": ["input_layernorm"],
+        "apertus": ["feedforward_layernorm"],
+    }.get(name)
+    config = LoraConfig(
+        init_lora_weights=False, task_type="CAUSAL_LM", r=3, lora_alpha=8, target_modules=modules, modules_to_save=whole
+    )
     adapted = get_peft_model(theirs, config).eval()
     torch.manual_seed(0)
     for parameter in (each for each in adapted.parameters() if each.requires_grad):
-        parameter.data = 0.6 * torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
+        is_norm = parameter.dim() == 1
+        parameter.data = is_norm + 0.6 * torch.randn(parameter.shape) / (1 if is_norm else parameter.shape[-1] ** 0.5)
     adapted.save_pretrained(tmp_path / "adapter")
     found = own_logits(tmp_path / "base", str(tmp_path / "adapter"))
     torch.testing.assert_close(found, logits_of(adapted), rtol=1e-5, atol=1e-4)
+
+
+def test_a_gguf_adapter_of_another_family_is_that_of_peft(tmp_path: Path) -> None:
+    """Its rows are in the order of its architecture, as those of the model; once only Llama's was known."""
+    theirs: Any = layered("olmo2", vocab_size=BYTE_VOCAB_SIZE)
+    (tmp_path / "base").mkdir()
+    write_byte_tokenizer(tmp_path / "base")
+    write_as_gguf(tmp_path / "base" / "m.gguf", theirs, "olmo2")
+    state = {name.removeprefix("model."): tensor for name, tensor in theirs.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    halves = {
+        f"{layer}.{module}": (
+            torch.randn(3, columns, generator=generator) / 9,
+            torch.randn(rows, 3, generator=generator),
+        )
+        for layer in range(4)
+        for module in MODULES
+        for rows, columns in [state[f"layers.{layer}.{module}.weight"].shape]
+    }
+    norm = torch.rand(96, generator=generator)
+    write_gguf_adapter(
+        tmp_path / "a.gguf", halves, {"blk.0.post_attention_norm.weight": norm}, arch="olmo2", adapter__lora__alpha=6.0
+    )
+    for name, (a, b) in halves.items():
+        state[f"layers.{name}.weight"] += 2 * b @ a
+    state["layers.0.post_attention_layernorm.weight"].copy_(norm)
+    found = own_logits(tmp_path / "base" / "m.gguf", str(tmp_path / "a.gguf"), max_seq_len=64)
+    torch.testing.assert_close(found, theirs(TOKENS).logits, rtol=1e-5, atol=1e-4)
 
 
 def test_an_adapter_of_a_table_that_is_scaled_is_refused(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
     CwmConfig,
     Ernie4_5Config,
@@ -26,15 +25,19 @@ from transformers import (
     IQuestCoderConfig,
     Ministral3Config,
     MinistralConfig,
+    NemotronConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     SeedOssConfig,
+    StableLmConfig,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.rope import scaled_frequencies
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
 from tests.gguf_files import write_gguf
 from tests.models import one_pass, random_tokens
@@ -100,13 +103,37 @@ RELATIVES: dict[str, tuple[Any, dict[str, Any], int]] = {
     ),
     "cwm": (CwmConfig, {**WIDE, "sliding_window": 512, "max_position_embeddings": 256, "rope_parameters": LLAMA3}, 100),
     "iquestcoder": (IQuestCoderConfig, {**WIDE, "rope_parameters": THETA}, 40),
+    "arcee": (ArceeConfig, {**SIZES, "rope_parameters": YARN}, 100),
+    "arcee, biases": (ArceeConfig, {**SIZES, "attention_bias": True, "mlp_bias": True}, 40),
+    "nemotron": (NemotronConfig, {**WIDE, "norm_eps": 1e-2, "rope_parameters": THETA}, 40),
+    "nemotron, biases": (
+        NemotronConfig,
+        {**SIZES, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        40,
+    ),
+    "apertus": (ApertusConfig, {**SIZES, "rope_parameters": LLAMA3}, 100),
+    "apertus, biases": (
+        ApertusConfig,
+        {**SIZES, "attention_bias": True, "tie_word_embeddings": True, "rope_parameters": THETA},
+        40,
+    ),
+    "stablelm": (StableLmConfig, {**SIZES, "use_qkv_bias": True, "layer_norm_eps": 1e-2}, 40),
+    "stablelm, no biases": (
+        StableLmConfig,
+        {**SIZES, "hidden_size": 192, "rope_parameters": {**THETA, "partial_rotary_factor": 0.5}},
+        40,
+    ),
 }
 
 
 def made(name: str, **changes: Any) -> PreTrainedModel:
     """A model with random weights, of which no two parts are alike; norms and biases too."""
     config_cls, settings, _ = RELATIVES[name]
-    model: Any = AutoModelForCausalLM.from_config(config_cls(**settings | changes), dtype=torch.float32)
+    return of_config(config_cls(**settings | changes))
+
+
+def of_config(config: Any) -> Any:
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     for key, weight in model.named_parameters():
         if weight.dim() == 2:
@@ -130,6 +157,22 @@ def test_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     theirs = made(name)
     theirs.save_pretrained(tmp_path)
     assert_same(tmp_path, theirs, RELATIVES[name][2])
+
+
+@pytest.mark.parametrize("name", ["arcee", "nemotron", "apertus", "stablelm"])
+@torch.inference_mode()
+def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path, name: str) -> None:
+    """Files of older versions, and by hand, say less than transformers writes."""
+    config_cls, _, _ = RELATIVES[name]
+    theirs = of_config(config_cls(**SIZES, max_position_embeddings=16384))
+    theirs.save_pretrained(tmp_path)
+    said = {**SIZES, "model_type": name, "max_position_embeddings": 16384}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert_same(tmp_path, theirs, 40)
+    # Beyond the original context, where long wavelengths show.
+    args, expected = open_checkpoint(tmp_path).args, theirs.model.rotary_emb.inv_freq
+    assert 2 * len(expected) == (args.rotary_dim or args.head_dim)
+    torch.testing.assert_close(scaled_frequencies(2 * len(expected), args.rope_theta, args.rope_scaling), expected)
 
 
 def relabelled(folder: Path, names: dict[str, str], **config: Any) -> None:
@@ -196,6 +239,8 @@ def rotated_as_neighbours(rows: np.ndarray, n_heads: int) -> np.ndarray:
     return rows.reshape(n_heads, 2, len(rows) // n_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+# Architectures whose queries and keys llama.cpp rotates as neighbours, as Meta's code does.
+NEIGHBOURS = ("llama", "granite", "minicpm", "smollm3", "mistral3", "arcee")
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
 
@@ -204,8 +249,12 @@ def write_as_gguf(
 ) -> None:
     """A model of transformers as llama.cpp's converter writes it: names and keys from the gguf library's tables."""
     config: Any = theirs.config
-    names = gguf.get_tensor_name_map(next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), 2)
+    names = gguf.get_tensor_name_map(
+        next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch), config.num_hidden_layers
+    )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    keys = xielu_keys(theirs) | keys if arch == "apertus" else keys
     metadata = {
         "general.architecture": arch,
         f"{arch}.embedding_length": config.hidden_size,
@@ -214,9 +263,9 @@ def write_as_gguf(
         f"{arch}.feed_forward_length": config.intermediate_size,
         f"{arch}.attention.head_count": config.num_attention_heads,
         f"{arch}.attention.head_count_kv": config.num_key_value_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{arch}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        f"{arch}.rope.dimension_count": int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
+        **eps_keys(config, arch),
+        f"{arch}.rope.freq_base": float(rope["rope_theta"]),
+        f"{arch}.rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
         "tokenizer.ggml.tokens": [f"token {i}" for i in range(config.vocab_size)],
         **{key.format(arch=arch): value for key, value in keys.items() if not key.endswith(".weight")},
     }
@@ -224,16 +273,37 @@ def write_as_gguf(
         metadata |= {f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim}
     tensors = {name: (np.array(value, np.float32), F32) for name, value in keys.items() if name.endswith(".weight")}
     for name, tensor in theirs.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if (name == "lm_head.weight" and config.tie_word_embeddings) or "act_fn" in name:
             continue
         own = kind if tensor.dim() == 2 else F32
         stored = gguf.quantize(np.ascontiguousarray(tensor.numpy()), own)
         tensor.copy_(torch.from_numpy(np.array(gguf.dequantize(stored, own))).view(tensor.shape))
-        if arch in ("llama", "granite", "minicpm") and ("q_proj" in name or "k_proj" in name):
+        if arch == "nemotron" and name.endswith("norm.weight"):
+            stored = stored + np.float32(1)
+        if arch in NEIGHBOURS and ("q_proj" in name or "k_proj" in name):
             n_heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             stored = rotated_as_neighbours(stored, n_heads)
         tensors[names.get_name(name, (".weight", ".bias")) or name] = stored, own
     write_gguf(path, metadata, tensors)
+
+
+def eps_keys(config: Any, arch: str) -> dict[str, float]:
+    keys = {"rms_norm_eps": "rms_epsilon", "norm_eps": "epsilon", "layer_norm_eps": "epsilon"}
+    return {
+        f"{arch}.attention.layer_norm_{key}": getattr(config, own) for own, key in keys.items() if hasattr(config, own)
+    }
+
+
+def llama3_tensors(config: Any) -> dict[str, Any]:
+    """The factors of wavelengths that llama.cpp's converter works out for Llama 3.1's rule."""
+    plain, scaled = 5000.0 ** (-torch.arange(0, 16, 2) / 16), ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+    return {"rope_freqs.weight": (plain / scaled).numpy()}
+
+
+def xielu_keys(model: Any) -> dict[str, Any]:
+    """Of each layer, as the tensors have them: llama.cpp computes softplus itself."""
+    parts = ("alpha_p", "alpha_n", "beta", "eps")
+    return {f"xielu.{part}": [float(getattr(layer.mlp.act_fn, part)) for layer in model.model.layers] for part in parts}
 
 
 def long_tensors(config: Any) -> dict[str, Any]:
@@ -281,6 +351,13 @@ GGUFS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "ernie4_5": ("ernie4_5", no_keys),
     "internlm3": ("llama", no_keys),
     "iquestcoder": ("exaone", no_keys),  # the same weights under EXAONE's name
+    "arcee": ("arcee", yarn_keys),
+    "nemotron": ("nemotron", lambda config: {"{arch}.rope.scaling.type": "none"}),
+    "nemotron, biases": ("nemotron", no_keys),
+    "apertus": ("apertus", llama3_tensors),
+    "apertus, biases": ("apertus", lambda config: {"xielu.beta": 0.5, "xielu.eps": -1e-6}),  # of all layers
+    "stablelm": ("stablelm", lambda config: {"{arch}.use_parallel_residual": True}),  # which llama.cpp does not read
+    "stablelm, no biases": ("stablelm", no_keys),
     # MiniCPM's keys are Granite's, but for the scale of scores, which it has not.
     "minicpm": ("minicpm", lambda config: scale_keys(config) | {"{arch}.attention.scale": None}),
 }
@@ -295,7 +372,34 @@ def test_gguf_logits_equal_transformers(tmp_path: Path, name: str) -> None:
     assert_same(tmp_path / "m.gguf", theirs, RELATIVES[name][2])
 
 
-@pytest.mark.parametrize("name", ["qwen2", "granite, tied", "phi3", "phi4 mini"])
+@pytest.mark.parametrize(
+    ("name", "changes", "keys", "said"),
+    [
+        ("stablelm", {"use_parallel_residual": True}, {}, "attention beside the feed-forward is not supported"),
+        ("apertus", {}, {"xielu.beta": [0.5]}, r"xielu\.beta must be a number, or 2 numbers, found \[0\.5\]"),
+        ("apertus", {}, {"xielu.alpha_n": None}, r"xielu\.alpha_n must be a number"),
+        (
+            "nemotron",
+            {},
+            {"nemotron.attention.layer_norm_epsilon": None},
+            r"nemotron\.attention\.layer_norm_epsilon must be of type float",
+        ),
+    ],
+)
+def test_a_gguf_file_that_is_refused_says_why(
+    tmp_path: Path, name: str, changes: dict[str, Any], keys: dict[str, Any], said: str
+) -> None:
+    theirs = made(name, **changes)
+    with torch.inference_mode():
+        write_as_gguf(tmp_path / "m.gguf", theirs, GGUFS[name][0], **keys)
+    with pytest.raises(ValueError, match=said) as caught:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", "granite, tied", "phi3", "phi4 mini", "arcee", "nemotron, biases", "apertus", "stablelm"]
+)
 @torch.inference_mode()
 def test_blocks_stay_blocks(tmp_path: Path, name: str) -> None:
     """Rows in another order, fused tensors and multipliers do not cost the blocks of any matrix of a layer."""
@@ -310,10 +414,23 @@ def test_blocks_stay_blocks(tmp_path: Path, name: str) -> None:
     assert floats == (["tok_embeddings.weight"] if "granite" in name else [])
 
 
-@pytest.mark.parametrize("name", ["qwen2", "granite, tied", "phi3, long, beyond", "ernie4_5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2",
+        "granite, tied",
+        "phi3, long, beyond",
+        "ernie4_5",
+        "arcee",
+        "nemotron, biases",
+        "apertus",
+        "apertus, biases",
+        "stablelm",
+    ],
+)
 @torch.inference_mode()
 def test_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path, name: str) -> None:
-    """As a Llama with biases that are zeros, or as a Granite where scores have another scale."""
+    """As a Llama with biases that are zeros, as a Granite where scores have another scale, or as what it was."""
     theirs = made(name, vocab_size=BYTE_VOCAB_SIZE, eos_token_id=257)
     theirs.save_pretrained(tmp_path / "own")
     write_byte_tokenizer(tmp_path / "own")
@@ -334,63 +451,10 @@ def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
             writer(checkpoint, tokenizer_source(checkpoint), form)
 
 
-@pytest.fixture(scope="module")
-def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, dict[int, list[Any]]]]:
-    """Transformers' logits, and what every rank of jobs of 1, 2 and 3 computed."""
-    folder, jobs, expected = tmp_path_factory.mktemp("ranks"), [], {}
-    for name in SPLIT:
-        theirs = made(name, vocab_size=BYTE_VOCAB_SIZE)
-        theirs.save_pretrained(folder / name)
-        write_byte_tokenizer(folder / name)
-        tokens = random_tokens(2, 20, vocab_size=BYTE_VOCAB_SIZE)
-        with torch.inference_mode():
-            expected[name] = theirs(tokens).logits
-        job = {"folder": str(folder / name), "tokens": tokens.tolist(), "prompts": [[1, 2], [3]]}
-        jobs += [{**job, "size": size, "out": str(folder / f"{name}.{size}")} for size in (1, 2, 3)]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    worker = [sys.executable, "-m", "tests.parity.ranks_worker", str(folder / "jobs.json")]
-    done = subprocess.run(worker, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return {
-        name: (
-            logits,
-            {size: [torch.load(folder / f"{name}.{size}.{rank}") for rank in range(size)] for size in (1, 2, 3)},
-        )
-        for name, logits in expected.items()
-    }
-
-
-# Biases of some modules, folds, fused tensors, rows that are in Meta's order, heads that are rotated in part.
-SPLIT = ("qwen2", "seed_oss", "granite, tied", "phi3", "phi4 mini", "internlm3", "ernie4_5, biases", "helium")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("name", SPLIT)
-def test_ranks_compute_what_transformers_does(
-    of_ranks: dict[str, tuple[Tensor, dict[int, list[Any]]]], name: str, size: int
-) -> None:
-    expected, found = of_ranks[name]
-    for rank in found[size]:
-        torch.testing.assert_close(rank["logits"], expected, rtol=1e-5, atol=1e-4)
-    assert len({str(rank["greedy"][0]) for rank in found[size]}) == 1
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("cwm", {"sliding_window": 64}, "sliding_window 64 in 1 of 2 layers is not supported"),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None},
-            "sliding_window 64 in 1 of 2 layers",
-        ),
         ("ministral", {"layer_types": ["full_attention"]}, "layer_types must be a list of 2"),
-        (
-            "ministral3",
-            {"rope_scaling": {**YARN, "llama_4_scaling_beta": 0.1}},
-            "which scales queries by their",
-        ),
         ("granite", {"residual_multiplier": 0}, "residual_multiplier must be a positive number"),
         ("granite", {"model_type": "granitemoe"}, "which is a mixture of experts"),
         ("minicpm", {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"]}, "scale_emb is missing"),
@@ -402,6 +466,11 @@ def test_ranks_compute_what_transformers_does(
             {"rope_scaling": {**long_rope(8, 64)["rope_parameters"], "partial_rotary_factor": 0.5}},
             "8 rope factors do not fit head_dim 8",
         ),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True is not supported: only attention"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm True is not supported"),
+        ("arcee", {"hidden_act": "silu"}, "hidden_act 'silu': only 'relu2' is supported"),
+        ("nemotron", {"norm_eps": 0}, "norm_eps must be a positive number"),
+        ("apertus", {"num_hidden_layers": 3}, r"layers\.2\.mlp\.act_fn\.alpha_p must be a number, but is missing"),
         ("internlm3", {"bias": "no"}, "bias must be true or false"),
         ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, "only llama, mistral"),
     ],

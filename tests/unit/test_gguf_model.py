@@ -65,7 +65,7 @@ def test_every_rank_gets_its_slice(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"general__architecture": "qwen3"}, "architecture 'qwen3' is not supported, as it norms queries and keys"),
+        ({"general__architecture": "olmo"}, "architecture 'olmo' is not supported, as it has layer norms"),
         ({"general__architecture": "qwen2"}, r"qwen2\.embedding_length must be of type int, found nothing"),
         ({"general__architecture": "gemma"}, "architecture 'gemma'"),
         ({"llama__expert_count": 8}, "mixture of experts"),

@@ -69,7 +69,7 @@ def set_to(**values: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (set_to(architectures=["Qwen3ForCausalLM"], model_type="qwen3"), "Qwen3ForCausalLM, which norms queries"),
+        (set_to(architectures=["PhiForCausalLM"], model_type="phi"), "PhiForCausalLM, which has layer norms"),
         (set_to(architectures=["OtherForCausalLM"], model_type="other"), "of model_type 'other': only llama, mistral"),
         (set_to(architectures=["MllamaForConditionalGeneration"], model_type="mllama"), "MllamaForConditional"),
         (set_to(architectures=["Llama4ForConditionalGeneration"], model_type="llama4"), "Llama4ForConditional"),

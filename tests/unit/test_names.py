@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import gguf
 import pytest
@@ -16,8 +17,19 @@ from tests.checkpoints import TINY
 ARGS = dataclasses.replace(TINY, n_layers=11, attention_bias=True, mlp_bias=True)
 
 
-def test_names_are_the_models_own() -> None:
-    assert set(global_shapes(ARGS)) == {name for name, _ in Transformer(ARGS).named_parameters()}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": "all heads", "output_norms": True},
+        {"activation": "relu2", "layer_norms": True},
+        {"activation": "xielu", "qk_norm": "head"},
+    ],
+    ids=str,
+)
+def test_names_and_shapes_are_the_models_own(changes: dict[str, Any]) -> None:
+    args = dataclasses.replace(ARGS, **changes)
+    assert global_shapes(args) == {name: tuple(each.shape) for name, each in Transformer(args).named_parameters()}
 
 
 def test_hugging_faces_names_are_those_of_transformers() -> None:

@@ -35,6 +35,7 @@ from llama.memory.available import PROCESS, UNKNOWN, _vm_stat_free, cgroups_free
 from llama.memory.estimate import HEAP, BatchShape, activation_bytes, cache_bytes
 from llama.memory.plan import Planner, page_limit, table
 from llama.model import Transformer
+from llama.rope_scaling import QueryScaling
 from llama.sampling import SamplingParams
 from tests.checkpoints import TINY, random_state, write_byte_tokenizer, write_meta
 from tests.gguf_files import write_gguf_model
@@ -170,6 +171,37 @@ SHAPES = {
     "narrow": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=64),
     "many heads": ModelArgs(dim=64, n_layers=2, n_heads=32, n_kv_heads=32, vocab_size=512, hidden_dim=64, head_dim=16),
     "window": ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=512, hidden_dim=64, sliding_window=100),
+    "several rotations": ModelArgs(
+        dim=64,
+        n_layers=2,
+        n_heads=32,
+        n_kv_heads=8,
+        vocab_size=512,
+        hidden_dim=64,
+        head_dim=32,
+        sliding_window=100,
+        full_layers=(0,),
+        unrotated_layers=(0,),
+        query_scaling=QueryScaling(0.1, 64),
+        qk_norm="all heads",
+        output_norms=True,
+    ),
+    "layer norms, no gate": ModelArgs(
+        dim=256,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=2,
+        vocab_size=512,
+        hidden_dim=704,
+        activation="relu2",
+        layer_norms=True,
+    ),
+    "layer norms, narrow": ModelArgs(
+        dim=512, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, vocab_size=512, hidden_dim=64, layer_norms=True
+    ),
+    "xielu": ModelArgs(
+        dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=512, hidden_dim=704, activation="xielu", qk_norm="head"
+    ),
     "vocabulary": ModelArgs(dim=64, n_layers=1, n_heads=4, vocab_size=60_000, hidden_dim=64),
 }
 

@@ -434,6 +434,35 @@ def test_a_release_of_a_family_is_the_llama_inside(written: Written, tmp_path: P
     assert torch.equal(logits("fused", "phi3", "Phi3ForCausalLM", fused), expected)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "changes"),
+    [
+        ("stablelm", "StableLmForCausalLM", {"layer_norms": True}),
+        ("arcee", "ArceeForCausalLM", {"activation": "relu2"}),
+    ],
+)
+@torch.inference_mode()
+def test_a_release_with_layer_norms_or_without_a_gate_answers_as_its_floats(
+    written: Written, tmp_path: Path, model_type: str, architecture: str, changes: dict[str, Any]
+) -> None:
+    """Biases of norms that are zeros were once left out, as those that AutoGPTQ writes beside matrices are."""
+    plain, values = written["gptq"][:2]
+    folder, args = Path(shutil.copytree(plain, tmp_path / "own")), dataclasses.replace(ARGS, **changes)
+    norms = ("model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm")
+    state = load_file(plain / "model.safetensors")
+    state = {name: tensor for name, tensor in state.items() if args.is_gated or "gate_proj" not in name}
+    state |= {f"{norm}.bias": torch.zeros(96).half() for norm in norms if args.layer_norms}
+    save_file(state, folder / "model.safetensors")
+    said = {"model_type": model_type, "architectures": [architecture], "partial_rotary_factor": 1.0}
+    said |= {"hidden_act": args.activation, "layer_norm_eps": 1e-5}
+    edit(folder / "config.json", lambda config: config.update(said))
+    floats = Transformer(args)
+    own = {name: values.get(name, torch.zeros(shape)) for name, shape in global_shapes(args).items()}
+    floats.load_state_dict(own)
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(one_pass(build(folder).model, tokens), one_pass(floats, tokens), rtol=1e-4, atol=1e-4)
+
+
 def test_scales_of_activations_and_caches_are_not_used(written: Written, tmp_path: Path, caplog: Any) -> None:
     folder = Path(shutil.copytree(written["fp8 one scale"][0], tmp_path / "static"))
     state, prefix = load_file(folder / "model.safetensors"), "model.layers.0.self_attn"

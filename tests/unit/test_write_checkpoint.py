@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from llama import Llama
 from llama.checkpoint import Checkpoint, open_checkpoint
 from llama.checkpoint.context import recognised
-from llama.checkpoint.export.huggingface import HuggingFaceWriter, hf_config
+from llama.checkpoint.export.hf_config import hf_config
+from llama.checkpoint.export.huggingface import HuggingFaceWriter
 from llama.checkpoint.export.meta import meta_params
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import ALIGNMENT, PickleFile, TensorEntry, new_path
@@ -136,6 +137,8 @@ def logits(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
         {"tied_embeddings": True, "head_dim": 16},
         {"attention_bias": True, "mlp_bias": True},
         {"sliding_window": 16},
+        {"activation": "relu2"},
+        {"activation": "relu2", "layer_norms": True, "rotary_dim": 4},
         *({"rope_scaling": scaling} for scaling in SCALINGS),
     ],
     ids=str,
@@ -152,7 +155,7 @@ def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> 
     checkpoint = random_checkpoint(rope_scaling=scaling, norm_eps=1e-6, attention_bias=True, tied_embeddings=True)
     source = tokenizer_source(checkpoint)
     plan = ExportPlan(checkpoint, lambda: checkpoint, checkpoint.args, source, torch.float16, 512)
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(plan)))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(plan)[0]))
     config = read_config(tmp_path / "config.json")
     found, stops = config.args, config.stop_tokens
     for field in dataclasses.fields(ModelArgs):
@@ -161,7 +164,18 @@ def test_the_architecture_survives_config_json(tmp_path: Path, scaling: Any) -> 
     assert stops == source.tokenizer.stop_tokens
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "model_type"),
+    [("qwen3-8b", "qwen3"), ("olmo2-7b", "olmo2"), ("smollm3-3b", "smollm3"), ("arcee-4.5b", "arcee")],
+)
+def test_a_preset_is_written_as_what_it_was_released_as(preset: str, model_type: str) -> None:
+    args = dataclasses.replace(PRESETS[preset].args, vocab_size=512)
+    checkpoint = RandomCheckpoint(preset, PRESETS[preset]._replace(args=args, tokenizer="sentencepiece"), 1)
+    plan = ExportPlan(checkpoint, lambda: checkpoint, args, tokenizer_source(checkpoint), torch.bfloat16, 4096)
+    assert hf_config(plan)[0]["model_type"] == model_type
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.args.is_plain])
 def test_the_architecture_of_every_preset_survives_params_json(tmp_path: Path, name: str) -> None:
     args = PRESETS[name].args
     (tmp_path / "params.json").write_text(json.dumps(meta_params(args)))
@@ -219,7 +233,7 @@ def test_large_weights_are_split_over_files_with_an_index(tmp_path: Path) -> Non
         ("meta", {}, {"rope_scaling": LinearScaling(2.0)}, "RoPE scaling"),
         ("hf", {"shards": 2}, {}, "--shards 2"),
         ("hf", {"dtype": "q8_0"}, {}, "q8_0"),
-        ("hf", {}, {"sliding_window": 8, "mlp_bias": True}, "biases"),
+        ("hf", {}, {"sliding_window": 8, "score_factor": 2.0}, "sliding_window 8 and score_factor 2.0"),
         ("gguf", {}, {"rope_scaling": DynamicScaling(2.0, 512)}, "DynamicScaling"),
         ("gguf", {"dtype": "q4_0"}, {"hidden_dim": 200}, "multiple of 32"),
         ("onnx", {}, {}, "meta, hf, gguf"),
@@ -335,6 +349,10 @@ PARAMETERS = {
     "mistral-7b": 7241732096,
     "tinyllama-1.1b": 1100048384,
     "smollm2-135m": 134515008,
+    "qwen3-0.6b": 596049920,
+    "qwen3-8b": 8190735360,
+    "olmo2-7b": 7298617344,
+    "smollm3-3b": 3075098624,
 }
 
 

@@ -223,7 +223,9 @@ def test_a_sentencepiece_that_has_no_exact_json_keeps_its_own_file(tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "smollm2-135m", "llama-2-7b", "codellama-7b", "llama-3.1-8b"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "smollm2-135m", "llama-2-7b", "codellama-7b", "llama-3.1-8b", "qwen3-0.6b", "olmo2-7b"]
+)
 def test_random_tokenizers_have_exactly_the_vocabulary_and_reach_their_words(name: str, tmp_path: Path) -> None:
     preset = PRESETS[name]
     metadata = random_tokenizer(preset.tokenizer, preset.args.vocab_size)

@@ -35,6 +35,7 @@ class MetaWriter:
 
     def __init__(self, plan: ExportPlan, shards: int) -> None:
         self.plan, self.shards = plan, shards
+        plan.check_plain("Meta's format")
         self.params = meta_params(plan.args)
         # As Meta's code wants it: Llama 2's splits the table by feature, Llama 3's by token.
         self.embedding_dim = 1 if plan.tokenizer.is_sentencepiece else 0

@@ -29,6 +29,12 @@ class ExportPlan:
     dtype: torch.dtype
     context_len: int
 
+    def check_plain(self, format: str) -> None:
+        """Raise ValueError where layers compute what a format of Llama alone cannot express."""
+        if not self.args.is_plain:
+            beyond = ", ".join(f"{name} {value!r}" for name, value in self.args.beyond_llama.items())
+            raise ValueError(f"{format} cannot express {beyond}: use --format hf")
+
     def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield names in their order with whole tensors, as stored."""
         return read_in_turn(names, lambda: self.reopen().read)

@@ -84,7 +84,10 @@ def writer(
     )
     if format == "meta":
         return MetaWriter(plan, shards)
-    return HuggingFaceWriter(plan, quantize) if format == "hf" else GGUFFileWriter(plan, name)
+    if format == "hf":
+        return HuggingFaceWriter(plan, quantize)
+    plan.check_plain("GGUF's Llama")
+    return GGUFFileWriter(plan, name)
 
 
 def write_checkpoint(writer: Writer, path: Path, progress: Progress) -> None:
