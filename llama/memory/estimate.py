@@ -86,7 +86,8 @@ def activation_bytes(
         layer = 4 * args.dim + 2 * x + max((3 * q + 4 * kv) * size, 3 * hidden + routed)
         once = backend.dequantized_values * size
     elif kernels:  # one residual, in fp32, and no memory beside the results of norms, rotations and attention
-        layer = 4 * args.dim + 2 * x + max((q + 2 * kv) * size, 2 * hidden + routed)
+        largest = max((q + 2 * kv) * size, hidden * (1 + args.is_gated) + routed, x + hidden + routed)
+        layer = 4 * args.dim + 2 * x + largest
     else:
         inputs += longest * len({args.sight(layer) for layer in range(args.n_layers)})  # the masks
         n_keys = shape.bsz * shape.length
