@@ -105,7 +105,8 @@ def activation_bytes(
         attend = max(3 * q * size, 2 * q * size + scores)
         norms = (q + 2 * kv) * size + norm_q * q
         norm = 2 * x + of_norm * args.dim * (not args.layer_norms)  # whose kernel has no copies
-        features = 3 * hidden + (hidden + hidden // size) * (args.activation == "xielu")  # two sides, and which it is
+        features = (2 if args.activation == "relu2" else 3) * hidden
+        features += (hidden + hidden // size) * (args.activation == "xielu")  # two sides, and which it is
         inside = 2 * x - x * args.output_norms  # the layer's input, and what it is normalised to
         layer = max(norm, inside + max(rotate_k, rotate_q, attend, norms, x + features + routed))
     prefill = n_tokens * (inputs + layer) + once
