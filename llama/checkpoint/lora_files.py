@@ -55,9 +55,11 @@ def with_adapters(checkpoint: StoredCheckpoint, lora: Sequence[str], requantizes
     lora: what `adapter_scale` reads. requantizes: merge adapters into quantized blocks, too, which then are floats.
     Raise ValueError or FileNotFoundError that says what is wrong with an adapter, or why it does not fit.
     """
-    if not lora:
-        return checkpoint
     adapters: list[Adapter] = []
+    if isinstance(checkpoint, AdaptedCheckpoint):  # whose files hold an adapter of their own
+        adapters, checkpoint = list(checkpoint.adapters), checkpoint.base
+    if not lora and not adapters:
+        return checkpoint
     for text in lora:
         path, scale = adapter_scale(text)
         if any(path.samefile(each.path) for each in adapters):

@@ -10,6 +10,7 @@ from llama.checkpoint.base import StoredCheckpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split
 from llama.checkpoint.gguf_header import is_gguf
 from llama.checkpoint.huggingface import LAYOUTS, HuggingFaceCheckpoint
+from llama.checkpoint.lora import AdaptedCheckpoint, Adapter
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, MetaCheckpoint
 from llama.files import check_content, folder_listing
 from llama.hub.find import local_path, meant
@@ -48,7 +49,9 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
     if hugging_face and (shards or mistral):
         log.info("%s: %s is read", folder, "consolidated.*.pth" if shards else "config.json with its weights")
     if shards or (mistral and not hugging_face):
-        return MetaCheckpoint(folder)
+        checkpoint = MetaCheckpoint(folder)
+        adapter = Adapter(folder, 1.0, checkpoint.pairs, {})
+        return AdaptedCheckpoint(checkpoint, [adapter], keeps_blocks=True) if checkpoint.pairs else checkpoint
     if hugging_face:
         return HuggingFaceCheckpoint(folder)
     ggufs = sorted(file for file in folder.glob("*.gguf") if not is_later_split(file))

@@ -22,8 +22,21 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class ReleaseFolder:
     """What is left of a folder's tensors, and what its quantization_config says."""
 
-    def __init__(self, path: Path, tensors: MutableMapping[str, Tensor], settings: Settings) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: MutableMapping[str, Tensor],
+        settings: Settings,
+        file: str = "config.json",
+        key: str = "quantization_config",
+    ) -> None:
+        """Name in messages the file that has the settings, and the key, if any, that they are under."""
         self.path, self.tensors, self.settings = path, tensors, settings
+        self._file, self._key = file, key
+
+    @property
+    def said_in(self) -> str:
+        return self._key or self._file
 
     def modules(self, end: str) -> Iterator[ReleaseModule]:
         """Yield the modules that have a tensor with this end."""
@@ -45,7 +58,7 @@ class ReleaseFolder:
         return value
 
     def error(self, text: str) -> ValueError:
-        return ValueError(f"{self.path / 'config.json'}: quantization_config: {text}")
+        return ValueError(": ".join([str(self.path / self._file), *filter(None, [self._key]), text]))
 
 
 class ReleaseModule:
@@ -59,6 +72,10 @@ class ReleaseModule:
     def label(self) -> str:
         return f"{self._folder.path}: {self.name}"
 
+    @property
+    def _together(self) -> str:
+        return f"{self._folder.said_in} do not belong together"
+
     def peek(self, end: str) -> Tensor | None:
         return self._folder.tensors.get(f"{self.name}.{end}")
 
@@ -69,15 +86,14 @@ class ReleaseModule:
         """Return a tensor of one of these dtypes and shapes; with no shapes, a matrix that is not empty."""
         tensor = self._folder.tensors.pop(f"{self.name}.{end}", None)
         if tensor is None:
-            raise ValueError(f"{self.label}.{end} is missing: weights and quantization_config do not belong together")
+            raise ValueError(f"{self.label}.{end} is missing: weights and {self._together}")
         found = tuple(tensor.shape)
         fits = found in shapes if shapes else len(found) == 2 and min(found) > 0
         if tensor.dtype not in dtypes or not fits:
             expected = " or ".join(map(str, dict.fromkeys(shapes))) or "a matrix"
             raise ValueError(
                 f"{self.label}.{end} is {dtype_name(tensor.dtype)} {found}, not "
-                f"{' or '.join(map(dtype_name, dtypes))} {expected}: weights and quantization_config do not belong "
-                "together"
+                f"{' or '.join(map(dtype_name, dtypes))} {expected}: weights and {self._together}"
             )
         self.parts[end] = tensor
         return tensor
@@ -104,7 +120,7 @@ class ReleaseModule:
             wanted = " or ".join(map(str, sorted(sizes))) or str(n_groups)
             raise ValueError(
                 f"{self.label}.{end} has {n_groups} groups in rows of {n_columns} values, which groups of {wanted} do "
-                "not give: weights and quantization_config do not belong together"
+                f"not give: weights and {self._together}"
             )
         scales = self.take(end, dtypes, (n_rows, n_groups), (n_rows,), (1,), (), (1, 1))
         self.parts[end] = scales.reshape(-1, 1).expand(n_rows, 1) if n_groups == 1 else scales

@@ -5,8 +5,10 @@ Knows nothing of files, configurations or ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,6 +87,11 @@ def _int8_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
     return _signed(parts["weight"][rows, columns])
 
 
+def _int4_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
+    """Return codes of 4 bits that have a byte each, with an offset of 8; what is no such code becomes more than 15."""
+    return parts["weight"][rows, columns].contiguous().view(torch.uint8) + 8
+
+
 def _e2m1_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
     table = torch.tensor(E2M1_CODES, dtype=torch.uint8)
     return table[unpack_words(parts["weight_packed"][rows], columns, 4).int()]
@@ -119,6 +126,8 @@ INTEGER_LAYOUTS = {
         _int8_codes, _by_row("weight_scale"), lambda parts, rows, bits: _signed(parts["weight_zero_point"][rows])
     ),
     "llm.int8": IntegerLayout(_int8_codes, lambda parts, rows: parts["SCB"][rows].float().unsqueeze(1) / 127),
+    "meta int4": IntegerLayout(_int4_codes, _by_row("scales")),
+    "meta int8": IntegerLayout(_int8_codes, _by_row("scales")),
     # Scales are of halves.
     "mxfp4": IntegerLayout(_e2m1_codes, _powers_of_two),
     "nvfp4": IntegerLayout(
@@ -126,6 +135,22 @@ INTEGER_LAYOUTS = {
         lambda parts, rows: parts["weight_scale"][rows].float() / (2 * parts["weight_global_scale"].float()),
     ),
 }
+
+
+class _HasValues(Protocol):
+    def values(self, dim: int, start: int, stop: int) -> Tensor: ...
+
+
+def hadamard_values(parts: Parts, shape: tuple[int, int], rows: slice, matrix: _HasValues) -> Tensor:
+    """Return rows of a matrix times the normalised Hadamard matrix of their length, a power of two.
+
+    That one is symmetric and its own inverse, so that W (H x) = (W H) x (arXiv:2405.16406).
+    """
+    values, step = matrix.values(0, rows.start, rows.stop), 1
+    while step < shape[1]:
+        a, b = values.unflatten(1, (-1, 2, step)).unbind(2)
+        values, step = torch.stack([a + b, a - b], dim=2).flatten(1), 2 * step
+    return values.div_(math.sqrt(shape[1]))
 
 
 def fp8_values(parts: Parts, shape: tuple[int, int], rows: slice, tile: tuple[int, int]) -> Tensor:
