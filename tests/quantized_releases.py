@@ -202,20 +202,29 @@ def llm_int8(n_out: int, n_in: int, rng: np.random.Generator) -> Linear:
     return Linear(tensors, codes * largest.astype(np.float64)[:, None] / 127)
 
 
-def fp4(nvidia: bool = False) -> Writer:
-    """MXFP4: powers of two for 32 values; NVFP4: 8-bit floats for 16, and one scale that divides them all."""
+def fp4(form: str = "mxfp4") -> Writer:
+    """MXFP4: powers of two for 32 values; NVFP4: 8-bit floats for 16, and one scale that divides them all.
+
+    As compressed-tensors stores them; "blocks" is GPT-OSS's way, and "modelopt" NVIDIA's, whose scale multiplies.
+    """
 
     def write(n_out: int, n_in: int, rng: np.random.Generator) -> Linear:
         codes = rng.integers(0, 16, (n_out, n_in))
         table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         values = np.where(codes & 8, -1, 1) * table[codes & 7]
-        tensors = {"weight_packed": torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))}
-        if nvidia:
+        packed = torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))
+        if form in ("nvfp4", "modelopt"):
             stored = torch.from_numpy(rng.uniform(50, 448, (n_out, n_in // 16))).to(torch.float8_e4m3fn)
-            tensors |= {"weight_scale": stored, "weight_global_scale": torch.tensor([9000.0])}
-            return Linear(tensors, values * np.repeat(stored.double().numpy() / 9000, 16, axis=1))
+            tensors = {"weight_packed": packed, "weight_scale": stored, "weight_global_scale": torch.tensor([8192.0])}
+            if form == "modelopt":
+                tensors = {"weight": packed, "weight_scale": stored, "weight_scale_2": torch.tensor(2.0**-13)}
+                tensors["input_scale"] = torch.tensor(0.5)
+            return Linear(tensors, values * np.repeat(stored.double().numpy() / 8192, 16, axis=1))
         exponents = rng.integers(117, 123, (n_out, n_in // 32))
-        tensors["weight_scale"] = torch.from_numpy(exponents.astype(np.uint8))
+        stored = torch.from_numpy(exponents.astype(np.uint8))
+        tensors = {"weight_packed": packed, "weight_scale": stored}
+        if form == "blocks":
+            tensors = {"weight_blocks": packed.view(n_out, n_in // 32, 16), "weight_scales": stored}
         return Linear(tensors, values * np.repeat(2.0 ** (exponents - 127), 32, axis=1))
 
     return write

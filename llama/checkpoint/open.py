@@ -9,7 +9,7 @@ from pathlib import Path
 from llama.checkpoint.base import StoredCheckpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split
 from llama.checkpoint.gguf_header import is_gguf
-from llama.checkpoint.huggingface import LAYOUTS, HuggingFaceCheckpoint
+from llama.checkpoint.huggingface import HuggingFaceCheckpoint, layouts_of
 from llama.checkpoint.lora import AdaptedCheckpoint, Adapter
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, MetaCheckpoint
 from llama.files import check_content, folder_listing
@@ -43,7 +43,7 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
     shards = any(folder.glob("consolidated.*.pth"))
     mistral = any((folder / name).exists() for layout in MISTRAL_LAYOUTS for name in layout)
     config = (folder / "config.json").is_file()
-    hugging_face = config and any((folder / name).exists() for layout in LAYOUTS for name in layout)
+    hugging_face = config and any((folder / name).exists() for layout in layouts_of(folder) for name in layout)
     if shards and mistral:
         raise ValueError(f"ckpt_dir {folder} has consolidated.*.pth and consolidated.safetensors: remove one of them")
     if hugging_face and (shards or mistral):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import dtype_name
+from llama.quantization.released import IntegerMatrix, ReleasedMatrix
+from llama.quantization.released_layouts import INTEGER_LAYOUTS
 
 Settings = Mapping[str, Any]
 
@@ -125,3 +127,40 @@ class ReleaseModule:
         scales = self.take(end, dtypes, (n_rows, n_groups), (n_rows,), (1,), (), (1, 1))
         self.parts[end] = scales.reshape(-1, 1).expand(n_rows, 1) if n_groups == 1 else scales
         return size
+
+
+Found = Iterator[tuple[ReleaseModule, ReleasedMatrix]]
+
+
+def group_order(
+    module: ReleaseModule, end: str, n_columns: int, size: int, n_groups: int, needed: bool = False
+) -> Tensor | None:
+    """Return the group of each column, or None where groups are columns one after another."""
+    if not needed and not module.has(end):
+        return None
+    order = module.take(end, (torch.int32, torch.int64), (n_columns,))
+    if n_groups > 1 and not bool(order.any()):  # never filled in
+        if needed:
+            raise ValueError(f"{module.label}.{end} has all columns in one of {n_groups} groups: download it again")
+        return None
+    if int(order.min()) < 0 or int(order.max()) >= n_groups:
+        raise ValueError(
+            f"{module.label}.{end} has groups {int(order.min())} to {int(order.max())}, there are {n_groups}: download "
+            "it again"
+        )
+    return None if torch.equal(order.long(), torch.arange(n_columns) // size) else order.long()
+
+
+def integers(
+    module: ReleaseModule,
+    shape: tuple[int, int],
+    layout: str,
+    name: str,
+    bits: int,
+    size: int,
+    symmetric: bool,
+    order: Tensor | None = None,
+) -> IntegerMatrix:
+    groups = "a row" if size == shape[1] else f"{size}"
+    kind = f"{name} in groups of {groups}" + " in another order" * (order is not None)
+    return IntegerMatrix(module.label, module.parts, shape, INTEGER_LAYOUTS[layout], kind, bits, size, symmetric, order)

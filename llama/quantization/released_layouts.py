@@ -130,6 +130,10 @@ INTEGER_LAYOUTS = {
     "meta int8": IntegerLayout(_int8_codes, _by_row("scales")),
     # Scales are of halves.
     "mxfp4": IntegerLayout(_e2m1_codes, _powers_of_two),
+    "modelopt nvfp4": IntegerLayout(
+        lambda parts, rows, columns, bits: _e2m1_codes({"weight_packed": parts["weight"]}, rows, columns, bits),
+        lambda parts, rows: parts["weight_scale"][rows].float() * parts["weight_scale_2"].float() / 2,
+    ),
     "nvfp4": IntegerLayout(
         _e2m1_codes,
         lambda parts, rows: parts["weight_scale"][rows].float() / (2 * parts["weight_global_scale"].float()),

@@ -107,7 +107,7 @@ def test_ranks_hold_parts_of_the_same_matrices(written: Written, form: str, size
         with torch.device("meta"):
             model = Transformer(ARGS, parallel)
         load_weights(model, checkpoint, torch.device("cpu"), weight_format)
-        parts.append(model.layers[0].feed_forward.w2.weight)
+        parts.append(model.get_submodule("layers.0.feed_forward.w2").weight)
     joined = torch.cat([torch.as_tensor(part) for part in parts], dim=1)[:, : whole.shape[1]]
     torch.testing.assert_close(joined, whole, rtol=1e-6, atol=1e-6)
 

@@ -102,7 +102,10 @@ FORMS: dict[str, tuple[Writer, dict[str, Any], str | None, float]] = {
     "fp4": (bitsandbytes("fp4", nested=False), BNB, None, 0),
     "llm.int8": (llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "Q8_0", 5e-4),
     "mxfp4": (fp4(), compressed("mxfp4-pack-quantized", group_size=32), "Q5_0", 0),
-    "nvfp4": (fp4(nvidia=True), compressed("nvfp4-pack-quantized", group_size=16), None, 0),
+    "mxfp4 blocks": (fp4("blocks"), {"quant_method": "mxfp4"}, "Q5_0", 0),
+    "modelopt nvfp4": (fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, None, 0),
+    "modelopt fp8": (fp8(None), {"quant_method": "modelopt", "quant_algo": "FP8"}, None, 0),
+    "nvfp4": (fp4("nvfp4"), compressed("nvfp4-pack-quantized", group_size=16), None, 0),
 }  # fmt: skip
 
 
@@ -336,6 +339,13 @@ DAMAGE: list[tuple[str, str, Callable[[Tensor], Tensor | None], str]] = [
     ("llm.int8", "SCB", REMOVED, "down_proj.weight is int8, but no quantized matrix of bitsandbytes has it"),
     ("mxfp4", "weight_scale", with_value(255, 1, 1), "mlp.down_proj has scales that are not finite"),
     ("mxfp4", "weight_scale", lambda scales: scales[:, 1:].contiguous(), "has 5 groups in rows of 192 values"),
+    ("mxfp4 blocks", "weight_blocks", lambda blocks: blocks[..., 1:].contiguous(), "is uint8 (96, 6, 15), not"),
+    ("mxfp4 blocks", "weight_blocks", lambda blocks: blocks.flatten(1), "weight_blocks is uint8 (96, 96), not"),
+    ("mxfp4 blocks", "weight_scales", lambda scales: scales[:, 1:].contiguous(), "weight_scales is uint8 (96, 5), not"),
+    ("mxfp4 blocks", "weight_scales", REMOVED, "down_proj.weight_scales is missing"),
+    ("modelopt nvfp4", "weight_scale", REMOVED, "down_proj.weight_scale is missing"),
+    ("modelopt nvfp4", "weight_scale_2", REMOVED, "down_proj.weight is uint8 (96, 96), not float8_e4m3fn"),
+    ("modelopt fp8", "weight_scale", REMOVED, "is float8_e4m3fn, but no quantized matrix of modelopt has it"),
 ]
 
 
@@ -378,7 +388,11 @@ def test_damage_is_told_in_one_line(
         ("fp8 tiles", {"weight_block_size": [64]}, "weight_block_size must be two whole numbers from 1, got [64]"),
         ("fp8 tiles", {"weight_block_size": [64, 0]}, "weight_block_size must be two whole numbers from 1"),
         ("fp8 tiles", {"weight_block_size": [32, 128]}, "weight_scale_inv is float32"),
-        ("nf4", {"quant_method": "hqq"}, "describes 'hqq' quantized weights, which are not supported: only gptq, awq"),
+        ("modelopt fp8", {"quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ' is not supported: only FP8 and NVFP4 are"),
+        ("nf4", {"quant_method": "aqlm"}, "as its weights are sums of vectors in learned codebooks: only gptq, awq"),
+        ("nf4", {"quant_method": "new"}, "describes 'new' quantized weights, which are not supported: only gptq"),
+        ("nf4", {"quant_method": ["exl2"]}, "describes ['exl2'] quantized weights, which are not supported: only"),
+        ("nf4", {"quant_method": "hqq"}, "describes 'hqq' quantized weights, which are not supported, as its zero"),
     ],
 )
 def test_what_is_not_supported_is_named(

@@ -21,7 +21,6 @@ from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEnt
 from llama.checkpoint.export.tokenizer import write_tokenizer
 from llama.checkpoint.families import FAMILIES
 from llama.checkpoint.hf_config import (
-    BLOCKS_METHOD,
     CONFIG_FLAGS,
     GRANITE_KEYS,
     OPTIONAL_CONFIG_KEYS,
@@ -29,6 +28,7 @@ from llama.checkpoint.hf_config import (
 )
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, module_name, stored_name
+from llama.checkpoint.release_config import BLOCKS_METHOD
 from llama.checkpoint.tensors import pair_halves
 from llama.quantization.gguf_blocks import BlockType, quantize
 from llama.rope_scaling import (

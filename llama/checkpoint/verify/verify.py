@@ -13,13 +13,14 @@ from torch import Tensor
 from llama.checkpoint.base import Checkpoint, Progress, read_in_turn
 from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split, split_files
 from llama.checkpoint.gguf_header import is_gguf, read_header
-from llama.checkpoint.hf_config import read_block_types, read_release
+from llama.checkpoint.hf_config import read_block_types
 from llama.checkpoint.huggingface import LAYOUTS
 from llama.checkpoint.load import check_vocab_size, global_shapes
 from llama.checkpoint.mapped_file import map_weights
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, shard_problems
 from llama.checkpoint.names import stored_name
 from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint.release_config import read_release
 from llama.checkpoint.verify.checksums import Finding, bytes_listed, verify_lists
 from llama.config import read_json_object
 from llama.files import check_content
@@ -225,7 +226,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, float, Tensor]]:
 def _map(file: Path) -> dict[str, Tensor]:
     """Map the tensors of a file; those of a quantized release are of any dtype."""
     config = file.parent / "config.json"
-    return map_weights(file, any_dtype=config.is_file() and read_release(config) is not None)
+    return map_weights(file, any_dtype=config.is_file() and read_release(file.parent) is not None)
 
 
 def _wrong_values(tensor: Tensor) -> str | None:
