@@ -314,7 +314,7 @@ def write_meta_release(
     params = {
         "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads,
         "vocab_size": args.vocab_size, "norm_eps": args.norm_eps, "hidden_dim": args.hidden_dim,
-        "quantization_args": settings, **lora,
+        "head_dim": args.head_dim, "quantization_args": settings, **lora,
     }  # fmt: skip
     (folder / "params.json").write_text(json.dumps(params))
     write_byte_tokenizer(folder)

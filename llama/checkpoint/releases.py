@@ -103,7 +103,7 @@ def _awq(folder: ReleaseFolder) -> Found:
     version = folder.settings.get("version") or "gemm"
     if str(version).lower() != "gemm":
         raise folder.error(f"version {version!r} is not supported: only gemm is")
-    symmetric = folder.settings.get("zero_point") is False
+    symmetric = not folder.is_true("zero_point") and folder.settings.get("zero_point") is not None
     for module in folder.modules("qweight"):
         n_columns, words = module.matrix("qweight", (torch.int32,))
         size = _group_size(folder, n_columns)
