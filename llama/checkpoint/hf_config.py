@@ -95,6 +95,8 @@ def read_config(path: Path) -> Config:
             if family is FAMILIES["minicpm"] and config.get(key):
                 raise ValueError(f"{key} {config[key]!r} is not supported: only dense models with full attention are")
         rope = rope_parameters(path, config, family)
+        for key in CONFIG_FLAGS.values():  # those, too, that the family does not read
+            true_or_false(config, key)
         biases = {name: key is True or true_or_false(config, str(key)) for name, key in family.biases.items()}
         biased = frozenset(name for name, has in biases.items() if has)
         args = ModelArgs(

@@ -27,11 +27,11 @@ def find_compressed(folder: ReleaseFolder) -> Found:
         raise folder.error(f"format {form!r} is not supported: only {', '.join(COMPRESSED_FORMATS)} are")
     if settings.get("transform_config"):
         raise folder.error("transform_config, rotations while the model runs, is not supported")
-    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    if folder.object("sparsity_config").get("format", "dense") != "dense":
         raise folder.error("sparsity_config is not supported: use a release that is not sparse")
     weights = [scheme["weights"] for scheme in schemes.values() if isinstance(scheme.get("weights"), dict)]
     sizes = {each["group_size"] for each in weights if type(each.get("group_size")) is int and each["group_size"] > 0}
-    bits = {each.get("num_bits") for each in weights}
+    bits = [each.get("num_bits") for each in weights]
     for module in folder.modules("weight_packed"):
         yield module, _packed(folder, module, sizes, bits)
     tiles = [each.get("block_structure") or [128, 128] for each in weights if each.get("strategy") == "block"]
@@ -44,7 +44,7 @@ def find_compressed(folder: ReleaseFolder) -> Found:
             yield module, fp8_matrix(module, "weight_scale", tile, sizes)
 
 
-def _packed(folder: ReleaseFolder, module: ReleaseModule, sizes: set[int], all_bits: set[Any]) -> ReleasedMatrix:
+def _packed(folder: ReleaseFolder, module: ReleaseModule, sizes: set[int], all_bits: list[Any]) -> ReleasedMatrix:
     packed = module.take("weight_packed", (torch.int32, torch.uint8))
     n_rows, words = packed.shape
     if packed.dtype == torch.uint8:
@@ -60,7 +60,7 @@ def _packed(folder: ReleaseFolder, module: ReleaseModule, sizes: set[int], all_b
     if not found or module.parts["weight_shape"].tolist() != [n_rows, n_columns]:
         raise ValueError(
             f"{module.label}.weight_packed is of {n_rows} rows of {words} words, which are no "
-            f"{module.parts['weight_shape'].tolist()} values of {' or '.join(map(str, sorted(all_bits, key=str)))} "
+            f"{module.parts['weight_shape'].tolist()} values of {' or '.join(map(str, all_bits))} "
             "bits; only 4 and 8 bits are supported"
         )
     shape, bits = (n_rows, n_columns), found[0]

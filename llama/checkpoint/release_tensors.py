@@ -51,6 +51,12 @@ class ReleaseFolder:
             raise self.error(f"{key} must be true or false, got {value!r}")
         return bool(value)
 
+    def object(self, key: str) -> Settings:
+        value = self.settings.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(f"{key} must be an object, got {value!r:.80}")
+        return value or {}
+
     def number(self, key: str, *choices: int) -> int:
         """Return a whole number, which is one of the choices where there are any."""
         value = self.settings.get(key)

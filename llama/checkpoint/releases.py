@@ -65,17 +65,16 @@ def find_matrices(
 
 def _gptq(folder: ReleaseFolder) -> Found:
     bits, settings = folder.number("bits", 4, 8), folder.settings
-    form = settings.get("checkpoint_format") or "gptq"
+    form = "gptq" if settings.get("checkpoint_format") is None else settings["checkpoint_format"]
     if form not in ("gptq", "gptq_v2") or folder.is_true("is_marlin_format"):
         raise folder.error(f"checkpoint_format {form!r} is not supported: only gptq and gptq_v2 are")
-    dynamic = settings.get("dynamic") or {}
-    if any(not str(rule).startswith("-:") for rule in dynamic):
+    if any(not str(rule).startswith("-:") for rule in folder.object("dynamic")):
         raise folder.error("dynamic, other bits for some modules, is not supported")
     act_order, symmetric = folder.is_true("desc_act"), folder.is_true("sym")
     for module in folder.modules("qweight"):
         words, n_rows = module.matrix("qweight", (torch.int32,))
         shape = n_rows, words * 32 // bits
-        size = _group_size(folder, shape[1])
+        size = min(_group_size(folder, shape[1]), shape[1])
         n_groups = -(-shape[1] // size)
         module.take("scales", FLOATS, (n_groups, n_rows))
         module.take("qzeros", (torch.int32,), (n_groups, -(-n_rows * bits // 32)))
@@ -100,8 +99,8 @@ def _group_size(folder: ReleaseFolder, n_columns: int) -> int:
 
 def _awq(folder: ReleaseFolder) -> Found:
     folder.number("bits", 4)
-    version = folder.settings.get("version") or "gemm"
-    if str(version).lower() != "gemm":
+    version = folder.settings.get("version")
+    if version is not None and str(version).lower() != "gemm":
         raise folder.error(f"version {version!r} is not supported: only gemm is")
     symmetric = not folder.is_true("zero_point") and folder.settings.get("zero_point") is not None
     for module in folder.modules("qweight"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -403,6 +405,43 @@ def test_what_is_not_supported_is_named(
     with pytest.raises(ValueError) as caught:
         load(folder)
     assert said in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Keys that a quantization_config may have, at any depth, and what is there where a file is damaged.
+SETTINGS = (
+    "bits", "group_size", "desc_act", "sym", "checkpoint_format", "is_marlin_format", "dynamic", "version",
+    "zero_point", "config_groups", "format", "transform_config", "sparsity_config", "kv_cache_scheme",
+    "weight_block_size", "num_bits", "strategy", "block_structure", "weights", "targets", "quant_algo",
+)  # fmt: skip
+ODD = (None, True, False, 0, -1, 3, 2**70, 0.5, float("nan"), "", "x", [], [1], [[]], {}, {"a": {"b": []}}, {"a": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form",
+    ["gptq asymmetric", "gptq rows", "awq", "int4 asymmetric", "fp8 tiles", "nf4", "mxfp4 blocks", "modelopt fp8"],
+)
+def test_settings_of_any_value_load_or_are_told_in_one_line(form: str, caplog: Any) -> None:
+    """`dynamic` of a number, and num_bits of a list, ended in tracebacks. What loads has the values that it had."""
+    writer, settings, _, _ = FORMS[form]
+    tensors, _ = writer(96, 192, np.random.default_rng(3))
+    named = {f"down_proj.{end}": part for end, part in tensors.items()}
+    (whole,) = find_matrices(Path("folder"), dict(named), settings).values()
+    expected, loaded = whole.values(0, 0, 96), 0
+    for key, value in itertools.product(SETTINGS, ODD):
+        changed = copy.deepcopy(settings)
+        schemes = list(changed.get("config_groups", {}).values())
+        for place in [changed, *schemes, *(scheme["weights"] for scheme in schemes)]:
+            if key in place or place is changed:
+                place[key] = copy.deepcopy(value)
+        try:
+            found = list(find_matrices(Path("folder"), dict(named), changed).values())
+            if found and value is not None:  # which means the first version of GPTQ's files
+                torch.testing.assert_close(found[0].values(0, 0, 96), expected, rtol=0, atol=0)
+            loaded += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and 0 < len(str(error)) < 1000, (key, value)
+    assert loaded > 50  # keys that the form does not have
 
 
 def test_biases_of_zeros_are_left_out(written: Written, tmp_path: Path) -> None:
