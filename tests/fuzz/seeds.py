@@ -205,7 +205,7 @@ class Format(NamedTuple):
 
 
 RELEASED = ("config.json", "model.safetensors")
-META_RELEASED = ("params.json", "params.json", "consolidated.00.pth")
+META_RELEASED = ("params.json", "consolidated.00.pth", "tokenizer.model", "tokenizer.model")
 GPTQ: dict[str, object] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
 FP8: dict[str, object] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 

@@ -413,7 +413,25 @@ SETTINGS = (
     "zero_point", "config_groups", "format", "transform_config", "sparsity_config", "kv_cache_scheme",
     "weight_block_size", "num_bits", "strategy", "block_structure", "weights", "targets", "quant_algo",
 )  # fmt: skip
-ODD = (None, True, False, 0, -1, 3, 2**70, 0.5, float("nan"), "", "x", [], [1], [[]], {}, {"a": {"b": []}}, {"a": 1})
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3,
+    2**70,
+    0.5,
+    float("nan"),
+    "",
+    "x",
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": {"b": []}},
+    {"a": 1},
+)
 
 
 @pytest.mark.slow
