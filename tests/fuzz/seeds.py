@@ -133,14 +133,9 @@ def _released(writer: Writer, settings: dict[str, object]) -> Callable[[Path], N
     return write
 
 
-def _meta_release(**options: Any) -> Callable[[Path], None]:
+def _spinquant(path: Path) -> None:
     """Llama 3.2's quantized release."""
-    args = replace(SMALL, dim=64, n_layers=1, hidden_dim=64, norm_eps=1e-5)
-
-    def write(path: Path) -> None:
-        write_meta_release(path, args, **options)
-
-    return write
+    write_meta_release(path, replace(SMALL, dim=64, n_layers=1, hidden_dim=64, norm_eps=1e-5), spinquant=True)
 
 
 def _awq_beside(path: Path) -> None:
@@ -234,8 +229,7 @@ FORMATS = {
     "compressed": Format(_released(packed(sym=False), compressed("pack-quantized", group_size=32)), RELEASED, 50),
     "fp8": Format(_released(fp8((32, 32), "weight_scale_inv"), FP8), RELEASED, 50),
     "bitsandbytes": Format(_released(bitsandbytes(), {"quant_method": "bitsandbytes"}), RELEASED, 50),
-    "spinquant": Format(_meta_release(spinquant=True), META_RELEASED, 50),
-    "qlora": Format(_meta_release(rank=4, zeros=True), META_RELEASED, 50),
+    "spinquant": Format(_spinquant, META_RELEASED, 50),
     "mxfp4": Format(_released(fp4("blocks"), {"quant_method": "mxfp4"}), RELEASED, 50),
     "modelopt": Format(_released(fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4"}), RELEASED, 50),
     "awq_beside": Format(
