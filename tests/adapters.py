@@ -27,6 +27,7 @@ MODULES = {
     "mlp.down_proj": ("ffn_down", "feed_forward.w2"),
     "mlp.up_proj": ("ffn_up", "feed_forward.w3"),
 }
+FUSED_MODULES = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}  # of some families
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 
 
@@ -74,7 +75,7 @@ def write_gguf_adapter(
     """What llama.cpp's convert_lora_to_gguf.py writes; `more`: further tensors. A key of None is left out."""
     metadata: dict[str, Any] = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}
     metadata |= {key.replace("__", "."): value for key, value in changes.items()}
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", arch))
     for key, value in metadata.items():
         if isinstance(value, float):
             writer.add_float32(key, value)
@@ -83,8 +84,8 @@ def write_gguf_adapter(
     tensors = dict(more)
     for name, (a, b) in halves.items():
         layer, _, module = name.partition(".")
-        tensors[f"blk.{layer}.{MODULES[module][0]}.weight.lora_a"] = a
-        tensors[f"blk.{layer}.{MODULES[module][0]}.weight.lora_b"] = b
+        own = FUSED_MODULES.get(module) or MODULES[module][0]
+        tensors |= {f"blk.{layer}.{own}.weight.lora_a": a, f"blk.{layer}.{own}.weight.lora_b": b}
     for name, tensor in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(tensor.numpy()))
     writer.write_header_to_file()

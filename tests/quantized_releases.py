@@ -202,20 +202,29 @@ def llm_int8(n_out: int, n_in: int, rng: np.random.Generator) -> Linear:
     return Linear(tensors, codes * largest.astype(np.float64)[:, None] / 127)
 
 
-def fp4(nvidia: bool = False) -> Writer:
-    """MXFP4: powers of two for 32 values; NVFP4: 8-bit floats for 16, and one scale that divides them all."""
+def fp4(form: str = "mxfp4") -> Writer:
+    """MXFP4: powers of two for 32 values; NVFP4: 8-bit floats for 16, and one scale that divides them all.
+
+    As compressed-tensors stores them; "blocks" is GPT-OSS's way, and "modelopt" NVIDIA's, whose scale multiplies.
+    """
 
     def write(n_out: int, n_in: int, rng: np.random.Generator) -> Linear:
         codes = rng.integers(0, 16, (n_out, n_in))
         table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         values = np.where(codes & 8, -1, 1) * table[codes & 7]
-        tensors = {"weight_packed": torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))}
-        if nvidia:
+        packed = torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8))
+        if form in ("nvfp4", "modelopt"):
             stored = torch.from_numpy(rng.uniform(50, 448, (n_out, n_in // 16))).to(torch.float8_e4m3fn)
-            tensors |= {"weight_scale": stored, "weight_global_scale": torch.tensor([9000.0])}
-            return Linear(tensors, values * np.repeat(stored.double().numpy() / 9000, 16, axis=1))
+            tensors = {"weight_packed": packed, "weight_scale": stored, "weight_global_scale": torch.tensor([8192.0])}
+            if form == "modelopt":
+                tensors = {"weight": packed, "weight_scale": stored, "weight_scale_2": torch.tensor(2.0**-13)}
+                tensors["input_scale"] = torch.tensor(0.5)
+            return Linear(tensors, values * np.repeat(stored.double().numpy() / 8192, 16, axis=1))
         exponents = rng.integers(117, 123, (n_out, n_in // 32))
-        tensors["weight_scale"] = torch.from_numpy(exponents.astype(np.uint8))
+        stored = torch.from_numpy(exponents.astype(np.uint8))
+        tensors = {"weight_packed": packed, "weight_scale": stored}
+        if form == "blocks":
+            tensors = {"weight_blocks": packed.view(n_out, n_in // 32, 16), "weight_scales": stored}
         return Linear(tensors, values * np.repeat(2.0 ** (exponents - 127), 32, axis=1))
 
     return write
@@ -265,3 +274,48 @@ def in_metas_order(module: str, rows: Tensor, head_dim: int) -> Tensor:
         return rows
     order = [head + i // 2 + (i % 2) * head_dim // 2 for head in range(0, len(rows), head_dim) for i in range(head_dim)]
     return rows[order]
+
+
+def write_meta_release(
+    folder: Path, args: ModelArgs, *, spinquant: bool = False, rank: int = 0, zeros: bool = False, seed: int = 0
+) -> dict[str, Tensor]:
+    """Write Llama 3.2's quantized release: SpinQuant's, or QLoRA's with adapters of a rank; return what it computes.
+
+    Its values are under Meta's names, in float64, with adapters added and w2's rotation of its inputs undone.
+    """
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for name, tensor in random_state(args, seed).items():
+        values[name] = tensor.double()
+        module = name.removesuffix(".weight")
+        if "norm" in name:
+            tensors[name] = tensor
+            continue
+        n_out, n_in = tensor.shape
+        half, size = (128, n_in) if module in ("tok_embeddings", "output") else (8, 32)
+        codes = rng.integers(-half, half, (n_out, n_in))
+        scales = torch.from_numpy(rng.uniform(0.5, 1, (n_out, n_in // size)) / half / n_in**0.5).float()
+        tensors |= {name: torch.from_numpy(codes.astype(np.int8)), f"{module}.scales": scales}
+        if zeros and half == 8:
+            tensors[f"{module}.zeros"] = torch.zeros_like(scales)
+        values[name] = torch.from_numpy(codes * np.repeat(scales.double().numpy(), size, axis=1))
+        if spinquant and module.endswith("w2"):
+            signs = [[(-1) ** (i & j).bit_count() for j in range(n_in)] for i in range(n_in)]
+            values[name] = values[name] @ torch.tensor(signs).double() / n_in**0.5
+        if rank and half == 8:
+            a, b = (torch.from_numpy(rng.normal(0, 0.1, shape)).bfloat16() for shape in ((rank, n_in), (n_out, rank)))
+            tensors |= {f"{module}.adaptor.A.weight": a, f"{module}.adaptor.B.weight": b}
+            values[name] = values[name] + 2 * b.double() @ a.double()
+    folder.mkdir(exist_ok=True)
+    torch.save(tensors, folder / "consolidated.00.pth")
+    settings = {"scheme": "int4_weight_int8_dynamic_activation", "group_size": 32, "spinquant": spinquant}
+    lora = {"lora_args": {"rank": rank, "scale": 2.0}} if rank else {}
+    params = {
+        "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size, "norm_eps": args.norm_eps, "hidden_dim": args.hidden_dim,
+        "head_dim": args.head_dim, "quantization_args": settings, **lora,
+    }  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(params))
+    write_byte_tokenizer(folder)
+    return values

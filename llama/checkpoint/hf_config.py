@@ -19,15 +19,12 @@ from llama.checkpoint.hf_experts import (
 )
 from llama.checkpoint.hf_layers import read_layers
 from llama.checkpoint.hf_rope import read_rope, required, true_or_false
+from llama.checkpoint.release_config import read_release
 from llama.checks import check_number
 from llama.config import ModelArgs, read_json_object, with_keys_of_file
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 
 log = logging.getLogger("llama")
-
-BLOCKS_METHOD = "ggml_blocks"  # the quant_method of weights in blocks, where others say gptq or awq: see D22
-# The quant_methods whose matrices releases.py finds.
-RELEASE_METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8", "bitsandbytes")
 
 # Fields of ModelArgs and the keys of config.json that say them: those that must be there, and those that may.
 REQUIRED_CONFIG_KEYS = {
@@ -88,7 +85,7 @@ def read_config(path: Path) -> Config:
     """
     config = read_text_config(path)
     family = _family(path, config)
-    _check_method(path, config)
+    read_release(path.parent)  # which refuses other quantized ones
     known = USED_CONFIG_KEYS | HARMLESS_CONFIG_KEYS | {*family.keys.values(), *family.refused}
     known |= set() if family.router is None else {*EXPERTS_CONFIG_KEYS.values(), *OTHER_EXPERTS_KEYS}
     known |= LLAMA4_KEYS if family is FAMILIES["llama4_text"] else set()
@@ -110,6 +107,8 @@ def interpret(path: Path, said: Mapping[str, Any], family: Family) -> Config:
         for key, why in family.refused.items():
             if config.get(key):
                 raise ValueError(f"{key} {config[key]!r} is not supported: {why}")
+        for key in CONFIG_FLAGS.values():  # those, too, that the family does not read
+            true_or_false(config, key)
         biases = {name: key is True or true_or_false(config, str(key)) for name, key in family.biases.items()}
         biased = frozenset(name for name, has in biases.items() if has)
         args = ModelArgs(
@@ -183,11 +182,10 @@ def _multipliers(config: Mapping[str, Any], family: Family, args: ModelArgs) -> 
 
 def read_block_types(path: Path) -> dict[str, BlockType]:
     """Return the block types of the tensors that are blocks, by the names that they have in a folder's files."""
-    config = read_json_object(path)
-    _check_method(path, config)
-    if _release(config) or config.get("quantization_config") is None:
+    settings = read_json_object(path).get("quantization_config")
+    if settings is None or read_release(path.parent) is not None:
         return {}
-    types = config["quantization_config"].get("types")
+    types = settings.get("types")
     if not isinstance(types, dict):
         raise ValueError(f"{path}: quantization_config must have an object `types`, from tensors to types of blocks")
     for name, type_name in types.items():
@@ -196,27 +194,6 @@ def read_block_types(path: Path) -> dict[str, BlockType]:
                 f"{path}: quantization_config gives {name} the type {type_name!r}, only {', '.join(BLOCK_TYPES)} work"
             )
     return {name: BLOCK_TYPES[type_name] for name, type_name in types.items()}
-
-
-def read_release(path: Path) -> Mapping[str, Any] | None:
-    """Return what a config.json says of a quantized release of RELEASE_METHODS; None where the weights are none."""
-    return _release(read_json_object(path))
-
-
-def _release(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    settings = config.get("quantization_config")
-    is_release = isinstance(settings, dict) and settings.get("quant_method") in RELEASE_METHODS
-    return settings if is_release else None
-
-
-def _check_method(path: Path, config: Mapping[str, Any]) -> None:
-    settings = config.get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if settings is not None and _release(config) is None and method != BLOCKS_METHOD:
-        raise ValueError(
-            f"{path} describes {method!r} quantized weights, which are not supported: only "
-            f"{', '.join(RELEASE_METHODS)} are; or use unquantized ones"
-        )
 
 
 def token_ids(value: Any) -> frozenset[int]:

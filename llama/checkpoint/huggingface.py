@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
 from llama.checkpoint.expert_tensors import unstacked
 from llama.checkpoint.families import ATTENTION, FEED_FORWARD, folded
-from llama.checkpoint.hf_config import read_block_types, read_config, read_release, read_text_config, token_ids
+from llama.checkpoint.hf_config import read_block_types, read_config, read_text_config, token_ids
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.names import ROTATED, XIELU_PARTS, NamingScheme, meta_name, module_name, renamed, stored_name
+from llama.checkpoint.release_config import read_release
 from llama.checkpoint.releases import find_matrices
 from llama.checkpoint.tensors import (
     FUSED,
@@ -41,6 +43,20 @@ LAYOUTS: Layouts = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
+NO_WHOLE_MODEL = re.compile(r"^adapter_|-\d{5}-of-\d{5}\.")  # in names of files
+
+
+def layouts_of(folder: Path) -> Layouts:
+    """Return LAYOUTS, or the only file of another name where there is none of these, as AutoGPTQ has called it."""
+    if any((folder / name).exists() for layout in LAYOUTS for name in layout):
+        return LAYOUTS
+    whole = [file.name for file in folder.glob("*.safetensors") if not NO_WHOLE_MODEL.search(file.name)]
+    index = [file.name for file in folder.glob("*.safetensors.index.json")]
+    if len(index) == 1 or (not index and len(whole) == 1):
+        log.info("%s: weights are read from %s", folder, (index or whole)[0])
+        return ((whole[0] if not index else LAYOUTS[0][0], index[0] if index else LAYOUTS[0][1]),)
+    return LAYOUTS
+
 
 class HuggingFaceCheckpoint:
     """Read a folder in Hugging Face's layout. Files are mapped; rows of Q and K are put into Meta's order: see D15.
@@ -62,11 +78,11 @@ class HuggingFaceCheckpoint:
             # Its end tokens, and nothing else: sampling is the caller's choice.
             stop_tokens |= token_ids(read_json_object(generation).get("eos_token_id"))
         self.stop_tokens = stop_tokens
-        release = read_release(folder / "config.json")
-        tensors = needed(folder, map_folder(folder, LAYOUTS, any_dtype=release is not None))
+        release = read_release(folder)
+        tensors = needed(folder, map_folder(folder, layouts_of(folder), any_dtype=release is not None))
         self._mapped = MappedMemory()
         block_types = check_blocks(folder, tensors)
-        matrices = {} if release is None else find_matrices(folder, tensors, release)
+        matrices = {} if release is None else find_matrices(folder, tensors, *release)
         own = self.family.hf_names
         self._block_types = {meta_name(name, "hf"): each for name, each in renamed(folder, block_types, own).items()}
         stored: dict[str, Tensor | ReleasedMatrix] = renamed(folder, {**tensors, **matrices}, own)

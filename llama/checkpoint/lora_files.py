@@ -19,12 +19,13 @@ from torch import Tensor
 from llama.checkpoint.base import StoredCheckpoint, some_of
 from llama.checkpoint.families import RowOrder
 from llama.checkpoint.gguf import decode_rows, map_tensors
+from llama.checkpoint.gguf_config import ALL_ROPE_FACTORS
 from llama.checkpoint.gguf_header import is_gguf, read_header
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.lora import OUTPUT, TABLE, AdaptedCheckpoint, Adapter, LowRankPair
 from llama.checkpoint.mapped_file import Layouts, map_folder
 from llama.checkpoint.names import ROTATED, meta_name, module_name, with_parts
-from llama.checkpoint.tensors import FUSED, norm_offset, pair_neighbours, parts_of_fused
+from llama.checkpoint.tensors import FUSED, GATE_IN_UP, norm_offset, pair_neighbours, parts_of_fused
 from llama.config import ModelArgs, read_json_object
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,9 +57,11 @@ def with_adapters(checkpoint: StoredCheckpoint, lora: Sequence[str], requantizes
     lora: what `adapter_scale` reads. requantizes: merge adapters into quantized blocks, too, which then are floats.
     Raise ValueError or FileNotFoundError that says what is wrong with an adapter, or why it does not fit.
     """
-    if not lora:
-        return checkpoint
     adapters: list[Adapter] = []
+    if isinstance(checkpoint, AdaptedCheckpoint):  # whose files hold an adapter of their own
+        adapters, checkpoint = list(checkpoint.adapters), checkpoint.base
+    if not lora and not adapters:
+        return checkpoint
     for text in lora:
         path, scale = adapter_scale(text)
         if any(path.samefile(each.path) for each in adapters):
@@ -129,7 +132,7 @@ def _read_peft(folder: Path, scale: float, checkpoint: StoredCheckpoint) -> Adap
         if type(alpha) not in (int, float):
             raise ValueError(f"lora {folder}: {ADAPTER_CONFIG} must have numbers for lora_alpha, got {alpha!r}")
         factor = scale * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        for target, rows in _unfused(module, b, checkpoint.args):
+        for target, rows in _unfused(module, b, parts_of_fused(module, FUSED["hf"], checkpoint.args, "hf")):
             name = meta_name(with_parts(f"{target}.weight", family.hf_names), "hf")
             fits.check(name, target, (len(rows), a.shape[1]))
             pairs[name] = LowRankPair(a, _in_metas_order(name, rows, checkpoint.args, family.hf_rows), factor)
@@ -169,10 +172,14 @@ def _read_gguf(file: Path, scale: float, checkpoint: StoredCheckpoint) -> Adapte
     metadata = header.metadata
     if metadata.get("general.type") != "adapter":
         raise ValueError(f"lora {file} is no adapter but a whole model: give it as --ckpt_dir")
-    family = checkpoint.family
-    for key, only in (("adapter.type", "lora"), ("general.architecture", family.gguf or "llama")):
-        if metadata.get(key) != only:
-            raise ValueError(f"lora {file}: {key} {metadata.get(key)!r} is not supported, only {only!r} is")
+    if metadata.get("adapter.type") != "lora":
+        raise ValueError(f"lora {file}: adapter.type {metadata.get('adapter.type')!r} is not supported, only 'lora' is")
+    family, architecture = checkpoint.family, metadata.get("general.architecture")
+    if architecture != (family.gguf or "llama"):
+        raise ValueError(
+            f"lora {file} is for another model: its general.architecture is {architecture!r}, that of "
+            f"{checkpoint.path} is {family.gguf or 'llama'!r}"
+        )
     if metadata.get("adapter.alora.invocation_tokens"):
         raise ValueError(f"lora {file}: adapters that begin at a token (adapter.alora) are not supported")
     alpha = metadata.get("adapter.lora.alpha", 0.0)
@@ -181,7 +188,8 @@ def _read_gguf(file: Path, scale: float, checkpoint: StoredCheckpoint) -> Adapte
     halves: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     fits = _Fit(file, checkpoint, "")
-    for name, stored in map_tensors(file, header).items():
+    tensors = {name: stored for name, stored in map_tensors(file, header).items() if name not in ALL_ROPE_FACTORS}
+    for name, stored in tensors.items():
         tensor = decode_rows(stored, 0, stored.shape[0])
         found = GGUF_NAME.fullmatch(name)
         if found is None:
@@ -194,13 +202,16 @@ def _read_gguf(file: Path, scale: float, checkpoint: StoredCheckpoint) -> Adapte
             )
         else:
             halves.setdefault(found["tensor"], {})[found["part"]] = tensor
+    fused = FUSED["gguf"] | (GATE_IN_UP if family.gguf_gate_in_up else {})
     pairs: dict[str, LowRankPair] = {}
     for tensor_name, found_halves in halves.items():
         a, b = fits.both(tensor_name, found_halves)
-        name = meta_name(with_parts(tensor_name, family.gguf_names), "gguf")
-        fits.check(name, tensor_name, (len(b), a.shape[1]))
-        b = _in_metas_order(name, b, checkpoint.args, family.gguf_rows)
-        pairs[name] = LowRankPair(a, b, scale * (alpha / len(a) if alpha else 1.0))  # as llama.cpp reads 0
+        module = tensor_name.removesuffix(".weight")
+        for target, rows in _unfused(module, b, parts_of_fused(module, fused, checkpoint.args, "gguf")):
+            name = meta_name(with_parts(f"{target}.weight", family.gguf_names), "gguf")
+            fits.check(name, tensor_name, (len(rows), a.shape[1]))
+            rows = _in_metas_order(name, rows, checkpoint.args, family.gguf_rows)
+            pairs[name] = LowRankPair(a, rows, scale * (alpha / len(a) if alpha else 1.0))  # as llama.cpp reads 0
     fits.changes_something(pairs or replaced)
     return Adapter(file, scale, pairs, replaced)
 
@@ -255,9 +266,8 @@ class _Fit:
             raise ValueError(f"lora {self.path} has no tensors of an adapter")
 
 
-def _unfused(module: str, b: Tensor, args: ModelArgs) -> Iterator[tuple[str, Tensor]]:
-    """Yield the modules of ours that a module of PEFT's stands for, with their rows of B."""
-    parts = parts_of_fused(module, FUSED["hf"], args, "hf")
+def _unfused(module: str, b: Tensor, parts: Sequence[tuple[str, int]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the modules that a fused one stands for, by names and rows of B; or itself, if it has no such parts."""
     sizes = [rows for _, rows in parts]
     if parts and sum(sizes) == len(b):
         yield from zip((name for name, _ in parts), b.split(sizes), strict=True)
@@ -266,7 +276,7 @@ def _unfused(module: str, b: Tensor, args: ModelArgs) -> Iterator[tuple[str, Ten
 
 
 def _in_metas_order(name: str, rows: Tensor, args: ModelArgs, order: RowOrder) -> Tensor:
-    """Return what an adapter has for a tensor's rows in Meta's order."""
+    """Return what an adapter has for a tensor's rows, in the order of its format, in Meta's order."""
     is_reordered = order == "halves" and module_name(name) in ROTATED
     return pair_neighbours(rows, args.head_dim, args.rotary_dim) if is_reordered else rows
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from torch import Tensor
 from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed
 from llama.checkpoint.families import FAMILIES
 from llama.checkpoint.llama4_shards import as_llamas
+from llama.checkpoint.lora import LowRankPair
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
+from llama.checkpoint.meta_releases import find_adapters, find_meta_matrices
 from llama.checkpoint.names import NamingScheme, module_name
-from llama.checkpoint.params_json import read_params
+from llama.checkpoint.params_json import RELEASE_KEYS, read_params
 from llama.checkpoint.torch_pickle import map_pickle
+from llama.config import read_json_object
 from llama.quantization.gguf_blocks import BlockType
+from llama.quantization.released import ReleasedMatrix
 from llama.tokenizer import Tokenizer
 
 # What Mistral's own folders have in place of shards: whole tensors under Meta's names, in Meta's order.
@@ -27,14 +32,15 @@ MISTRAL_LAYOUTS: Layouts = (("consolidated.safetensors", "consolidated.safetenso
 
 
 class MetaCheckpoint:
-    """Read a folder of Meta shards, or Mistral's. Files are mapped; pickles that would run code are refused."""
+    """Read a folder of Meta shards, or Mistral's. Files are mapped; pickles that would run code are refused.
+
+    One shard may be a quantized release: see D79. `pairs` are adapters that lie in it, by the matrices they add to.
+    """
 
     naming: NamingScheme = "meta"
     family = FAMILIES["llama"]
     factors: Mapping[str, float] = {}
     pads_vocab = False
-    is_quantized = False
-    rounding = 0.0
     model_name = ""
     context_len = None
     tokenizer_metadata = None
@@ -52,15 +58,20 @@ class MetaCheckpoint:
         self._shards = [needed(folder, shard) for shard in shards]
         if args.experts is not None and args.experts.router == "sigmoid of input":
             self._shards = [as_llamas(folder, shard, args) for shard in self._shards]
+        self._matrices, self.pairs, self.rounding = *self._find_release(read_json_object(params)), 0.0
+        self.is_quantized = any(matrix.block_type for matrix in self._matrices.values())
         self._check_shards()
-        self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self._shards[0])
+        self.args = dataclasses.replace(args, tied_embeddings="output.weight" not in self.names())
         self._check_count()
-        self.dtype = self._shards[0]["norm.weight"].dtype if "norm.weight" in self._shards[0] else torch.bfloat16
+        norm = self._shards[0].get("norm.weight")
+        self.dtype = torch.bfloat16 if norm is None or self.is_quantized else norm.dtype
 
     def names(self) -> Collection[str]:
-        return self._shards[0].keys()
+        return self._shards[0].keys() | self._matrices.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._matrices:
+            return self._matrices[name].shape
         pieces = self._pieces(name)
         shape = list(pieces[0].shape)
         if len(pieces) > 1:
@@ -68,15 +79,18 @@ class MetaCheckpoint:
         return tuple(shape)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        pieces = self._pieces(name)
         stop = self.shape(name)[dim] if stop is None else stop
-        split_dim = self._split_dim(name)
+        if name in self._matrices:
+            return self._matrices[name].values(dim, start, stop)
+        pieces, split_dim = self._pieces(name), self._split_dim(name)
         if len(pieces) > 1 and dim == split_dim:
             return _read_across(pieces, dim, start, stop)
         slices = [piece.narrow(dim, start, stop - start) for piece in pieces]
         return slices[0] if len(slices) == 1 else torch.cat(slices, split_dim)
 
     def reads_as(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> tuple[torch.dtype, Reading]:
+        if name in self._matrices:
+            return torch.float32, "copy"
         pieces, split_dim = self._pieces(name), self._split_dim(name)
         stop = self.shape(name)[dim] if stop is None else stop
         size = pieces[0].shape[dim]
@@ -86,20 +100,32 @@ class MetaCheckpoint:
         return pieces[0].dtype, "zero_copy" if is_whole else "strided"
 
     def stored_as(self, name: str) -> str:
-        return dtype_name(self.reads_as(name)[0])
+        return self._matrices[name].kind if name in self._matrices else dtype_name(self.reads_as(name)[0])
 
     def block_type(self, name: str) -> BlockType | None:
-        return None
+        return self._matrices[name].block_type if name in self._matrices else None
 
     def read_blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        raise AssertionError(f"Meta's format has no blocks: {name}")
+        blocks, error = self._matrices[name].blocks(dim, start, self.shape(name)[dim] if stop is None else stop)
+        self.rounding = max(self.rounding, error)
+        return blocks
 
     def release(self, name: str) -> None:
-        for shard in self._shards:
-            self._mapped.release(shard[name])
+        matrix = self._matrices.get(name)
+        for tensor in matrix.parts.values() if matrix else [shard[name] for shard in self._shards]:
+            if tensor.is_contiguous():
+                self._mapped.release(tensor)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path)
+
+    def _find_release(self, params: Mapping[str, Any]) -> tuple[dict[str, ReleasedMatrix], dict[str, LowRankPair]]:
+        """Take a quantized release's matrices and adapters, if it is one, out of the only shard."""
+        is_release = any(params.get(key) is not None for key in RELEASE_KEYS)
+        if is_release and len(self._shards) > 1:
+            raise ValueError(f"{self.path} has {len(self._shards)} shards: quantized releases of Meta have one alone")
+        pairs = find_adapters(self.path, self._shards[0], params)
+        return find_meta_matrices(self.path, self._shards[0], params), pairs
 
     def _pieces(self, name: str) -> list[Tensor]:
         """Return the shards' slices of a tensor, each once: the first alone where every shard has the whole."""
@@ -120,7 +146,7 @@ class MetaCheckpoint:
     def _check_count(self) -> None:
         """Raise ValueError when the last shards are missing: their number is only in shapes (see D4)."""
         query = "layers.0.attention.wq.weight"
-        rows = self.shape(query)[0] if query in self._shards[0] and self._shards[0][query].dim() == 2 else 0
+        rows = self.shape(query)[0] if query in self.names() and len(self.shape(query)) == 2 else 0
         times, rest = divmod(self.args.n_heads * self.args.head_dim, rows or 1)
         if rows and times > 1 and rest == 0:
             found = len(self._shards)

@@ -9,7 +9,8 @@ from pathlib import Path
 from llama.checkpoint.base import StoredCheckpoint
 from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split
 from llama.checkpoint.gguf_header import is_gguf
-from llama.checkpoint.huggingface import LAYOUTS, HuggingFaceCheckpoint
+from llama.checkpoint.huggingface import HuggingFaceCheckpoint, layouts_of
+from llama.checkpoint.lora import AdaptedCheckpoint, Adapter
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, MetaCheckpoint
 from llama.files import check_content, folder_listing
 from llama.hub.find import local_path, meant
@@ -42,13 +43,15 @@ def _open_folder(folder: Path) -> StoredCheckpoint:
     shards = any(folder.glob("consolidated.*.pth"))
     mistral = any((folder / name).exists() for layout in MISTRAL_LAYOUTS for name in layout)
     config = (folder / "config.json").is_file()
-    hugging_face = config and any((folder / name).exists() for layout in LAYOUTS for name in layout)
+    hugging_face = config and any((folder / name).exists() for layout in layouts_of(folder) for name in layout)
     if shards and mistral:
         raise ValueError(f"ckpt_dir {folder} has consolidated.*.pth and consolidated.safetensors: remove one of them")
     if hugging_face and (shards or mistral):
         log.info("%s: %s is read", folder, "consolidated.*.pth" if shards else "config.json with its weights")
     if shards or (mistral and not hugging_face):
-        return MetaCheckpoint(folder)
+        checkpoint = MetaCheckpoint(folder)
+        adapter = Adapter(folder, 1.0, checkpoint.pairs, {})
+        return AdaptedCheckpoint(checkpoint, [adapter], keeps_blocks=True) if checkpoint.pairs else checkpoint
     if hugging_face:
         return HuggingFaceCheckpoint(folder)
     ggufs = sorted(file for file in folder.glob("*.gguf") if not is_later_split(file))

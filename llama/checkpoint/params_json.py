@@ -16,18 +16,18 @@ HARMLESS_KEYS = {
     "max_seq_len", "max_batch_size", "model_parallel_size", "dtype", "name", "_name_or_path", "max_position_embeddings",
 }  # fmt: skip
 
+# Keys about the form of the weights, which llama.checkpoint.meta_releases reads.
+RELEASE_KEYS = {"quantization_args", "lora_args"}
+
 # Keys that matter to it; the other fields of ModelArgs come from other formats.
 USED_KEYS = {
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps",
     "rope_theta", "use_scaled_rope", "head_dim", "hidden_dim", "sliding_window",
 }  # fmt: skip
 
-_QUANTIZED = "a quantized Llama 3.2 release, whose packed linears are not supported: use the bf16 release"
 _VISION = "a vision model: only text models are supported"
 # Keys that mean another architecture or another kind of weights, and why they are refused.
 REFUSED_KEYS = {
-    "quantization_args": _QUANTIZED,
-    "lora_args": _QUANTIZED,
     "vision_args": _VISION,
     "vision_chunk_size": _VISION,
     "vision_max_num_chunks": _VISION,
@@ -56,7 +56,7 @@ def read_params(path: Path) -> ModelArgs:
     is_llama4 = "moe_args" in params
     for key in params.keys() & REFUSED_KEYS.keys() - (LLAMA4_PARAMS if is_llama4 else set()):
         raise ValueError(f"{path} has {key!r}: {REFUSED_KEYS[key]}")
-    fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS}
+    fields = {key: value for key, value in params.items() if key not in HARMLESS_KEYS | RELEASE_KEYS}
     factors = {name: fields.pop(key) for key, name in ROPE_KEYS.items() if key in fields}
     known = USED_KEYS | (LLAMA4_PARAMS if is_llama4 else {"moe"})
     unknown = sorted(fields.keys() - known)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import dtype_name
+from llama.quantization.released import IntegerMatrix, ReleasedMatrix
+from llama.quantization.released_layouts import INTEGER_LAYOUTS
 
 Settings = Mapping[str, Any]
 
@@ -22,8 +24,21 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class ReleaseFolder:
     """What is left of a folder's tensors, and what its quantization_config says."""
 
-    def __init__(self, path: Path, tensors: MutableMapping[str, Tensor], settings: Settings) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: MutableMapping[str, Tensor],
+        settings: Settings,
+        file: str = "config.json",
+        key: str = "quantization_config",
+    ) -> None:
+        """Name in messages the file that has the settings, and the key, if any, that they are under."""
         self.path, self.tensors, self.settings = path, tensors, settings
+        self._file, self._key = file, key
+
+    @property
+    def said_in(self) -> str:
+        return self._key or self._file
 
     def modules(self, end: str) -> Iterator[ReleaseModule]:
         """Yield the modules that have a tensor with this end."""
@@ -36,6 +51,12 @@ class ReleaseFolder:
             raise self.error(f"{key} must be true or false, got {value!r}")
         return bool(value)
 
+    def object(self, key: str) -> Settings:
+        value = self.settings.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(f"{key} must be an object, got {value!r:.80}")
+        return value or {}
+
     def number(self, key: str, *choices: int) -> int:
         """Return a whole number, which is one of the choices where there are any."""
         value = self.settings.get(key)
@@ -45,7 +66,7 @@ class ReleaseFolder:
         return value
 
     def error(self, text: str) -> ValueError:
-        return ValueError(f"{self.path / 'config.json'}: quantization_config: {text}")
+        return ValueError(": ".join([str(self.path / self._file), *filter(None, [self._key]), text]))
 
 
 class ReleaseModule:
@@ -59,6 +80,10 @@ class ReleaseModule:
     def label(self) -> str:
         return f"{self._folder.path}: {self.name}"
 
+    @property
+    def _together(self) -> str:
+        return f"{self._folder.said_in} do not belong together"
+
     def peek(self, end: str) -> Tensor | None:
         return self._folder.tensors.get(f"{self.name}.{end}")
 
@@ -69,15 +94,14 @@ class ReleaseModule:
         """Return a tensor of one of these dtypes and shapes; with no shapes, a matrix that is not empty."""
         tensor = self._folder.tensors.pop(f"{self.name}.{end}", None)
         if tensor is None:
-            raise ValueError(f"{self.label}.{end} is missing: weights and quantization_config do not belong together")
+            raise ValueError(f"{self.label}.{end} is missing: weights and {self._together}")
         found = tuple(tensor.shape)
         fits = found in shapes if shapes else len(found) == 2 and min(found) > 0
         if tensor.dtype not in dtypes or not fits:
             expected = " or ".join(map(str, dict.fromkeys(shapes))) or "a matrix"
             raise ValueError(
                 f"{self.label}.{end} is {dtype_name(tensor.dtype)} {found}, not "
-                f"{' or '.join(map(dtype_name, dtypes))} {expected}: weights and quantization_config do not belong "
-                "together"
+                f"{' or '.join(map(dtype_name, dtypes))} {expected}: weights and {self._together}"
             )
         self.parts[end] = tensor
         return tensor
@@ -104,8 +128,45 @@ class ReleaseModule:
             wanted = " or ".join(map(str, sorted(sizes))) or str(n_groups)
             raise ValueError(
                 f"{self.label}.{end} has {n_groups} groups in rows of {n_columns} values, which groups of {wanted} do "
-                "not give: weights and quantization_config do not belong together"
+                f"not give: weights and {self._together}"
             )
         scales = self.take(end, dtypes, (n_rows, n_groups), (n_rows,), (1,), (), (1, 1))
         self.parts[end] = scales.reshape(-1, 1).expand(n_rows, 1) if n_groups == 1 else scales
         return size
+
+
+Found = Iterator[tuple[ReleaseModule, ReleasedMatrix]]
+
+
+def group_order(
+    module: ReleaseModule, end: str, n_columns: int, size: int, n_groups: int, needed: bool = False
+) -> Tensor | None:
+    """Return the group of each column, or None where groups are columns one after another."""
+    if not needed and not module.has(end):
+        return None
+    order = module.take(end, (torch.int32, torch.int64), (n_columns,))
+    if n_groups > 1 and not bool(order.any()):  # never filled in
+        if needed:
+            raise ValueError(f"{module.label}.{end} has all columns in one of {n_groups} groups: download it again")
+        return None
+    if int(order.min()) < 0 or int(order.max()) >= n_groups:
+        raise ValueError(
+            f"{module.label}.{end} has groups {int(order.min())} to {int(order.max())}, there are {n_groups}: download "
+            "it again"
+        )
+    return None if torch.equal(order.long(), torch.arange(n_columns) // size) else order.long()
+
+
+def integers(
+    module: ReleaseModule,
+    shape: tuple[int, int],
+    layout: str,
+    name: str,
+    bits: int,
+    size: int,
+    symmetric: bool,
+    order: Tensor | None = None,
+) -> IntegerMatrix:
+    groups = "a row" if size == shape[1] else f"{size}"
+    kind = f"{name} in groups of {groups}" + " in another order" * (order is not None)
+    return IntegerMatrix(module.label, module.parts, shape, INTEGER_LAYOUTS[layout], kind, bits, size, symmetric, order)

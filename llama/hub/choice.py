@@ -15,7 +15,9 @@ NEEDED_OF_TOKENIZERS = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|tokenizer\.model(\.v\d+)?|"
     r"tekken\.json|chat_template\.(jinja|json)|config\.json"
 )
-NEEDED_BESIDE = re.compile(r"generation_config\.json|params\.json|checklist\.chk")
+NEEDED_BESIDE = re.compile(
+    r"generation_config\.json|params\.json|checklist\.chk|(quantize|quantization|quant|hf_quant)_config\.json"
+)
 # The preferred first: weights twice in one repository are downloaded once. Each is whole files, or parts and an index.
 WEIGHT_LAYOUTS = (
     ("model.safetensors", re.compile(r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json")),
@@ -122,7 +124,9 @@ def _layout(files: Collection[str]) -> list[str]:
             found += [file for file in files if file.endswith(suffix) and "/" not in file]
         if found:
             return found
-    return []
+    # The only file of a name of its maker's own, as AutoGPTQ has given it.
+    only = [file for file in files if re.fullmatch(r"(?!adapter_)[^/]+\.safetensors", file)]
+    return only if len(only) == 1 and "config.json" in files and not any(map(is_model_file, files)) else []
 
 
 def _of_type(ggufs: Sequence[str], kind: str) -> list[str]:

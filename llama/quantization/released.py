@@ -142,6 +142,8 @@ class IntegerMatrix:
     def _fields(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes (rows, n, columns / n), and the fp32 scale and zero point of each run of these: (rows, n, 1)."""
         codes = self.layout.codes(self.parts, rows, columns, self.bits)
+        if self.layout.has_room and bool((codes >> self.bits).any()):
+            raise ValueError(f"{self.name} has codes of more than {self.bits} bits: download it again")
         scales = self.layout.scales(self.parts, rows).float()
         if not bool(scales.isfinite().all()):
             raise ValueError(f"{self.name} has scales that are not finite: download it again")

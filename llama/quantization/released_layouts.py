@@ -5,8 +5,10 @@ Knows nothing of files, configurations or ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +55,7 @@ class IntegerLayout:
     codes: Callable[[Parts, slice, slice, int], Tensor]  # uint8 (rows, columns)
     scales: Callable[[Parts, slice], Tensor]  # (rows, n_groups), of any floating dtype
     zeros: Callable[[Parts, slice, int], Tensor] | None = None  # uint8 (rows, n_groups); default: half of all codes
+    has_room: bool = False  # whether codes lie in bytes that have room for larger ones
 
 
 def _gptq_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
@@ -83,6 +86,11 @@ def _signed(codes: Tensor) -> Tensor:
 
 def _int8_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
     return _signed(parts["weight"][rows, columns])
+
+
+def _int4_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
+    """Return codes of 4 bits that have a byte each, with an offset of 8; what is no such code becomes more than 15."""
+    return parts["weight"][rows, columns].contiguous().view(torch.uint8) + 8
 
 
 def _e2m1_codes(parts: Parts, rows: slice, columns: slice, bits: int) -> Tensor:
@@ -119,13 +127,43 @@ INTEGER_LAYOUTS = {
         _int8_codes, _by_row("weight_scale"), lambda parts, rows, bits: _signed(parts["weight_zero_point"][rows])
     ),
     "llm.int8": IntegerLayout(_int8_codes, lambda parts, rows: parts["SCB"][rows].float().unsqueeze(1) / 127),
+    "meta int4": IntegerLayout(_int4_codes, _by_row("scales"), has_room=True),
+    "meta int8": IntegerLayout(_int8_codes, _by_row("scales")),
     # Scales are of halves.
     "mxfp4": IntegerLayout(_e2m1_codes, _powers_of_two),
+    "modelopt nvfp4": IntegerLayout(
+        lambda parts, rows, columns, bits: _e2m1_codes({"weight_packed": parts["weight"]}, rows, columns, bits),
+        lambda parts, rows: parts["weight_scale"][rows].float() * parts["weight_scale_2"].float() / 2,
+    ),
     "nvfp4": IntegerLayout(
         _e2m1_codes,
         lambda parts, rows: parts["weight_scale"][rows].float() / (2 * parts["weight_global_scale"].float()),
     ),
 }
+
+
+class _HasValues(Protocol):
+    def values(self, dim: int, start: int, stop: int) -> Tensor: ...
+
+
+def hadamard_values(parts: Parts, shape: tuple[int, int], rows: slice, matrix: _HasValues) -> Tensor:
+    """Return rows of a matrix times the normalised Hadamard matrix H of their length, a power of two.
+
+    H is symmetric and its own inverse, so that W (H x) = (W H) x (arXiv:2405.16406). It is the Kronecker product of two
+    smaller ones, by which rows are multiplied in turn.
+    """
+    height = 1 << (shape[1].bit_length() - 1) // 2
+    left, right = _hadamard(height), _hadamard(shape[1] // height)
+    values = matrix.values(0, rows.start, rows.stop).view(-1, len(left), len(right))
+    return torch.matmul(left, values @ right).flatten(1).div_(math.sqrt(shape[1]))
+
+
+def _hadamard(size: int) -> Tensor:
+    """Return Sylvester's matrix of 1 and -1."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
 
 
 def fp8_values(parts: Parts, shape: tuple[int, int], rows: slice, tile: tuple[int, int]) -> Tensor:

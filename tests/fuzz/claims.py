@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +18,18 @@ from tests.fuzz.trial import Outcome
 
 # Keys whose values, where they are valid, decide what a model says: another value may give another text.
 MEANINGFUL = {
-    "params.json": {"norm_eps", "rope_theta", "n_heads", "n_kv_heads", "head_dim", "use_scaled_rope"},
+    "params.json": {
+        "norm_eps", "rope_theta", "n_heads", "n_kv_heads", "head_dim", "use_scaled_rope", "quantization_args",
+        "lora_args",
+    },
     "config.json": {
         "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "num_attention_heads", "num_key_value_heads",
         "head_dim", "eos_token_id", "architectures", "model_type", "sliding_window", "tie_word_embeddings",
-        "quantization_config",
+        "quantization_config", "use_sliding_window", "max_window_layers", "layer_types", "partial_rotary_factor",
+        "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "attention_bias",
+        "mlp_bias",
     },
+    "quant_config.json": set(),
     "generation_config.json": {"eos_token_id"},
     "tokenizer_config.json": {
         "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_prefix_space", "legacy",
@@ -30,7 +37,8 @@ MEANINGFUL = {
     },
     "model.gguf": {
         "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base", "llama.attention.head_count",
-        "llama.attention.head_count_kv", "llama.attention.key_length", "llama.rope.dimension_count",
+        "llama.attention.head_count_kv", "llama.embedding_scale", "llama.residual_scale", "llama.attention.scale",
+        "llama.logit_scale", "general.architecture", "llama.attention.key_length", "llama.rope.dimension_count",
         "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.scores",
         "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.bos_token_id", "weights",
         "tokenizer.ggml.eos_token_id", "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.add_bos_token",
@@ -53,6 +61,8 @@ UNREAD = {
     "tokenizer.json": {"version", "truncation", "padding"},
     "model.safetensors.index.json": {"metadata"},
 }  # fmt: skip
+# Of GGUF's keys, where other families have Llama's under names of their own.
+FAMILIES = re.compile("^(qwen2|granite)[.]")
 READ_PREFIXES = ("llama.", "tokenizer.", "general.architecture", "general.alignment", "split.")
 # How keys begin that are refused, or told of, where they are not known.
 TOLD_OF = {"params.json": ("",), "config.json": ("",), "model.gguf": ("llama.", "tokenizer.")}
@@ -98,7 +108,7 @@ def _claims(file: str, data: bytes) -> Mapping[str, Any]:
 
 def _gguf_claims(data: bytes) -> Mapping[str, Any]:
     parts = parse_gguf(data)
-    read = {key.decode(errors="replace"): (code, value) for key, code, value in parts.values}
+    read = {FAMILIES.sub("llama.", key.decode(errors="replace")): (code, value) for key, code, value in parts.values}
     claims: dict[str, Any] = {key: value for key, value in read.items() if key.startswith(READ_PREFIXES)}
     # A block type of the same size makes other weights of the same bytes.
     claims["weights"] = parts.data, sorted((name, code) for name, _, code, _ in parts.tensors)

@@ -113,12 +113,19 @@ def damage_gguf(rng: Random, data: bytes) -> bytes:
             key, code, value = rng.choice(
                 (("general.alignment", 4, 64), ("split.count", 2, 2), ("split.no", 2, 1), ("llama.zzz", 4, 1))
             )
+            key = key.replace("llama.", _prefix(parts))
             parts.values.append((key.encode(), code, struct.pack("<" + GGUF_NUMBERS[code], value)))
         elif kind <= 7:
             _damage_gguf_value(rng, parts.values)
         else:
             _damage_gguf_tensor(rng, parts.tensors)
     return parts.write(*counts)
+
+
+def _prefix(parts: GGUFParts) -> str:
+    """Return how the architecture's own keys begin."""
+    text = next((value for key, _, value in parts.values if key == b"general.architecture"), b"")
+    return text[8:].decode(errors="replace") + "."
 
 
 def _damage_gguf_value(rng: Random, values: list[tuple[bytes, int, bytes]]) -> None:
@@ -259,7 +266,7 @@ def damage_pickle(rng: Random, data: bytes) -> bytes:
         state[new] = state.pop(name)
     elif kind == 2:
         state[name] = rng.choice(
-            (None, [1.0], "x", {"a": tensor}, 5, state, torch.nn.Parameter(tensor), tensor.numpy(), b"x")
+            (None, [1.0], "x", {"a": tensor}, 5, state, _parameter(tensor), tensor.float().numpy(), b"x")
         )
     else:
         state[name] = _odd_tensor(rng, tensor)
@@ -270,6 +277,10 @@ def damage_pickle(rng: Random, data: bytes) -> bytes:
         _use_new_zipfile_serialization=data[:2] == b"PK",
     )
     return file.getvalue()
+
+
+def _parameter(tensor: Tensor) -> Tensor:
+    return torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
 
 def _odd_tensor(rng: Random, tensor: Tensor) -> Tensor:
@@ -298,7 +309,8 @@ def _odd_tensor(rng: Random, tensor: Tensor) -> Tensor:
     if kind == 4:
         return tensor.to("meta")
     if kind == 5:
-        return torch.full_like(tensor, rng.choice((float("nan"), float("inf"), 1e38)))
+        value = rng.choice((float("nan"), float("inf"), 1e38))
+        return torch.full_like(tensor, value if tensor.is_floating_point() else 127)
     if kind == 6:
         return torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8)
     if kind == 7:

@@ -33,7 +33,8 @@ def test_a_damaged_file_loads_or_is_refused_in_one_line(format: str) -> None:
     counts = json.loads(run.stdout.splitlines()[-1].partition(": ")[2])
     assert sum(counts.values()) == FORMATS[format].mutants
     fair = FORMATS[format].mutants / 20
-    assert counts["refused"] > fair and counts["same"] + counts["changed"] > fair, "too harmless, or too harmful"
+    loaded = counts.get("same", 0) + counts.get("changed", 0)
+    assert counts["refused"] > fair and loaded > fair, "too harmless, or too harmful"
 
 
 def test_all_formats_together_have_ten_thousand_mutants() -> None:

@@ -111,6 +111,17 @@ def test_parts_with_names_of_their_own_are_chosen_by_their_index() -> None:
     assert chosen("org/name", [*files, "sub/b.safetensors"])[0] == set(files)
 
 
+def test_what_says_how_weights_are_quantized_is_chosen() -> None:
+    """Without it the folder says nothing of its codes, and is refused; the weights may have a name of AutoGPTQ's."""
+    for beside in ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"):
+        assert chosen("org/name", [*BESIDE, beside, "model.safetensors", *OTHERS])[0] == {
+            *BESIDE, beside, "model.safetensors",
+        }  # fmt: skip
+    own = [*BESIDE, "quantize_config.json", "gptq_model-4bit-128g.safetensors"]
+    assert chosen("org/name", [*own, *OTHERS]) == (set(own), "")
+    assert chosen("org/name", [*own, "m-Q4_K_M.gguf"])[0] == {"m-Q4_K_M.gguf"}
+
+
 GGUFS = [
     *("m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-UD-Q4_K_XL.gguf", "m-Q8_0.gguf", "m.BF16.gguf", "mmproj-m-Q4_K_M.gguf"),
     *("Q6_K/m-Q6_K-00001-of-00002.gguf", "Q6_K/m-Q6_K-00002-of-00002.gguf", "m.imatrix.gguf", "README.md"),

@@ -31,6 +31,7 @@ from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenize
 from tests.gguf_files import write_gguf_model
 from tests.hugging_face import half_split
 from tests.models import build, one_pass, random_tokens, transformer
+from tests.parity.test_relatives import made as relative
 from tests.unit.test_shards_to_ranks import parts_by_hand
 
 CPU = torch.device("cpu")
@@ -384,3 +385,35 @@ def test_wrong_scales_and_adapters_given_twice_are_told(tmp_path: Path, base: Pa
             open_checkpoint(path)
     with pytest.raises(ValueError, match="lora must be a list of adapters, got the text 'a'"):
         BuildOptions(base, lora="a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "granite", "phi3"])
+def test_a_gguf_adapter_of_a_family_is_that_of_peft(tmp_path: Path, name: str) -> None:
+    """Rows of Q and K lie in the order of the family's own GGUF files, and Phi-3's matrices are fused there as well."""
+    model = relative(name)
+    model.save_pretrained(tmp_path / "base")
+    checkpoint = open_checkpoint(tmp_path / "base")
+    shapes = {key: each.shape for key, each in model.state_dict().items() if "_proj.weight" in key}
+    halves = {
+        key.removeprefix("model.layers.").removesuffix(".weight"): (torch.randn(3, columns), torch.randn(rows, 3))
+        for key, (rows, columns) in shapes.items()
+    }
+    peft = {
+        f"{PREFIX}{module}.lora_{half}.weight": each
+        for module, pair in halves.items()
+        for half, each in zip("AB", pair, strict=True)
+    }
+    write_peft(tmp_path / "peft", checkpoint.args, {}, peft)
+    if name == "granite":  # in Meta's order, unlike the others
+        dim, order = checkpoint.args.head_dim, []
+        for i in range(dim):
+            order.append(i // 2 + (i % 2) * dim // 2)
+        for module, (a, b) in halves.items():
+            if module.endswith(("q_proj", "k_proj")):
+                halves[module] = a, b.unflatten(0, (-1, dim))[:, order].flatten(0, 1)
+    write_gguf_adapter(tmp_path / "a.gguf", halves, general__architecture=name)
+    expected, found = (with_adapters(checkpoint, [str(tmp_path / file)]) for file in ("peft", "a.gguf"))
+    for key in checkpoint.names():
+        assert torch.equal(found.read(key), expected.read(key)), key
+        is_adapted = key.endswith(".weight") and ("attention.w" in key or "feed_forward" in key)
+        assert is_adapted != torch.equal(found.read(key), checkpoint.read(key))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +104,10 @@ FORMS: dict[str, tuple[Writer, dict[str, Any], str | None, float]] = {
     "fp4": (bitsandbytes("fp4", nested=False), BNB, None, 0),
     "llm.int8": (llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "Q8_0", 5e-4),
     "mxfp4": (fp4(), compressed("mxfp4-pack-quantized", group_size=32), "Q5_0", 0),
-    "nvfp4": (fp4(nvidia=True), compressed("nvfp4-pack-quantized", group_size=16), None, 0),
+    "mxfp4 blocks": (fp4("blocks"), {"quant_method": "mxfp4"}, "Q5_0", 0),
+    "modelopt nvfp4": (fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, None, 0),
+    "modelopt fp8": (fp8(None), {"quant_method": "modelopt", "quant_algo": "FP8"}, None, 0),
+    "nvfp4": (fp4("nvfp4"), compressed("nvfp4-pack-quantized", group_size=16), None, 0),
 }  # fmt: skip
 
 
@@ -336,6 +341,13 @@ DAMAGE: list[tuple[str, str, Callable[[Tensor], Tensor | None], str]] = [
     ("llm.int8", "SCB", REMOVED, "down_proj.weight is int8, but no quantized matrix of bitsandbytes has it"),
     ("mxfp4", "weight_scale", with_value(255, 1, 1), "mlp.down_proj has scales that are not finite"),
     ("mxfp4", "weight_scale", lambda scales: scales[:, 1:].contiguous(), "has 5 groups in rows of 192 values"),
+    ("mxfp4 blocks", "weight_blocks", lambda blocks: blocks[..., 1:].contiguous(), "is uint8 (96, 6, 15), not"),
+    ("mxfp4 blocks", "weight_blocks", lambda blocks: blocks.flatten(1), "weight_blocks is uint8 (96, 96), not"),
+    ("mxfp4 blocks", "weight_scales", lambda scales: scales[:, 1:].contiguous(), "weight_scales is uint8 (96, 5), not"),
+    ("mxfp4 blocks", "weight_scales", REMOVED, "down_proj.weight_scales is missing"),
+    ("modelopt nvfp4", "weight_scale", REMOVED, "down_proj.weight_scale is missing"),
+    ("modelopt nvfp4", "weight_scale_2", REMOVED, "down_proj.weight is uint8 (96, 96), not float8_e4m3fn"),
+    ("modelopt fp8", "weight_scale", REMOVED, "is float8_e4m3fn, but no quantized matrix of modelopt has it"),
 ]
 
 
@@ -378,7 +390,11 @@ def test_damage_is_told_in_one_line(
         ("fp8 tiles", {"weight_block_size": [64]}, "weight_block_size must be two whole numbers from 1, got [64]"),
         ("fp8 tiles", {"weight_block_size": [64, 0]}, "weight_block_size must be two whole numbers from 1"),
         ("fp8 tiles", {"weight_block_size": [32, 128]}, "weight_scale_inv is float32"),
-        ("nf4", {"quant_method": "hqq"}, "describes 'hqq' quantized weights, which are not supported: only gptq, awq"),
+        ("modelopt fp8", {"quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ' is not supported: only FP8 and NVFP4 are"),
+        ("nf4", {"quant_method": "aqlm"}, "as its weights are sums of vectors in learned codebooks: only gptq, awq"),
+        ("nf4", {"quant_method": "new"}, "describes 'new' quantized weights, which are not supported: only gptq"),
+        ("nf4", {"quant_method": ["exl2"]}, "describes ['exl2'] quantized weights, which are not supported: only"),
+        ("nf4", {"quant_method": "hqq"}, "describes 'hqq' quantized weights, which are not supported, as its zero"),
     ],
 )
 def test_what_is_not_supported_is_named(
@@ -389,6 +405,61 @@ def test_what_is_not_supported_is_named(
     with pytest.raises(ValueError) as caught:
         load(folder)
     assert said in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Keys that a quantization_config may have, at any depth, and what is there where a file is damaged.
+SETTINGS = (
+    "bits", "group_size", "desc_act", "sym", "checkpoint_format", "is_marlin_format", "dynamic", "version",
+    "zero_point", "config_groups", "format", "transform_config", "sparsity_config", "kv_cache_scheme",
+    "weight_block_size", "num_bits", "strategy", "block_structure", "weights", "targets", "quant_algo",
+)  # fmt: skip
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3,
+    2**70,
+    0.5,
+    float("nan"),
+    "",
+    "x",
+    [],
+    [1],
+    [[]],
+    {},
+    {"a": {"b": []}},
+    {"a": 1},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form",
+    ["gptq asymmetric", "gptq rows", "awq", "int4 asymmetric", "fp8 tiles", "nf4", "mxfp4 blocks", "modelopt fp8"],
+)
+def test_settings_of_any_value_load_or_are_told_in_one_line(form: str, caplog: Any) -> None:
+    """`dynamic` of a number, and num_bits of a list, ended in tracebacks. What loads has the values that it had."""
+    writer, settings, _, _ = FORMS[form]
+    tensors, _ = writer(96, 192, np.random.default_rng(3))
+    named = {f"down_proj.{end}": part for end, part in tensors.items()}
+    (whole,) = find_matrices(Path("folder"), dict(named), settings).values()
+    expected, loaded = whole.values(0, 0, 96), 0
+    for key, value in itertools.product(SETTINGS, ODD):
+        changed = copy.deepcopy(settings)
+        schemes = list(changed.get("config_groups", {}).values())
+        for place in [changed, *schemes, *(scheme["weights"] for scheme in schemes)]:
+            if key in place or place is changed:
+                place[key] = copy.deepcopy(value)
+        try:
+            found = list(find_matrices(Path("folder"), dict(named), changed).values())
+            if found and value is not None:  # which means the first version of GPTQ's files
+                torch.testing.assert_close(found[0].values(0, 0, 96), expected, rtol=0, atol=0)
+            loaded += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and 0 < len(str(error)) < 1000, (key, value)
+    assert loaded > 50  # keys that the form does not have
 
 
 def test_biases_of_zeros_are_left_out(written: Written, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor
 from llama.checkpoint.base import Checkpoint, Progress, read_in_turn
 from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split, split_files
 from llama.checkpoint.gguf_header import is_gguf, read_header
-from llama.checkpoint.hf_config import read_block_types, read_release
+from llama.checkpoint.hf_config import read_block_types
 from llama.checkpoint.huggingface import LAYOUTS
 from llama.checkpoint.load import check_vocab_size, global_shapes
 from llama.checkpoint.mapped_file import map_weights
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, shard_problems
 from llama.checkpoint.names import stored_name
 from llama.checkpoint.open import open_checkpoint
+from llama.checkpoint.release_config import read_release
 from llama.checkpoint.verify.checksums import Finding, bytes_listed, verify_lists
 from llama.config import read_json_object
 from llama.files import check_content
@@ -28,6 +29,9 @@ from llama.quantization.gguf_blocks import dequantize
 # What is checked of a folder: weights, configuration and tokenizer.
 WEIGHT_FILES = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 OTHER_FILES = {"*.json": "JSON", "*.model": "tokenizer", "*.model.v*": "tokenizer", "*.jinja": "chat template"}
+
+# Zero points that quantized releases of Meta may have, all 0, which is checked where they are opened.
+ALL_ZEROS = ".zeros"
 
 CHECKED_AT_ONCE = 1 << 22  # values of a tensor
 
@@ -187,7 +191,7 @@ def _verify_values(file: Path, progress: Progress) -> Iterator[Finding]:
     size, count, bad = file.stat().st_size, 0, False
     try:
         for name, share, tensor in _tensors(file):
-            problem = _wrong_values(tensor)
+            problem = None if name.endswith(ALL_ZEROS) else _wrong_values(tensor)
             if problem is not None:
                 yield Finding(file.name, size, "values", f"{name} has {problem}")
             count, bad = count + 1, bad or problem is not None
@@ -222,7 +226,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, float, Tensor]]:
 def _map(file: Path) -> dict[str, Tensor]:
     """Map the tensors of a file; those of a quantized release are of any dtype."""
     config = file.parent / "config.json"
-    return map_weights(file, any_dtype=config.is_file() and read_release(config) is not None)
+    return map_weights(file, any_dtype=config.is_file() and read_release(file.parent) is not None)
 
 
 def _wrong_values(tensor: Tensor) -> str | None:
