@@ -499,7 +499,7 @@ def test_what_no_architecture_of_gguf_says_is_refused_by_its_field(tmp_path: Pat
     [
         ("ministral", {"layer_types": ["full_attention"]}, "layer_types must be a list of 2"),
         ("granite", {"residual_multiplier": 0}, "residual_multiplier must be a positive number"),
-        ("granite", {"model_type": "granitemoe"}, "which is a mixture of experts"),
+        ("granite", {"model_type": "granitemoeshared"}, "which is a mixture of experts"),
         ("minicpm", {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"]}, "scale_emb is missing"),
         ("phi3", {"num_attention_heads": 4, "head_dim": 16}, r"qkv_proj\.weight has shape .* asks for 128 rows"),
         ("phi3", {"rope_scaling": {**THETA, "partial_rotary_factor": "half"}}, "must be a positive number"),
