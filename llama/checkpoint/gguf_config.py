@@ -36,6 +36,7 @@ ROTARY_DIM = "llama.rope.dimension_count"
 # Of layers with a window: which they are, and their theta; of queries beyond the original context.
 WINDOW_PATTERN, WINDOW_THETA = "llama.attention.sliding_window_pattern", "llama.rope.freq_base_swa"
 TEMPERATURE_SCALE = "llama.attention.temperature_scale"
+YARN_LOG_MULTIPLIER = "llama.rope.scaling.yarn_log_multiplier"
 # Tensors of wavelength factors, one for each rotated pair: of every text, or of short ones and of long ones.
 ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 ALL_ROPE_FACTORS = {ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS}
@@ -46,7 +47,7 @@ OTHER_GGUF_KEYS = {
     "llama.rope.dimension_count", "llama.rope.scale_linear", "llama.rope.scaling.attn_factor",
     "llama.rope.scaling.factor", "llama.rope.scaling.finetuned", "llama.rope.scaling.original_context_length",
     "llama.rope.scaling.type", "llama.rope.scaling.yarn_beta_fast", "llama.rope.scaling.yarn_beta_slow",
-    "llama.rope.scaling.yarn_log_multiplier", "llama.context_length",
+    YARN_LOG_MULTIPLIER, "llama.context_length",
     "llama.tensor_data_layout", "llama.vocab_size",
 }  # fmt: skip
 
@@ -204,9 +205,9 @@ def _gguf_rope_scaling(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[
             raise ValueError("RoPE scaling 'yarn' with rope_freqs is not supported")
         check_number("llama.rope.scaling.factor", factor)
         magnitude = None
-        log_multiplier = metadata.get("llama.rope.scaling.yarn_log_multiplier", 0.0)
+        log_multiplier = metadata.get(YARN_LOG_MULTIPLIER, 0.0)
         if log_multiplier:  # what other formats call mscale_all_dim, beside an mscale of 1
-            check_number("llama.rope.scaling.yarn_log_multiplier", log_multiplier)
+            check_number(YARN_LOG_MULTIPLIER, log_multiplier)
             growth = 0.1 * math.log(max(factor, 1.0))
             magnitude = (growth + 1) / (growth * log_multiplier + 1)
         return YarnScaling(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
 from tests.models import random_tokens
-from tests.parity import test_layer_families, test_relatives
+from tests.parity import test_experts, test_layer_families, test_relatives
 
 pytestmark = pytest.mark.slow
 
@@ -22,10 +22,16 @@ pytestmark = pytest.mark.slow
 RELATIVES = ("qwen2", "seed_oss", "granite, tied", "phi3", "phi4 mini", "internlm3", "ernie4_5, biases", "helium")
 # Norms of all heads, where two ranks share one of three KV heads, which counts once; norms of a head, which are whole.
 LAYERED = ("olmo3", "exaone4")
+# Layers that are not rotated, norms behind the rotation, queries scaled by position, windows in some layers.
+TWO_RANKS = ("qwen3", "hunyuan", "smollm3", "ministral3", "cwm")
 # Layer norms and their biases, feed-forwards without a gate, an activation with numbers of its own.
 UNGATED = ("nemotron, biases", "apertus")
+# Ranks have a part of each expert.
+EXPERTS = ("mixtral", "llama 4 scout", "qwen3 moe", "olmoe", "granite moe")
 CASES = [(name, size) for name in RELATIVES for size in (1, 2, 3)]
 CASES += [(name, size) for name in LAYERED + UNGATED for size in (2, 3)]
+CASES += [(name, 2) for name in TWO_RANKS + EXPERTS + ("arcee", "stablelm")]
+MAKERS = dict.fromkeys(LAYERED + TWO_RANKS, test_layer_families.made) | dict.fromkeys(EXPERTS, test_experts.made)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     folder, jobs, expected = tmp_path_factory.mktemp("ranks"), list[dict[str, Any]](), dict[str, Tensor]()
     tokens = random_tokens(2, 20, vocab_size=BYTE_VOCAB_SIZE)
     for name in dict(CASES):
-        made = test_relatives.made if name in RELATIVES + UNGATED else test_layer_families.made
-        theirs = made(name, vocab_size=BYTE_VOCAB_SIZE)
+        theirs = MAKERS.get(name, test_relatives.made)(name, vocab_size=BYTE_VOCAB_SIZE)
         theirs.save_pretrained(folder / name)
         write_byte_tokenizer(folder / name)
         with torch.inference_mode():

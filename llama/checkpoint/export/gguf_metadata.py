@@ -20,10 +20,16 @@ from llama.checkpoint.gguf_config import (
     ROTARY_DIM,
     SCALE_KEYS,
     SHORT_FACTORS,
+    TEMPERATURE_SCALE,
+    WINDOW_PATTERN,
+    WINDOW_THETA,
+    YARN_LOG_MULTIPLIER,
     read_metadata,
     read_multipliers,
     with_own_keys,
 )
+from llama.checkpoint.names import XIELU_PARTS
+from llama.checkpoint.tensors import xielu_parts
 from llama.config import ModelArgs
 from llama.rope import scaled_frequencies
 from llama.rope_scaling import FactorScaling, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
@@ -63,6 +69,7 @@ def describe(plan: ExportPlan, biased: Collection[str]) -> Description:
         keys, factors = _metadata(plan.args, plan.context_len, row)
         different = _differences(plan.args, keys, factors, row)
         if not different:
+            keys |= _xielu_keys(plan)
             return Description(row, {with_own_keys(key, row): value for key, value in keys.items()}, factors)
         differences = differences or different
     said = ", ".join(f"{name} {value}" for name, value in differences.items())
@@ -89,8 +96,6 @@ def _differences(
         close = isinstance(value, float) and isinstance(found, float) and math.isclose(value, found, rel_tol=1e-6)
         if field.name not in _BY_TENSORS and value != found and not close:
             different[field.name] = value
-    if args.activation == "xielu":  # whose numbers are keys for each layer
-        different["activation"] = args.activation
     if (args.rope_scaling is None) != (read.rope_scaling is None):
         different["rope_scaling"] = args.rope_scaling
     return different
@@ -109,14 +114,18 @@ def _metadata(args: ModelArgs, context_len: int, family: Family) -> tuple[dict[s
     }
     if args.sliding_window is not None:
         metadata["llama.attention.sliding_window"] = args.sliding_window
+        if args.full_layers and family.window in ("before last of four", "pattern"):
+            metadata[WINDOW_PATTERN] = [layer not in args.full_layers for layer in range(args.n_layers)]
+        if args.window_rope_theta is not None and "sliding_attention" in family.rope_keys:
+            metadata[WINDOW_THETA] = float(args.window_rope_theta)
     if family.is_scaled:  # by 1, as multipliers are folded
         metadata |= {SCALE_KEYS[field]: 1.0 for field in ("embedding", "residual", "logits")}
         if args.score_factor != 1.0:
             metadata[SCALE_KEYS["scores"]] = args.score_factor / math.sqrt(args.head_dim)
-    scaling = args.rope_scaling
+    scaling, by_position = args.rope_scaling, "llama_4_scaling_beta" in family.rope_keys
     if isinstance(scaling, LinearScaling):
         metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(scaling.factor)}
-    elif isinstance(scaling, YarnScaling) and scaling.attention_factor is None and scaling.truncate:
+    elif isinstance(scaling, YarnScaling) and scaling.truncate and (scaling.attention_factor is None or by_position):
         metadata |= {
             "llama.rope.scaling.type": "yarn",
             "llama.rope.scaling.factor": float(scaling.factor),
@@ -124,10 +133,24 @@ def _metadata(args: ModelArgs, context_len: int, family: Family) -> tuple[dict[s
             "llama.rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
             "llama.rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
         }
+        if scaling.attention_factor is not None and scaling.factor > 1:
+            growth = 0.1 * math.log(scaling.factor)
+            metadata[YARN_LOG_MULTIPLIER] = ((growth + 1) / scaling.attention_factor - 1) / growth
+        if args.query_scaling is not None and by_position:
+            metadata[TEMPERATURE_SCALE] = float(args.query_scaling.beta)
     elif isinstance(scaling, LongRopeScaling):
         metadata["llama.rope.scaling.original_context_length"] = scaling.old_context_len
         metadata["llama.rope.scaling.attn_factor"] = float(scaling.magnitude)
     return metadata, _rope_factors(args)
+
+
+def _xielu_keys(plan: ExportPlan) -> dict[str, list[float]]:
+    """Return keys with the numbers of each layer's xIELU, where that is computed; they name no architecture."""
+    if plan.args.activation != "xielu":
+        return {}
+    names = (f"layers.{layer}.feed_forward.xielu.weight" for layer in range(plan.args.n_layers))
+    layers = [xielu_parts(plan.checkpoint.read(name)) for name in names]
+    return {f"xielu.{part}": [float(parts[part]) for parts in layers] for part in XIELU_PARTS}
 
 
 def _rope_factors(args: ModelArgs) -> dict[str, np.ndarray]:
