@@ -15,8 +15,9 @@ from torch import Tensor
 from llama.quantization.gguf_blocks import IQ4_VALUES, LAYOUTS, ROUNDING, BlockFields, BlockType, quantize
 from llama.quantization.packing import put_together
 
-# Values that a thread works on at once: few enough for its cache, and for torch to start no threads of its own.
-SEARCHED_AT_ONCE = 30 << 10
+# Values of a part, and how many parts are worked on at once: enough values for what calls of torch cost by themselves,
+# few enough for caches. What one part leaves of torch's threads, another one uses.
+SEARCHED_AT_ONCE, PARTS_AT_ONCE = 1 << 18, 2
 BLOCK_REFITS = 3
 TOO_LARGE = 1e15  # for sums of squares in fp32, and for any scale in fp16
 FLAT = 1e-5  # a share of a determinant, below which it is rounding
@@ -83,7 +84,7 @@ def quantize_blocks(values: Tensor, block_type: BlockType, importance: Tensor | 
             weight = weights[torch.arange(first, first + len(part), device=values.device) % per_row]
         out[first : first + step] = _encode(part, block_type, weight)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(min(PARTS_AT_ONCE, torch.get_num_threads())) as pool:
         list(pool.map(work, range(0, len(blocks), step)))
     return out.view(rows, -1)
 
@@ -201,6 +202,16 @@ def _as_half(values: Tensor) -> Tensor:
     return values.half().float()
 
 
+def _of_blocks(values: Tensor) -> Tensor:
+    """Add up over the groups of each block, two halves at a time.
+
+    The order of torch's sums depends on where a block lies among others, and so would what its values become.
+    """
+    while len(values) > 1:
+        values = values[: len(values) // 2] + values[len(values) // 2 :]
+    return values[0]
+
+
 def _search_groups(groups: _Groups) -> tuple[Tensor, Tensor]:
     """Return the scale and low (groups of a block, blocks) that are best for each group by itself."""
     search = groups.search
@@ -255,7 +266,7 @@ def _search_blocks(groups: _Groups, scale: Tensor, low: Tensor) -> tuple[Pair, P
         error = scale * (scale * sums.cc - 2 * sums.cx)
         if has_low:
             error += shifted * (shifted * groups.w - 2 * (groups.sum_x - scale * sums.c))
-        error = error.sum(dim=0)
+        error = _of_blocks(error)
         better = error < best
         best = torch.where(better, error, best)
         now = [unit, unit_low, number, number_low]
@@ -267,16 +278,16 @@ def _search_blocks(groups: _Groups, scale: Tensor, low: Tensor) -> tuple[Pair, P
         if has_low:
             x, cx = groups.sum_x + groups.base * groups.w, sums.cx + groups.base * sums.c
             number_low = whole((unit * number * sums.c - x) / groups.w, unit_low)
-            a, b = (number * number * sums.cc).sum(0), (number * number_low * sums.c).sum(0)
-            c = (number_low * number_low * groups.w).sum(0)
-            r, t = (number * cx).sum(0), (number_low * x).sum(0)
+            a, b = _of_blocks(number * number * sums.cc), _of_blocks(number * number_low * sums.c)
+            c = _of_blocks(number_low * number_low * groups.w)
+            r, t = _of_blocks(number * cx), _of_blocks(number_low * x)
             determinant = a * c - b * b
             new, new_low = (r * c - b * t) / determinant, (b * r - a * t) / determinant
             fits = (determinant > FLAT * a * c) & (new_low >= 0)
             unit = torch.where(fits, _as_half(new), unit)
             unit_low = torch.where(fits, _as_half(new_low), unit_low)
         else:
-            new = (number * sums.cx).sum(0) / (number * number * sums.cc).sum(0)
+            new = _of_blocks(number * sums.cx) / _of_blocks(number * number * sums.cc)
             unit = torch.where(new.isnan(), unit, _as_half(new))
     unit, unit_low, number, number_low = kept
     return (unit, unit_low), (number, number_low)
