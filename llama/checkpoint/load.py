@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ from llama.distributed.groups import ModelParallel
 from llama.distributed.layers import set_quantized_weight, tie_output
 from llama.model import Transformer
 from llama.quantization.gguf_blocks import F8_E4M3, BlockType, quantize
+from llama.quantization.k_quants import quantize_blocks
 from llama.quantization.planar import Fp8Weight
 from llama.quantization.weights import BlockWeight, LowRank, QuantizedWeight, Weight
 from llama.tokenizer import Tokenizer
@@ -55,6 +56,8 @@ class WeightFormat:
     quantize: str | None = None  # int8, int4 or fp8: what floats, and larger blocks, become
     weight_cls: type[QuantizedWeight] = BlockWeight  # holds quantized weights
     keeps_stored_blocks: bool = False  # whether quantized blocks of a file stay blocks unless asked
+    # What columns of a whole matrix of this name and shape count where it is quantized, as ImportanceMatrix.of says.
+    column_weights: Callable[[str, Sequence[int]], Tensor | None] | None = None
 
     def block_type(self, checkpoint: StoredCheckpoint, name: str, parallel: ModelParallel) -> BlockType | None:
         """Return the block type that this rank holds its part of a tensor in, or None for floats."""
@@ -70,6 +73,15 @@ class WeightFormat:
             return held
         # Ranks cut rows only between blocks.
         return held if part_length(name, shape[1], parallel) % held.elements == 0 else None
+
+    def check_column_weights(self, checkpoint: StoredCheckpoint) -> bool:
+        """Tell whether a matrix is quantized at all; raise ValueError where what columns count does not fit those."""
+        assert self.column_weights is not None
+        held = {name: self.block_type(checkpoint, name, ModelParallel()) for name in checkpoint.names()}
+        made = [name for name, block_type in held.items() if block_type not in (None, checkpoint.block_type(name))]
+        for name in made:
+            self.column_weights(name, checkpoint.shape(name))
+        return bool(made)
 
     def with_ffn_multiple(self, checkpoint: StoredCheckpoint, parallel: ModelParallel) -> ModelParallel:
         """Return the ranks with hidden features split so that w2's rows are cut between blocks: see D33."""
@@ -134,7 +146,14 @@ def _read_quantized(
         values = read_part(checkpoint, name, model.args, model.parallel).to(device)  # a GPU is quick to quantize
         if block_type == F8_E4M3:
             return Fp8Weight.of(values)
-        blocks = quantize(values, block_type)
+        weights = None
+        if weight_format.column_weights is not None:
+            weights = weight_format.column_weights(name, checkpoint.shape(name))
+        if weights is None:
+            blocks = quantize(values, block_type)
+        else:
+            weights = part_of_columns(weights, name, model.parallel).to(device)
+            blocks = quantize_blocks(values.float(), block_type, weights)
     return weight_format.weight_cls(blocks, block_type)
 
 
@@ -210,6 +229,14 @@ def _check_names(checkpoint: Checkpoint, expected: Collection[str]) -> None:
         raise ValueError(
             f"{checkpoint.path} has unexpected tensors {some_of(unexpected)}: the configuration does not describe it"
         )
+
+
+def part_of_columns(weights: Tensor, name: str, parallel: ModelParallel) -> Tensor:
+    """Return what this rank's columns of a matrix count, of what all count; those that only pad it count 1."""
+    if shard_dim(name) != 1 or parallel.size == 1:
+        return weights
+    start, stop = part_span(name, len(weights), parallel)
+    return F.pad(weights[start:stop], (0, part_length(name, len(weights), parallel) - (stop - start)), value=1.0)
 
 
 def part_length(name: str, total: int, parallel: ModelParallel) -> int:

@@ -33,7 +33,7 @@ FEW_TOKENS = 2000
 
 
 def main(
-    options: Annotated[BuildOptions, build_flags(*SIZES, *GENERATION, "quantize", "compile")],
+    options: Annotated[BuildOptions, build_flags(*SIZES, *GENERATION, "quantize", "imatrix", "compile")],
     *,
     text: Path,
     output: Path = Path("imatrix.gguf"),

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from llama.chat.template import TemplateChat, read_template
 from llama.checkpoint import StoredCheckpoint, load_weights, open_checkpoint, with_adapters
 from llama.checkpoint.base import dtype_name
 from llama.checkpoint.context import trained_context_len
+from llama.checkpoint.imatrix import read_imatrix
 from llama.checkpoint.load import WeightFormat, check_vocab_size, check_weights
 from llama.checkpoint.lora import adapters_of
 from llama.config import ModelArgs
@@ -184,6 +186,7 @@ def build_draft(options: BuildOptions, model: Transformer, tokenizer: Tokenizer)
         chat_template=None,
         template_kwargs=None,
         quantize=options.draft_quantize,
+        imatrix=None,
         lora=(),
         speculate=None,
         draft_ckpt_dir=None,
@@ -206,6 +209,7 @@ def check_alike(source: Source) -> None:
         "device": source.device.type,
         "dtype": dtype_name(source.weight_format.dtype),
         "quantize": str(source.weight_format.quantize),
+        "imatrix": "some" if source.weight_format.column_weights else "none",
         "kernels": "own kernels" if source.backend.own_kernels else "none",
         "architecture": str(source.args),
         "lora": ", ".join(map(str, adapters_of(source.checkpoint))) or "no adapters",
@@ -300,4 +304,15 @@ def open_source(options: BuildOptions, *, by_modules: bool = False) -> Source:
     checkpoint = with_adapters(checkpoint, options.lora, requantizes=options.quantize is not None)
     args = dataclasses.replace(args, tied_embeddings=checkpoint.args.tied_embeddings)
     weight_format = WeightFormat(dtype, options.quantize, backend.weight_cls, backend.keeps_stored_blocks)
+    if options.imatrix is not None:
+        if args.experts is not None:
+            raise ValueError(f"imatrix {options.imatrix} cannot be used for models with experts: leave --imatrix out")
+        importance = read_imatrix(Path(options.imatrix))
+        importance.check_layers(args.n_layers)
+        weight_format = dataclasses.replace(weight_format, column_weights=importance.of)
+        if not weight_format.check_column_weights(checkpoint):
+            raise ValueError(
+                f"imatrix {options.imatrix} has nothing to do, as the weights are blocks that are no larger already: "
+                "leave --imatrix out"
+            )
     return Source(checkpoint, tokenizer, args, backend, weight_format)

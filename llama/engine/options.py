@@ -37,6 +37,7 @@ class BuildOptions:
         chat_template: a file with a jinja template in place of the model's own; in Python also its text.
         template_kwargs: what the template reads beside messages and tools, as JSON: {"enable_thinking": false}.
         quantize: int8, int4 or, on GPUs, fp8: 8.5, 5 or 8 bits a value; blocks that are no larger stay as they are.
+        imatrix: what llama calibrate or llama-imatrix has measured of this model, by which quantize int4 rounds.
         lora: adapter of the model, PATH or PATH:SCALE, a folder of peft's or a GGUF file; may be given several times.
             It is merged into floats, and stays beside quantized weights unless quantize is given, too.
         compile: let torch compile the decode step, which takes a minute once; CPU kernels need no compiling.
@@ -58,6 +59,7 @@ class BuildOptions:
     chat_template: str | os.PathLike[str] | None = None
     template_kwargs: str | Mapping[str, Any] | None = None
     quantize: str | None = None
+    imatrix: str | os.PathLike[str] | None = None
     lora: tuple[str, ...] = ()
     compile: bool = False
     speculate: str | None = None
@@ -69,7 +71,7 @@ class BuildOptions:
         if self.max_seq_len is not None:
             check_int("max_seq_len", self.max_seq_len)
         check_int("max_batch_size", self.max_batch_size)
-        for name in ("ckpt_dir", "tokenizer_path", "chat_template", "draft_ckpt_dir"):
+        for name in ("ckpt_dir", "tokenizer_path", "chat_template", "imatrix", "draft_ckpt_dir"):
             if getattr(self, name) == "":  # an unset variable; as a path it would be the current folder
                 raise ValueError(f"{name} must be a path, got ''")
         if self.chat_template is not None and self.chat_format not in (None, "template"):
@@ -82,6 +84,8 @@ class BuildOptions:
             mode = getattr(self, name)
             if mode is not None and mode not in QUANTIZE_MODES:
                 raise ValueError(f"{name} must be one of {', '.join(QUANTIZE_MODES)}, got {mode!r}")
+        if self.imatrix is not None and self.quantize != "int4":
+            raise ValueError(f"imatrix {self.imatrix} is for quantize int4 alone, got {self.quantize}: give that, too")
         if self.draft_quantize is not None and self.draft_ckpt_dir is None:
             raise ValueError(f"draft_quantize {self.draft_quantize} needs a draft model: give --draft_ckpt_dir, too")
         if (

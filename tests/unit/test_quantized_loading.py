@@ -17,6 +17,7 @@ from llama.backends.eager import EagerBackend
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.checkpoint.imatrix import ColumnSquares, ImportanceMatrix, read_imatrix, write_imatrix
 from llama.checkpoint.load import WeightFormat, global_shapes, load_weights
 from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
@@ -38,6 +39,7 @@ SUPER = ModelArgs(
     dim=256, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=128, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=768
 )
 SMALL = ModelArgs(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160)
+WHOLE = dataclasses.replace(SMALL, hidden_dim=None, multiple_of=32)  # as Meta's format says it: 8 blocks
 KINDS = {name: SMALL if block_type.elements == 32 else SUPER for name, block_type in BLOCK_TYPES.items()}
 
 
@@ -131,6 +133,77 @@ def test_quantizing_while_loading_gives_what_converting_saves(tmp_path: Path, mo
         assert weight.block_type.name == expected.get(module_name(name), {"int8": "Q8_0", "int4": "Q4_1"}[mode])
         assert same.block_type == weight.block_type
     assert all(torch.equal(*both) for both in zip(loaded.parameters(), saved.parameters(), strict=True))
+
+
+def measured(path: Path, args: ModelArgs) -> ImportanceMatrix:
+    """An importance matrix of a model's layers, in which each column counts something else."""
+    shapes = {name: shape for name, shape in global_shapes(args).items() if "layers" in name and len(shape) == 2}
+    counts = torch.tensor([9.0], dtype=torch.float64)
+    squares = {
+        name: ColumnSquares(torch.arange(1.0, 1 + shape[1], dtype=torch.float64).roll(i) ** 2, counts)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    write_imatrix(path, squares, ["text"], 9, 512)
+    return read_imatrix(path)
+
+
+def test_int4_by_importance_is_the_same_at_load_as_converted(tmp_path: Path) -> None:
+    write_meta(tmp_path / "meta", WHOLE)
+    importance = measured(tmp_path / "i.gguf", WHOLE)
+    convert(tmp_path / "meta", tmp_path / "saved", quantize="int4", importance=importance)
+    plain, loaded, saved = (
+        matrices(build(path, quantize="int4", **options).model)
+        for path, options in (
+            (tmp_path / "meta", {}),
+            (tmp_path / "meta", {"imatrix": tmp_path / "i.gguf"}),
+            (tmp_path / "saved", {}),
+        )
+    )
+    for name, weight in loaded.items():
+        assert torch.equal(values(weight), values(saved[name])), name
+        assert torch.equal(values(weight), values(plain[name])) == ("layers" not in name), name
+
+
+def test_ranks_quantize_their_columns_by_what_these_count(tmp_path: Path) -> None:
+    """Of wo and w2 each rank has some of the columns, and of 8 blocks of w2 the last rank has one that only pads."""
+    write_meta(tmp_path / "meta", WHOLE)
+    checkpoint, importance = open_checkpoint(tmp_path / "meta"), measured(tmp_path / "i.gguf", WHOLE)
+    weight_format = WeightFormat(torch.float32, "int4", column_weights=importance.of)
+    held = []
+    for rank, size in ((0, 1), (0, 3), (1, 3), (2, 3)):
+        parallel = weight_format.with_ffn_multiple(checkpoint, ModelParallel(rank, size))
+        with torch.device("meta"):
+            model = Transformer(checkpoint.args, parallel)
+        load_weights(model, checkpoint, CPU, weight_format)
+        held.append(matrices(model))
+    for name in held[0]:
+        if (module := module_name(name)) in ("wo", "w1", "w2", "wq"):
+            whole, *parts = (values(each[name]) for each in held)
+            dim = 1 if module in ("wo", "w2") else 0
+            assert torch.equal(torch.cat(parts, dim).narrow(dim, 0, whole.shape[dim]), whole), name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, r"^imatrix .*i\.gguf is for quantize int4 alone, got None: give that, too"),
+        ({"quantize": "int8"}, "is for quantize int4 alone, got int8"),
+        ({"quantize": "int4"}, "is of 3 layers or more, the model has 2: it is of another model"),
+    ],
+)
+def test_an_importance_matrix_that_does_not_fit_is_told(tmp_path: Path, options: Any, words: str) -> None:
+    write_meta(tmp_path, WHOLE)
+    measured(tmp_path / "i.gguf", dataclasses.replace(WHOLE, n_layers=3))
+    with pytest.raises(ValueError, match=words) as caught:
+        build(tmp_path, imatrix=tmp_path / "i.gguf", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_importance_matrix_for_weights_that_stay_as_they_are_is_told(tmp_path: Path) -> None:
+    path, _ = write(tmp_path, "Q4_0")
+    measured(tmp_path / "i.gguf", SMALL)
+    with pytest.raises(ValueError, match="has nothing to do, as the weights are blocks that are no larger already"):
+        built(path, quantize="int4", imatrix=tmp_path / "i.gguf")
 
 
 def convert(source: Path, target: Path, **options: Any) -> None:
