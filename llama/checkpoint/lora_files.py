@@ -170,7 +170,10 @@ def _read_gguf(file: Path, scale: float, checkpoint: StoredCheckpoint) -> Adapte
         raise ValueError(f"lora {file} is neither a folder of peft's nor a GGUF file: give the folder {file.parent}")
     header = read_header(file)
     metadata = header.metadata
-    if metadata.get("general.type") != "adapter":
+    kind = metadata.get("general.type", "model")
+    if kind not in ("adapter", "model"):
+        raise ValueError(f"lora {file} is a GGUF file of type {kind}, and no adapter: name another")
+    if kind != "adapter":
         raise ValueError(f"lora {file} is no adapter but a whole model: give it as --ckpt_dir")
     if metadata.get("adapter.type") != "lora":
         raise ValueError(f"lora {file}: adapter.type {metadata.get('adapter.type')!r} is not supported, only 'lora' is")

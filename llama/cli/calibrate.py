@@ -15,7 +15,7 @@ from typing import Annotated
 
 from tqdm import tqdm
 
-from llama.checkpoint.export.streaming_writers import check_new, new_path
+from llama.checkpoint.export.streaming_writers import check_place, new_path
 from llama.checkpoint.imatrix import check_measured, write_imatrix
 from llama.cli.options import GENERATION, SIZES, build_flags
 from llama.cli.perplexity import cut
@@ -62,7 +62,7 @@ def main(
         raise ValueError(f"--output {output} must end in .gguf: that is its format")
 
     def read() -> str:
-        check_new(output)
+        check_place(output)
         return read_text(text)
 
     content = on_first_rank(read, options.timeout)
@@ -85,6 +85,7 @@ def main(
             with signals_raise(), new_path(output) as partial:
                 write_imatrix(partial, squares, [name], len(windows), window)
     read_tokens = sum(map(len, windows))
-    log.info("%s: %d matrices, over %d tokens in %d windows", output, len(squares), read_tokens, len(windows))
+    count = f"{len(windows)} window{'s' * (len(windows) != 1)}"
+    log.info("%s: %d matrices, over %d tokens in %s", output, len(squares), read_tokens, count)
     if read_tokens < FEW_TOKENS:
         log.warning("%d tokens are few: with %d or more, figures hang less on chance", read_tokens, FEW_TOKENS)

@@ -61,6 +61,10 @@ def main(
     check_suffix(dst, format)
     if pure and format != "gguf":
         raise ValueError(f"--pure is for --format gguf alone, got --format {format}")
+    if pure and dtype is None:
+        raise ValueError(
+            "--pure has nothing to do without --dtype, which names the type: give --dtype q4_k, for example"
+        )
     checkpoint = with_adapters(open_checkpoint(src), lora, requantizes=True)
     for adapter in adapters_of(checkpoint):
         log.info("lora %s", adapter)
@@ -85,9 +89,13 @@ def main(
 
 
 def check_suffix(path: Path, format: str) -> None:
-    """Raise ValueError for a GGUF file of another name."""
+    """Raise ValueError for a GGUF file of another name, and for a folder of such a name."""
     if format == "gguf" and path.suffix != ".gguf":
         raise ValueError(f"{path} must end in .gguf: this format is one file")
+    if format != "gguf" and path.suffix == ".gguf":
+        raise ValueError(
+            f"{path} ends in .gguf, and --format {format} makes a folder: give --format gguf, or another name"
+        )
 
 
 def write(made: Writer, path: Path) -> None:

@@ -74,11 +74,13 @@ def _prompts_of_lines(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or for - of stdin, byte for byte. ValueError when it is empty or not UTF-8."""
+    """The text of a file, or for - of stdin, byte for byte. ValueError when it is empty or not UTF-8, or OSError."""
     if path == Path(STDIN):
         if sys.stdin.isatty():
             log.info("reading from the terminal; Ctrl-D at the beginning of a line ends the text")
         content = sys.stdin.buffer.read()
+    elif path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file of text")
     else:
         content = path.read_bytes()
     if not content:

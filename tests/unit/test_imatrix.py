@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama.checkpoint import open_checkpoint
+from llama.checkpoint import open_checkpoint, with_adapters
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.imatrix import ColumnSquares, check_measured, read_imatrix, write_imatrix
@@ -186,14 +186,11 @@ def test_what_does_not_fit_the_model_is_told_before_weights_are_read(
     tmp_path: Path,
 ) -> None:
     write_imatrix(tmp_path / "i.gguf", make(), [], 1, 512)
+    flags = {"format": "gguf", "dtype": "q4_0", **options}
+    path = tmp_path / ("m.gguf" if flags["format"] == "gguf" else "m")
     with pytest.raises(ValueError, match=words):
-        convert.main(
-            llama2_folder,
-            tmp_path / "m.gguf",
-            **{"format": "gguf", "dtype": "q4_0", **options},
-            imatrix=tmp_path / "i.gguf",
-        )
-    assert not (tmp_path / "m.gguf").exists()
+        convert.main(llama2_folder, path, **flags, imatrix=tmp_path / "i.gguf")
+    assert not path.exists()
 
 
 NAME = "blk.0.attn_q.weight"
@@ -248,6 +245,8 @@ def test_a_model_and_an_importance_matrix_are_not_taken_for_each_other(llama2_fo
     with pytest.raises(ValueError, match="is an importance matrix, no model: llama convert --imatrix takes it"):
         open_checkpoint(tmp_path / "i.gguf")
     convert.main(llama2_folder, tmp_path / "m.gguf", format="gguf", dtype="q8_0")
+    with pytest.raises(ValueError, match="of type imatrix, and no adapter: name another"):
+        with_adapters(open_checkpoint(llama2_folder), (str(tmp_path / "i.gguf"),))
     with pytest.raises(ValueError, match="of type model, and no imatrix"):
         read_imatrix(tmp_path / "m.gguf")
     with pytest.raises(FileNotFoundError, match="does not exist: llama calibrate makes one"):
@@ -281,6 +280,13 @@ def test_an_existing_file_is_not_replaced(llama2_folder: Path, tmp_path: Path) -
     with pytest.raises(FileExistsError, match="exists already"):
         calibrate.main(BuildOptions(llama2_folder, device="cpu"), text=tmp_path / "text", output=tmp_path / "i.gguf")
     assert (tmp_path / "i.gguf").read_bytes() == b"mine"
+
+
+def test_an_output_that_cannot_be_written_is_told_before_measuring(llama2_folder: Path, tmp_path: Path) -> None:
+    """The text was read to its end first, which takes an hour of a large model."""
+    (tmp_path / "text").write_bytes(b"a text")
+    with pytest.raises(NotADirectoryError, match="cannot be made"):  # and not that the model is missing
+        calibrate.main(BuildOptions(tmp_path / "no model"), text=tmp_path / "text", output=tmp_path / "text" / "i.gguf")
 
 
 def test_activations_that_are_not_finite_are_told() -> None:

@@ -47,6 +47,12 @@ def test_a_file_holds_more_prompts_than_a_command_line(pipe: Path) -> None:
     assert read_prompts(None, pipe) == texts
 
 
+def test_a_folder_in_place_of_a_file_is_told(tmp_path: Path) -> None:
+    """The message was the system's `[Errno 21] Is a directory`."""
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder: name a file of text$"):
+        read_prompts(None, tmp_path)
+
+
 def test_without_flags_there_is_no_prompt_and_an_empty_stdin_is_nothing_to_tell(
     pipe: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -215,6 +215,15 @@ def test_a_written_list_finds_every_change(hf: Path, gguf: Path) -> None:
     assert [found.partition(":")[0] for found in problems(gguf)] == [gguf.name]
 
 
+def test_a_list_that_cannot_be_written_leaves_nothing(meta: Path) -> None:
+    """A full disk left checksums.sha256.partial-PID."""
+    (meta / "checksums.sha256").mkdir()
+    before = sorted(meta.iterdir())
+    with pytest.raises(OSError):
+        write_list(meta, [meta / "params.json"], lambda n_bytes: None)
+    assert sorted(meta.iterdir()) == before
+
+
 def test_a_path_that_is_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         findings(tmp_path / "none")

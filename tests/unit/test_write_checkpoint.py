@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,7 @@ from llama.checkpoint.hf_config import read_config
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.params_json import read_params
 from llama.config import ModelArgs
+from llama.errors import error_line
 from llama.rope_scaling import DynamicScaling, FactorScaling, LinearScaling, Llama3Scaling, YarnScaling
 from llama.testing.model_presets import PRESETS
 from llama.testing.random_checkpoint import RandomCheckpoint
@@ -288,6 +291,34 @@ def test_a_path_that_holds_something_is_left_alone(tmp_path: Path) -> None:
         partial.mkdir()
         raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_what_cannot_be_written_is_told_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion of hours ended in a full disk, and one below a file in `File exists`."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"file/new cannot be made, as .*file is no folder: name another"):
+        convert(random_checkpoint(), tmp_path / "file" / "new", "hf")
+    with (
+        pytest.raises(OSError, match=r"new takes 1000000000000\.0 MB, and its disk has .* MB free: make room, or name"),
+        new_path(tmp_path / "new", 10**18),
+    ):
+        pytest.fail("the disk has no such room")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to a folder of any mode
+    with pytest.raises(PermissionError, match=r"new cannot be made, as .* cannot be written to: name another folder"):
+        convert(random_checkpoint(), tmp_path / "new", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    """Of GGUF files the message was `8192 requested and 7840 written`."""
+    with pytest.raises(OSError) as raised, new_path(tmp_path / "new.gguf") as partial:
+        partial.symlink_to("/dev/full")
+        np.zeros(100_000).tofile(partial)
+    assert "No space left on device" in error_line(raised.value) and "make room on the disk" in error_line(raised.value)
+    assert "new.gguf" in error_line(raised.value) and not list(tmp_path.iterdir())
 
 
 def test_a_seed_gives_the_same_weights_in_every_format(tmp_path: Path) -> None:

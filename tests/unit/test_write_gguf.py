@@ -67,7 +67,7 @@ def test_a_file_has_the_types_of_its_mixture(tmp_path: Path) -> None:
     assert types["output.weight"] == types["blk.1.ffn_down.weight"] == "Q6_K"
     assert types["blk.0.attn_q.weight"] == types["token_embd.weight"] == "Q4_K"
     assert types["blk.0.attn_norm.weight"] == "F32"
-    pure = tensors(written(tmp_path / "b.gguf", random_checkpoint(**WHOLE), dtype="q4_k_m", is_pure=True))
+    pure = tensors(written(tmp_path / "b.gguf", random_checkpoint(**WHOLE), dtype="Q4_K_M", is_pure=True))
     assert {tensor.tensor_type.name for tensor in pure.values()} == {"F32", "Q4_K"}
 
 
@@ -130,6 +130,8 @@ def test_rows_that_fit_no_block_are_fp16(tmp_path: Path) -> None:
         ("a.bin", {"format": "gguf"}, "must end in .gguf"),
         ("a.gguf", {"format": "gguf", "dtype": "q4_k_xl"}, "--dtype must be one of .*q4_k_m"),
         ("a", {"format": "hf", "pure": True}, "--pure is for --format gguf alone"),
+        ("a.gguf", {"format": "gguf", "pure": True}, "--pure has nothing to do without --dtype"),
+        ("a.gguf", {"format": "hf"}, r"a\.gguf ends in \.gguf, and --format hf makes a folder"),
         ("a.gguf", {"format": "gguf", "quantize": "int4"}, "--quantize int4 is for --format hf alone"),
     ],
 )

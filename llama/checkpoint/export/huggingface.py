@@ -38,14 +38,16 @@ class HuggingFaceWriter:
         for name, shape in global_shapes(plan.args).items():
             if name.endswith(".bias") and module_name(name) in lost:
                 continue
-            block_type = quantized_type(name, shape, quantize) if quantize else None
+            block_type = self._block_type(name, shape, quantize) if quantize else None
             if block_type is None:
                 self.entries[name] = TensorEntry(shape, plan.dtype)
             else:
                 row_bytes = shape[1] // block_type.elements * block_type.size
                 self.entries[name] = TensorEntry((shape[0], row_bytes), torch.uint8)
                 self.block_types[name] = block_type
-        plan.check_importance({name: global_shapes(plan.args)[name] for name in self.block_types})
+        shapes = global_shapes(plan.args)
+        rounded = {name for name, each in self.block_types.items() if plan.checkpoint.block_type(name) != each}
+        plan.check_importance({name: shapes[name] for name in self.block_types if name in rounded})
         if self.block_types:
             types = {self._name(name): block_type.name for name, block_type in self.block_types.items()}
             self.config["quantization_config"] = {"quant_method": BLOCKS_METHOD, "types": types}
@@ -64,7 +66,8 @@ class HuggingFaceWriter:
             file_name = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
             entries = {own: entry for name in names for own, entry in self._entries(name).items()}
             file = SafetensorsFile(folder / file_name, entries)
-            for name, tensor in self.plan.read_all(names):
+            types = {name: getattr(self.block_types.get(name), "name", "") for name in names}
+            for name, tensor in self.plan.read_all(names, types):
                 for part in self._stored(name, tensor):
                     file.add(part)
                 progress(self.entries[name].nbytes)
@@ -76,6 +79,13 @@ class HuggingFaceWriter:
         self._write_generation_config(folder / "generation_config.json")
         # Last, because without it a folder cannot be opened.
         write_json(folder / "config.json", self.config)
+
+    def _block_type(self, name: str, shape: tuple[int, ...], quantize: str) -> BlockType | None:
+        """Return the blocks that a tensor becomes: what it is stored in, where that is no larger; None for floats."""
+        asked, stored = quantized_type(name, shape, quantize), self.plan.checkpoint.block_type(name)
+        if asked is None or stored is None or asked.size * stored.elements < stored.size * asked.elements:
+            return asked
+        return stored
 
     def _name(self, name: str) -> str:
         """Return what the family calls a tensor in its files."""
@@ -108,6 +118,8 @@ class HuggingFaceWriter:
         if name not in self.block_types:
             offset = norm_offset(name, self.family)
             stored = self.plan.as_dtype(name, tensor.float() - offset if offset else tensor, self.plan.dtype)
+        elif tensor.dtype == torch.uint8:  # blocks that stay
+            stored = tensor
         else:
             try:
                 weights = self.plan.column_weights(name, tuple(tensor.shape))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import io
 import json
 import os
@@ -49,26 +50,42 @@ class TensorEntry(NamedTuple):
 
 
 @contextlib.contextmanager
-def new_path(path: Path) -> Iterator[Path]:
+def new_path(path: Path, nbytes: int = 0) -> Iterator[Path]:
     """Yield a path to write to beside `path`; give it that name when the caller is done, and remove it on an error.
 
-    A process that is killed leaves it as NAME.partial-PID. Raise FileExistsError when something is at `path`.
+    A process that is killed leaves it as NAME.partial-PID. Raise OSError as `check_place` does.
     """
-    check_new(path)
+    check_place(path, nbytes)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         check_new(path)
         if path.is_dir():
             path.rmdir()
         os.rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and "requested and" in str(error):  # numpy's: so many values, without the reason
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
+
+
+def check_place(path: Path, nbytes: int = 0) -> None:
+    """Make the folders above `path`; raise OSError where something is at it, or nbytes cannot be written there."""
+    check_new(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} cannot be made, as {path.parent} is no folder: name another") from None
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be made, as {path.parent} cannot be written to: name another folder")
+    free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        sizes = f"{path} takes {nbytes / 1e6:.1f} MB, and its disk has {free / 1e6:.1f} MB free"
+        raise OSError(f"{sizes}: make room, or name a folder on another disk")
 
 
 def check_new(path: Path) -> None:

@@ -75,6 +75,8 @@ def writer(
     if format not in EXPORT_FORMATS:
         raise ValueError(f"--format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
     dtypes = GGUF_FILE_TYPES if format == "gguf" else DTYPES
+    if dtype is not None and format == "gguf":
+        dtype = dtype.lower()  # llama.cpp writes Q4_K_M
     if dtype is not None and dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {', '.join(dtypes)} for --format {format}, got {dtype!r}")
     if shards != 1 and format != "meta":
@@ -101,8 +103,8 @@ def writer(
 
 
 def write_checkpoint(writer: Writer, path: Path, progress: Progress) -> None:
-    """Write to a path that does not exist; it appears when all is there. Raise FileExistsError if something is."""
-    with new_path(path) as partial:
+    """Write to a path that does not exist; it appears when all is there. Raise OSError where it cannot."""
+    with new_path(path, writer.nbytes) as partial:
         writer.write(partial, progress)
 
 

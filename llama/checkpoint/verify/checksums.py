@@ -37,8 +37,12 @@ def write_list(path: Path, files: list[Path], progress: Progress) -> Path:
     lines = [f"{_digest(file, 'sha256', progress)}  {file.name}\n" for file in files]
     target = list_path(path)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    partial.write_text("".join(lines), encoding="utf-8")
-    os.replace(partial, target)
+    try:
+        partial.write_text("".join(lines), encoding="utf-8")
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return target
 
 
