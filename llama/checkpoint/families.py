@@ -107,9 +107,17 @@ _OLMO = Family(
 FAMILIES: dict[str, Family] = {
     "llama": Family(("LlamaForCausalLM", "LLaMAForCausalLM")),
     "mistral": Family(
-        ("MistralForCausalLM",), defaults={"sliding_window": 4096}, window="all", hf_names=_BESIDE_PICTURES
+        ("MistralForCausalLM",),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        window="all",
+        hf_names=_BESIDE_PICTURES,
     ),
-    "ministral": Family(("MinistralForCausalLM",), defaults={"sliding_window": 4096}, biases={}, window="listed"),
+    "ministral": Family(
+        ("MinistralForCausalLM",),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        biases={},
+        window="listed",
+    ),
     "ministral3": Family(
         ("Ministral3ForCausalLM",),
         defaults={
@@ -135,7 +143,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(
         ("Qwen2ForCausalLM",),
-        defaults={"sliding_window": 4096},
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
         biases=dict.fromkeys(("wq", "wk", "wv"), True),
         window="if used",
         gguf="qwen2",
@@ -198,6 +206,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(("GraniteForCausalLM",), is_scaled=True, gguf="granite"),
     "minicpm": Family(
         ("MiniCPMForCausalLM",),
+        defaults={"tie_word_embeddings": True},
         biases=dict.fromkeys(ATTENTION, "attention_bias"),
         refused=dict.fromkeys(("num_experts", "sparse_config"), "only dense models with full attention are"),
         is_scaled=True,
@@ -265,7 +274,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": "layer_norm_epsilon",
             "hidden_act": "activation_function",
         },
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": True},
         biases={},
         hf_names={
             "transformer.h.": "model.layers.",
@@ -335,7 +344,13 @@ FAMILIES: dict[str, Family] = {
             "shared_expert_intermediate_size": "intermediate_size",
             "intermediate_size": "intermediate_size_mlp",
         },
-        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "rope_theta": 500000.0},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "rope_theta": 500000.0,
+            "attention_chunk_size": 8192,
+        },
         biases=dict.fromkeys(ATTENTION, "attention_bias"),
         unrotated="listed",
         router="sigmoid of input",
