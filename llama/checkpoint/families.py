@@ -5,13 +5,11 @@ Knows nothing of files. Readers take the differences away, so that `llama.model`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llama.checks import check_number
-from llama.config import ModelArgs, Router
+from llama.config import Router
 
 # Which dimensions of a head RoPE rotates as a pair: neighbours, as in Meta's code, or one of each half.
 RowOrder = Literal["neighbours", "halves"]
@@ -46,16 +44,6 @@ _OUTPUT_NORMS = {
 
 # What names of a model of text have more, where it is part of one that sees pictures.
 _BESIDE_PICTURES = {"language_model.": ""}
-
-
-@dataclass(frozen=True)
-class Multipliers:
-    """Scalars that a family multiplies by, where Llama does not; `folded` puts them elsewhere."""
-
-    embedding: float = 1.0  # of the rows of the table
-    residual: float = 1.0  # of what attention and feed-forward add
-    scores: float = 1.0  # of attention's scores, beside 1 / sqrt(head_dim)
-    logits: float = 1.0  # divides them
 
 
 @dataclass(frozen=True)
@@ -107,9 +95,17 @@ _OLMO = Family(
 FAMILIES: dict[str, Family] = {
     "llama": Family(("LlamaForCausalLM", "LLaMAForCausalLM")),
     "mistral": Family(
-        ("MistralForCausalLM",), defaults={"sliding_window": 4096}, window="all", hf_names=_BESIDE_PICTURES
+        ("MistralForCausalLM",),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        window="all",
+        hf_names=_BESIDE_PICTURES,
     ),
-    "ministral": Family(("MinistralForCausalLM",), defaults={"sliding_window": 4096}, biases={}, window="listed"),
+    "ministral": Family(
+        ("MinistralForCausalLM",),
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        biases={},
+        window="listed",
+    ),
     "ministral3": Family(
         ("Ministral3ForCausalLM",),
         defaults={
@@ -135,7 +131,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(
         ("Qwen2ForCausalLM",),
-        defaults={"sliding_window": 4096},
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
         biases=dict.fromkeys(("wq", "wk", "wv"), True),
         window="if used",
         gguf="qwen2",
@@ -198,6 +194,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(("GraniteForCausalLM",), is_scaled=True, gguf="granite"),
     "minicpm": Family(
         ("MiniCPMForCausalLM",),
+        defaults={"tie_word_embeddings": True},
         biases=dict.fromkeys(ATTENTION, "attention_bias"),
         refused=dict.fromkeys(("num_experts", "sparse_config"), "only dense models with full attention are"),
         is_scaled=True,
@@ -265,7 +262,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": "layer_norm_epsilon",
             "hidden_act": "activation_function",
         },
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": True},
         biases={},
         hf_names={
             "transformer.h.": "model.layers.",
@@ -335,7 +332,13 @@ FAMILIES: dict[str, Family] = {
             "shared_expert_intermediate_size": "intermediate_size",
             "intermediate_size": "intermediate_size_mlp",
         },
-        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "rope_theta": 500000.0},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "rope_theta": 500000.0,
+            "attention_chunk_size": 8192,
+        },
         biases=dict.fromkeys(ATTENTION, "attention_bias"),
         unrotated="listed",
         router="sigmoid of input",
@@ -401,62 +404,7 @@ FAMILIES: dict[str, Family] = {
 # OLMo 3 is OLMo 2 in GGUF, with windows.
 GGUF_FAMILIES = {"llama": FAMILIES["llama"]} | {row.gguf: row for row in FAMILIES.values() if row.gguf}
 
-_NORMS = "norms queries and keys"
-_EXPERTS = "is a mixture of experts"
-_SIGHT = "sees pictures: only text models are supported"
-# What others compute that is not Llama's computation, by the model_type of config.json, GGUF's name or both.
-REFUSED = {
-    "olmo": "has layer norms without weights",
-    "phi": "has layer norms, and attention beside the feed-forward",
-    "phi2": "has layer norms, and attention beside the feed-forward",
-    "starcoder2": "has another activation (GELU) and no gate",
-    "gemma": "has another activation (GELU), and norms of another kind",
-    "gemma2": "has another activation (GELU), norms of outputs and capped scores",
-    "gemma3_text": f"{_NORMS}, and has another activation (GELU)",
-    "gemma3": f"{_NORMS}, and has another activation (GELU)",
-    "cohere": "has layer norms, and attention beside the feed-forward",
-    "cohere2": "has layer norms, and attention beside the feed-forward",
-    "command-r": "has layer norms, and attention beside the feed-forward",
-    "minicpm3": "has latent attention",
-    "deepseek_v2": f"has latent attention, and {_EXPERTS}",
-    "deepseek_v3": f"has latent attention, and {_EXPERTS}",
-    "deepseek2": f"has latent attention, and {_EXPERTS}",
-    **dict.fromkeys(
-        (
-            "qwen2_moe", "qwen2moe", 
-            "granitemoeshared", "granitemoehybrid", "phimoe", "ernie4_5_moe", "ernie4_5-moe", "exaone_moe",
-            "gpt_oss", "gpt-oss", "minimax",
-        ),
-        _EXPERTS,
-    ),
-    **dict.fromkeys(("mllama", "llava", "qwen2_vl", "qwen2vl", "qwen2_5_vl", "idefics3"), _SIGHT),
-}  # fmt: skip
-
-
-_MOST_MULTIPLIER = 1e6  # and its inverse the least: far from any model's, and squares of it are numbers still
-
 
 def supported() -> str:
     """Return the names of all families, for a message."""
     return ", ".join(FAMILIES)
-
-
-def folded(args: ModelArgs, multipliers: Multipliers) -> tuple[ModelArgs, dict[str, float]]:
-    """Return an architecture without multipliers that computes the same, and by module what its weights are scaled by.
-
-    Norms do not see the scale of what they are given, but for their epsilon. So the sum that layers add to is held
-    divided by the residual multiplier, and what they add needs none. The table of tokens is scaled, and the last norm
-    by what divides the logits; where the table is the output, too, by what the table was scaled by. Matrices of layers
-    stay as they are. Scores are scaled where queries and keys are rotated.
-    """
-    for name in ("embedding", "residual", "scores", "logits"):
-        value = getattr(multipliers, name)
-        check_number(f"the multiplier of {name}", value)
-        if not 1 / _MOST_MULTIPLIER <= value <= _MOST_MULTIPLIER:
-            raise ValueError(f"the multiplier of {name} must be from 1e-6 to 1e6, got {value!r}")
-    table = multipliers.embedding / multipliers.residual
-    norm = 1 / multipliers.logits / (table if args.tied_embeddings else 1.0)
-    factors = {name: factor for name, factor in (("tok_embeddings", table), ("norm", norm)) if factor != 1.0}
-    # GGUF has it in fp32.
-    scores = 1.0 if math.isclose(multipliers.scores, 1.0, rel_tol=1e-6) else multipliers.scores
-    return replace(args, norm_eps=args.norm_eps / multipliers.residual**2, score_factor=scores), factors

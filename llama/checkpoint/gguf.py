@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
 from llama.checkpoint.expert_tensors import unstacked
-from llama.checkpoint.families import ATTENTION, FEED_FORWARD, Multipliers, folded
+from llama.checkpoint.families import ATTENTION, FEED_FORWARD
 from llama.checkpoint.gguf_config import (
     ALL_ROPE_FACTORS,
     FIELD_KEYS,
@@ -33,6 +33,7 @@ from llama.checkpoint.gguf_config import (
 from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
 from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import MappedMemory
+from llama.checkpoint.multipliers import Multipliers, folded
 from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed
 from llama.checkpoint.tensors import FUSED, GATE_IN_UP, part_of_pairs, unfused, xielu_weight
 from llama.config import ModelArgs, with_keys_of_file

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llama.checkpoint.families import FAMILIES, GGUF_FAMILIES, REFUSED, Family, Multipliers
+from llama.checkpoint.families import FAMILIES, GGUF_FAMILIES, Family
 from llama.checkpoint.gguf_experts import COUNT, EXPERTS_KEYS, USED_COUNT, gguf_llama4_fields, read_gguf_experts
+from llama.checkpoint.multipliers import Multipliers
 from llama.checkpoint.names import XIELU_PARTS
+from llama.checkpoint.refused import REFUSED
 from llama.checks import check_number
 from llama.config import ModelArgs
 from llama.rope_scaling import FactorScaling, LinearScaling, LongRopeScaling, QueryScaling, RopeScaling, YarnScaling

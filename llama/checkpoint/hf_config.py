@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, REFUSED, Family, Multipliers, supported
+from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, Family, supported
 from llama.checkpoint.hf_experts import (
     EXPERTS_CONFIG_KEYS,
     LLAMA4_KEYS,
@@ -19,6 +19,8 @@ from llama.checkpoint.hf_experts import (
 )
 from llama.checkpoint.hf_layers import read_layers
 from llama.checkpoint.hf_rope import read_rope, required, true_or_false
+from llama.checkpoint.multipliers import Multipliers
+from llama.checkpoint.refused import REFUSED
 from llama.checkpoint.release_config import read_release
 from llama.checks import check_number
 from llama.config import ModelArgs, read_json_object, with_keys_of_file

@@ -36,7 +36,7 @@ def read_experts(config: Mapping[str, Any], family: Family) -> Experts | None:
     n_layers = required(config, "num_hidden_layers")
     check_int("num_hidden_layers", n_layers, most=MAX_LAYERS)
     router = family.router
-    if "norm_topk_prob" in config:
+    if "norm_topk_prob" in family.defaults:  # others have no such choice, whatever a file says
         router = "softmax of chosen" if true_or_false(config, "norm_topk_prob") else "softmax"
     for key in ("clip_qkv", "use_sliding_window"):
         if config.get(key) not in (None, False):

@@ -7,6 +7,7 @@ binary form. Knows nothing of how activations are measured, nor of blocks.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 # Modules of a layer that multiply the same: where a file names one of them only, it says the same of the others. Files
 # of architectures with fused matrices name those.
 SAME_INPUT = (("attn_q", "attn_k", "attn_v", "attn_qkv"), ("ffn_gate", "ffn_up"))
+_EXPERT = re.compile(r"(blk\.\d+\.ffn_\w+)\.(\d+)\.weight")  # a matrix of one expert, which files have with the others
 # A column that a text leaves at 0 still counts, as another text may not: a share of its matrix's mean.
 LEAST_SHARE = 1e-6
 _FIX = "llama calibrate makes one"
@@ -211,7 +213,7 @@ def write_imatrix(
     writer.add_array(DATASETS, list(datasets))
     writer.add_uint32(CHUNK_COUNT, chunk_count)
     writer.add_uint32(CHUNK_SIZE, chunk_size)
-    for stored, each in sorted((stored_name(name, "gguf"), each) for name, each in squares.items()):
+    for stored, each in sorted(_by_stored_names(squares).items()):
         counts = each.counts if each.sums.dim() == 1 else each.counts[:, None]
         for suffix, values in ((SUMS, each.sums), (COUNTS, counts)):
             writer.add_tensor(stored + suffix, np.ascontiguousarray(values.to(torch.float32).numpy()))
@@ -219,6 +221,25 @@ def write_imatrix(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _by_stored_names(squares: Mapping[str, ColumnSquares]) -> dict[str, ColumnSquares]:
+    """Return squares by GGUF's names, those of all experts of a layer in one, in their order."""
+    found: dict[str, ColumnSquares] = {}
+    experts: dict[str, dict[int, ColumnSquares]] = {}
+    for name, each in squares.items():
+        stored = stored_name(name, "gguf")
+        expert = _EXPERT.fullmatch(stored)
+        if expert is None:
+            found[stored] = each
+        else:
+            experts.setdefault(f"{expert[1]}_exps.weight", {})[int(expert[2])] = each
+    for stored, by_number in experts.items():
+        ordered = [by_number[number] for number in sorted(by_number)]
+        found[stored] = ColumnSquares(
+            torch.stack([each.sums for each in ordered]), torch.cat([each.counts for each in ordered])
+        )
+    return found
 
 
 def check_measured(squares: Mapping[str, ColumnSquares]) -> None:

@@ -113,8 +113,7 @@ class MetaCheckpoint:
     def release(self, name: str) -> None:
         matrix = self._matrices.get(name)
         for tensor in matrix.parts.values() if matrix else [shard[name] for shard in self._shards]:
-            if tensor.is_contiguous():
-                self._mapped.release(tensor)
+            self._mapped.release(tensor)
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.path)

@@ -104,6 +104,24 @@ def test_experts_have_rows_and_counts_of_their_own(tmp_path: Path) -> None:
         assert weights is not None and weights.tolist() == [[0.5, 1.5], [1, 1], [1, 1]]
 
 
+def test_what_was_measured_of_experts_is_one_matrix_as_in_llama_cpps_files(tmp_path: Path) -> None:
+    """Each expert had a name that llama-quantize does not know, and one that no token was routed to made the file void.
+
+    Experts are in the order of their numbers, not of their names.
+    """
+    squares = {
+        f"layers.1.feed_forward.experts.{number}.w3.weight": ColumnSquares(
+            torch.tensor([number, 3.0 * number], dtype=torch.float64), torch.tensor([float(number)])
+        )
+        for number in range(12)
+    }
+    write_imatrix(tmp_path / "i.gguf", squares, [], 1, 512)
+    importance = read_imatrix(tmp_path / "i.gguf")
+    assert importance.means.keys() == {"blk.1.ffn_up_exps.weight"}
+    weights = importance.of("blk.1.ffn_up_exps.weight", (12, 7, 2))
+    assert weights is not None and weights.tolist() == [[1, 1], *[[0.5, 1.5]] * 11]
+
+
 def test_matrices_with_the_same_input_share_what_one_of_them_has(tmp_path: Path) -> None:
     """Files of architectures with fused matrices name attn_qkv and ffn_up alone."""
     write_gguf(

@@ -20,7 +20,7 @@ from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES, fitting, type_of
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.imatrix import origin
 from llama.checkpoint.load import global_shapes
-from llama.checkpoint.names import ROTATED, module_name, stored_name
+from llama.checkpoint.names import ROTATED, module_name, stored_name, with_own_parts
 from llama.checkpoint.tensors import pair_halves
 from llama.quantization.gguf_blocks import BLOCK_TYPES
 from llama.quantization.k_quants import quantize_blocks
@@ -122,9 +122,7 @@ class GGUFFileWriter:
                 if module_name(name) == "w1":
                     continue
                 parts, rows = (name.replace(".w3.", ".w1."), name), 2 * shape[0]
-            stored = stored_name(name, "gguf")
-            for own, llamas in family.gguf_names.items():
-                stored = stored.replace(llamas, own)
+            stored = with_own_parts(stored_name(name, "gguf"), family.gguf_names)
             yield stored, _Entry(parts, (rows, *shape[1:]), self._type(name, shape))
 
     def _quantized(self) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from llama.checkpoint.export.plan import ExportPlan
-from llama.checkpoint.families import GGUF_FAMILIES, Family, folded
+from llama.checkpoint.families import GGUF_FAMILIES, Family
 from llama.checkpoint.gguf_config import (
     LONG_FACTORS,
     OPTIONAL_GGUF_KEYS,
@@ -28,6 +28,7 @@ from llama.checkpoint.gguf_config import (
     read_multipliers,
     with_own_keys,
 )
+from llama.checkpoint.multipliers import folded
 from llama.checkpoint.names import XIELU_PARTS
 from llama.checkpoint.tensors import xielu_parts
 from llama.config import ModelArgs

@@ -10,7 +10,7 @@ from typing import Any
 from llama.checkpoint.base import dtype_name
 from llama.checkpoint.context import recognised
 from llama.checkpoint.export.plan import ExportPlan
-from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, Family, folded
+from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, Family
 from llama.checkpoint.hf_config import (
     CONFIG_FLAGS,
     GRANITE_KEYS,
@@ -19,6 +19,7 @@ from llama.checkpoint.hf_config import (
     interpret,
 )
 from llama.checkpoint.load import global_shapes
+from llama.checkpoint.multipliers import folded
 from llama.checkpoint.names import module_name
 from llama.config import ModelArgs
 from llama.rope_scaling import (
