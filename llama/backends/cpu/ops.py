@@ -71,8 +71,8 @@ class WeightView(ctypes.Structure):
 class LowRankView(ctypes.Structure):
     """LowRank in weights.h: what adapters add to a matrix (rows, columns)."""
 
-    _fields_ = [("a", WeightView), ("b", c_void_p), ("stride", c_int32)]
-    tiles: Tensor  # what b points at
+    _fields_ = [("a", WeightView), ("b", c_void_p)]
+    tiles: Tensor  # (tiles of rows, r, TILE_ROWS), fp32: what b points at
 
 
 class NormView(ctypes.Structure):
@@ -234,8 +234,9 @@ def multiply_floats(x: Tensor, weight: Tensor, dtype: torch.dtype | None = None)
 
 def low_rank(a: Tensor, b: Tensor) -> LowRankView:
     """Describe adapters, a (r, in) and b (out, r); a must outlive the description, which keeps what it needs of b."""
-    tiles = F.pad(b.t().float(), (0, -len(b) % TILE_ROWS)).contiguous()  # (r, whole tiles of rows)
-    view = LowRankView(float_weight(a), *pointers((tiles, torch.float32, tiles.numel())), tiles.shape[1])
+    padded = F.pad(b.float(), (0, 0, 0, -len(b) % TILE_ROWS))
+    tiles = padded.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
+    view = LowRankView(float_weight(a), *pointers((tiles, torch.float32, tiles.numel())))
     view.tiles = tiles
     return view
 
@@ -244,7 +245,7 @@ def add_low_rank(adapters: LowRankView, y: Tensor, x: Tensor) -> None:
     """Add x (..., in) times what adapters add to a weight, transposed, to its products y (..., out), in place."""
     x = x.contiguous()
     n_tokens, rows = x.numel() // adapters.a.columns, y.shape[-1]
-    assert -(-rows // TILE_ROWS) * TILE_ROWS == adapters.stride, (rows, adapters.stride)
+    assert len(adapters.tiles) == -(-rows // TILE_ROWS), (rows, adapters.tiles.shape)
     from_x, to_y = pointers((x, x.dtype, n_tokens * adapters.a.columns), (y, y.dtype, n_tokens * rows))
     types = FLOAT_TYPE_IDS[x.dtype], FLOAT_TYPE_IDS[y.dtype]
     kernels().add_low_rank(

@@ -1,5 +1,7 @@
 // Transformer layers for a few tokens in one call: norms, products, rotation, cache, attention and feed-forward.
 #pragma once
+#include <array>
+
 #include "plan.h"
 #include "threads.h"
 
@@ -29,8 +31,8 @@ struct Activations {
         return {from, to, columns, n};
     }
 
-    // What a weight's adapters make of all tokens at first, (n, rank), or null where it has none; number: of two such
-    // weights that are multiplied at once. Each thread makes all of it, so that none waits.
+    // What adapters of an expert's weight make of its tokens at first, (n, rank), or null where it has none; number: of
+    // two such weights that are multiplied at once. Each thread makes all of it: it may have tiles of other experts.
     const float *low_rank(const Weight &w, const Input &x, int number = 0) {
         if (!w.low_rank) return nullptr;
         float *to = buffer(low[number], size_t(x.n) * w.low_rank->a.rows);
@@ -52,13 +54,34 @@ struct Worker {
     const LayersInput &in;
     Team &team;
     int thread, size;
-    float *q, *k, *results, *hidden, *added, *scores;  // shared by the threads
+    float *q, *k, *results, *hidden, *added, *scores, *low;  // shared by the threads
     Activations &own;
 
+    // What adapters of some weights of one input make of all tokens at first, (n, rank) each, or null: threads share the
+    // rows, and wait for each other where there are any.
+    template <class... Weights>
+    std::array<const float *, sizeof...(Weights)> low_ranks(const Input &x, const Weights &...weights) {
+        std::array<const float *, sizeof...(Weights)> found{};
+        const LowRank *adapters[] = {weights.low_rank...};
+        float *to = low;
+        int units = 0;
+        for (const LowRank *each : adapters) units += each ? (each->a.rows + ROWS - 1) / ROWS : 0;
+        const Share share(units, thread, size);
+        int unit = 0;
+        for (size_t i = 0; i < found.size(); i++) {
+            if (!adapters[i]) continue;
+            for (int row = 0; row < adapters[i]->a.rows; row += ROWS, unit++)
+                if (unit >= share.start && unit < share.stop) low_rank_rows(*adapters[i], row, x, to);
+            found[i] = to;
+            to += size_t(x.n) * adapters[i]->a.rows;
+        }
+        if (units) team.wait(size);
+        return found;
+    }
+
     // Multiplies this thread's tiles of a weight by all tokens: use(first row, number of rows, products of the tile).
-    template <class Use> void tiles(const Weight &w, const Input &x, Use use) {
+    template <class Use> void tiles(const Weight &w, const Input &x, const float *low, Use use) {
         float y[MAX_FEW_TOKENS * TILE];
-        const float *low = own.low_rank(w, x);
         Share share((w.rows + TILE - 1) / TILE, thread, size);
         for (int tile = share.start; tile < share.stop; tile++) {
             gemv_tile(w, tile, x, y, low);
@@ -89,13 +112,14 @@ struct Worker {
             const float *from = rotation_of(in, rotation, t);
             for (int r = 0; r < rows; r += 2) rotate_pair(from + (row + r) % in.head_dim, y + r);
         };
-        tiles(w.wq, x, [&](int row, int rows, float *y) {
+        const auto low = low_ranks(x, w.wq, w.wk, w.wv);
+        tiles(w.wq, x, low[0], [&](int row, int rows, float *y) {
             for (int t = 0; t < n; t++, y += TILE) {
                 if (!whole) rotate(w.q_rotation, t, row, rows, y);
                 memcpy(q + size_t(t) * q_dim + row, y, rows * 4);
             }
         });
-        tiles(w.wk, x, [&](int row, int rows, float *y) {
+        tiles(w.wk, x, low[1], [&](int row, int rows, float *y) {
             for (int t = 0; t < n; t++, y += TILE) {
                 if (whole) {
                     memcpy(k + size_t(t) * kv_dim + row, y, rows * 4);
@@ -105,7 +129,7 @@ struct Worker {
                 }
             }
         });
-        tiles(w.wv, x, [&](int row, int rows, float *y) {
+        tiles(w.wv, x, low[2], [&](int row, int rows, float *y) {
             for (int t = 0; t < n; t++)
                 write_floats(in.values, in.cache_type, index_of_token(in, layer, t) + row, rows, y + t * TILE);
         });
@@ -177,7 +201,7 @@ struct Worker {
         float *out = target(w.ffn_output_norm);
         if (w.activation.kind == SILU) gate(w.w1, w.w3, x, hidden);
         else
-            tiles(w.w3, x, [&](int row, int rows, float *y) {
+            tiles(w.w3, x, low_ranks(x, w.w3)[0], [&](int row, int rows, float *y) {
                 for (int t = 0; t < n; t++) {
                     activate(w.activation, y + t * TILE);
                     memcpy(hidden + size_t(t) * features + row, y + t * TILE, rows * 4);
@@ -186,7 +210,7 @@ struct Worker {
         if (w.experts) {
             const Experts &e = *w.experts;
             float *routed = hidden + size_t(n) * features;
-            tiles(e.gate, x, [&](int row, int rows, float *y) {
+            tiles(e.gate, x, nullptr, [&](int row, int rows, float *y) {
                 for (int t = 0; t < n; t++) memcpy(scores + size_t(t) * e.n + row, y + t * TILE, rows * 4);
             });
             team.wait(size);
@@ -205,9 +229,9 @@ struct Worker {
     // Writes silu(w1 x) * w3 x of all tokens: (n, rows).
     void gate(const Weight &w1, const Weight &w3, const Input &x, float *to) {
         float up[MAX_FEW_TOKENS * TILE];
-        const float *low = own.low_rank(w3, x, 1);
-        tiles(w1, x, [&](int row, int rows, float *y) {
-            gemv_tile(w3, row / TILE, x, up, low);
+        const auto low = low_ranks(x, w1, w3);
+        tiles(w1, x, low[0], [&](int row, int rows, float *y) {
+            gemv_tile(w3, row / TILE, x, up, low[1]);
             write_gated(y, up, x.n, row, rows, w1.rows, to);
         });
     }
@@ -250,7 +274,7 @@ struct Worker {
 
     // Multiplies x, and writes the products, or adds them to the residual.
     void products(const Weight &w, const Input &x, float *out) {
-        tiles(w, x, [&](int row, int rows, float *y) {
+        tiles(w, x, low_ranks(x, w)[0], [&](int row, int rows, float *y) {
             for (int t = 0; t < in.n_tokens; t++) {
                 float *to = out + size_t(t) * in.dim + row;
                 for (int r = 0; r < rows; r++) to[r] = (out == in.x ? to[r] : 0.0f) + y[t * TILE + r];
