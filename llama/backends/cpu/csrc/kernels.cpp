@@ -89,11 +89,13 @@ extern "C" void run_layers(const Layer *layers, int first, int stop, int parts, 
     float *hidden = buffer(hidden_storage, n * in.hidden_dim), *added = buffer(added_storage, n * in.dim);
     float *scores = buffer(score_storage, n * experts), *low = buffer(low_storage, n * ranks);
     parallel(in.threads, [&](int thread, int size) {
-        Worker worker{in, team, thread, size, q, k, result_room, hidden, added, scores, low, activations};
+        const Worker worker{in, team, thread, size, q, k, result_room, hidden, added, scores, low, activations};
+        AttentionHalf attention{worker};
+        FeedForwardHalf feed_forward{worker};
         for (int layer = first; layer < stop; layer++) {
-            if (parts & PROJECTION) worker.project(layers[layer], layer);
-            if (parts & ATTENTION) worker.attention(layers[layer], layer, plans[plan_of[layer - first]]);
-            if (parts & FEED_FORWARD) worker.feed_forward(layers[layer]);
+            if (parts & PROJECTION) attention.project(layers[layer], layer);
+            if (parts & ATTENTION) attention.run(layers[layer], layer, plans[plan_of[layer - first]]);
+            if (parts & FEED_FORWARD) feed_forward.run(layers[layer]);
         }
     });
 }

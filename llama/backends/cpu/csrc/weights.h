@@ -9,7 +9,7 @@
 #include "blocks.h"
 #include "floats.h"
 
-constexpr int MAX_FEW_TOKENS = 64;  // as in ops.py
+constexpr int MAX_FEW_TOKENS = 64;  // as in structures.py
 
 struct LowRank;
 
