@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama.backends.cpu import ops as kernels
+from llama.backends.cpu import structures
 from llama.backends.cpu.build import library
 from llama.cache import PAGE_SIZE
 
@@ -53,7 +54,7 @@ class Rows:
             "values": self.values,
         }
         addresses = kernels.pointers(*((tensor, tensor.dtype, tensor.numel()) for tensor in read.values()))
-        inputs = kernels.LayersInput(
+        inputs = structures.LayersInput(
             n_tokens=len(rows),
             n_rows=self.table.shape[0],
             pages_per_row=self.table.shape[1],
@@ -61,12 +62,12 @@ class Rows:
             n_heads=self.heads[0],
             n_kv_heads=self.heads[1],
             head_dim=self.head_dim,
-            cache_type=kernels.FLOAT_TYPE_IDS[self.dtype],
+            cache_type=structures.FLOAT_TYPE_IDS[self.dtype],
             threads=threads,
             **dict(zip(read, addresses, strict=True)),
         )
-        layers = (kernels.Layer * 1)()
-        layers[0].sight = kernels.SightView(self.window, self.chunk)
+        layers = (structures.Layer * 1)()
+        layers[0].sight = structures.SightView(self.window, self.chunk)
         kernels.attend(layers, 0, inputs, y)
         return y
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama.backends.cpu import ops as kernels
+from llama.backends.cpu import structures
 from llama.backends.cpu.backend import CpuBackend
 from llama.backends.cpu.build import library
 from llama.backends.cpu.packed_weight import PackedWeight
@@ -110,7 +111,7 @@ def test_products_with_floats_are_torchs(dtype: torch.dtype, rows: int, columns:
     weight, bias = torch.randn(rows, columns).to(dtype), torch.randn(rows)
     described = kernels.float_weight(weight)
     described.bias = kernels.vector(bias, rows)
-    for n_tokens in (1, 2, 3, 4, 5, 6, 7, 16, 33, kernels.MAX_FEW_TOKENS):
+    for n_tokens in (1, 2, 3, 4, 5, 6, 7, 16, 33, structures.MAX_FEW_TOKENS):
         x = torch.randn(n_tokens, columns)
         close(kernels.multiply(described, x), (x.double() @ weight.double().t() + bias).float())
 
@@ -122,7 +123,7 @@ def test_products_with_floats_do_not_depend_on_a_tokens_place_or_on_threads(
 ) -> None:
     """Tokens are multiplied several at once, and their number decides which loop computes the last ones."""
     floats = torch.randn(rows, columns).to(dtype)
-    weight, x = kernels.float_weight(floats), torch.randn(kernels.MAX_FEW_TOKENS, columns)
+    weight, x = kernels.float_weight(floats), torch.randn(structures.MAX_FEW_TOKENS, columns)
     threads, together = torch.get_num_threads(), kernels.multiply(weight, x)
     for n_tokens in range(1, 12):
         for first in (0, 5, 29):
@@ -139,7 +140,7 @@ def test_products_with_floats_do_not_depend_on_a_tokens_place_or_on_threads(
 def test_a_token_does_not_feel_how_many_are_computed_with_it(block_type: BlockType) -> None:
     """Else a speculated token could differ from the plain one."""
     packed = PackedWeight(random_blocks(block_type), block_type)
-    x = torch.randn(kernels.MAX_FEW_TOKENS, COLUMNS)
+    x = torch.randn(structures.MAX_FEW_TOKENS, COLUMNS)
     together = kernels.multiply(packed.describe(), x)
     for n_tokens in (1, 2, 3, 5, 8, 11, 16, 17, 47):
         assert torch.equal(kernels.multiply(packed.describe(), x[:n_tokens]), together[:n_tokens])

@@ -8,8 +8,6 @@ rotations, the gates of feed-forwards, and attention.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -20,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.backends.cpu import ops
+from llama.backends.cpu import ops, structures
 from llama.backends.cpu.cpu_times import CpuTimes
+from llama.backends.cpu.described_model import DescribedModel
 from llama.backends.cpu.packed_weight import PackedWeight
 from llama.backends.eager import EagerBackend
 from llama.cache import ForwardBatch
-from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.distributed.threads import allowed_cpus, user_chose_threads
-from llama.feed_forward import ExpertsFeedForward, FeedForward
-from llama.model import Attention, Transformer, TransformerBlock
-from llama.norms import LayerNorm, RMSNorm
+from llama.feed_forward import FeedForward
+from llama.model import Transformer, TransformerBlock
+from llama.norms import LayerNorm
 from llama.sampling import FilterTensors, SamplingTensors, TokenSampler, sample
 
 # Seconds between looks at what other processes take: 25 of the kernel's ticks.
@@ -37,10 +35,10 @@ SECONDS_TO_LOOK = 0.25
 # Cores that others may keep busy before a thread gives way; one that shares its core with another process counts half.
 TOLERATED = 0.3
 
-ALL_PARTS = ops.PROJECTION | ops.ATTENTION | ops.FEED_FORWARD
+ALL_PARTS = structures.PROJECTION | structures.ATTENTION | structures.FEED_FORWARD
 
 # Runs all layers on the residual (n_tokens, dim), in place.
-Layers = Callable[[Tensor, ops.LayersInput], None]
+Layers = Callable[[Tensor, structures.LayersInput], None]
 
 
 class StepThreads:
@@ -126,31 +124,10 @@ class CpuBackend(EagerBackend):
     def bind(self, model: Transformer) -> None:
         self.args, self.parallel, self.dtype = model.args, model.parallel, model.dtype
         self.tok_embeddings, self.norm, self.output = model.tok_embeddings, model.norm, model.output
-        # What the C structures point at: vectors in fp32, and descriptions of adapters.
-        self._vectors: list[Tensor] = []
-        self._low_ranks: list[ops.LowRankView] = []
-        self._experts: list[ops.ExpertsView] = []
         self.layers = [cast(TransformerBlock, layer) for layer in model.layers]
-        self._c_layers = (ops.Layer * len(self.layers))()
-        rotations = model.rope.of_queries, model.rope.of_keys
-        self._n_rotations = 1 + max(map(max, rotations))
-        for layer, described, of_queries, of_keys in zip(self.layers, self._c_layers, *rotations, strict=True):
-            attention = layer.attention
-            for name in ("wq", "wk", "wv", "wo"):
-                setattr(described, name, self._describe(getattr(attention, name)))
-            self._describe_feed_forward(layer.feed_forward, described)
-            described.activation.kind = ops.ACTIVATION_IDS[self.args.activation]
-            if isinstance(layer.feed_forward, FeedForward) and self.args.activation == "xielu":
-                described.activation.slopes = self._vector(layer.feed_forward.xielu.weight)
-            for half in ("attention", "ffn"):
-                name = f"{half}_output_norm" if self.args.output_norms else f"{half}_norm"
-                setattr(described, name, self._describe_norm(getattr(layer, f"{half}_norm")))
-            described.sight = ops.SightView(attention.sight.window or 0, attention.sight.chunk or 0)
-            described.q_rotation, described.k_rotation = of_queries, of_keys
-            self._describe_head_norms(attention, described)
+        self._described = DescribedModel(model)
+        self._c_layers = self._described.layers
         self._max_few = ops.max_few_tokens()
-        self._c_output = self._describe(self.output)
-        self._c_table = self._describe(self.tok_embeddings)
         self._norm_weight = self.norm.weight.float()
         self._norm_bias = self.norm.bias.float() if isinstance(self.norm, LayerNorm) else None
         attention = self.layers[0].attention
@@ -175,7 +152,7 @@ class CpuBackend(EagerBackend):
     def logits(self, hidden: Tensor) -> Tensor:
         if hidden.numel() <= self._max_few * self.args.dim and self.output.low_rank is None:
             with self._threads:
-                return ops.multiply(self._c_output, hidden)
+                return ops.multiply(self._described.output, hidden)
         return self.output(hidden, torch.float32)
 
     def token_sampler(self) -> TokenSampler:
@@ -197,9 +174,9 @@ class CpuBackend(EagerBackend):
             return self.tok_embeddings(tokens).to(torch.float32, copy=True)
         if isinstance(table, Tensor):
             return F.embedding(tokens, table).float()
-        return ops.embedding(self._c_table, tokens)
+        return ops.embedding(self._described.table, tokens)
 
-    def _run_few(self, x: Tensor, inputs: ops.LayersInput) -> None:
+    def _run_few(self, x: Tensor, inputs: structures.LayersInput) -> None:
         """Run the layers in C++ on the residual x (n_tokens, dim), in place; ranks add up results after each half."""
         if self.parallel.size == 1:
             ops.run_layers(self._c_layers, 0, len(self._c_layers), ALL_PARTS, inputs)
@@ -209,15 +186,15 @@ class CpuBackend(EagerBackend):
         heads = [ops.new(len(x), n * inputs.head_dim) for n in (inputs.n_heads, inputs.n_kv_heads)]
         inputs.q, inputs.k = ops.pointers(*((each, torch.float32, each.numel()) for each in heads))
         for i, layer in enumerate(self.layers):
-            parts = ops.PROJECTION | ops.ATTENTION
-            if self._c_layers[i].head_norm == ops.HEADS_OF_RANKS:
-                ops.run_layers(self._c_layers, i, i + 1, ops.PROJECTION, inputs)
-                parts = ops.ATTENTION
+            parts = structures.PROJECTION | structures.ATTENTION
+            if self._c_layers[i].head_norm == structures.HEADS_OF_RANKS:
+                ops.run_layers(self._c_layers, i, i + 1, structures.PROJECTION, inputs)
+                parts = structures.ATTENTION
                 for each, norm in zip(heads, (layer.attention.q_norm, layer.attention.k_norm), strict=True):
                     each.copy_(norm(each))
             ops.run_layers(self._c_layers, i, i + 1, parts, inputs)
             self._add_shares(x, share, layer.attention.wo.bias, layer.attention_norm)
-            ops.run_layers(self._c_layers, i, i + 1, ops.FEED_FORWARD, inputs)
+            ops.run_layers(self._c_layers, i, i + 1, structures.FEED_FORWARD, inputs)
             self._add_shares(x, share, layer.feed_forward.bias, layer.ffn_norm)
 
     def _add_shares(self, x: Tensor, share: Tensor, bias: Tensor | None, norm: torch.nn.Module) -> None:
@@ -227,10 +204,10 @@ class CpuBackend(EagerBackend):
             delta = delta + bias
         x += norm(delta) if self.args.output_norms else delta
 
-    def _run_many(self, x: Tensor, inputs: ops.LayersInput) -> None:
+    def _run_many(self, x: Tensor, inputs: structures.LayersInput) -> None:
         """Run the layers on the residual x (n_tokens, dim), in place, with matrix products for many tokens."""
         eps, dtype = self.args.norm_eps, self.dtype
-        delta, of_delta = None, ops.NormView()
+        delta, of_delta = None, structures.NormView()
         for i, described in enumerate(self._c_layers):
             delta = self._attend(i, x, delta, of_delta, inputs)
             h = ops.fused_add_norm(x, delta, described.attention_output_norm, described.ffn_norm, eps, dtype)
@@ -239,13 +216,13 @@ class CpuBackend(EagerBackend):
         ops.fused_add_norm(x, delta, of_delta, None, eps, dtype)
 
     def _attend(
-        self, layer: int, x: Tensor, delta: Tensor | None, of_delta: ops.NormView, inputs: ops.LayersInput
+        self, layer: int, x: Tensor, delta: Tensor | None, of_delta: structures.NormView, inputs: structures.LayersInput
     ) -> Tensor:
         """Add the norm of delta to the residual x in place; return a layer's attention of the sum: (n_tokens, dim)."""
         attention, of_sum = self.layers[layer].attention, self._c_layers[layer].attention_norm
         h = ops.fused_add_norm(x, delta, of_delta, of_sum, self.args.norm_eps, self.dtype)
         q, k, v = attention.wq(h), attention.wk(h), attention.wv(h)
-        if self._c_layers[layer].head_norm == ops.HEADS_OF_RANKS:
+        if self._c_layers[layer].head_norm == structures.HEADS_OF_RANKS:
             q, k = attention.q_norm(q), attention.k_norm(k)
         ops.rope_and_append_kv(self._c_layers, layer, inputs, q, k, v)
         del h, k, v
@@ -270,84 +247,30 @@ class CpuBackend(EagerBackend):
             return run(feed_forward, h)
         return self.parallel.all_reduce(feed_forward.local_sum(h, run).to(self.dtype))
 
-    def _describe(self, module: ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding) -> ops.WeightView:
-        """Return the C structure of a linear or of the embedding table."""
-        weight = module.weight
-        assert isinstance(weight, Tensor | PackedWeight), type(weight)
-        described = weight.describe() if isinstance(weight, PackedWeight) else ops.float_weight(weight)
-        # Where ranks add up results, the bias is added once, after the sum.
-        bias = None if isinstance(module, VocabParallelEmbedding) else module.bias
-        if bias is not None and (isinstance(module, ColumnParallelLinear) or self.parallel.size == 1):
-            described.bias = self._vector(bias)
-        if (adapters := module.low_rank) is not None:
-            view = ops.low_rank(adapters.a, adapters.b)
-            adapters.matmul, adapters.add = ops.multiply_floats, functools.partial(ops.add_low_rank, view)
-            self._low_ranks.append(view)
-            described.low_rank = ctypes.addressof(view)
-        return described
-
-    def _describe_feed_forward(self, module: FeedForward | ExpertsFeedForward, to: ops.Layer | ops.Expert) -> None:
-        """Write the C structures of a feed-forward to those of a layer, or of an expert."""
-        if isinstance(module, FeedForward):
-            for name in ("w1", "w2", "w3") if self.args.is_gated else ("w2", "w3"):
-                setattr(to, name, self._describe(getattr(module, name)))
-            return
-        described = (ops.Expert * module.n_experts)()
-        for expert, weights in zip(module.experts, described, strict=True):
-            self._describe_feed_forward(expert, weights)
-        router = ops.ROUTER_IDS[module.router]
-        view = ops.ExpertsView(self._describe(module.gate), described, module.n_experts, module.n_active, router)
-        self._experts.append(view)
-        to.experts = ctypes.addressof(view)
-        if module.shared is not None:
-            self._describe_feed_forward(module.shared, to)
-
-    def _describe_norm(self, norm: RMSNorm | LayerNorm) -> ops.NormView:
-        bias = self._vector(norm.bias) if isinstance(norm, LayerNorm) else None
-        return ops.NormView(self._vector(norm.weight), bias)
-
-    def _describe_head_norms(self, attention: Attention, described: ops.Layer) -> None:
-        """Write to a layer's C structure how its queries and keys are normalised."""
-        kind = attention.qk_norm
-        described.head_norm = ops.HEAD_NORM_IDS[kind]
-        if kind == "all heads" and self.parallel.size > 1:
-            described.head_norm = ops.HEADS_OF_RANKS
-        elif kind == "unit":
-            described.q_norm = described.k_norm = self._vector(torch.ones(attention.head_dim, device="cpu"))
-        elif kind is not None:
-            described.q_norm, described.k_norm = (
-                self._vector(cast(Tensor, norm.weight)) for norm in (attention.q_norm, attention.k_norm)
-            )
-
-    def _vector(self, values: Tensor) -> ctypes.c_void_p:
-        """Return the address of values in fp32, which are kept."""
-        self._vectors.append(values.float())
-        return ops.vector(self._vectors[-1], values.numel())
-
-    def _inputs(self, x: Tensor, rotations: Tensor, batch: ForwardBatch) -> ops.LayersInput:
+    def _inputs(self, x: Tensor, rotations: Tensor, batch: ForwardBatch) -> structures.LayersInput:
         """Return the C structure of what layers read and write; the residual x is (n_tokens, dim), fp32."""
         keys, values, table = batch.cache.keys, batch.cache.values, batch.page_table
         (n_rows, pages_per_row), n_pages, cached = table.shape, keys.shape[1], keys.numel()
         attention = self.layers[0].attention
-        shape = (len(self.layers), n_pages, ops.PAGE_SIZE, attention.n_local_kv_heads, attention.head_dim)
+        shape = (len(self.layers), n_pages, structures.PAGE_SIZE, attention.n_local_kv_heads, attention.head_dim)
         assert keys.shape == shape, (keys.shape, shape)
         n_tokens, half = len(x), self.args.head_dim // 2
         addresses = ops.pointers(
             (batch.positions, torch.int64, n_tokens),
             (batch.rows, torch.int32, n_tokens),
             (table, torch.int32, n_rows * pages_per_row),
-            (rotations, torch.complex64, self._n_rotations * n_tokens * half),
+            (rotations, torch.complex64, self._described.n_rotations * n_tokens * half),
             (keys, keys.dtype, cached),
             (values, keys.dtype, cached),
             (x, torch.float32, n_tokens * self.args.dim),
         )
         residual = addresses.pop()
-        inputs = ops.LayersInput(
+        inputs = structures.LayersInput(
             n_tokens=n_tokens,
             n_rows=n_rows,
             pages_per_row=pages_per_row,
             n_pages=n_pages,
-            cache_type=ops.FLOAT_TYPE_IDS[keys.dtype],
+            cache_type=structures.FLOAT_TYPE_IDS[keys.dtype],
             **dict(zip(("positions", "rows", "page_table", "rotations", "keys", "values"), addresses, strict=True)),
             x=residual,
             out=residual,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama.backends.cpu import ops
+from llama.backends.cpu import ops, structures
 from llama.quantization.gguf_blocks import BlockType
 from llama.quantization.weights import QuantizedWeight, matrix_shape
 
@@ -24,13 +24,13 @@ class PackedWeight(QuantizedWeight):
 
     @staticmethod
     def holds(block_type: BlockType) -> bool:
-        return block_type.name in ops.BLOCK_TYPE_IDS
+        return block_type.name in structures.BLOCK_TYPE_IDS
 
     @staticmethod
     def bytes_of(block_type: BlockType, rows: int, columns: int) -> int:
         return ops.packed_bytes(block_type.name, rows, columns)
 
-    def describe(self) -> ops.WeightView:
+    def describe(self) -> structures.WeightView:
         """Return the C structure that the kernels take; it points at memory of this object."""
         return ops.packed_weight(self.tiles, self.block_type.name, *self.shape)
 

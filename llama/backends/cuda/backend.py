@@ -14,6 +14,7 @@ from llama.backends.cuda.matmul import matmul, matmul_in
 from llama.backends.eager import EagerBackend, is_nccl
 from llama.cache import ForwardBatch
 from llama.config import ModelArgs
+from llama.feed_forward import ExpertsFeedForward
 from llama.model import Transformer
 from llama.quantization.planar import MAX_DEQUANTIZED_GPU_VALUES, PlanarWeight
 from llama.quantization.weights import LowRank
@@ -42,6 +43,8 @@ class CudaBackend(EagerBackend):
         for module in model.modules():
             if isinstance(module, LowRank):
                 module.matmul = matmul_in
+            elif isinstance(module, ExpertsFeedForward):  # scores of a token hang on no others, as all its products
+                module.gate.matmul = matmul_in
         self._layers = GpuLayers(model)
         super().bind(model)
 

@@ -65,14 +65,15 @@ extern "C" const char *instructions() {
 
 // Runs layers [first, stop), or parts of each, in place on the residual in.x; see LayersInput.
 extern "C" void run_layers(const Layer *layers, int first, int stop, int parts, const LayersInput *inputs) {
-    static thread_local std::vector<float> q_storage, k_storage, hidden_storage, added_storage, score_storage;
+    static thread_local std::vector<float> q_storage, k_storage, hidden_storage, added_storage, score_storage, low_storage;
     static thread_local Lines result_storage;
     const LayersInput &in = *inputs;
     std::vector<AttentionPlan> plans;  // of each sight
     std::vector<int> plan_of;  // each layer
     size_t results = 0;
-    int experts = 0;
+    int experts = 0, ranks = 0;  // the most of a layer; of adapters, those of all its weights
     for (int layer = first; layer < stop; layer++) {
+        ranks = std::max(ranks, ranks_of(layers[layer]));
         if (layers[layer].experts) experts = std::max(experts, layers[layer].experts->n);
         size_t i = 0;
         while (i < plans.size() && !(plans[i].sight == layers[layer].sight)) i++;
@@ -86,13 +87,15 @@ extern "C" void run_layers(const Layer *layers, int first, int stop, int parts, 
     float *k = in.k ? in.k : buffer(k_storage, n * in.n_kv_heads * in.head_dim);
     float *result_room = result_storage.room(results * result_size(in.head_dim));
     float *hidden = buffer(hidden_storage, n * in.hidden_dim), *added = buffer(added_storage, n * in.dim);
-    float *scores = buffer(score_storage, n * experts);
+    float *scores = buffer(score_storage, n * experts), *low = buffer(low_storage, n * ranks);
     parallel(in.threads, [&](int thread, int size) {
-        Worker worker{in, team, thread, size, q, k, result_room, hidden, added, scores, activations};
+        const Worker worker{in, team, thread, size, q, k, result_room, hidden, added, scores, low, activations};
+        AttentionHalf attention{worker};
+        FeedForwardHalf feed_forward{worker};
         for (int layer = first; layer < stop; layer++) {
-            if (parts & PROJECTION) worker.project(layers[layer], layer);
-            if (parts & ATTENTION) worker.attention(layers[layer], layer, plans[plan_of[layer - first]]);
-            if (parts & FEED_FORWARD) worker.feed_forward(layers[layer]);
+            if (parts & PROJECTION) attention.project(layers[layer], layer);
+            if (parts & ATTENTION) attention.run(layers[layer], layer, plans[plan_of[layer - first]]);
+            if (parts & FEED_FORWARD) feed_forward.run(layers[layer]);
         }
     });
 }

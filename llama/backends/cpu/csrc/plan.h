@@ -17,6 +17,14 @@ struct Layer {
     const Experts *experts;  // or null; beside them w1, w2 and w3 are the shared expert's, or have no rows
 };
 
+// The sum of the ranks of adapters beside a layer's weights.
+inline int ranks_of(const Layer &w) {
+    int sum = 0;
+    for (const Weight *each : {&w.wq, &w.wk, &w.wv, &w.wo, &w.w1, &w.w2, &w.w3})
+        sum += each->low_rank ? each->low_rank->a.rows : 0;
+    return sum;
+}
+
 struct LayersInput {
     int32_t n_tokens, n_rows, pages_per_row, n_pages;
     int32_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, cache_type;  // hidden_dim: the most features of a token

@@ -9,7 +9,7 @@
 #include "blocks.h"
 #include "floats.h"
 
-constexpr int MAX_FEW_TOKENS = 64;  // as in ops.py
+constexpr int MAX_FEW_TOKENS = 64;  // as in structures.py
 
 struct LowRank;
 
@@ -26,8 +26,7 @@ struct Weight {
 // What adapters add to a weight (rows, columns): b (rows, rank) times a (rank, columns).
 struct LowRank {
     Weight a;  // floats
-    const float *b;  // transposed, (rank, stride): zeros fill the last tile
-    int32_t stride;
+    const float *b;  // (tiles of rows, rank, TILE): zeros fill the last tile
 };
 
 inline size_t tile_bytes(int type, int columns) {
@@ -177,9 +176,10 @@ template <int TYPE, int N> inline void packed_tile(const uint8_t *tile, int colu
 // Multiplies a tile of adapters' b by what their a has made of n tokens, low (n, rank): y[t * TILE + row]. In one place, so
 // that all who add it round alike.
 __attribute__((noinline)) inline void low_rank_tile(const LowRank &w, int tile, const float *low, int n, float *y) {
+    const float *b = w.b + size_t(tile) * w.a.rows * TILE;
     for (int t = 0; t < n; t++, low += w.a.rows) {
         f32 sum = {};
-        for (int i = 0; i < w.a.rows; i++) sum += low[i] * load<f32>(w.b + size_t(i) * w.stride + tile * TILE);
+        for (int i = 0; i < w.a.rows; i++) sum += low[i] * load<f32>(b + size_t(i) * TILE);
         store(y + t * TILE, sum);
     }
 }
@@ -208,12 +208,16 @@ inline void gemv_tile(const Weight &w, int tile, const Input &x, float *y, const
             for (int r = 0; r < rows; r++) y[t * TILE + r] += w.bias[tile * TILE + r];
 }
 
-// Multiplies adapters' a by all tokens, at most MAX_FEW_TOKENS: (n, rank).
-inline void low_rank_input(const LowRank &w, const Input &x, float *to) {
+// Multiplies ROWS rows of adapters' a, or those that are left, by all tokens, at most MAX_FEW_TOKENS: (n, rank).
+inline void low_rank_rows(const LowRank &w, int row, const Input &x, float *to) {
     float y[MAX_FEW_TOKENS * TILE];
-    for (int row = 0; row < w.a.rows; row += TILE) {
-        gemv_tile(w.a, row / TILE, x, y);
-        const int rows = w.a.rows - row < TILE ? w.a.rows - row : TILE;
-        for (int t = 0; t < x.n; t++) memcpy(to + size_t(t) * w.a.rows + row, y + t * TILE, rows * 4);
-    }
+    const int rows = w.a.rows - row < ROWS ? w.a.rows - row : ROWS;
+    const uint8_t *data = w.a.data + size_t(row) * w.a.columns * value_bytes(w.a.type);
+    float_tile(w.a.type, data, rows, x.values, x.columns, x.n, y);
+    for (int t = 0; t < x.n; t++) memcpy(to + size_t(t) * w.a.rows + row, y + t * TILE, rows * 4);
+}
+
+// The same of all rows.
+inline void low_rank_input(const LowRank &w, const Input &x, float *to) {
+    for (int row = 0; row < w.a.rows; row += ROWS) low_rank_rows(w, row, x, to);
 }
