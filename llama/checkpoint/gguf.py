@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoint.base import SHARD_DIM, WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int
+from llama.checkpoint.base import SHARD_DIM, Reading, dtype_name, needed, positive_int
 from llama.checkpoint.expert_tensors import unstacked
 from llama.checkpoint.families import ATTENTION, FEED_FORWARD
 from llama.checkpoint.gguf_config import (
@@ -30,48 +27,21 @@ from llama.checkpoint.gguf_config import (
     under_llamas_keys,
     with_own_keys,
 )
-from llama.checkpoint.gguf_header import Header, TensorInfo, read_header
-from llama.checkpoint.load import global_shapes
+from llama.checkpoint.gguf_header import Header, read_header
+from llama.checkpoint.gguf_tensors import StoredTensor, decode_rows, floats_of, map_tensors
 from llama.checkpoint.mapped_file import MappedMemory
 from llama.checkpoint.multipliers import Multipliers, folded
 from llama.checkpoint.names import ROTATED, NamingScheme, meta_name, module_name, renamed
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.tensors import FUSED, GATE_IN_UP, part_of_pairs, unfused, xielu_weight
 from llama.config import ModelArgs, with_keys_of_file
-from llama.files import GGUF_SPLIT, cannot_map
+from llama.files import GGUF_SPLIT
 from llama.quantization.gguf_blocks import BLOCK_TYPES, BlockType
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 
-F32 = BlockType("F32", 1, 4)
 TABLE, OUTPUT = "tok_embeddings.weight", "output.weight"
-
-# Values decoded or encoded at once by a thread, whose temporaries stay in its cache: see D10.
-CONVERTED_AT_ONCE = 1 << 18
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """Describe a tensor as it lies in a mapped file: rows of whole blocks; floats are blocks of one value."""
-
-    raw: np.ndarray  # bytes
-    shape: tuple[int, ...]
-    type: BlockType
-
-    def __getitem__(self, rows: slice | int) -> _StoredTensor:
-        """Return rows, or what one of the first dimension holds."""
-        if isinstance(rows, int):
-            one = self[rows : rows + 1]
-            return _StoredTensor(one.raw, self.shape[1:], self.type)
-        n_rows = len(range(*rows.indices(self.shape[0])))
-        size = len(self.raw) // self.shape[0]
-        raw = self.raw.reshape(self.shape[0], size)[rows].reshape(-1)
-        return _StoredTensor(raw, (n_rows, *self.shape[1:]), self.type)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Return the dtype, or None where the values are quantized."""
-        return WEIGHT_DTYPES.get(self.type.name)
 
 
 class GGUFCheckpoint:
@@ -88,7 +58,7 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._metadata: Mapping[str, Any] = {}
-        tensors: dict[str, _StoredTensor] = {}
+        tensors: dict[str, StoredTensor] = {}
         files = split_files(path)
         for number, file in enumerate(files):
             header = read_header(file)
@@ -134,14 +104,14 @@ class GGUFCheckpoint:
         fused = FUSED["gguf"] | (GATE_IN_UP if self.family.gguf_gate_in_up else {})
         if "blk.0.ffn_gate.weight" in tensors:
             fused = FUSED["gguf"]
-        stored: dict[str, _StoredTensor] = renamed(path, needed(path, tensors), self.family.gguf_names)
+        stored: dict[str, StoredTensor] = renamed(path, needed(path, tensors), self.family.gguf_names)
         if args.experts is not None:
             stored = unstacked(path, stored, args.experts)
         parts = unfused(path, stored, fused, args, "gguf")
         self._tensors = {meta_name(name, "gguf"): tensor for name, tensor in parts}
         for layer, values in enumerate(xielu):
-            raw = xielu_weight(*values).numpy().view(np.uint8)
-            self._tensors[f"layers.{layer}.feed_forward.xielu.weight"] = _StoredTensor(raw, (4,), F32)
+            weight = xielu_weight(*values).numpy()
+            self._tensors[f"layers.{layer}.feed_forward.xielu.weight"] = floats_of(weight, (4,))
         if args.tied_embeddings and "tok_embeddings" in self.factors and self.block_type(TABLE) is not None:
             self._untie(args, multipliers)
         self._find_biases()
@@ -166,7 +136,7 @@ class GGUFCheckpoint:
         )
         for name, shape in global_shapes(self.args).items():
             if name.endswith(".bias") and module_name(name) in {*ATTENTION, *FEED_FORWARD} - biased:
-                self._tensors[name] = _StoredTensor(np.zeros(4 * shape[0], np.uint8), shape, F32)
+                self._tensors[name] = floats_of(np.zeros(shape[0], np.float32), shape)
 
     @property
     def model_name(self) -> str:
@@ -261,84 +231,3 @@ def _check_split(file: Path, header: Header, number: int, count: int) -> None:
             f"{file} says that it is file {stated[0]} of {stated[1]}, counted from 0, but stands as {number} of "
             f"{count}: files of a split keep their names name-00001-of-0000N.gguf"
         )
-
-
-def map_tensors(file: Path, header: Header) -> dict[str, _StoredTensor]:
-    """Map a file's tensors, by the names they have there.
-
-    Raise ValueError unless their types are known, their rows whole blocks, all their bytes in the file and each where
-    the one before it ends, as llama.cpp has it: an offset that is wrong would give other weights.
-    """
-    import gguf
-
-    # Copy-on-write, because torch wants memory that it may write to.
-    try:
-        data = np.memmap(file, mode="c", dtype=np.uint8).view(np.ndarray)
-    except OSError as error:
-        raise cannot_map(file, error) from None
-    types = {int(code): BlockType(code.name, *sizes) for code, sizes in gguf.GGML_QUANT_SIZES.items()}
-    tensors: dict[str, _StoredTensor] = {}
-    end: int | None = None
-    for info in header.tensors.values():
-        if info.ggml_type not in types:
-            raise ValueError(f"{file}: tensor {info.name} has unknown type {info.ggml_type}")
-        block_type = types[info.ggml_type]
-        if 0 in info.shape or info.shape[-1] % block_type.elements:
-            raise ValueError(f"{file}: tensor {info.name} of type {block_type.name} has impossible shape {info.shape}")
-        if len(info.shape) == 1 and block_type.name not in WEIGHT_DTYPES:
-            raise ValueError(f"{file}: {info.name} has blocks of type {block_type.name}, as only matrices may")
-        if end is not None and info.offset != math.ceil(end / header.alignment) * header.alignment:
-            raise ValueError(
-                f"{file} is damaged: tensor {info.name} lies at byte {info.offset}, not after the one before"
-            )
-        end = stop = info.offset + math.prod(info.shape) // block_type.elements * block_type.size
-        if stop > len(data):
-            raise ValueError(
-                f"{file} is truncated: tensor {info.name} ends at byte {stop}, the file has {len(data)}: "
-                "download it again"
-            )
-        _check_decodable(file, info, block_type)
-        tensors[info.name] = _StoredTensor(data[info.offset : stop], info.shape, block_type)
-    return tensors
-
-
-def _check_decodable(file: Path, info: TensorInfo, block_type: BlockType) -> None:
-    """Raise ValueError for a type that the `gguf` library cannot decode."""
-    import gguf
-
-    try:
-        gguf.dequantize(np.zeros((1, block_type.size), np.uint8), gguf.GGMLQuantizationType[block_type.name])
-    except NotImplementedError:
-        raise ValueError(f"{file}: tensor {info.name} has type {block_type.name}, which cannot be decoded") from None
-
-
-def decode_rows(tensor: _StoredTensor, start: int, stop: int) -> Tensor:
-    """Return rows [start, stop) of a tensor: in its own dtype, or fp32 where it is blocks."""
-    row_bytes = len(tensor.raw) // tensor.shape[0]
-    raw = tensor.raw[start * row_bytes : stop * row_bytes]
-    values = _decode_blocks(raw, tensor.type) if tensor.dtype is None else torch.from_numpy(raw).view(tensor.dtype)
-    return values.view(stop - start, *tensor.shape[1:])
-
-
-def _decode_blocks(raw: np.ndarray, block_type: BlockType) -> Tensor:
-    """Return the fp32 values (n_blocks, elements) of consecutive blocks."""
-    from gguf import GGMLQuantizationType, dequantize
-
-    qtype = GGMLQuantizationType[block_type.name]
-    blocks = raw.reshape(-1, block_type.size)
-    # Not torch's: threads are outside a caller's inference mode.
-    values = np.empty((len(blocks), block_type.elements), np.float32)
-    # As one long row: the library works through a few rows at a time, which for short rows is slow.
-    convert_rows(blocks, values, block_type.elements, lambda rows: dequantize(rows.reshape(1, -1), qtype))
-    return torch.from_numpy(values)
-
-
-def convert_rows(rows: np.ndarray, out: np.ndarray, elements: int, convert: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Convert rows of `elements` values to rows of `out` on all threads, CONVERTED_AT_ONCE values at a time."""
-    step = CONVERTED_AT_ONCE // elements
-
-    def work(first: int) -> None:
-        out[first : first + step] = convert(rows[first : first + step]).reshape(-1, out.shape[1])
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(work, range(0, len(rows), step)))

@@ -16,12 +16,12 @@ from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, po
 from llama.checkpoint.expert_tensors import unstacked
 from llama.checkpoint.families import ATTENTION, FEED_FORWARD
 from llama.checkpoint.hf_config import read_block_types, read_config, read_text_config, token_ids
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.multipliers import folded
 from llama.checkpoint.names import ROTATED, XIELU_PARTS, NamingScheme, meta_name, module_name, renamed, stored_name
 from llama.checkpoint.release_config import read_release
 from llama.checkpoint.releases import find_matrices
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.tensors import (
     FUSED,
     missing_biases,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import some_of
-from llama.checkpoint.gguf import decode_rows, map_tensors
 from llama.checkpoint.gguf_header import is_gguf, read_header
+from llama.checkpoint.gguf_tensors import decode_rows, map_tensors
 from llama.checkpoint.names import LAYER_PREFIXES, stored_name
 from llama.files import check_content
 

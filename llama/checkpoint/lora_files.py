@@ -18,13 +18,13 @@ from torch import Tensor
 
 from llama.checkpoint.base import StoredCheckpoint, some_of
 from llama.checkpoint.families import RowOrder
-from llama.checkpoint.gguf import decode_rows, map_tensors
 from llama.checkpoint.gguf_config import ALL_ROPE_FACTORS
 from llama.checkpoint.gguf_header import is_gguf, read_header
-from llama.checkpoint.load import global_shapes
+from llama.checkpoint.gguf_tensors import decode_rows, map_tensors
 from llama.checkpoint.lora import OUTPUT, TABLE, AdaptedCheckpoint, Adapter, LowRankPair
 from llama.checkpoint.mapped_file import Layouts, map_folder
 from llama.checkpoint.names import ROTATED, meta_name, module_name, with_parts
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.tensors import FUSED, GATE_IN_UP, norm_offset, pair_neighbours, parts_of_fused
 from llama.config import ModelArgs, read_json_object
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.checkpoint.families import Family
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import XIELU_PARTS, NamingScheme, meta_name, module_name
+from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs
 
 # Modules of a layer that hold several of the model's, one after the other.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from llama import __version__
 from llama.cli.runner import call, is_first_rank, supervise
 from llama.cli.suggestions import suggestion
+from llama.distributed.torchrun_env import read_torchrun_env
 
 # By what one wants to do; each is main() of the file of its name.
 COMMANDS = {
@@ -38,6 +39,8 @@ COMMANDS = {
         "completion": "print a script that has bash, zsh or fish complete commands",
     },
 }
+# Which write or remove files, in one process.
+ALONE = {"convert", "make", "rm"}
 NAMES = [name for commands in COMMANDS.values() for name in commands]
 EXAMPLES = """\
 examples:
@@ -66,6 +69,8 @@ def dispatch(argv: Sequence[str]) -> None:
     if first not in NAMES:
         close = suggestion(first, NAMES)
         raise ValueError(f"unknown command {first!r}: " + (f"did you mean {close}?" if close else "see llama --help"))
+    if first in ALONE and read_torchrun_env().world_size > 1:
+        raise ValueError(f"llama {first} works in one process: leave torchrun out")
     import fire
 
     fire.Fire({name: subcommand(name, argv[1:]) for name in NAMES}, command=[first], name="llama")

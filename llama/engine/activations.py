@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from llama.cache import ForwardBatch
 from llama.checkpoint.base import shard_dim
 from llama.checkpoint.imatrix import ColumnSquares
-from llama.checkpoint.load import global_shapes, part_span
+from llama.checkpoint.load import part_span
+from llama.checkpoint.shapes import global_shapes
 from llama.distributed.job import collective
 from llama.distributed.layers import ColumnParallelLinear, RowParallelLinear
 from llama.model import Transformer

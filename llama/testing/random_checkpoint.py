@@ -21,8 +21,8 @@ from torch import Tensor
 from llama.checkpoint.base import dtype_name
 from llama.checkpoint.export.tokenizer_model import merges_of
 from llama.checkpoint.families import FAMILIES
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import NamingScheme, module_name
+from llama.checkpoint.shapes import global_shapes
 from llama.quantization.gguf_blocks import BlockType
 from llama.testing.model_presets import Preset, TokenizerKind
 from llama.tokenizer import Tokenizer

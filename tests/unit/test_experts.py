@@ -13,8 +13,8 @@ from llama.backends.base import choose_backend
 from llama.backends.cpu.backend import CpuBackend
 from llama.backends.cpu.build import library
 from llama.backends.cpu.packed_weight import PackedWeight
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import module_name
+from llama.checkpoint.shapes import global_shapes
 from llama.config import Experts, ModelArgs
 from llama.distributed.layers import set_quantized_weight
 from llama.model import Transformer

@@ -13,7 +13,7 @@ import pytest
 from llama.cli.complete import main as complete
 from llama.cli.flags import Fields, Late, decode_text, flags_of, parse, section
 from llama.cli.help import page
-from llama.cli.main import NAMES, overview
+from llama.cli.main import ALONE, NAMES, dispatch, overview
 from llama.cli.options import CHAT
 from llama.engine.options import BuildOptions
 from llama.sampling import SamplingParams
@@ -306,3 +306,12 @@ def test_completing_takes_every_option_of_building_and_sampling() -> None:
         "options": BuildOptions("a", seed=3, compile=True),
         "params": SamplingParams(top_p=0.5, max_gen_len=64),
     }
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
+def test_what_works_in_one_process_is_refused_under_torchrun(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank converted at once: the first won, and the others ended with "exists already"."""
+    for variable, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"llama {name} works in one process: leave torchrun out"):
+        dispatch([name])

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 from llama.backends.cuda import attention, elementwise, gemm, gemv
 from llama.backends.cuda.backend import CudaBackend
 from llama.cache import PAGE_SIZE, ForwardBatch, KVCache
-from llama.checkpoint.load import global_shapes
+from llama.checkpoint.shapes import global_shapes
 from llama.config import Experts, ModelArgs
 from llama.distributed.layers import set_quantized_weight
 from llama.model import Transformer

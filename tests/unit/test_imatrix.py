@@ -16,7 +16,7 @@ from llama.checkpoint import open_checkpoint, with_adapters
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.imatrix import ColumnSquares, check_measured, read_imatrix, write_imatrix
-from llama.checkpoint.load import global_shapes
+from llama.checkpoint.shapes import global_shapes
 from llama.cli import calibrate, convert
 from llama.engine.options import BuildOptions
 from tests.conftest import TINY_LLAMA2

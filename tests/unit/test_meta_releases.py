@@ -14,8 +14,9 @@ from torch import Tensor
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
-from llama.checkpoint.load import WeightFormat, global_shapes
+from llama.checkpoint.load import WeightFormat
 from llama.checkpoint.lora_files import with_adapters
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.verify.verify import verify
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel

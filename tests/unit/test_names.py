@@ -9,8 +9,8 @@ import gguf
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import NamingScheme, meta_name, stored_name
+from llama.checkpoint.shapes import global_shapes
 from llama.model import Transformer
 from tests.checkpoints import TINY
 

@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama.checkpoint import open_checkpoint, with_adapters
-from llama.checkpoint.load import WeightFormat, global_shapes, load_weights
+from llama.checkpoint.load import WeightFormat, load_weights
+from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.model import Transformer

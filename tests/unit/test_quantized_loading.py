@@ -18,8 +18,9 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.imatrix import ColumnSquares, ImportanceMatrix, read_imatrix, write_imatrix
-from llama.checkpoint.load import WeightFormat, global_shapes, load_weights
+from llama.checkpoint.load import WeightFormat, load_weights
 from llama.checkpoint.names import module_name
+from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from llama.memory.plan import Planner

@@ -21,8 +21,9 @@ from torch import Tensor
 from llama.backends.eager import EagerBackend
 from llama.checkpoint import load_weights, open_checkpoint
 from llama.checkpoint.base import StoredCheckpoint
-from llama.checkpoint.load import WeightFormat, global_shapes
+from llama.checkpoint.load import WeightFormat
 from llama.checkpoint.releases import find_matrices
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.verify.verify import verify
 from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel

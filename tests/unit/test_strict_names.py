@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama import Llama
 from llama.checkpoint import open_checkpoint
-from llama.checkpoint.load import global_shapes
+from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs
 from llama.engine.build import plan_run
 from llama.engine.options import BuildOptions

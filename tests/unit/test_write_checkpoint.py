@@ -29,8 +29,8 @@ from llama.checkpoint.export.streaming_writers import ALIGNMENT, PickleFile, Ten
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.hf_config import read_config
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.params_json import read_params
+from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs
 from llama.errors import error_line
 from llama.rope_scaling import DynamicScaling, FactorScaling, LinearScaling, Llama3Scaling, YarnScaling

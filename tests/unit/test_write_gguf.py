@@ -15,8 +15,8 @@ from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES, type_of
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import module_name
+from llama.checkpoint.shapes import global_shapes
 from llama.cli.convert import main as convert
 from llama.config import ModelArgs
 from llama.testing.model_presets import PRESETS

@@ -19,8 +19,8 @@ from llama.checkpoint.export.gguf_metadata import describe
 from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES, fitting, type_of
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.imatrix import origin
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, module_name, stored_name, with_own_parts
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.tensors import pair_halves
 from llama.quantization.gguf_blocks import BLOCK_TYPES
 from llama.quantization.k_quants import quantize_blocks

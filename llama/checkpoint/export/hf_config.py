@@ -18,9 +18,9 @@ from llama.checkpoint.hf_config import (
     REQUIRED_CONFIG_KEYS,
     interpret,
 )
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.multipliers import folded
 from llama.checkpoint.names import module_name
+from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs
 from llama.rope_scaling import (
     DynamicScaling,

@@ -16,9 +16,9 @@ from llama.checkpoint.export.hf_config import hf_config
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import SafetensorsFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import ROTATED, XIELU_PARTS, module_name, stored_name, with_own_parts
 from llama.checkpoint.release_config import BLOCKS_METHOD
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.tensors import norm_offset, pair_halves, xielu_parts
 from llama.quantization.gguf_blocks import BlockType, quantize
 from llama.quantization.k_quants import quantize_blocks

@@ -14,8 +14,8 @@ from llama.checkpoint.context import recognised
 from llama.checkpoint.export.plan import ExportPlan
 from llama.checkpoint.export.streaming_writers import PickleFile, TensorEntry, write_json
 from llama.checkpoint.export.tokenizer import write_tokenizer
-from llama.checkpoint.load import global_shapes
 from llama.checkpoint.names import module_name
+from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs
 from llama.rope_scaling import Llama3Scaling
 from llama.tokenizer import Tokenizer

@@ -15,12 +15,13 @@ from llama.checkpoint.gguf import GGUFCheckpoint, is_later_split, split_files
 from llama.checkpoint.gguf_header import is_gguf, read_header
 from llama.checkpoint.hf_config import read_block_types
 from llama.checkpoint.huggingface import LAYOUTS
-from llama.checkpoint.load import check_vocab_size, global_shapes
+from llama.checkpoint.load import check_vocab_size
 from llama.checkpoint.mapped_file import map_weights
 from llama.checkpoint.meta import MISTRAL_LAYOUTS, shard_problems
 from llama.checkpoint.names import stored_name
 from llama.checkpoint.open import open_checkpoint
 from llama.checkpoint.release_config import read_release
+from llama.checkpoint.shapes import global_shapes
 from llama.checkpoint.verify.checksums import Finding, bytes_listed, verify_lists
 from llama.config import read_json_object
 from llama.files import check_content
