@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from llama.checkpoint.families import Family
+from llama.checkpoint.family import Family
 from llama.checkpoint.names import DERIVED, UNNEEDED, NamingScheme, StoredT, module_name
 from llama.config import ModelArgs
 from llama.quantization.gguf_blocks import BLOCK_TYPES, F8_E4M3, QUANTIZE, BlockType

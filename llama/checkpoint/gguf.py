@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import SHARD_DIM, Reading, dtype_name, needed, positive_int
 from llama.checkpoint.expert_tensors import unstacked
-from llama.checkpoint.families import ATTENTION, FEED_FORWARD
+from llama.checkpoint.family import ATTENTION, FEED_FORWARD
 from llama.checkpoint.gguf_config import (
     ALL_ROPE_FACTORS,
     FIELD_KEYS,

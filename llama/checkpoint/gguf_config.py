@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llama.checkpoint.families import FAMILIES, GGUF_FAMILIES, Family
+from llama.checkpoint.families import FAMILIES, GGUF_FAMILIES
+from llama.checkpoint.family import Family
 from llama.checkpoint.gguf_experts import COUNT, EXPERTS_KEYS, USED_COUNT, gguf_llama4_fields, read_gguf_experts
 from llama.checkpoint.multipliers import Multipliers
 from llama.checkpoint.names import XIELU_PARTS

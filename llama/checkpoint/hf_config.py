@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, Family, supported
+from llama.checkpoint.families import FAMILIES, supported
+from llama.checkpoint.family import ATTENTION, FEED_FORWARD, Family
 from llama.checkpoint.hf_experts import (
     EXPERTS_CONFIG_KEYS,
     LLAMA4_KEYS,

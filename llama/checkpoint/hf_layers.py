@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llama.checkpoint.families import Family
+from llama.checkpoint.family import Family
 from llama.checkpoint.hf_rope import true_or_false
 from llama.checks import check_int
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoint.families import Family
+from llama.checkpoint.family import Family
 from llama.checks import check_int, check_number
 from llama.config import ModelArgs
 from llama.rope_scaling import (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Reading, dtype_name, needed, positive_int, same_matrix
 from llama.checkpoint.expert_tensors import unstacked
-from llama.checkpoint.families import ATTENTION, FEED_FORWARD
+from llama.checkpoint.family import ATTENTION, FEED_FORWARD
 from llama.checkpoint.hf_config import read_block_types, read_config, read_text_config, token_ids
 from llama.checkpoint.mapped_file import Layouts, MappedMemory, map_folder
 from llama.checkpoint.multipliers import folded

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from llama.checkpoint.base import StoredCheckpoint, some_of
-from llama.checkpoint.families import RowOrder
+from llama.checkpoint.family import RowOrder
 from llama.checkpoint.gguf_config import ALL_ROPE_FACTORS
 from llama.checkpoint.gguf_header import is_gguf, read_header
 from llama.checkpoint.gguf_tensors import decode_rows, map_tensors

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.families import Family
+from llama.checkpoint.family import Family
 from llama.checkpoint.names import XIELU_PARTS, NamingScheme, meta_name, module_name
 from llama.checkpoint.shapes import global_shapes
 from llama.config import ModelArgs

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from llama.checkpoint.export.plan import ExportPlan
-from llama.checkpoint.families import GGUF_FAMILIES, Family
+from llama.checkpoint.families import GGUF_FAMILIES
+from llama.checkpoint.family import Family
 from llama.checkpoint.gguf_config import (
     LONG_FACTORS,
     OPTIONAL_GGUF_KEYS,

@@ -10,7 +10,8 @@ from typing import Any
 from llama.checkpoint.base import dtype_name
 from llama.checkpoint.context import recognised
 from llama.checkpoint.export.plan import ExportPlan
-from llama.checkpoint.families import ATTENTION, FAMILIES, FEED_FORWARD, Family
+from llama.checkpoint.families import FAMILIES
+from llama.checkpoint.family import ATTENTION, FEED_FORWARD, Family
 from llama.checkpoint.hf_config import (
     CONFIG_FLAGS,
     GRANITE_KEYS,
