@@ -98,14 +98,23 @@ class ExpertsFeedForward(nn.Module):
         run: computes one of the experts for tokens (n, dim).
         """
         chosen, counts = self.route(x)
-        y = torch.zeros_like(x, dtype=torch.float32) if self.shared is None else run(self.shared, x).float()
-        for expert in sorted(set(chosen.flatten().tolist())):
-            tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            weights, count = self.experts[expert], counts[tokens, places, None]
-            if self.router == "sigmoid of input":
-                y.index_add_(0, tokens, run(weights, (x[tokens] * count).type_as(x)).float())
-            else:
-                y.index_add_(0, tokens, run(weights, x[tokens]) * count)
+        order = chosen.flatten().argsort(stable=True)  # by expert, then by token
+        tokens, counts = order // self.n_active, counts.flatten()[order]
+        results = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
+        first = 0
+        for expert, n in enumerate(chosen.flatten().bincount(minlength=self.n_experts).tolist()):
+            if n:
+                part = x[tokens[first : first + n]]
+                if self.router == "sigmoid of input":
+                    part = (part * counts[first : first + n, None]).type_as(x)
+                results[first : first + n] = run(self.experts[expert], part)
+                first += n
+        # Each token's places in results, in the order of the experts, in which they are added.
+        places = order.argsort().view(chosen.shape).sort(-1).values
+        factors = None if self.router == "sigmoid of input" else counts[places]
+        y = F.embedding_bag(places, results, per_sample_weights=factors, mode="sum")
+        if self.shared is not None:
+            y += run(self.shared, x)
         return y
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ STACKED = {
     "ffn_down_exps": ("ffn_down.{}",),
     "ffn_gate_up_exps": ("ffn_gate.{}", "ffn_up.{}"),
 }
+
+
+def stacked_name(name: str) -> str:
+    """Return what GGUF calls the tensor of all experts that holds one of theirs: "blk.3.ffn_up.7" -> "..ffn_up_exps".
+
+    Other names stay.
+    """
+    return re.sub(r"\.(ffn_gate|ffn_up|ffn_down)\.\d+\.weight$", r".\1_exps.weight", name)
 
 
 def unstacked(path: Path, tensors: Mapping[str, Any], experts: Experts, transposed: bool = False) -> dict[str, Any]:

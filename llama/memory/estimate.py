@@ -74,8 +74,8 @@ def activation_bytes(
     q = parallel.heads(args.n_heads) * args.head_dim
     kv = len(parallel.kv_heads(args.n_heads, args.n_kv_heads)) * args.head_dim
     hidden = parallel.part(_widest(args), parallel.ffn_multiple) * size
-    # Of experts the sum, in fp32, and an expert's tokens.
-    routed = 0 if args.experts is None else 4 * args.dim + x
+    # Of experts what each makes of a token, in fp32, and an expert's tokens.
+    routed = 0 if args.experts is None else 4 * args.dim * args.experts.n_active + x
     # One of several rows may be set back, and be computed again with all that it has generated.
     longest = shape.length if shape.bsz > 1 else shape.prompt_len
     n_tokens = min(shape.bsz * longest, backend.max_prefill_tokens + shape.bsz - 1)

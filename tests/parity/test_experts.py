@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     Llama4ForCausalLM,
@@ -28,8 +29,12 @@ from transformers import (
 )
 
 from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint.base import Checkpoint
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.checkpoint.load import WeightFormat
 from llama.model import Transformer
+from tests.checkpoints import write_byte_tokenizer
 from tests.gguf_files import write_gguf
 from tests.models import one_pass, random_tokens
 
@@ -361,3 +366,60 @@ def test_mistrals_own_mixtral_equals_transformers(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text(json.dumps(params))
     tokens = random_tokens(2, 20, vocab_size=VOCAB_SIZE)
     torch.testing.assert_close(one_pass(opened(tmp_path), tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+
+def rewritten(source: Path, target: Path, format: str, **options: Any) -> Checkpoint:
+    checkpoint = open_checkpoint(source)
+    tokenizer = tokenizer_source(checkpoint if source.is_dir() else open_checkpoint(source.parent / "a"))
+    made = writer(checkpoint, tokenizer, format, **options)
+    write_checkpoint(made, target, lambda n_bytes: None)
+    return open_checkpoint(target)
+
+
+def with_tokenizer(folder: Path, theirs: PreTrainedModel) -> Path:
+    theirs.save_pretrained(folder)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral, beyond its window", "qwen3 moe, dense layers", "olmoe"])
+@torch.inference_mode()
+def test_a_folder_that_is_written_is_transformers(tmp_path: Path, name: str) -> None:
+    """Names of the family, and which layers have no experts; converting refused all mixtures once."""
+    theirs = made(name, vocab_size=512)
+    source = open_checkpoint(with_tokenizer(tmp_path / "a", theirs))
+    again = rewritten(tmp_path / "a", tmp_path / "b", "hf")
+    assert again.args == source.args and set(again.names()) == set(source.names())
+    assert all(torch.equal(again.read(each), source.read(each)) for each in source.names())
+    tokens = random_tokens(2, SEQLEN, vocab_size=512)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    torch.testing.assert_close(read(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "olmoe"])
+def test_gguf_has_the_experts_of_a_layer_in_a_tensor(tmp_path: Path, name: str) -> None:
+    """As llama.cpp wants them, in fp32 what chooses them; blocks stay blocks, expert by expert, on the way back."""
+    source = open_checkpoint(with_tokenizer(tmp_path / "a", made(name, vocab_size=512)))
+    again = rewritten(tmp_path / "a", tmp_path / "a.gguf", "gguf")
+    assert set(again.names()) == set(source.names())
+    assert again.args.experts == source.args.experts
+    assert all(torch.equal(again.read(each), source.read(each)) for each in source.names())
+    blocks = rewritten(tmp_path / "a", tmp_path / "blocks.gguf", "gguf", dtype="q8_0")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "blocks.gguf").tensors}
+    assert source.args.experts is not None
+    n, hidden = source.args.experts.n_experts, source.args.experts.hidden_dim
+    assert list(found["blk.1.ffn_up_exps.weight"].shape) == [96, hidden, n]
+    assert found["blk.1.ffn_up_exps.weight"].tensor_type.name == "Q8_0"
+    assert found["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    same = rewritten(tmp_path / "blocks.gguf", tmp_path / "same.gguf", "gguf")
+    assert all(torch.equal(same.read(each), blocks.read(each)) for each in blocks.names())
+
+
+def test_a_llama_4_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a Llama 4, which cannot be written: use its files"):
+        rewritten(with_tokenizer(tmp_path / "a", made("llama 4 scout", vocab_size=512)), tmp_path / "b", "hf")
+
+
+def test_metas_format_has_no_experts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Meta's format cannot express a mixture of experts: use --format hf"):
+        rewritten(with_tokenizer(tmp_path / "a", made("mixtral", vocab_size=512)), tmp_path / "b", "meta")

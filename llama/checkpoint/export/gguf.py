@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.base import WEIGHT_DTYPES, Progress
+from llama.checkpoint.expert_tensors import stacked_name
 from llama.checkpoint.export.gguf_metadata import describe
 from llama.checkpoint.export.gguf_types import GGUF_FILE_TYPES, fitting, type_of
 from llama.checkpoint.export.plan import ExportPlan
@@ -37,7 +38,7 @@ AS_STORED = "stored"
 class _Entry:
     """A tensor of the file: the model's tensors whose rows it holds, and its ggml type."""
 
-    parts: tuple[str, ...]
+    parts: list[str]
     shape: tuple[int, ...]
     type: str
 
@@ -67,7 +68,8 @@ class GGUFFileWriter:
         self.description = describe(plan, self._biased)
         self.tokenizer_metadata = plan.tokenizer.gguf_metadata()
         self._name_stops()
-        self.entries = dict(self._planned())
+        self.entries: dict[str, _Entry] = {}
+        self._plan_entries()
         plan.check_importance(self._quantized())
 
     @property
@@ -107,8 +109,8 @@ class GGUFFileWriter:
             os.fsync(file.fileno())
         writer.close()
 
-    def _planned(self) -> Iterator[tuple[str, _Entry]]:
-        """Yield the file's tensors by their names there, in their order."""
+    def _plan_entries(self) -> None:
+        """Set the file's tensors, by their names there, in their order; one holds the matrices of all experts."""
         family = self.description.family
         shapes = global_shapes(self.plan.args)
         for name, shape in shapes.items():
@@ -116,14 +118,20 @@ class GGUFFileWriter:
                 continue
             if name.endswith(".bias") and "norm" not in name and module_name(name) not in self._biased:
                 continue
-            parts: tuple[str, ...] = (name,)
+            parts = [name]
             rows = shape[0]
             if family.gguf_gate_in_up and module_name(name) in ("w1", "w3"):
                 if module_name(name) == "w1":
                     continue
-                parts, rows = (name.replace(".w3.", ".w1."), name), 2 * shape[0]
-            stored = with_own_parts(stored_name(name, "gguf"), family.gguf_names)
-            yield stored, _Entry(parts, (rows, *shape[1:]), self._type(name, shape))
+                parts, rows = [name.replace(".w3.", ".w1."), name], 2 * shape[0]
+            stored = with_own_parts(stacked_name(stored_name(name, "gguf")), family.gguf_names)
+            if ".experts." not in name:
+                self.entries[stored] = _Entry(parts, (rows, *shape[1:]), self._type(name, shape))
+            elif stored in self.entries:
+                self.entries[stored].parts.extend(parts)
+            else:
+                n_experts = self.plan.args.experts.n_experts if self.plan.args.experts else 0
+                self.entries[stored] = _Entry(parts, (n_experts, *shape), self._type(name, shape))
 
     def _quantized(self) -> dict[str, tuple[int, ...]]:
         """Return the matrices whose values become blocks, with their shapes."""
@@ -140,7 +148,7 @@ class GGUFFileWriter:
         """Return the ggml type of a tensor."""
         if self.type_name != AS_STORED:
             return type_of(GGUF_FILE_TYPES[self.type_name], name, shape, self.plan.args, self.is_pure)
-        if len(shape) < 2:
+        if len(shape) < 2 or module_name(name) == "gate":
             return "F32"
         block_type = self.plan.checkpoint.block_type(name)
         stored = block_type.name if block_type else self.plan.checkpoint.stored_as(name)

@@ -29,6 +29,7 @@ from llama.checkpoint.gguf_config import (
     read_multipliers,
     with_own_keys,
 )
+from llama.checkpoint.gguf_experts import COUNT, HIDDEN, USED_COUNT
 from llama.checkpoint.multipliers import folded
 from llama.checkpoint.names import XIELU_PARTS
 from llama.checkpoint.tensors import xielu_parts
@@ -120,6 +121,8 @@ def _metadata(args: ModelArgs, context_len: int, family: Family) -> tuple[dict[s
             metadata[WINDOW_PATTERN] = [layer not in args.full_layers for layer in range(args.n_layers)]
         if args.window_rope_theta is not None and "sliding_attention" in family.rope_keys:
             metadata[WINDOW_THETA] = float(args.window_rope_theta)
+    if args.experts is not None:
+        metadata |= {COUNT: args.experts.n_experts, USED_COUNT: args.experts.n_active, HIDDEN: args.experts.hidden_dim}
     if family.is_scaled:  # by 1, as multipliers are folded
         metadata |= {SCALE_KEYS[field]: 1.0 for field in ("embedding", "residual", "logits")}
         if args.score_factor != 1.0:

@@ -99,6 +99,11 @@ FALLBACKS = {
     "IQ4_XS": "IQ4_NL",
 }
 LAYERS_OF_70B = 80
+# Of mixtures of so many experts, wk and wv are Q8_0, and wo is Q5_K in files of these codes.
+MIXTRALS_EXPERTS = 8
+FINER_IN_MIXTRAL = {
+    GGUF_FILE_TYPES[name].code for name in ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
+}
 
 
 def type_of(mixture: Mixture, name: str, shape: tuple[int, ...], args: ModelArgs, is_pure: bool = False) -> str:
@@ -106,7 +111,7 @@ def type_of(mixture: Mixture, name: str, shape: tuple[int, ...], args: ModelArgs
 
     is_pure: whether all matrices get the mixture's own type. Norms and biases stay in fp32, as llama.cpp asks for.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or module_name(name) == "gate":  # what chooses experts, too
         return "F32"
     if mixture.type in WEIGHT_DTYPES:
         return mixture.type
@@ -128,6 +133,11 @@ def _wanted(mixture: Mixture, name: str, shape: tuple[int, ...], args: ModelArgs
         return "Q6_K" if mixture.type != "Q8_0" and is_whole else "Q8_0"
     if not name.startswith("layers."):
         return mixture.type
+    if args.experts is not None and args.experts.n_experts == MIXTRALS_EXPERTS:
+        if module in ("wk", "wv"):
+            return "Q8_0"
+        if module == "wo":
+            return "Q5_K" if mixture.code in FINER_IN_MIXTRAL else mixture.type
     layer = int(name.split(".")[1])
     rules = mixture.finer.get(module, ())
     found = next((type_name for holds, type_name in rules if holds(layer, args)), mixture.type)

@@ -36,7 +36,7 @@ from llama.rope_scaling import (
 # What a model may be written as, the plainest first.
 WRITTEN = (
     "llama", "mistral", "granite", "ministral", "qwen3", "olmo2", "olmo3", "exaone4", "hunyuan_v1_dense", "ministral3",
-    "smollm3", "arcee", "nemotron", "apertus", "stablelm",
+    "smollm3", "arcee", "nemotron", "apertus", "stablelm", "mixtral", "qwen3_moe", "olmoe",
 )  # fmt: skip
 ROPE_TYPES = {
     LinearScaling: "linear",
@@ -45,6 +45,7 @@ ROPE_TYPES = {
     YarnScaling: "yarn",
     LongRopeScaling: "longrope",
 }
+_EXPERTS_KEYS = {"n_experts": "num_experts", "n_active": "num_experts_per_tok", "hidden_dim": "moe_intermediate_size"}
 # Fields of ModelArgs that not all families have, beside what their layers compute otherwise.
 _BESIDE_LAYERS = ("attention_bias", "mlp_bias", "sliding_window", "rotary_dim", "score_factor")
 # Those that say nothing about the computation, or say it once more.
@@ -132,6 +133,13 @@ def _config(args: ModelArgs, model_type: str, family: Family, context_len: int) 
     if family is FAMILIES["granite"]:
         config |= dict.fromkeys(GRANITE_KEYS.values(), 1.0)
         config[GRANITE_KEYS["scores"]] = args.score_factor / math.sqrt(args.head_dim)
+    if args.experts is not None:
+        config |= {key: getattr(args.experts, field) for field, key in _EXPERTS_KEYS.items()}
+        config["num_local_experts"] = args.experts.n_experts
+        if "norm_topk_prob" in family.defaults:
+            config["norm_topk_prob"] = args.experts.router == "softmax of chosen"
+        if family is FAMILIES["qwen3_moe"]:
+            config["mlp_only_layers"] = list(args.experts.dense_layers)
     layers = range(args.n_layers)
     has_window = [args.sight(layer).window is not None for layer in layers]
     if family.window != "none":

@@ -68,10 +68,10 @@ def writer(
     reopen: opens the same checkpoint again, where that releases memory.
     Raise ValueError when the format cannot express the checkpoint, or weights are missing or mis-shaped.
     """
-    if checkpoint.args.experts is not None:
-        raise ValueError(
-            f"{checkpoint.path} is a mixture of experts, which cannot be written: use its files as they are"
-        )
+    if checkpoint.args.experts is not None and checkpoint.args.experts.router == "sigmoid of input":
+        raise ValueError(f"{checkpoint.path} is a Llama 4, which cannot be written: use its files as they are")
+    if checkpoint.args.experts is not None and format == "meta":
+        raise ValueError("Meta's format cannot express a mixture of experts: use --format hf")
     if format not in EXPORT_FORMATS:
         raise ValueError(f"--format must be one of {', '.join(EXPORT_FORMATS)}, got {format!r}")
     dtypes = GGUF_FILE_TYPES if format == "gguf" else DTYPES
