@@ -146,19 +146,17 @@ def test_help_names_every_flag_once_and_loads_nothing() -> None:
     assert sorted(flags) == sorted(
         [
             *("ckpt_dir", "tokenizer_path", "prompt", "max_seq_len", "max_batch_size", "max_gen_len", "temperature"),
+            *("top_p", "seed", "device", "dtype", "quantize", "imatrix", "lora", "compile", "timeout", "speculate"),
             *(
-                "top_p",
-                "seed",
-                "device",
-                "dtype",
-                "quantize",
-                "lora",
-                "compile",
-                "timeout",
-                "speculate",
                 "draft_ckpt_dir",
+                "draft_quantize",
+                "logprobs",
+                "echo",
+                "json",
+                "model_parallel_size",
+                "dry_run",
+                "prompt_file",
             ),
-            *("draft_quantize", "logprobs", "echo", "json", "model_parallel_size", "dry_run", "prompt_file"),
             *("top_k", "min_p", "repetition_penalty", "stop", "json_schema", "n", "top_logprobs", "show_probs", "html"),
         ]
     )
