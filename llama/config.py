@@ -210,6 +210,11 @@ class ModelArgs:
         """Return which earlier tokens those of a layer attend to."""
         return Sight() if layer in self.full_layers else Sight(self.sliding_window, self.attention_chunk)
 
+    @property
+    def sights(self) -> set[Sight]:
+        """The different sights of layers."""
+        return {self.sight(layer) for layer in range(self.n_layers)}
+
     def experts_of(self, layer: int) -> Experts | None:
         """Return the experts that a layer has; None where it has one feed-forward."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts

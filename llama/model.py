@@ -136,6 +136,7 @@ class Transformer(nn.Module):
         if args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.rope = LayerRotations(args)
+        self.sights = args.sights
         # Computes the layers in place of their own forward; bound from outside (see backends/base.py).
         self.backend: LayersBackend | None = None
 
@@ -161,8 +162,7 @@ class Transformer(nn.Module):
         rotations: (n_rotations, n_tokens, 1, head_dim / 2), complex, of which `LayerRotations` says each layer's.
         """
         x = self.tok_embeddings(tokens).to(self.dtype)
-        sights = {self.args.sight(layer) for layer in range(self.args.n_layers)}
-        masks = {sight: [causal_mask(batch.positions, group, sight) for group in batch.groups] for sight in sights}
+        masks = {sight: [causal_mask(batch.positions, group, sight) for group in batch.groups] for sight in self.sights}
         for layer, of_queries, of_keys in zip(self.layers, self.rope.of_queries, self.rope.of_keys, strict=True):
             x = layer(x, (rotations[of_queries], rotations[of_keys]), masks, batch)
         return self.norm(x)

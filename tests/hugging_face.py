@@ -1,13 +1,22 @@
-"""The same weights as a transformers model: an oracle for logits."""
+"""Models of transformers as the oracle: the same weights there, and their folders, tokens and conversions here."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint.export.tokenizer import tokenizer_source
+from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.checkpoint.load import WeightFormat
 from llama.config import ModelArgs
+from llama.model import Transformer
+from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
+from tests.models import build, one_pass, random_tokens
 
 NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -73,3 +82,36 @@ def hugging_face_model(args: ModelArgs, state: dict[str, Tensor]) -> LlamaForCau
     missing, unexpected = model.load_state_dict(hugging_face_state(state, args.head_dim), strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if args.tied_embeddings else set())
     return model
+
+
+def opened(folder: Path) -> Transformer:
+    """Load a folder in fp32, run by torch's operations."""
+    checkpoint = open_checkpoint(folder)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.args)
+    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
+    return model
+
+
+def check_greedy_tokens(theirs: Any, folder: Path) -> None:
+    """Save a model of transformers, with a vocabulary of bytes, and compare its greedy tokens with the engine's."""
+    theirs.save_pretrained(folder)
+    write_byte_tokenizer(folder)
+    llm = build(folder, max_seq_len=64)
+    llm.tokenizer.stop_tokens = frozenset()
+    tokens = random_tokens(2, 30, vocab_size=BYTE_VOCAB_SIZE)
+    expected = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=None)
+    assert llm.generate(tokens.tolist(), 30, temperature=0)[0] == expected[:, 30:].tolist()
+
+
+def check_conversion(theirs: Any, folder: Path, seqlen: int) -> str:
+    """Save a model of transformers, convert it to such a folder again, compare logits, and return its model_type."""
+    theirs.save_pretrained(folder / "own")
+    write_byte_tokenizer(folder / "own")
+    checkpoint = open_checkpoint(folder / "own")
+    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), "hf"), folder / "hf", lambda n_bytes: None)
+    tokens = random_tokens(2, seqlen, vocab_size=BYTE_VOCAB_SIZE)
+    converted = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
+    for logits in (converted(tokens).logits, one_pass(opened(folder / "hf"), tokens)):
+        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-5, atol=1e-4)
+    return str(converted.config.model_type)

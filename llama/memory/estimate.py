@@ -89,7 +89,7 @@ def activation_bytes(
         largest = max((q + 2 * kv) * size, hidden * (1 + args.is_gated) + routed, x + hidden + routed)
         layer = 4 * args.dim + 2 * x + largest
     else:
-        inputs += longest * len({args.sight(layer) for layer in range(args.n_layers)})  # the masks
+        inputs += longest * len(args.sights)  # the masks
         n_keys = shape.bsz * shape.length
         keys = 2 * n_keys * kv * size
         if device.type == "cuda" and args.n_heads != args.n_kv_heads:  # see `attend`

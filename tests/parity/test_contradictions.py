@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import COMPARED_AT_ONCE
 from llama.checkpoint.load import check_weights
+from tests.hugging_face import opened
 from tests.models import one_pass, random_tokens
-from tests.parity.test_families import VOCAB_SIZE, made, opened, write_bins
+from tests.parity.test_families import VOCAB_SIZE, made, write_bins
 
 
 def change(folder: Path, **settings: Any) -> None:

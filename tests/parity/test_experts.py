@@ -28,14 +28,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from llama.checkpoint import load_weights, open_checkpoint
+from llama.checkpoint import open_checkpoint
 from llama.checkpoint.base import Checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
 from llama.checkpoint.export.writer import write_checkpoint, writer
-from llama.checkpoint.load import WeightFormat
-from llama.model import Transformer
 from tests.checkpoints import write_byte_tokenizer
 from tests.gguf_files import write_gguf
+from tests.hugging_face import opened
 from tests.models import one_pass, random_tokens
 
 VOCAB_SIZE = 101
@@ -101,14 +100,6 @@ def made(name: str, **changes: Any) -> PreTrainedModel:
             in_features = weight.shape[-2 if weight.dim() == 3 and name.startswith("llama 4") else -1]
             weight.data.normal_(std=in_features**-0.5 if "embed" not in key else 1.0)
     return model.eval().requires_grad_(False)
-
-
-def opened(folder: Path) -> Transformer:
-    checkpoint = open_checkpoint(folder)
-    with torch.device("meta"):
-        model = Transformer(checkpoint.args)
-    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
-    return model
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,11 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from llama.checkpoint import load_weights, open_checkpoint
-from llama.checkpoint.load import WeightFormat
-from llama.model import Transformer
-from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
-from tests.models import build, one_pass, random_tokens
+from tests.checkpoints import BYTE_VOCAB_SIZE
+from tests.hugging_face import check_greedy_tokens, opened
+from tests.models import one_pass, random_tokens
 
 VOCAB_SIZE = 101
 SMALL = {"vocab_size": VOCAB_SIZE, "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2}
@@ -81,14 +79,6 @@ def made(name: str, **changes: Any) -> PreTrainedModel:
         else:
             weight.data.normal_(mean=0.0 if key.endswith("bias") else 1.0, std=0.1)
     return model.eval().requires_grad_(False)
-
-
-def opened(folder: Path) -> Transformer:
-    checkpoint = open_checkpoint(folder)
-    with torch.device("meta"):
-        model = Transformer(checkpoint.args)
-    load_weights(model, checkpoint, torch.device("cpu"), WeightFormat(torch.float32))
-    return model
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *MISTRALS])
@@ -165,11 +155,4 @@ def test_a_sliding_window_holds_while_decoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama 2", "llama 3.1", "smollm2", "yarn", "biases", "mistral, beyond its window"])
 def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     """From the folder to the tokens, beyond the window and the original context."""
-    theirs: Any = made(name, vocab_size=BYTE_VOCAB_SIZE)
-    theirs.save_pretrained(tmp_path)
-    write_byte_tokenizer(tmp_path)
-    llm = build(tmp_path, max_seq_len=64)
-    llm.tokenizer.stop_tokens = frozenset()
-    tokens = random_tokens(2, 30, vocab_size=BYTE_VOCAB_SIZE)
-    expected = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=None)
-    assert llm.generate(tokens.tolist(), 30, temperature=0)[0] == expected[:, 30:].tolist()
+    check_greedy_tokens(made(name, vocab_size=BYTE_VOCAB_SIZE), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from transformers import (
 
 from llama.checkpoint import open_checkpoint
 from llama.checkpoint.export.tokenizer import tokenizer_source
-from llama.checkpoint.export.writer import write_checkpoint, writer
+from llama.checkpoint.export.writer import writer
 from llama.model import Transformer
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
-from tests.models import build, one_pass, random_tokens
-from tests.parity.test_families import opened
+from tests.hugging_face import check_conversion, check_greedy_tokens, opened
+from tests.models import one_pass, random_tokens
 from tests.parity.test_relatives import (
     LLAMA3,
     SIZES,
@@ -93,7 +94,9 @@ LAYERED: dict[str, tuple[Any, dict[str, Any], int]] = {
 def made(name: str, **changes: Any) -> PreTrainedModel:
     """A model with random weights, of which no two parts are alike; norms and biases too."""
     config_cls, settings, _ = LAYERED[name]
-    return randomised(AutoModelForCausalLM.from_config(config_cls(**settings | changes), dtype=torch.float32))
+    return randomised(
+        AutoModelForCausalLM.from_config(config_cls(**copy.deepcopy(settings | changes)), dtype=torch.float32)
+    )
 
 
 def randomised(model: Any) -> PreTrainedModel:
@@ -194,15 +197,7 @@ CONVERTED = {
 def test_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path, name: str) -> None:
     """As the first family that means the same, with its names of tensors."""
     theirs = made(name, vocab_size=BYTE_VOCAB_SIZE)
-    theirs.save_pretrained(tmp_path / "own")
-    write_byte_tokenizer(tmp_path / "own")
-    checkpoint = open_checkpoint(tmp_path / "own")
-    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), "hf"), tmp_path / "hf", lambda n_bytes: None)
-    tokens = random_tokens(2, LAYERED[name][2], vocab_size=BYTE_VOCAB_SIZE)
-    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    assert converted.config.model_type == CONVERTED[name]
-    for logits in (converted(tokens).logits, one_pass(opened(tmp_path / "hf"), tokens)):
-        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-5, atol=1e-4)
+    assert check_conversion(theirs, tmp_path, LAYERED[name][2]) == CONVERTED[name]
 
 
 # Name: the architecture that it is written under.
@@ -247,14 +242,7 @@ def test_what_a_format_cannot_say_is_not_converted(tmp_path: Path, name: str, fo
 @pytest.mark.parametrize("name", ["olmo3", "exaone4", "ministral3"])
 def test_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     """From the folder to the tokens, beyond the window and the original context, in the engine's pages."""
-    theirs: Any = made(name, vocab_size=BYTE_VOCAB_SIZE)
-    theirs.save_pretrained(tmp_path)
-    write_byte_tokenizer(tmp_path)
-    llm = build(tmp_path, max_seq_len=64)
-    llm.tokenizer.stop_tokens = frozenset()
-    tokens = random_tokens(2, 30, vocab_size=BYTE_VOCAB_SIZE)
-    expected = theirs.generate(tokens, max_new_tokens=30, min_new_tokens=30, do_sample=False, eos_token_id=None)
-    assert llm.generate(tokens.tolist(), 30, temperature=0)[0] == expected[:, 30:].tolist()
+    check_greedy_tokens(made(name, vocab_size=BYTE_VOCAB_SIZE), tmp_path)
 
 
 def with_eye(name: str) -> PreTrainedModel:

@@ -20,9 +20,8 @@ from llama.config import ModelArgs
 from llama.distributed.groups import ModelParallel
 from tests.checkpoints import BYTE_VOCAB_SIZE, random_state, write_byte_tokenizer
 from tests.gguf_files import write_gguf_model
-from tests.hugging_face import hugging_face_model, hugging_face_state
+from tests.hugging_face import hugging_face_model, hugging_face_state, opened
 from tests.models import build, one_pass, random_tokens
-from tests.parity.test_families import opened
 
 SMALL = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=BYTE_VOCAB_SIZE, hidden_dim=160)
 WINDOW = 10

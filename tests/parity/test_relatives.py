@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -40,8 +41,8 @@ from llama.checkpoint.export.writer import write_checkpoint, writer
 from llama.rope import scaled_frequencies
 from tests.checkpoints import BYTE_VOCAB_SIZE, write_byte_tokenizer
 from tests.gguf_files import write_gguf
+from tests.hugging_face import check_conversion, opened
 from tests.models import one_pass, random_tokens
-from tests.parity.test_families import opened
 
 VOCAB_SIZE = 101
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2}
@@ -129,7 +130,7 @@ RELATIVES: dict[str, tuple[Any, dict[str, Any], int]] = {
 def made(name: str, **changes: Any) -> PreTrainedModel:
     """A model with random weights, of which no two parts are alike; norms and biases too."""
     config_cls, settings, _ = RELATIVES[name]
-    return of_config(config_cls(**settings | changes))
+    return of_config(config_cls(**copy.deepcopy(settings | changes)))  # transformers writes into dictionaries
 
 
 def of_config(config: Any) -> Any:
@@ -454,15 +455,7 @@ def assert_blocks_stay(
 @torch.inference_mode()
 def test_conversion_writes_a_folder_that_transformers_reads(tmp_path: Path, name: str) -> None:
     """As a Llama with biases that are zeros, as a Granite where scores have another scale, or as what it was."""
-    theirs = made(name, vocab_size=BYTE_VOCAB_SIZE, eos_token_id=257)
-    theirs.save_pretrained(tmp_path / "own")
-    write_byte_tokenizer(tmp_path / "own")
-    checkpoint = open_checkpoint(tmp_path / "own")
-    write_checkpoint(writer(checkpoint, tokenizer_source(checkpoint), "hf"), tmp_path / "hf", lambda n_bytes: None)
-    tokens = random_tokens(2, RELATIVES[name][2], vocab_size=BYTE_VOCAB_SIZE)
-    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    for logits in (converted(tokens).logits, one_pass(opened(tmp_path / "hf"), tokens)):
-        torch.testing.assert_close(logits, theirs(tokens).logits, rtol=1e-5, atol=1e-4)
+    check_conversion(made(name, vocab_size=BYTE_VOCAB_SIZE, eos_token_id=257), tmp_path, RELATIVES[name][2])
 
 
 # The architecture that each is written under: its own, but where llama.cpp's has no such biases, or no window.
